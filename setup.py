@@ -1,0 +1,37 @@
+"""The native extensions; everything else about the package is in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, find_packages, setup
+
+ROOT = Path(__file__).parent
+KERNELS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "src" / "gf256").glob("*.c"))
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "src" / "gf256").glob("*.h"))
+
+# KEYQUORUM_SANITIZE=address,undefined builds the core for the sanitizers (the tests then need LD_PRELOAD of libasan).
+SANITIZE = os.environ.get("KEYQUORUM_SANITIZE", "")
+COMPILE = ["-O3", "-std=c11", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"]
+LINK: list[str] = []
+if SANITIZE:
+    COMPILE += [f"-fsanitize={SANITIZE}", "-g", "-fno-omit-frame-pointer"]
+    LINK += [f"-fsanitize={SANITIZE}"]
+
+fastshamir = Extension(
+    "engine._fastshamir",
+    sources=["src/_fastshamir.pyx", *KERNELS],
+    depends=HEADERS,
+    include_dirs=["src/gf256"],
+    extra_compile_args=COMPILE,
+    extra_link_args=LINK,
+)
+
+setup(
+    ext_modules=cythonize([fastshamir], build_dir="build/cython", compiler_directives={"language_level": "3"}),
+    packages=[
+        *(f"engine{name and '.' + name}" for name in ["", *find_packages("src/engine")]),
+        *(f"nodes{name and '.' + name}" for name in ["", *find_packages("nodes")]),
+        *(f"balancer{name and '.' + name}" for name in ["", *find_packages("balancer")]),
+    ],
+)
