@@ -1,0 +1,1 @@
+"""Messages to bytes and back, signatures and decisions. It opens no socket and reads no clock."""

@@ -1,0 +1,89 @@
+"""The grant: a client's signed permission for one combiner to gather the shares of one key. No clock, no socket."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from engine.errors import AccessDenied, StaleKey
+from engine.keys import OPERATIONS
+from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster, KeyRecord
+from engine.protocol.signed import Signed, SigningKey, sign_envelope, verify_envelope
+from engine.protocol.wire import Codec, Identifier, Name, UInt
+
+__all__ = ["GRANT_LIFETIME_MAX_MS", "Grant", "check_grant", "issue_grant"]
+
+GRANT_LIFETIME_MAX_MS = 30_000
+"""The longest time a grant may be good for."""
+
+
+class Grant(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """``[key_id, version, epoch, operations, combiner, not_before_ms, expires_ms, nonce]``."""
+
+    key_id: Identifier
+    version: UInt
+    epoch: UInt
+    operations: Annotated[list[Annotated[str, Meta(max_length=32)]], Meta(min_length=1, max_length=8)]
+    combiner: Name
+    not_before_ms: UInt
+    expires_ms: UInt
+    nonce: Identifier
+
+
+_grants = Codec(Grant, "grant", 2048)
+
+
+def issue_grant(
+    key: SigningKey, record: KeyRecord, operation: str, combiner: str, now_ms: int, lifetime_ms: int, nonce: bytes
+) -> bytes:
+    """A grant for ``combiner`` to gather this key, signed by the client's ``key``."""
+    if not 1 <= lifetime_ms <= GRANT_LIFETIME_MAX_MS:
+        raise ValueError(f"a grant's lifetime of {lifetime_ms} ms is not in 1..{GRANT_LIFETIME_MAX_MS}")
+    manifest = record.manifest
+    payload = _grants.encode(
+        Grant(
+            key_id=manifest.key_id,
+            version=manifest.version,
+            epoch=manifest.epoch,
+            operations=[operation],
+            combiner=combiner,
+            not_before_ms=now_ms,
+            expires_ms=now_ms + lifetime_ms,
+            nonce=nonce,
+        )
+    )
+    return sign_envelope("grant", now_ms, payload, key)
+
+
+def check_grant(raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, now_ms: int) -> tuple[Grant, Signed]:
+    """The grant, if it lets ``combiner`` gather this key now.
+
+    Checked, each by every holder for itself: the client's signature, the key's version and epoch, the combiner's name
+    and that it is eligible (a holder of the key), the time with a skew of 5 s, and the client's right to every
+    operation named. ``AccessDenied`` or ``StaleKey`` says which failed.
+    """
+    signed = verify_envelope(raw, "grant", cluster.sign_key("client"))
+    grant = _grants.decode(signed.payload)
+    manifest = record.manifest
+    if grant.key_id != manifest.key_id:
+        raise StaleKey(f"the grant is for another key than {manifest.name!r}")
+    if (grant.version, grant.epoch) != (manifest.version, manifest.epoch):
+        raise StaleKey(
+            f"the grant is for version {grant.version} epoch {grant.epoch} of {manifest.name!r}, "
+            f"held are version {manifest.version} epoch {manifest.epoch}"
+        )
+    if grant.combiner != combiner:
+        raise AccessDenied(f"the grant is for the combiner {grant.combiner!r}, {combiner!r} asks")
+    if manifest.holder(combiner) is None:
+        raise AccessDenied(f"{combiner!r} is no eligible combiner of {manifest.name!r}")
+    if grant.expires_ms - grant.not_before_ms > GRANT_LIFETIME_MAX_MS:
+        raise AccessDenied(f"the grant lives {grant.expires_ms - grant.not_before_ms} ms, at most {GRANT_LIFETIME_MAX_MS}")
+    if now_ms + CLOCK_SKEW_MS < grant.not_before_ms:
+        raise AccessDenied(f"the grant begins in {grant.not_before_ms - now_ms} ms")
+    if now_ms > grant.expires_ms + CLOCK_SKEW_MS:
+        raise AccessDenied(f"the grant expired {now_ms - grant.expires_ms} ms ago")
+    for operation in grant.operations:
+        if operation not in OPERATIONS or not cluster.allows(signed.issuer, operation, manifest.name):
+            raise AccessDenied(f"{signed.issuer!r} may not {operation} with the key {manifest.name!r}")
+    return grant, signed

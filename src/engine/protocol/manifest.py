@@ -1,0 +1,529 @@
+"""The signed documents of a cluster and of a key: members and policy, orders, key manifests, receipts, certificates.
+
+It checks each document against the ones it rests on. It reads no file and no clock: times are arguments, in milliseconds
+since the Unix epoch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+import zmq.utils.z85
+from msgspec import Meta, Struct
+
+from engine.errors import AccessDenied, ManifestError
+from engine.keys import ALGORITHMS, RequestType
+from engine.protocol.signed import MAX_ENVELOPE, Signed, SigningKey, add_signature, read_unverified, sign_envelope, verify_envelope
+from engine.protocol.wire import Blob, Codec, Digest, Identifier, Name, Text, UInt
+from engine.sharing import NodeLocation, order_holders, placement_group
+
+__all__ = [
+    "MAX_HOLDERS",
+    "AbortNotice",
+    "Cluster",
+    "CommitCertificate",
+    "CreateOrder",
+    "DestroyOrder",
+    "Holder",
+    "KeyManifest",
+    "KeyRecord",
+    "Member",
+    "PolicyRule",
+    "Receipt",
+    "Role",
+    "check_share_counts",
+    "decode_card",
+    "encode_card",
+    "open_abort",
+    "open_certificate",
+    "open_chain",
+    "open_create_order",
+    "open_destroy_order",
+    "open_key_manifest",
+    "open_receipt",
+    "receipts_needed",
+]
+
+MAX_HOLDERS = 64
+"""Most shares of one key in a cluster, so that its manifest and certificate fit one message. The core itself takes 255."""
+MAX_MEMBERS = 4096
+CLOCK_SKEW_MS = 5_000
+"""How far two members' clocks may differ."""
+ORDER_LIFETIME_MAX_MS = 15 * 60_000
+
+Role = Literal["operator", "node", "client", "balancer"]
+Public = Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class Member(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One member: ``[name, role, sign_public, curve_public, endpoint, publish_endpoint, location]``.
+
+    An operator has no CURVE key (32 zero bytes), only nodes and balancers have endpoints, only nodes a location.
+    """
+
+    name: Name
+    role: Role
+    sign_public: Public
+    curve_public: Public
+    endpoint: Annotated[str, Meta(max_length=256)] = ""
+    publish_endpoint: Annotated[str, Meta(max_length=256)] = ""
+    location: Annotated[str, Meta(max_length=256)] = ""
+
+    @property
+    def curve_z85(self) -> str:
+        """The CURVE public key as ZeroMQ writes it (40 characters, RFC 32/Z85), also the ``User-Id`` of its messages."""
+        return zmq.utils.z85.encode(self.curve_public).decode("ascii")
+
+
+class PolicyRule(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """``[identity, keys, operations]``: client-name pattern, key-name pattern (shell globs), request types or ``*``."""
+
+    identity: Annotated[str, Meta(min_length=1, max_length=128)]
+    keys: Annotated[str, Meta(min_length=1, max_length=128)]
+    operations: Annotated[list[Annotated[str, Meta(min_length=1, max_length=32)]], Meta(min_length=1, max_length=32)]
+
+
+class _ClusterManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    cluster: Name
+    previous: Annotated[bytes, Meta(max_length=32)]
+    quorum: Annotated[int, Meta(ge=1, le=64)]
+    members: Annotated[list[Member], Meta(min_length=1, max_length=MAX_MEMBERS)]
+    rules: Annotated[list[PolicyRule], Meta(max_length=4096)]
+    groups: Annotated[int, Meta(ge=1, le=65536)]
+    domain_level: Annotated[int, Meta(ge=1, le=8)]
+
+
+class _Chain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    envelopes: Annotated[list[Annotated[bytes, Meta(max_length=MAX_ENVELOPE)]], Meta(min_length=1, max_length=10_000)]
+
+
+_manifests = Codec(_ClusterManifest, "cluster manifest", MAX_ENVELOPE)
+_chains = Codec(_Chain, "cluster manifest file", 64 * MAX_ENVELOPE)
+_cards = Codec(Member, "identity card", 4096)
+_CARD_KIND = "card"
+_CLUSTER_KIND = "cluster"
+
+
+def encode_card(member: Member, key: SigningKey) -> bytes:
+    """The identity card of a member: its description signed by its own key, so that it proves to own that key."""
+    return sign_envelope(_CARD_KIND, 1, _cards.encode(member), key)
+
+
+def decode_card(raw: bytes) -> Member:
+    """The member of a card, its own signature checked."""
+    member = _cards.decode(read_unverified(raw).payload)
+    signed = verify_envelope(raw, _CARD_KIND, {member.name: member.sign_public})
+    if signed.issuer != member.name:
+        raise ManifestError(f"card: issued by {signed.issuer!r} for {member.name!r}")
+    return member
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A verified cluster manifest: who is a member, what each may do, how placement groups map to nodes."""
+
+    name: str
+    serial: int
+    digest: bytes
+    pin: bytes
+    quorum: int
+    members: Mapping[str, Member]
+    rules: tuple[PolicyRule, ...]
+    groups: int
+    domain_level: int
+
+    def of_role(self, role: Role) -> tuple[Member, ...]:
+        """The members of a role, in the manifest's order."""
+        return tuple(member for member in self.members.values() if member.role == role)
+
+    @cached_property
+    def by_curve(self) -> Mapping[str, Member]:
+        """Members by their Z85 CURVE key."""
+        return MappingProxyType({m.curve_z85: m for m in self.members.values() if m.role != "operator"})
+
+    @cached_property
+    def nodes(self) -> Mapping[str, Member]:
+        """The nodes by name."""
+        return MappingProxyType({member.name: member for member in self.of_role("node")})
+
+    @cached_property
+    def locations(self) -> tuple[NodeLocation, ...]:
+        """The nodes' places, as placement takes them."""
+        return tuple(NodeLocation(node.name, node.location) for node in self.nodes.values())
+
+    def sign_key(self, *roles: Role) -> Mapping[str, bytes]:
+        """The Ed25519 public keys of the members of these roles, by name."""
+        return {m.name: m.sign_public for m in self.members.values() if m.role in roles}
+
+    def allows(self, identity: str, operation: str, key_name: str) -> bool:
+        """Whether the policy lets a client do this to that key; what no rule allows is denied."""
+        return any(
+            _matches(rule.identity, identity)
+            and _matches(rule.keys, key_name)
+            and ("*" in rule.operations or operation in rule.operations)
+            for rule in self.rules
+        )
+
+    def allows_any_key(self, identity: str, operation: str) -> bool:
+        """Whether the policy lets a client do this to at least one conceivable key."""
+        return any(
+            _matches(rule.identity, identity) and ("*" in rule.operations or operation in rule.operations)
+            for rule in self.rules
+        )
+
+    def group_of(self, key_name: str) -> int:
+        """The placement group of a key."""
+        return placement_group(key_name, self.groups)
+
+    def group_holders(self, group: int) -> tuple[str, ...]:
+        """The nodes of a placement group in order, best spread first; a key of n shares uses the first n."""
+        holders = self._holders.get(group)
+        if holders is None:
+            seed = self.name.encode() + group.to_bytes(4, "big")
+            holders = order_holders(self.locations, seed, domain_level=self.domain_level)[:MAX_HOLDERS]
+            self._holders[group] = holders
+        return holders
+
+    @cached_property
+    def _holders(self) -> dict[int, tuple[str, ...]]:
+        return {}
+
+
+@lru_cache(maxsize=4096)
+def _pattern(pattern: str) -> re.Pattern[str]:
+    return re.compile(translate(pattern))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return pattern == "*" or _pattern(pattern).match(name) is not None
+
+
+def _check_members(members: Sequence[Member], quorum: int) -> None:
+    names: set[str] = set()
+    keys: set[bytes] = set()
+    for member in members:
+        if member.name in names:
+            raise ManifestError(f"cluster manifest: the name {member.name!r} appears twice")
+        own = {member.sign_public} if member.role == "operator" else {member.sign_public, member.curve_public}
+        if own & keys:
+            raise ManifestError(f"cluster manifest: a key of {member.name!r} belongs to another member too")
+        if member.role in ("node", "balancer") and not member.endpoint.startswith("tcp://"):
+            raise ManifestError(f"cluster manifest: {member.name!r} needs an endpoint tcp://host:port")
+        if member.role == "node" and not member.location:
+            raise ManifestError(f"cluster manifest: the node {member.name!r} needs a location such as site/room/rack/host")
+        names.add(member.name)
+        keys |= own
+    operators = sum(member.role == "operator" for member in members)
+    if not 1 <= quorum <= operators:
+        raise ManifestError(f"cluster manifest: a quorum of {quorum} among {operators} operators")
+
+
+def _check_rules(rules: Iterable[PolicyRule]) -> None:
+    known = {"*", *RequestType}
+    for rule in rules:
+        for operation in rule.operations:
+            if operation not in known:
+                raise ManifestError(f"cluster manifest: unknown operation {operation!r}; known are {', '.join(sorted(known))}")
+
+
+def issue_cluster_manifest(
+    *,
+    name: str,
+    members: Sequence[Member],
+    rules: Sequence[PolicyRule],
+    operators: Sequence[SigningKey],
+    quorum: int = 1,
+    groups: int = 1024,
+    domain_level: int = 1,
+    chain: bytes = b"",
+) -> bytes:
+    """The chain of manifests with a new one at its end, signed by ``operators``.
+
+    ``chain`` is empty for the first manifest. Name and ``groups`` are fixed when the cluster is made.
+    """
+    _check_members(members, quorum)
+    _check_rules(rules)
+    envelopes = list(_chains.decode(chain).envelopes) if chain else []
+    serial, previous = 1, b""
+    if envelopes:
+        last = read_unverified(envelopes[-1])
+        before = _manifests.decode(last.payload)
+        if (before.cluster, before.groups) != (name, groups):
+            raise ManifestError(
+                f"cluster manifest: name and groups are fixed at {before.cluster!r} and {before.groups}, "
+                f"not {name!r} and {groups}"
+            )
+        serial, previous = last.serial + 1, last.digest
+    payload = _manifests.encode(
+        _ClusterManifest(name, previous, quorum, list(members), list(rules), groups, domain_level)
+    )
+    envelopes.append(sign_envelope(_CLUSTER_KIND, serial, payload, *operators))
+    return _chains.encode(_Chain(envelopes))
+
+
+def countersign_chain(chain: bytes, key: SigningKey) -> bytes:
+    """The chain with one more operator's signature on its newest manifest."""
+    envelopes = list(_chains.decode(chain).envelopes)
+    envelopes[-1] = add_signature(envelopes[-1], key)
+    return _chains.encode(_Chain(envelopes))
+
+
+def chain_pin(chain: bytes) -> bytes:
+    """The hash of the first manifest, 32 bytes: what every member pins."""
+    return read_unverified(_chains.decode(chain).envelopes[0]).digest
+
+
+def open_chain(chain: bytes, pin: bytes) -> Cluster:
+    """The newest manifest of a chain, after every link was checked back to the pinned first one.
+
+    Each manifest has the next serial, names its predecessor's hash and is signed by the predecessor's quorum of the
+    predecessor's operators (the first by its own).
+    """
+    envelopes = _chains.decode(chain).envelopes
+    current: tuple[Signed, _ClusterManifest] | None = None
+    for raw in envelopes:
+        unverified = read_unverified(raw)
+        manifest = _manifests.decode(unverified.payload)
+        trusted = manifest if current is None else current[1]
+        operators = {m.name: m.sign_public for m in trusted.members if m.role == "operator"}
+        signed = verify_envelope(raw, _CLUSTER_KIND, operators, threshold=trusted.quorum)
+        if current is None:
+            if signed.digest != pin:
+                raise ManifestError(f"cluster manifest: the first one has hash {signed.digest.hex()}, pinned is {pin.hex()}")
+            if (signed.serial, manifest.previous) != (1, b""):
+                raise ManifestError("cluster manifest: the first one must have serial 1 and no predecessor")
+        else:
+            before_signed, before = current
+            if signed.serial != before_signed.serial + 1 or manifest.previous != before_signed.digest:
+                raise ManifestError(f"cluster manifest: serial {signed.serial} does not follow {before_signed.serial}")
+            if (manifest.cluster, manifest.groups) != (before.cluster, before.groups):
+                raise ManifestError("cluster manifest: the name and the number of groups can't change")
+        _check_members(manifest.members, manifest.quorum)
+        _check_rules(manifest.rules)
+        current = signed, manifest
+    if current is None:  # the decoder refuses an empty chain
+        raise ManifestError("cluster manifest: empty")
+    signed, manifest = current
+    return Cluster(
+        name=manifest.cluster,
+        serial=signed.serial,
+        digest=signed.digest,
+        pin=pin,
+        quorum=manifest.quorum,
+        members=MappingProxyType({member.name: member for member in manifest.members}),
+        rules=tuple(manifest.rules),
+        groups=manifest.groups,
+        domain_level=manifest.domain_level,
+    )
+
+
+# --- documents of a key ---------------------------------------------------------------------------------------------
+
+
+def check_share_counts(threshold: int, shares: int) -> None:
+    """Refuse a t-of-n that a cluster can't hold; the messages name the value and the limit."""
+    if not 1 <= threshold <= shares:
+        raise ValueError(f"threshold {threshold} must lie in 1..{shares}, the number of shares")
+    if shares > MAX_HOLDERS:
+        raise ValueError(f"{shares} shares; a key in a cluster has at most {MAX_HOLDERS}")
+
+
+def receipts_needed(threshold: int, shares: int) -> int:
+    """How many holders must have stored their share before a key is acknowledged: t+1, or n if that is less."""
+    return min(shares, threshold + 1)
+
+
+class CreateOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A client's signed order to create a key; its ``key_id`` is the request's idempotency id too."""
+
+    key_id: Identifier
+    name: Name
+    algorithm: Annotated[str, Meta(max_length=64)]
+    threshold: Annotated[int, Meta(ge=1, le=MAX_HOLDERS)]
+    shares: Annotated[int, Meta(ge=1, le=MAX_HOLDERS)]
+    operation: Literal["generate", "import"]
+    expires_ms: UInt
+
+
+class DestroyOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A client's signed order to destroy a key for good, all versions."""
+
+    key_id: Identifier
+    name: Name
+    expires_ms: UInt
+
+
+class Holder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where one share is: ``[node, x, commitment]``."""
+
+    node: Name
+    x: Annotated[int, Meta(ge=1, le=255)]
+    commitment: Digest
+
+
+class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The manifest of a key, signed by its dealer; the first of a key embeds the client's create order."""
+
+    key_id: Identifier
+    name: Name
+    version: Annotated[int, Meta(ge=1, le=2**32 - 1)]
+    epoch: Annotated[int, Meta(ge=1, le=2**32 - 1)]
+    attempt: Annotated[int, Meta(ge=1, le=2**31)]
+    algorithm: Annotated[str, Meta(max_length=64)]
+    threshold: Annotated[int, Meta(ge=1, le=MAX_HOLDERS)]
+    holders: Annotated[list[Holder], Meta(min_length=1, max_length=MAX_HOLDERS)]
+    public_key: Annotated[bytes, Meta(max_length=1024)]
+    check_value: Digest
+    order: Annotated[bytes, Meta(max_length=2048)]
+    previous: Annotated[bytes, Meta(max_length=32)]
+
+    @property
+    def shares(self) -> int:
+        """n, the number of shares."""
+        return len(self.holders)
+
+    @property
+    def context(self) -> bytes:
+        """The key's identity as commitments, check values and seals hash it: id, version, epoch."""
+        return self.key_id + self.version.to_bytes(4, "big") + self.epoch.to_bytes(4, "big")
+
+    def holder(self, node: str) -> Holder | None:
+        """The node's own entry."""
+        return next((holder for holder in self.holders if holder.node == node), None)
+
+
+class Receipt(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A holder's signed word that its share is stored, re-read and checked: ``[key_id, manifest_hash, x]``."""
+
+    key_id: Identifier
+    manifest_hash: Digest
+    x: Annotated[int, Meta(ge=1, le=255)]
+
+
+class CommitCertificate(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What makes an epoch the valid one: ``[key_id, manifest_hash, receipts]``, signed by the registry's balancer."""
+
+    key_id: Identifier
+    manifest_hash: Digest
+    receipts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(min_length=1, max_length=MAX_HOLDERS)]
+
+
+class AbortNotice(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The registry's signed word that an attempt will never commit: ``[key_id, attempt]``."""
+
+    key_id: Identifier
+    attempt: Annotated[int, Meta(ge=1, le=2**31)]
+
+
+create_orders = Codec(CreateOrder, "create order", 2048)
+destroy_orders = Codec(DestroyOrder, "destroy order", 2048)
+key_manifests = Codec(KeyManifest, "key manifest")
+receipts = Codec(Receipt, "receipt", 1024)
+certificates = Codec(CommitCertificate, "commit certificate")
+aborts = Codec(AbortNotice, "abort notice", 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A verified key manifest with its hash, its dealer and its envelope."""
+
+    manifest: KeyManifest
+    digest: bytes
+    dealer: str
+    raw: bytes
+
+
+def _check_expiry(what: str, expires_ms: int, now_ms: int) -> None:
+    if expires_ms + CLOCK_SKEW_MS < now_ms:
+        raise ManifestError(f"{what}: expired {now_ms - expires_ms} ms ago")
+    if expires_ms > now_ms + ORDER_LIFETIME_MAX_MS + CLOCK_SKEW_MS:
+        raise ManifestError(f"{what}: expires in {expires_ms - now_ms} ms, the limit is {ORDER_LIFETIME_MAX_MS}")
+
+
+def open_create_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[CreateOrder, Signed]:
+    """A create order, its client's signature, the policy and (unless ``now_ms`` is None) its expiry checked."""
+    signed = verify_envelope(raw, "order.create", cluster.sign_key("client"))
+    order = create_orders.decode(signed.payload)
+    if now_ms is not None:
+        _check_expiry("create order", order.expires_ms, now_ms)
+    if order.algorithm not in ALGORITHMS:
+        raise ManifestError(f"create order: unknown algorithm {order.algorithm!r}")
+    if order.threshold > order.shares:
+        raise ManifestError(f"create order: threshold {order.threshold} of {order.shares} shares")
+    if not cluster.allows(signed.issuer, order.operation, order.name):
+        raise AccessDenied(f"{signed.issuer!r} may not {order.operation} the key {order.name!r}")
+    return order, signed
+
+
+def open_destroy_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[DestroyOrder, Signed]:
+    """A destroy order, its client's signature, the policy and (unless ``now_ms`` is None) its expiry checked."""
+    signed = verify_envelope(raw, "order.destroy", cluster.sign_key("client"))
+    order = destroy_orders.decode(signed.payload)
+    if now_ms is not None:
+        _check_expiry("destroy order", order.expires_ms, now_ms)
+    if not cluster.allows(signed.issuer, RequestType.DESTROY, order.name):
+        raise AccessDenied(f"{signed.issuer!r} may not destroy the key {order.name!r}")
+    return order, signed
+
+
+def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -> KeyRecord:
+    """A key's first manifest: signed by a node, and true to the client's order in it.
+
+    The order's expiry is checked where ``now_ms`` is given, that is when the share is first stored.
+    """
+    signed = verify_envelope(raw, "key", cluster.sign_key("node"))
+    manifest = key_manifests.decode(signed.payload)
+    order, _ = open_create_order(manifest.order, cluster, now_ms)
+    told = (manifest.key_id, manifest.name, manifest.algorithm, manifest.threshold, manifest.shares)
+    if told != (order.key_id, order.name, order.algorithm, order.threshold, order.shares):
+        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's order")
+    if (manifest.version, manifest.epoch, manifest.previous) != (1, 1, b""):
+        raise ManifestError(f"key manifest of {manifest.name!r}: the first one must have version 1 and epoch 1")
+    if len({holder.node for holder in manifest.holders}) != manifest.shares:
+        raise ManifestError(f"key manifest of {manifest.name!r}: a node holds two shares")
+    if len({holder.x for holder in manifest.holders}) != manifest.shares:
+        raise ManifestError(f"key manifest of {manifest.name!r}: two shares have the same x")
+    for holder in manifest.holders:
+        if holder.node not in cluster.nodes:
+            raise ManifestError(f"key manifest of {manifest.name!r}: the holder {holder.node!r} is no node of the cluster")
+    if bool(manifest.public_key) != ALGORITHMS[order.algorithm].asymmetric:
+        raise ManifestError(f"key manifest of {manifest.name!r}: public key missing or out of place")
+    return KeyRecord(manifest, signed.digest, signed.issuer, raw)
+
+
+def open_receipt(raw: bytes, record: KeyRecord, cluster: Cluster) -> str:
+    """The holder's name, if the receipt is its own and for this manifest."""
+    signed = verify_envelope(raw, "receipt", cluster.sign_key("node"))
+    receipt = receipts.decode(signed.payload)
+    holder = record.manifest.holder(signed.issuer)
+    if holder is None or (receipt.key_id, receipt.manifest_hash, receipt.x) != (
+        record.manifest.key_id,
+        record.digest,
+        holder.x,
+    ):
+        raise ManifestError(f"receipt of {signed.issuer!r}: not for this manifest of {record.manifest.name!r}")
+    return signed.issuer
+
+
+def open_certificate(raw: bytes, record: KeyRecord, cluster: Cluster) -> tuple[str, ...]:
+    """The holders whose receipts make the manifest valid; at least t+1 of them (n if fewer), all checked."""
+    signed = verify_envelope(raw, "certificate", cluster.sign_key("balancer"))
+    certificate = certificates.decode(signed.payload)
+    if (certificate.key_id, certificate.manifest_hash) != (record.manifest.key_id, record.digest):
+        raise ManifestError(f"commit certificate: not for this manifest of {record.manifest.name!r}")
+    holders = tuple(dict.fromkeys(open_receipt(each, record, cluster) for each in certificate.receipts))
+    needed = receipts_needed(record.manifest.threshold, record.manifest.shares)
+    if len(holders) < needed:
+        raise ManifestError(f"commit certificate of {record.manifest.name!r}: {len(holders)} receipts, {needed} are needed")
+    return holders
+
+
+def open_abort(raw: bytes, cluster: Cluster) -> AbortNotice:
+    """An abort notice, signed by a balancer."""
+    return aborts.decode(verify_envelope(raw, "abort", cluster.sign_key("balancer")).payload)

@@ -1,0 +1,354 @@
+"""The body of every verb, and the classification of a request. It knows the messages, not who answers them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from msgspec import Meta, Struct
+
+from engine.keys import OPERATIONS, RequestType, request_class
+from engine.protocol.wire import Aad, Blob, Codec, Data, Identifier, Name, Request, Text, UInt
+
+__all__ = [
+    "CLIENT_VERBS",
+    "NODE_VERBS",
+    "REGISTRY_VERBS",
+    "classify_request",
+]
+
+Envelope = Annotated[bytes, Meta(max_length=48 * 1024)]
+KeyName = Name
+MaybeName = Annotated[str, Meta(max_length=128)]
+MaybeIdentifier = Annotated[bytes, Meta(max_length=16)]
+
+
+class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of the bodies: a MessagePack array of exactly the fields, in order."""
+
+
+class Empty(Message):
+    """``[]``."""
+
+
+class Operate(Message):
+    """A use of a key: ``[key, key_id, data, associated_data, proof, digested, grant]``.
+
+    ``key_id`` is empty or the incarnation the client means. ``proof`` is the signature or MAC to be checked.
+    ``digested`` says that ``data`` is already the digest the algorithm signs. ``grant`` is empty or an envelope.
+    """
+
+    key: KeyName
+    key_id: MaybeIdentifier
+    data: Data
+    associated_data: Aad
+    proof: Annotated[bytes, Meta(max_length=1024)]
+    digested: bool
+    grant: Annotated[bytes, Meta(max_length=2048)]
+
+
+class Result(Message):
+    """``[data]``: ciphertext, plaintext, signature or MAC; empty where the answer is yes."""
+
+    data: Data
+
+
+class Create(Message):
+    """Verbs ``generate`` and ``import``: ``[order, material]``; material is empty or canonical (engine.keys)."""
+
+    order: Envelope
+    material: Annotated[bytes, Meta(max_length=8192)]
+
+
+class KeyDescription(Message):
+    """``[manifest, certificate, warnings]``: the signed truth about a key; warnings are those of its placement."""
+
+    manifest: Envelope
+    certificate: Envelope
+    warnings: Annotated[list[Text], Meta(max_length=16)]
+
+
+class Describe(Message):
+    """``[key]``."""
+
+    key: KeyName
+
+
+class Destroy(Message):
+    """Verbs ``destroy`` and ``share.destroy``: ``[order]``."""
+
+    order: Envelope
+
+
+class Destroyed(Message):
+    """``[confirmed, pending]``: nodes that erased their share, and those that will when they come back."""
+
+    confirmed: Annotated[list[Name], Meta(max_length=255)]
+    pending: Annotated[list[Name], Meta(max_length=255)]
+
+
+class ListKeys(Message):
+    """``[pattern, after, limit]``: names that match the shell glob, in order, after a name."""
+
+    pattern: Annotated[str, Meta(min_length=1, max_length=128)]
+    after: MaybeName
+    limit: Annotated[int, Meta(ge=1, le=200)]
+
+
+class KeyEntry(Message):
+    """``[key, algorithm, version, threshold, shares]``."""
+
+    key: KeyName
+    algorithm: Annotated[str, Meta(max_length=64)]
+    version: UInt
+    threshold: UInt
+    shares: UInt
+
+
+class KeyList(Message):
+    """``[entries, more]``."""
+
+    entries: Annotated[list[KeyEntry], Meta(max_length=200)]
+    more: bool
+
+
+class Flush(Message):
+    """``[key]``: drop the key from the caches; empty for all."""
+
+    key: MaybeName
+
+
+class Flushed(Message):
+    """``[dropped]``."""
+
+    dropped: UInt
+
+
+class ClassCount(Message):
+    """``[request_class, requests, errors, busy_us]``, all counted since the node started."""
+
+    request_class: Annotated[str, Meta(max_length=96)]
+    requests: UInt
+    errors: UInt
+    busy_us: UInt
+
+
+class NodeStats(Message):
+    """What a node tells a balancer: counters since ``boot`` (a random id of this start) and its state now."""
+
+    boot: Identifier
+    uptime_ms: UInt
+    queue: UInt
+    classes: Annotated[list[ClassCount], Meta(max_length=512)]
+    groups: Annotated[list[tuple[int, int]], Meta(max_length=2048)]
+
+
+class NodeStatus(Message):
+    """What a node tells an operator."""
+
+    node: Name
+    software: Annotated[str, Meta(max_length=32)]
+    cluster_serial: UInt
+    uptime_ms: UInt
+    shares: UInt
+    loaded: UInt
+    cache_hits: UInt
+    cache_misses: UInt
+    queue: UInt
+    token: Text
+    algorithms: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=64)]
+    missing: Annotated[list[Text], Meta(max_length=64)]
+
+
+class SharePrepare(Message):
+    """Dealer to holder: ``[manifest, x, y, salt, aborts]``; ``aborts`` are notices on earlier attempts."""
+
+    manifest: Envelope
+    x: Annotated[int, Meta(ge=1, le=255)]
+    y: Annotated[bytes, Meta(min_length=33, max_length=8192)]
+    salt: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
+
+
+class Prepared(Message):
+    """``[receipt]``."""
+
+    receipt: Annotated[bytes, Meta(max_length=1024)]
+
+
+class ShareCommit(Message):
+    """``[key_id, certificate]``: the certificate makes the prepared share valid."""
+
+    key_id: Identifier
+    certificate: Envelope
+
+
+class ShareRelease(Message):
+    """Combiner to holder: ``[key_id, grant, certificate]``.
+
+    The certificate lets a holder that missed the commit settle it at once; empty where the combiner knows none.
+    """
+
+    key_id: Identifier
+    grant: Annotated[bytes, Meta(max_length=2048)]
+    certificate: Envelope
+
+
+class ReleasedShare(Message):
+    """``[x, y, salt]``, inside CURVE only."""
+
+    x: Annotated[int, Meta(ge=1, le=255)]
+    y: Annotated[bytes, Meta(min_length=33, max_length=8192)]
+    salt: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class Reserve(Message):
+    """Dealer to registry: ``[order]``."""
+
+    order: Envelope
+
+
+class Reserved(Message):
+    """``[attempt, holders, aborts, manifest, certificate]``.
+
+    A key that this very order has already made comes back with its manifest and certificate, and attempt 0.
+    """
+
+    attempt: UInt
+    holders: Annotated[list[Name], Meta(max_length=64)]
+    aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
+    manifest: Envelope
+    certificate: Envelope
+
+
+class Commit(Message):
+    """Dealer to registry: ``[manifest, receipts]``."""
+
+    manifest: Envelope
+    receipts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(min_length=1, max_length=64)]
+
+
+class Committed(Message):
+    """``[certificate]``."""
+
+    certificate: Envelope
+
+
+class Sync(Message):
+    """Node to registry: ``[after]``: the keys this node holds by the registry's books, after a key id (or empty)."""
+
+    after: MaybeIdentifier
+
+
+class SyncEntry(Message):
+    """``[key_id, state, manifest, certificate, document]``.
+
+    State ``committed`` (document empty) or ``destroyed`` (document is the client's destroy order).
+    """
+
+    key_id: Identifier
+    state: Annotated[str, Meta(max_length=16)]
+    manifest: Envelope
+    certificate: Envelope
+    document: Envelope
+
+
+class SyncPage(Message):
+    """``[entries, more]``."""
+
+    entries: Annotated[list[SyncEntry], Meta(max_length=256)]
+    more: bool
+
+
+class Outcome(Message):
+    """Holder to registry: ``[key_id, attempt]``: what became of a prepared share?"""
+
+    key_id: Identifier
+    attempt: UInt
+
+
+class OutcomeReply(Message):
+    """``[state, document]``: ``pending``, ``committed`` (the certificate) or ``aborted`` (the notice)."""
+
+    state: Annotated[str, Meta(max_length=16)]
+    document: Envelope
+
+
+class BalancerStatus(Message):
+    """What a balancer tells an operator."""
+
+    balancer: Name
+    software: Annotated[str, Meta(max_length=32)]
+    cluster_serial: UInt
+    uptime_ms: UInt
+    keys: UInt
+    fencing_epoch: UInt
+    table_counter: UInt
+    ticks: UInt
+    last_error: Text
+
+
+class Table(Message):
+    """``[table]``: the signed routing table in force, or empty."""
+
+    table: Blob
+
+
+SHARE_PREPARE: Final = "share.prepare"
+SHARE_COMMIT: Final = "share.commit"
+SHARE_RELEASE: Final = "share.release"
+SHARE_DESTROY: Final = "share.destroy"
+STATS: Final = "stats"
+REGISTRY_RESERVE: Final = "registry.reserve"
+REGISTRY_COMMIT: Final = "registry.commit"
+REGISTRY_DESTROY: Final = "registry.destroy"
+REGISTRY_SYNC: Final = "registry.sync"
+REGISTRY_OUTCOME: Final = "registry.outcome"
+TABLE: Final = "table"
+
+BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
+    **{operation: (Operate, Result) for operation in OPERATIONS},
+    RequestType.GENERATE: (Create, KeyDescription),
+    RequestType.IMPORT: (Create, KeyDescription),
+    RequestType.DESTROY: (Destroy, Destroyed),
+    RequestType.DESCRIBE: (Describe, KeyDescription),
+    RequestType.LIST: (ListKeys, KeyList),
+    RequestType.FLUSH: (Flush, Flushed),
+    RequestType.STATUS: (Empty, NodeStatus),
+    SHARE_PREPARE: (SharePrepare, Prepared),
+    SHARE_COMMIT: (ShareCommit, Empty),
+    SHARE_RELEASE: (ShareRelease, ReleasedShare),
+    SHARE_DESTROY: (Destroy, Empty),
+    STATS: (Empty, NodeStats),
+    REGISTRY_RESERVE: (Reserve, Reserved),
+    REGISTRY_COMMIT: (Commit, Committed),
+    REGISTRY_DESTROY: (Destroy, Empty),
+    REGISTRY_SYNC: (Sync, SyncPage),
+    REGISTRY_OUTCOME: (Outcome, OutcomeReply),
+    TABLE: (Empty, Table),
+}
+"""Verb -> (body of the request, body of an ok reply). A balancer answers ``status`` with ``BalancerStatus``."""
+
+REQUEST_CODECS: Final[dict[str, Codec[Any]]] = {
+    verb: Codec(request, f"body of {verb}") for verb, (request, _) in BODIES.items()
+}
+REPLY_CODECS: Final[dict[str, Codec[Any]]] = {
+    verb: Codec(reply, f"reply to {verb}") for verb, (_, reply) in BODIES.items()
+}
+balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
+
+CLIENT_VERBS: Final = frozenset(RequestType)
+NODE_VERBS: Final = frozenset({SHARE_PREPARE, SHARE_COMMIT, SHARE_RELEASE, SHARE_DESTROY})
+REGISTRY_VERBS: Final = frozenset({REGISTRY_RESERVE, REGISTRY_COMMIT, REGISTRY_DESTROY, REGISTRY_SYNC, REGISTRY_OUTCOME})
+
+
+def classify_request(request: Request | str, algorithm_name: str) -> str:
+    """The request class (type, algorithm) of a request, ``sign/ecdsa-p256-sha256``.
+
+    Takes a request or its verb, and the algorithm of the key it names; ``ValueError`` for a verb that is no request
+    type. This is step 2 of the request flow: the class, with the key's placement group, picks the row of the routing
+    table.
+    """
+    verb = request if isinstance(request, str) else request.verb
+    if verb not in CLIENT_VERBS:
+        raise ValueError(f"{verb[:40]!r} is no request type; they are {', '.join(sorted(CLIENT_VERBS))}")
+    return request_class(verb, algorithm_name)

@@ -1,0 +1,238 @@
+"""The routing table and the client's choice of a combiner. Time and randomness are arguments; no socket.
+
+A combiner is ranked by least expected completion plus its node price: (queue + own requests under way + 1) x service
+time + network round trip + price, with a charge where the key is cold. The two combiners sampled by the table's
+weights, and those that have the key loaded, compete first; the others follow for failover.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from engine.errors import ManifestError
+from engine.keys import ALGORITHMS
+from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster
+from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
+from engine.protocol.wire import Codec, Load, Name, UInt
+
+__all__ = ["Router", "RoutingTable", "open_table", "seal_table"]
+
+SNAPSHOT_MAX_AGE_S = 0.2
+"""A snapshot older than this says little about a queue (measured), so the queue is then taken as unknown: 0."""
+COLD_CHARGE_US = 3_000
+"""What gathering the shares of a cold key is taken to cost."""
+MAX_LOADED = 65_536
+"""How many (key, node) pairs the router remembers as loaded."""
+DOWN_S = 1.0
+"""How long a node that failed is tried last."""
+
+
+class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the balancer publishes, ordered by (fencing epoch, counter).
+
+    ``service_us`` and ``weights`` are rows by class, columns by node: service time in microseconds, share of the class's
+    requests in 1/1000. ``price_us`` is one node price a node. ``groups`` lists only the placement groups whose holders
+    differ from ``Cluster.group_holders``, as (group, node indexes). ``forecast`` is one row a class: the mean and P90 of
+    the next tick in 1/1000 requests per second.
+    """
+
+    fencing_epoch: UInt
+    counter: UInt
+    issued_ms: UInt
+    expires_ms: UInt
+    nodes: Annotated[list[Name], Meta(max_length=4096)]
+    classes: Annotated[list[Annotated[str, Meta(max_length=96)]], Meta(max_length=512)]
+    service_us: list[list[UInt]]
+    weights: list[list[UInt]]
+    price_us: list[UInt]
+    groups: list[tuple[UInt, list[UInt]]]
+    forecast: list[tuple[UInt, UInt]]
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What makes one table newer than another."""
+        return self.fencing_epoch, self.counter
+
+
+table_codec = Codec(RoutingTable, "routing table", 1024 * 1024)
+
+
+def seal_table(table: RoutingTable, key: SigningKey) -> bytes:
+    """The table as a signed envelope."""
+    return sign_envelope("table", table.counter, table_codec.encode(table), key)
+
+
+def open_table(raw: bytes, cluster: Cluster, now_ms: int, newest: RoutingTable | None = None) -> RoutingTable:
+    """A table signed by a balancer of the cluster; ``ManifestError`` if forged, malformed, expired or older than ``newest``."""
+    table = table_codec.decode(verify_envelope(raw, "table", cluster.sign_key("balancer")).payload)
+    if table.expires_ms + CLOCK_SKEW_MS < now_ms:
+        raise ManifestError(f"routing table {table.order}: expired {now_ms - table.expires_ms} ms ago")
+    if newest is not None and table.order <= newest.order:
+        raise ManifestError(f"routing table {table.order}: {newest.order} is in force")
+    rows, columns = len(table.classes), len(table.nodes)
+    matrices = (table.service_us, table.weights)
+    if any(len(m) != rows or any(len(row) != columns for row in m) for m in matrices) or len(table.price_us) != columns:
+        raise ManifestError(f"routing table {table.order}: its rows do not match {rows} classes and {columns} nodes")
+    if len(table.forecast) != rows or any(max(indexes, default=0) >= columns for _, indexes in table.groups):
+        raise ManifestError(f"routing table {table.order}: forecast or groups do not match its classes and nodes")
+    return table
+
+
+@dataclass(slots=True)
+class _Node:
+    outstanding: int = 0
+    queue: int = 0
+    seen_s: float = float("-inf")
+    down_until_s: float = float("-inf")
+    round_trip_us: float = 300.0
+    service_us: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Indexed:
+    """A table with its rows and columns by name."""
+
+    table: RoutingTable
+    rows: Mapping[str, int]
+    columns: Mapping[str, int]
+
+
+class Router:
+    """One client's view of the nodes; safe for several threads.
+
+    The invariant: a table only ever replaces an older one, whole.
+    """
+
+    def __init__(self, cluster: Cluster, random: Random) -> None:
+        self._cluster = cluster
+        self._random = random
+        self._lock = threading.Lock()
+        self._nodes = {name: _Node() for name in cluster.nodes}
+        self._loaded: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._indexed: _Indexed | None = None
+
+    @property
+    def table(self) -> RoutingTable | None:
+        """The table in force."""
+        indexed = self._indexed
+        return indexed.table if indexed else None
+
+    def install(self, table: RoutingTable) -> bool:
+        """Put a verified table in force, unless a newer one is."""
+        indexed = _Indexed(
+            table,
+            {name: index for index, name in enumerate(table.classes)},
+            {name: index for index, name in enumerate(table.nodes)},
+        )
+        with self._lock:
+            if self._indexed is not None and table.order <= self._indexed.table.order:
+                return False
+            self._indexed = indexed
+            return True
+
+    def holders(self, key_name: str) -> tuple[str, ...]:
+        """The nodes of the key's placement group, in order, by the table in force or else the cluster's own rule."""
+        group = self._cluster.group_of(key_name)
+        indexed = self._indexed
+        if indexed is not None:
+            for number, indexes in indexed.table.groups:
+                if number == group:
+                    return tuple(name for i in indexes if (name := indexed.table.nodes[i]) in self._cluster.nodes)
+        return self._cluster.group_holders(group)
+
+    def sent(self, node: str) -> None:
+        """A request went to the node."""
+        with self._lock:
+            self._nodes[node].outstanding += 1
+
+    def answered(self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float) -> None:
+        """A reply with its snapshot came back."""
+        with self._lock:
+            state = self._nodes[node]
+            state.outstanding = max(0, state.outstanding - 1)
+            state.queue, state.seen_s, state.down_until_s = load.queue, now_s, float("-inf")
+            state.round_trip_us += 0.1 * (max(0.0, min(elapsed_us - load.service_us, 1e6)) - state.round_trip_us)
+            if load.service_us and request_class:
+                before = state.service_us.get(request_class, float(load.service_us))
+                state.service_us[request_class] = before + 0.1 * (load.service_us - before)
+            if key_name:
+                if load.loaded:
+                    self._loaded[key_name, node] = None
+                    self._loaded.move_to_end((key_name, node))
+                    if len(self._loaded) > MAX_LOADED:
+                        self._loaded.popitem(last=False)
+                else:
+                    self._loaded.pop((key_name, node), None)
+
+    def failed(self, node: str, now_s: float) -> None:
+        """No reply came; the node is tried last for a while, and what it had loaded is forgotten."""
+        with self._lock:
+            state = self._nodes[node]
+            state.outstanding = max(0, state.outstanding - 1)
+            state.down_until_s = now_s + DOWN_S
+            for pair in [pair for pair in self._loaded if pair[1] == node]:
+                del self._loaded[pair]
+
+    def is_loaded(self, key_name: str, node: str) -> bool:
+        """Whether the node's last reply said that it has the key loaded."""
+        return (key_name, node) in self._loaded
+
+    def forget_loaded(self, key_name: str = "") -> None:
+        """Forget what is loaded, of one key or of all: after a flush."""
+        with self._lock:
+            for pair in [pair for pair in self._loaded if key_name in ("", pair[0])]:
+                del self._loaded[pair]
+
+    def rank(self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float) -> tuple[str, ...]:
+        """The eligible combiners, best first."""
+        with self._lock:
+            names = [name for name in eligible if name in self._nodes]
+            if len(names) < 2:
+                return tuple(names)
+            scores = {name: self._score(request_class, key_name, name, now_s) for name in names}
+            up = [name for name in names if self._nodes[name].down_until_s <= now_s]
+            first = self._sample(request_class, up)
+            first |= {name for name in up if (key_name, name) in self._loaded}
+            return tuple(sorted(names, key=lambda name: (name not in up, name not in first, scores[name])))
+
+    def _score(self, request_class: str, key_name: str, name: str, now_s: float) -> float:
+        state = self._nodes[name]
+        service = state.service_us.get(request_class) or self._table_service(request_class, name)
+        queue = state.queue if now_s - state.seen_s <= SNAPSHOT_MAX_AGE_S else 0
+        price = 0
+        indexed = self._indexed
+        if indexed is not None and (column := indexed.columns.get(name)) is not None:
+            price = indexed.table.price_us[column]
+        cold = 0 if (key_name, name) in self._loaded else COLD_CHARGE_US
+        return (queue + state.outstanding + 1) * service + state.round_trip_us + price + cold
+
+    def _table_service(self, request_class: str, name: str) -> float:
+        indexed = self._indexed
+        if indexed is not None:
+            row, column = indexed.rows.get(request_class), indexed.columns.get(name)
+            if row is not None and column is not None and (known := indexed.table.service_us[row][column]):
+                return float(known)
+        algo = ALGORITHMS.get(request_class.partition("/")[2])
+        return float(algo.prior_us) if algo else 100.0
+
+    def _sample(self, request_class: str, names: Sequence[str]) -> set[str]:
+        """Two of the names, drawn without replacement by the table's weights (evenly where it has none)."""
+        weights = [1000] * len(names)
+        indexed = self._indexed
+        if indexed is not None and (row := indexed.rows.get(request_class)) is not None:
+            line = indexed.table.weights[row]
+            weights = [line[column] if (column := indexed.columns.get(name)) is not None else 0 for name in names]
+        chosen: set[str] = set()
+        pool = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight]
+        while pool and len(chosen) < 2:
+            pick = self._random.choices(pool, [weight for _, weight in pool])[0]
+            chosen.add(pick[0])
+            pool.remove(pick)
+        return chosen
