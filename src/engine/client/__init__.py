@@ -1,0 +1,1 @@
+"""The rooms with sockets: transport, listener, the client engines and the local cluster."""

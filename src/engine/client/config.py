@@ -1,0 +1,278 @@
+"""Configuration, identity and manifest files, and the set-up of logging. It opens files, never sockets."""
+
+from __future__ import annotations
+
+import base64
+import logging
+import os
+import stat
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import structlog
+import tomli_w
+import zmq
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import Meta, Struct
+
+from engine.errors import ConfigError, ManifestError, ProtocolError
+from engine.protocol.manifest import Cluster, Member, Role, decode_card, encode_card, open_chain
+from engine.protocol.signed import SigningKey
+from engine.protocol.wire import Name
+
+__all__ = [
+    "ClientConfig",
+    "CurveIdentity",
+    "Identity",
+    "configure_logging",
+    "create_identity",
+    "load_cluster",
+    "load_config",
+    "load_identity",
+    "read_card",
+    "write_card",
+    "write_private",
+    "write_toml",
+]
+
+CARD_PREFIX = "keyquorum-card-1 "
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_LEVEL_VARIABLE = "KEYQUORUM_LOG_LEVEL"
+MAX_CONFIG_BYTES = 1024 * 1024
+
+S = TypeVar("S", bound=Struct)
+
+
+def load_config(path: str | os.PathLike[str], kind: type[S]) -> S:
+    """The TOML file as a ``kind``; a ``ConfigError`` names the file, the key and the limit.
+
+    Relative paths in the file are the caller's to resolve, against the file's folder (``resolve``).
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{file}: longer than {MAX_CONFIG_BYTES} bytes")
+        with file.open("rb") as stream:
+            data = tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: no valid TOML: {error}") from None
+    try:
+        return msgspec.convert(data, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def resolve(config_path: str | os.PathLike[str], value: str) -> Path:
+    """A path of a configuration file, relative to the file's folder."""
+    return (Path(config_path).resolve().parent / value).resolve()
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Write a new file of mode 0600, durably; it replaces an older one whole."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_toml(path: Path, values: dict[str, Any]) -> None:
+    """Write a TOML file of mode 0600."""
+    write_private(path, tomli_w.dumps(values).encode())
+
+
+def check_private(path: Path) -> None:
+    """Refuse a secret's file that others may read or write."""
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    if mode & 0o077:
+        raise ConfigError(f"{path}: mode {mode:04o} lets others at it; it must be 0600")
+
+
+@dataclass(frozen=True, slots=True)
+class CurveIdentity:
+    """A CURVE key pair in Z85; the repr hides the secret."""
+
+    name: str
+    public: bytes
+    secret: bytes
+
+    def __repr__(self) -> str:
+        return f"CurveIdentity({self.name!r}, {self.public.decode()!r})"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who this process is: its name, role, CURVE pair (None for an operator) and signing key."""
+
+    name: str
+    role: Role
+    curve: CurveIdentity | None
+    signing: SigningKey
+
+    @property
+    def transport(self) -> CurveIdentity:
+        """The CURVE pair; ``ConfigError`` for an operator, who has none."""
+        if self.curve is None:
+            raise ConfigError(f"the identity of {self.name!r} is an operator's and can't open a connection")
+        return self.curve
+
+    def member(self, *, endpoint: str = "", publish_endpoint: str = "", location: str = "") -> Member:
+        """The public side, as an identity card and the cluster manifest tell it."""
+        curve = zmq.utils.z85.decode(self.curve.public) if self.curve else bytes(32)
+        return Member(self.name, self.role, self.signing.public, curve, endpoint, publish_endpoint, location)
+
+
+class _IdentityFile(Struct, frozen=True, forbid_unknown_fields=True):
+    version: Annotated[int, Meta(ge=1, le=1)]
+    name: Name
+    role: Role
+    signing_key: str
+    curve_secret: str = ""
+
+
+def create_identity(path: Path, name: str, role: Role, passphrase: str = "") -> Identity:
+    """Make the keys of a new member and write them to a new file of mode 0600.
+
+    An operator's signing key is encrypted under ``passphrase`` (PKCS#8, PBES2), which must not be empty for that role.
+    """
+    if path.exists():
+        raise ConfigError(f"{path}: exists already; an identity is never overwritten")
+    if role == "operator" and not passphrase:
+        raise ConfigError("an operator's key needs a passphrase")
+    private = Ed25519PrivateKey.generate()
+    protection: serialization.KeySerializationEncryption = (
+        serialization.BestAvailableEncryption(passphrase.encode()) if passphrase else serialization.NoEncryption()
+    )
+    pem = private.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
+    values: dict[str, Any] = {"version": 1, "name": name, "role": role, "signing_key": pem.decode("ascii")}
+    curve = None
+    if role != "operator":
+        public, secret = zmq.curve_keypair()
+        curve = CurveIdentity(name, public, secret)
+        values["curve_secret"] = secret.decode("ascii")
+    try:
+        msgspec.convert(values, _IdentityFile, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"the name {name[:140]!r}: {error}") from None
+    write_toml(path, values)
+    return Identity(name, role, curve, SigningKey(name, private))
+
+
+def load_identity(path: str | os.PathLike[str], passphrase: str = "") -> Identity:
+    """The identity in a file that only its owner may read."""
+    file = Path(path)
+    check_private(file)
+    values = load_config(file, _IdentityFile)
+    try:
+        private = serialization.load_pem_private_key(
+            values.signing_key.encode(), passphrase.encode() if passphrase else None
+        )
+    except (ValueError, TypeError):
+        # The cause may quote the key, so it is not chained.
+        why = "the passphrase is wrong or missing" if "ENCRYPTED" in values.signing_key else "the signing key is malformed"
+        raise ConfigError(f"{file}: {why}") from None
+    if not isinstance(private, Ed25519PrivateKey):
+        raise ConfigError(f"{file}: the signing key is no Ed25519 key")
+    curve = None
+    if values.role != "operator":
+        secret = values.curve_secret.encode()
+        try:
+            curve = CurveIdentity(values.name, zmq.curve_public(secret), secret)
+        except (zmq.ZMQError, ValueError):
+            raise ConfigError(f"{file}: the CURVE secret is malformed") from None
+    return Identity(values.name, values.role, curve, SigningKey(values.name, private))
+
+
+def write_card(path: Path, member: Member, key: SigningKey) -> None:
+    """Write a member's public identity card, one line of text."""
+    text = CARD_PREFIX + base64.b64encode(encode_card(member, key)).decode("ascii") + "\n"
+    write_private(path, text.encode())
+    path.chmod(0o644)
+
+
+def read_card(path: Path) -> Member:
+    """The member of an identity card, its signature checked."""
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: no identity card") from None
+    if not text.startswith(CARD_PREFIX):
+        raise ConfigError(f"{path}: no identity card (it begins with {CARD_PREFIX.strip()!r})")
+    try:
+        return decode_card(base64.b64decode(text[len(CARD_PREFIX) :], validate=True))
+    except (ValueError, ManifestError, ProtocolError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def load_cluster(manifest: str | os.PathLike[str], pin: str) -> Cluster:
+    """The verified cluster of a manifest file; ``pin`` is the hex hash of the chain's first manifest."""
+    file = Path(manifest)
+    try:
+        chain = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    try:
+        pinned = bytes.fromhex(pin)
+    except ValueError:
+        pinned = b""
+    if len(pinned) != 32:
+        raise ConfigError(f"manifest_pin must be 64 hex digits, it has {len(pin)} characters")
+    try:
+        return open_chain(chain, pinned)
+    except (ManifestError, ProtocolError) as error:
+        raise ManifestError(f"{file}: {error}") from None
+
+
+class ClientConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """``client.toml``: who the client is, which cluster it trusts, and its default deadline."""
+
+    version: Annotated[int, Meta(ge=1, le=1)]
+    identity: str
+    manifest: str
+    manifest_pin: str
+    timeout_s: Annotated[float, Meta(gt=0, le=600)] = 5.0
+
+
+def configure_logging(level: str = "") -> None:
+    """Log to stderr: text on a terminal, else one JSON object a line. ``level`` beats KEYQUORUM_LOG_LEVEL."""
+    chosen = (level or os.environ.get(LOG_LEVEL_VARIABLE, "") or "info").lower()
+    if chosen not in LOG_LEVELS:
+        raise ConfigError(f"log level {chosen!r}; known are {', '.join(LOG_LEVELS)}")
+    terminal = sys.stderr.isatty()
+    renderer: Any = structlog.dev.ConsoleRenderer() if terminal else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, chosen.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )

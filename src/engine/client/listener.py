@@ -1,0 +1,181 @@
+"""The serving side of a CURVE socket: who may connect, and which member sent a message. It knows no verbs.
+
+CURVE fails open without a ZAP handler, so every server socket has ZAP_ENFORCE_DOMAIN set: with a dead handler nobody
+gets in. The ``User-Id`` that ZAP attached is looked up for every single message; a routing id proves nothing.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from engine.client.config import CurveIdentity
+from engine.client.transport import HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
+from engine.errors import EngineError, ProtocolError
+from engine.protocol.manifest import Cluster, Member
+from engine.protocol.wire import (
+    MAX_MESSAGE,
+    PROTOCOL_VERSION,
+    ErrorBody,
+    Load,
+    Reply,
+    Request,
+    Status,
+    check_version,
+    error_codec,
+    reply_codec,
+    request_codec,
+)
+
+__all__ = ["IDLE", "Gate", "Incoming", "Listener", "curve_server", "error_body"]
+
+ZAP_DOMAIN = "keyquorum"
+IDLE = Load(0, 0, False)
+BACKLOG = 1024
+WANTED_FILES = 65_536
+
+log = structlog.get_logger()
+
+
+class _MembersOnly:
+    """ZAP's question, answered from the cluster manifest (RFC 27/ZAP)."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._allowed = frozenset(key.encode() for key in cluster.by_curve)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return domain == ZAP_DOMAIN and key in self._allowed
+
+
+class Gate:
+    """The ZAP handler of a context: it lets in the CURVE keys of the cluster's members and nobody else."""
+
+    def __init__(self, context: zmq.Context[Any], cluster: Cluster) -> None:
+        self._authenticator = ThreadAuthenticator(context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(ZAP_DOMAIN, credentials_provider=_MembersOnly(cluster))
+
+    def close(self) -> None:
+        """Stop the handler; nobody can connect any more."""
+        self._authenticator.stop()
+
+
+def curve_server(socket: zmq.Socket[bytes], identity: CurveIdentity) -> None:
+    """Set what every binding socket has: CURVE server, ZAP enforced, bounds on size, handshake and queues."""
+    check_zmq_version()
+    socket.curve_server = True
+    socket.curve_secretkey = identity.secret
+    socket.curve_publickey = identity.public
+    socket.zap_domain = ZAP_DOMAIN.encode()
+    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+    socket.maxmsgsize = MAX_MESSAGE
+    socket.handshake_ivl = HANDSHAKE_MS
+    socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
+    socket.backlog = BACKLOG
+    socket.linger = 100
+
+
+def raise_file_limit() -> None:
+    """Ask for as many descriptors as the hard limit gives: out of them, libzmq spins and serves nobody."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A well-formed request, the member whose key sent it, and the way back."""
+
+    route: bytes
+    member: Member
+    request: Request
+
+
+class Listener:
+    """A bound ROUTER socket of a member."""
+
+    def __init__(
+        self, context: zmq.Context[Any], identity: CurveIdentity, endpoint: str, cluster: Cluster
+    ) -> None:
+        self._cluster = cluster
+        self.refused = 0
+        self.undeliverable = 0
+        self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+        try:
+            curve_server(self.socket, identity)
+            self.socket.router_mandatory = 1
+            self.socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.socket.close(0)
+            raise EngineError(f"can't bind {endpoint}: {error}") from None
+
+    def close(self) -> None:
+        """Close the socket; replies under way get 100 ms."""
+        self.socket.close()
+
+    def receive(self) -> Incoming | None:
+        """The next request, or None when there is none now. Garbage is answered where it can be, and counted."""
+        while True:
+            try:
+                frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return None
+            incoming = self._open(frames)
+            if incoming is not None:
+                return incoming
+            self.refused += 1
+
+    def _open(self, frames: list[Any]) -> Incoming | None:
+        route, last = frames[0].bytes, frames[-1]
+        member = self._cluster.by_curve.get(_user_id(last))
+        if member is None:
+            log.warning("message refused", reason="its connection's key is no member's")
+            return None
+        try:
+            if len(frames) != 2:
+                raise ProtocolError(f"a request has 1 frame, this one {len(frames) - 1}")
+            request = request_codec.decode(last.bytes)
+            check_version(request.version)
+        except ProtocolError as error:
+            log.warning("message refused", member=member.name, reason=str(error))
+            self._send(route, Reply(PROTOCOL_VERSION, 0, Status.ERROR, error_body(error), IDLE, {}))
+            return None
+        return Incoming(route, member, request)
+
+    def reply(self, incoming: Incoming, status: int, body: bytes, load: Load = IDLE) -> None:
+        """Answer a request."""
+        self._send(incoming.route, Reply(PROTOCOL_VERSION, incoming.request.id, status, body, load, {}))
+
+    def fail(self, incoming: Incoming, error: Exception, load: Load = IDLE) -> None:
+        """Answer a request with an error."""
+        self.reply(incoming, Status.ERROR, error_body(error), load)
+
+    def _send(self, route: bytes, reply: Reply) -> None:
+        try:
+            self.socket.send_multipart([route, reply_codec.encode(reply)], zmq.DONTWAIT)
+        except (zmq.Again, zmq.ZMQError):
+            # Again: its queue is full; EHOSTUNREACH: it went away. Either way only that client waits, till its deadline.
+            self.undeliverable += 1
+
+
+def _user_id(frame: Any) -> str:
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:
+        return ""
+
+
+def error_body(error: Exception) -> bytes:
+    """The body of an error reply: the code of an ``EngineError``; a caller's mistake; nothing of anything else."""
+    if isinstance(error, EngineError):
+        names = list(getattr(error, "missing", ()) or getattr(error, "holders", ()))
+        return error_codec.encode(ErrorBody(error.code, str(error)[:1024], names))
+    if isinstance(error, ValueError | TypeError):
+        return error_codec.encode(ErrorBody("invalid-request", str(error)[:1024], []))
+    return error_codec.encode(ErrorBody("error", "internal error; the node's log says more", []))

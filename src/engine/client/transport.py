@@ -1,0 +1,323 @@
+"""Requests over CURVE sockets: one channel is a set of connections, a DEALER to each peer, used by one thread at a time.
+
+It matches replies to requests, notices broken connections and refused keys by the sockets' monitors, and knows nothing
+of what the requests mean.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from engine.client.config import CurveIdentity
+from engine.errors import AccessDenied, DeadlineExceeded, EngineError, NodeUnavailable, ProtocolError, error_from_code
+from engine.protocol.manifest import Member
+from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS
+from engine.protocol.wire import (
+    MAX_MESSAGE,
+    MAX_TIMEOUT_MS,
+    PROTOCOL_VERSION,
+    Reply,
+    Request,
+    Status,
+    check_version,
+    error_codec,
+    reply_codec,
+    request_codec,
+)
+
+__all__ = ["Arrival", "Channel", "Moved", "ask", "check_zmq_version", "connect_options", "raise_for_status"]
+
+CONNECT_TIMEOUT_S = 0.5
+"""How long a request waits for a first connection (TCP and CURVE handshake) before the peer counts as unreachable."""
+REDIAL_TIMEOUT_S = 0.05
+"""The same for a peer whose connection was lost or never came about; meanwhile libzmq goes on dialling."""
+RECONNECT_MS = 5
+RECONNECT_MAX_MS = 200
+HANDSHAKE_MS = 2_000
+HIGH_WATER_MARK = 1_000
+MIN_ZMQ = (4, 3, 5)
+
+_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
+)
+
+
+class Moved(EngineError):
+    """The node is no eligible combiner of the key; ``names`` are those that are, in order."""
+
+    code = "moved"
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        super().__init__(f"moved to {', '.join(names)}")
+        self.names = names
+
+
+def check_zmq_version() -> None:
+    """Refuse a libzmq older than 4.3.5, whose predecessors have known vulnerabilities (the loaded one counts)."""
+    if zmq.zmq_version_info() < MIN_ZMQ:
+        raise EngineError(f"libzmq {zmq.zmq_version()} is loaded; {'.'.join(map(str, MIN_ZMQ))} or newer is needed")
+
+
+def connect_options(socket: zmq.Socket[bytes], identity: CurveIdentity, peer: Member) -> None:
+    """Set what every connecting socket has: CURVE with the peer's pinned key, bounds, quick reconnection."""
+    socket.curve_secretkey = identity.secret
+    socket.curve_publickey = identity.public
+    socket.curve_serverkey = peer.curve_z85.encode()
+    socket.linger = 0
+    socket.reconnect_ivl = RECONNECT_MS
+    socket.reconnect_ivl_max = RECONNECT_MAX_MS
+    socket.handshake_ivl = HANDSHAKE_MS
+    socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
+
+
+@dataclass(slots=True)
+class Arrival:
+    """The end of one request: a reply, or the error that took its place. ``elapsed_us`` is in microseconds."""
+
+    token: int
+    peer: str
+    verb: str
+    reply: Reply | None
+    error: EngineError | None
+    elapsed_us: float
+
+
+@dataclass(slots=True)
+class _Pending:
+    peer: str
+    verb: str
+    started_s: float
+    deadline_s: float
+
+
+@dataclass(slots=True)
+class _Connection:
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    up: bool = False
+    tried: bool = False
+    refused: bool = False
+    pending: set[int] = field(default_factory=set)
+
+
+class Channel:
+    """Connections to the members of a cluster, opened when first used.
+
+    Not safe for two threads at once; handing it over under a lock is fine. ``members`` maps names to members with
+    endpoints.
+    """
+
+    def __init__(
+        self, identity: CurveIdentity, members: Mapping[str, Member], context: zmq.Context[Any] | None = None
+    ) -> None:
+        check_zmq_version()
+        self._identity = identity
+        self._members = members
+        self._context: zmq.Context[Any] = context or zmq.Context.instance()
+        self._connections: dict[str, _Connection] = {}
+        self._pending: dict[int, _Pending] = {}
+        self._by_monitor: dict[zmq.Socket[bytes], str] = {}
+        self._by_socket: dict[zmq.Socket[bytes], str] = {}
+        self._done: list[Arrival] = []
+        self._tokens = itertools.count(1)
+        self._poller = zmq.Poller()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every connection; what is under way is given up."""
+        for name in list(self._connections):
+            self._drop(name)
+        self._pending.clear()
+
+    def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+        """Send a request and return its token; its end comes from ``poll``, at the latest at its deadline.
+
+        ``NodeUnavailable`` if there is no connection, ``AccessDenied`` if the peer refuses this key.
+        """
+        connection = self._connected(peer, timeout_s)
+        token = next(self._tokens)
+        timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
+        data = request_codec.encode(Request(PROTOCOL_VERSION, token, verb, timeout_ms, body, {}))
+        now = time.monotonic()
+        try:
+            connection.socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            raise NodeUnavailable(f"{peer}: the connection is down or its send queue is full") from None
+        connection.pending.add(token)
+        self._pending[token] = _Pending(peer, verb, now, now + timeout_s)
+        return token
+
+    def abandon(self, token: int) -> None:
+        """Forget a request; a late reply is dropped."""
+        pending = self._pending.pop(token, None)
+        if pending is not None and pending.peer in self._connections:
+            self._connections[pending.peer].pending.discard(token)
+
+    def poll(self, timeout_s: float) -> list[Arrival]:
+        """What has ended since, waiting at most ``timeout_s`` for a first one."""
+        until = time.monotonic() + timeout_s
+        while True:
+            now = time.monotonic()
+            self._expire(now)
+            if self._done or now >= until and timeout_s > 0:
+                break
+            next_deadline = min((each.deadline_s for each in self._pending.values()), default=until)
+            wait_s = max(0.0, min(until, next_deadline) - now)
+            # Rounded up, so that the last millisecond before a deadline is no busy loop.
+            for socket, _ in self._poller.poll(int(wait_s * 1000 + 0.999)):
+                self._readable(socket)
+            if timeout_s <= 0:
+                break
+        done, self._done = self._done, []
+        return done
+
+    def call(self, peer: str, verb: str, body: bytes, timeout_s: float) -> Reply:
+        """Send one request and wait for its reply; the channel must have nothing else under way."""
+        token = self.start(peer, verb, body, timeout_s)
+        while True:
+            for arrival in self.poll(timeout_s):
+                if arrival.token != token:
+                    continue
+                if arrival.reply is None:
+                    raise arrival.error or DeadlineExceeded(f"{peer}: no reply")
+                return arrival.reply
+
+    # --- connections ---
+
+    def _connected(self, peer: str, timeout_s: float) -> _Connection:
+        connection = self._connections.get(peer) or self._open(peer)
+        if not connection.up:
+            self._await_up(connection, min(timeout_s, REDIAL_TIMEOUT_S if connection.tried else CONNECT_TIMEOUT_S))
+        if connection.up:
+            return connection
+        if connection.refused:
+            raise AccessDenied(f"{peer} refuses the key of {self._identity.name!r}: it is no member's in its manifest")
+        raise NodeUnavailable(f"{peer} at {self._members[peer].endpoint} can't be reached")
+
+    def _open(self, peer: str) -> _Connection:
+        member = self._members.get(peer)
+        if member is None:
+            raise NodeUnavailable(f"{peer!r} is no member with an endpoint")
+        socket = self._context.socket(zmq.DEALER)
+        connect_options(socket, self._identity, member)
+        socket.immediate = 1
+        socket.maxmsgsize = MAX_MESSAGE
+        monitor = socket.get_monitor_socket(_EVENTS)
+        connection = _Connection(socket, monitor)
+        self._connections[peer] = connection
+        self._by_socket[socket], self._by_monitor[monitor] = peer, peer
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
+        socket.connect(member.endpoint)
+        return connection
+
+    def _await_up(self, connection: _Connection, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        connection.tried = True
+        while not connection.up and not connection.refused:
+            wait_ms = int((until - time.monotonic()) * 1000 + 0.999)
+            if wait_ms <= 0 or not connection.monitor.poll(wait_ms):
+                # The monitor may lag behind: what counts is whether a message would go out.
+                connection.up = bool(connection.socket.poll(0, zmq.POLLOUT))
+                return
+            self._read_monitor(connection.monitor)
+
+    def _drop(self, name: str) -> None:
+        connection = self._connections.pop(name)
+        for socket in (connection.socket, connection.monitor):
+            self._poller.unregister(socket)
+        self._by_socket.pop(connection.socket)
+        self._by_monitor.pop(connection.monitor)
+        connection.socket.disable_monitor()
+        connection.monitor.close(0)
+        connection.socket.close(0)
+
+    # --- events ---
+
+    def _readable(self, socket: Any) -> None:
+        if socket in self._by_monitor:
+            self._read_monitor(socket)
+            return
+        peer = self._by_socket[socket]
+        while True:
+            try:
+                frames = socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                return
+            self._received(peer, frames)
+
+    def _received(self, peer: str, frames: list[bytes]) -> None:
+        try:
+            if len(frames) != 1:
+                raise ProtocolError(f"a reply of {len(frames)} frames, not 1")
+            reply = reply_codec.decode(frames[0])
+            check_version(reply.version)
+        except ProtocolError as error:
+            # Without an id the reply ends no request; the request's deadline does.
+            for token in list(self._connections[peer].pending):
+                self._finish(token, None, ProtocolError(f"{peer}: {error}"))
+            return
+        self._finish(reply.id, reply, None, peer)
+
+    def _read_monitor(self, monitor: zmq.Socket[bytes]) -> None:
+        peer = self._by_monitor[monitor]
+        connection = self._connections[peer]
+        while monitor.poll(0):
+            event = parse_monitor_message(monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                connection.up, connection.tried, connection.refused = True, True, False
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                connection.refused, connection.up = True, False
+            elif event == zmq.EVENT_DISCONNECTED:
+                connection.up = False
+                for token in list(connection.pending):
+                    self._finish(token, None, NodeUnavailable(f"{peer}: the connection broke"))
+
+    def _expire(self, now: float) -> None:
+        for token in [token for token, each in self._pending.items() if each.deadline_s <= now]:
+            each = self._pending[token]
+            waited_ms = round((each.deadline_s - each.started_s) * 1000)
+            self._finish(token, None, DeadlineExceeded(f"{each.peer}: no reply to {each.verb} within {waited_ms} ms"))
+
+    def _finish(self, token: int, reply: Reply | None, error: EngineError | None, peer: str | None = None) -> None:
+        pending = self._pending.get(token)
+        if pending is None or (peer is not None and pending.peer != peer):
+            return
+        del self._pending[token]
+        self._connections[pending.peer].pending.discard(token)
+        elapsed_us = (time.monotonic() - pending.started_s) * 1e6
+        self._done.append(Arrival(token, pending.peer, pending.verb, reply, error, elapsed_us))
+
+
+def raise_for_status(reply: Reply) -> None:
+    """Raise the error that an error or ``moved`` reply carries."""
+    if reply.status == Status.OK:
+        return
+    body = error_codec.decode(reply.body)
+    if reply.status == Status.MOVED:
+        raise Moved(tuple(body.names))
+    raise error_from_code(body.code, body.message, body.names)
+
+
+def ask(channel: Channel, peer: str, verb: str, message: object, timeout_s: float) -> Any:
+    """Send ``message`` as the verb's body and return the decoded body of an ok reply; raises an error reply's error."""
+    reply = channel.call(peer, verb, REQUEST_CODECS[verb].encode(message), timeout_s)
+    raise_for_status(reply)
+    return REPLY_CODECS[verb].decode(reply.body)
