@@ -1,0 +1,48 @@
+"""The native core: Shamir's secret sharing over GF(2^8) with the polynomial 0x11B (FIPS 197), in constant time.
+
+Source: A. Shamir, "How to share a secret", CACM 22(11), 1979. Only ``engine.sharing`` imports it. Constant time means
+that neither a branch nor an address depends on a secret or a share's value; indices, counts and lengths are public.
+"""
+
+from collections.abc import Sequence
+from typing import overload
+
+from typing_extensions import Buffer
+
+def split(secret: Buffer, threshold: int, shares: int, xs: Sequence[int] | None = None) -> list[bytes]:
+    """Split ``secret`` (``length`` bytes) into ``shares`` values of ``length`` bytes, in the order of ``xs``.
+
+    ``xs`` are the share indices, 1..shares by default. Any ``threshold`` of the values give the secret back, fewer say
+    nothing about it: all coefficients are uniform, a zero leading one included, and come from getrandom(2).
+
+    Raises ValueError for a threshold outside 1..shares, shares outside 1..255, an index outside 1..255 or given twice,
+    an ``xs`` of another length than ``shares`` and an empty secret; TypeError for other types; OSError when the random
+    generator fails (then no share exists).
+    """
+
+@overload
+def combine(xs: Sequence[int], ys: Sequence[Buffer], target: int = 0, *, out: None = None) -> bytes: ...
+@overload
+def combine(xs: Sequence[int], ys: Sequence[Buffer], target: int = 0, *, out: Buffer) -> None:
+    """Interpolate the polynomial of degree < len(xs) through (xs[j], ys[j]) at ``target`` (0: the secret).
+
+    All ``ys`` have the same length. With ``out`` (writable, of that length, apart from all ``ys``) the result is
+    written there and None is returned: a bytearray can be wiped, ``bytes`` cannot. A wrong or foreign share gives a
+    wrong result without a sign; ``engine.sharing`` has the checks.
+
+    Raises ValueError for no share, an index outside 1..255 or given twice, a target outside 0..255, different lengths,
+    empty values and an ``out`` of another length or that overlaps a share; TypeError for other types, a read-only
+    ``out`` and buffers that are not contiguous.
+    """
+
+def kernel_name() -> str:
+    """The kernel in force: the fastest that the machine can run, or the one that KEYQUORUM_KERNEL named at import."""
+
+def available_kernels() -> tuple[str, ...]:
+    """The kernels that this machine can run, fastest first; the last is ``portable``."""
+
+def use_kernel(name: str | None = None) -> str:
+    """Put a kernel in force for the whole process (None: the fastest) and return its name. For tests and benches.
+
+    Raises ValueError for a name that is not among ``available_kernels()``.
+    """

@@ -1,0 +1,42 @@
+"""Owns Shamir's sharing of a key and the placement of its shares; it knows no sockets and no clock.
+
+This is the one room that touches the native core: everyone else gets at it through these names.
+"""
+
+from engine._fastshamir import available_kernels, kernel_name, use_kernel
+from engine.sharing.combiner import find_corrupt, reconstruct_into, reconstruct_key
+from engine.sharing.dealer import BLINDING_BYTES, blind, generate_shares, unblind
+from engine.sharing.placement import (
+    Distribution,
+    NodeLocation,
+    check_placement,
+    distribute_shares,
+    order_holders,
+    placement_group,
+)
+from engine.sharing.share import SALT_BYTES, Share, check_value, commitment, new_salt, wipe
+
+__all__ = [
+    "BLINDING_BYTES",
+    "SALT_BYTES",
+    "Distribution",
+    "NodeLocation",
+    "Share",
+    "available_kernels",
+    "blind",
+    "check_placement",
+    "check_value",
+    "commitment",
+    "distribute_shares",
+    "find_corrupt",
+    "generate_shares",
+    "kernel_name",
+    "new_salt",
+    "order_holders",
+    "placement_group",
+    "reconstruct_into",
+    "reconstruct_key",
+    "unblind",
+    "use_kernel",
+    "wipe",
+]

@@ -1,0 +1,94 @@
+"""Owns what a share is and the hashes that bind it to its key; it knows nothing of nodes, manifests or messages.
+
+A commitment is SHA-256 over (label, salt, context, share). It names a wrong share, but does not show the share: the
+salt is random and stays inside the sealed share, so a commitment is no oracle for a guessed one.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+from dataclasses import dataclass
+from hashlib import sha256
+
+__all__ = ["SALT_BYTES", "Share", "check_value", "commitment", "new_salt", "wipe"]
+
+SALT_BYTES = 32
+
+# The labels keep the two hashes apart from each other and from any other SHA-256 in the project.
+_COMMITMENT_LABEL = b"keyquorum/commitment/1\0"
+_CHECK_VALUE_LABEL = b"keyquorum/check-value/1\0"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Share:
+    """The value of the secret polynomials at one index.
+
+    ``x`` is the index in 1..255 (0 is where the secret lies and is refused), ``y`` the value: as many bytes as the
+    secret, at least one. The value is secret: the repr hides it and comparison takes a time that does not depend on it.
+    """
+
+    x: int
+    y: bytes
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.x, int):
+            raise TypeError(f"the share index x must be an int, not {type(self.x).__name__}")
+        if not isinstance(self.y, bytes):
+            raise TypeError(f"the share's value y must be bytes, not {type(self.y).__name__}")
+        if not 1 <= self.x <= 255:
+            raise ValueError(f"the share index x is {self.x}, but must be in 1..255")
+        if not self.y:
+            raise ValueError(f"the share of x = {self.x} has 0 bytes, but needs at least 1")
+
+    def __repr__(self) -> str:
+        return f"Share(x={self.x}, y=<{len(self.y)} bytes>)"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Share):
+            return NotImplemented
+        return self.x == other.x and hmac.compare_digest(self.y, other.y)
+
+    def __hash__(self) -> int:
+        return hash((Share, self.x, len(self.y)))
+
+
+def new_salt() -> bytes:
+    """A fresh random commitment salt of ``SALT_BYTES`` bytes, one for each share."""
+    return os.urandom(SALT_BYTES)
+
+
+def commitment(salt: bytes, context: bytes, share: Share) -> bytes:
+    """The 32-byte commitment to a share: SHA-256(label, |salt|, salt, |context|, context, x, y).
+
+    ``salt`` has ``SALT_BYTES`` bytes. ``context`` is the caller's encoding of key id, version and epoch, so that a
+    share of another epoch never passes. Lengths are four bytes, big-endian; x is one byte; y is the rest.
+    """
+    if len(salt) != SALT_BYTES:
+        raise ValueError(f"a commitment salt has {len(salt)} bytes, but must have {SALT_BYTES}")
+    state = sha256(_COMMITMENT_LABEL)
+    for part in (salt, context):
+        state.update(len(part).to_bytes(4, "big"))
+        state.update(part)
+    state.update(bytes([share.x]))
+    state.update(share.y)
+    return state.digest()
+
+
+def check_value(secret: bytes | bytearray | memoryview, context: bytes) -> bytes:
+    """The 32-byte check value of a shared secret: SHA-256(label, |context|, context, secret).
+
+    It tells a right reconstruction from a wrong one. ``secret`` is key || 32 random bytes (``dealer.blind``): without
+    the random bytes the check value of a weak imported key could be guessed.
+    """
+    state = sha256(_CHECK_VALUE_LABEL)
+    state.update(len(context).to_bytes(4, "big"))
+    state.update(context)
+    state.update(secret)
+    return state.digest()
+
+
+def wipe(buffer: bytearray | memoryview) -> None:
+    """Overwrite a buffer with zeros in place. (``bytes`` can't be wiped: keep secrets in a bytearray.)"""
+    # A slice assignment of the same length is one memcpy into the same memory, also while views of it are open.
+    buffer[:] = bytes(len(buffer))
