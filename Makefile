@@ -1,0 +1,60 @@
+# Every target first makes the checkout ready: Debian packages, .venv and the build (.ci/setup), only what is missing.
+# `make PYTHON=/path/to/python3.12 test` chooses the interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+# Neither an active virtual environment nor these variables may reach the tools of .venv.
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONOPTIMIZE VIRTUAL_ENV
+PYTHON ?=
+export PYTHON
+
+BIN := .venv/bin
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: ## start a real local cluster and show what it does (DEMO_ARGS="--keep" keeps its files)
+	@.ci/setup
+	@$(BIN)/keyquorum demo $(DEMO_ARGS)
+
+.PHONY: test
+test: lint ## lint, then every test (PYTEST_ARGS="-k token" chooses some)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: ## ruff, mypy, import-linter and stubtest; any finding fails
+	@.ci/setup test,lint
+	@echo "lint: ruff"; $(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	@echo "lint: mypy"; $(BIN)/python -m mypy
+	@echo "lint: import-linter"; $(BIN)/lint-imports --no-cache --no-timings
+	@echo "lint: stubtest"; MYPYPATH=src $(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml engine._fastshamir
+
+.PHONY: bench
+bench: ## run the benchmarks and save them as build/bench/latest.json
+	@.ci/setup test,lint
+	@mkdir -p build/bench
+	@$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=build/bench/latest.json $(PYTEST_ARGS)
+
+.PHONY: bench-compare
+bench-compare: ## compare the ratios to their floors with the committed baseline
+	@.ci/setup test,lint
+	@$(BIN)/python bench/compare.py
+
+.PHONY: dist
+dist: ## build the sdist and the wheel into dist/
+	@.ci/setup test,lint
+	@rm -rf dist
+	@$(BIN)/python -m build --outdir dist .
+
+.PHONY: clean
+clean: ## remove everything that was built, .venv too
+	@rm -rf .venv build dist *.egg-info src/*.egg-info src/engine/*.so
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
+	@find src nodes balancer tests bench -name __pycache__ -type d -prune -exec rm -rf {} +
