@@ -1,0 +1,1 @@
+"""A node: one process per PKCS#11 token, holding shares and serving operations (``python -m nodes``)."""

@@ -1,0 +1,187 @@
+"""The node's configuration file and where its PIN comes from. It opens no token and no socket."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import unquote
+
+from msgspec import Meta, Struct
+
+from engine.client.config import check_private, load_config, resolve
+from engine.errors import ConfigError
+
+__all__ = ["NodeConfig", "PinSource", "TokenConfig", "load_node_config"]
+
+MODULE_PATHS = (
+    "/usr/lib/softhsm/libsofthsm2.so",
+    "/usr/lib/x86_64-linux-gnu/softhsm/libsofthsm2.so",
+    "/usr/lib/aarch64-linux-gnu/softhsm/libsofthsm2.so",
+    "/usr/lib64/pkcs11/libsofthsm2.so",
+    "/usr/local/lib/softhsm/libsofthsm2.so",
+)
+MAX_PIN_BYTES = 255
+
+
+class _Token(Struct, frozen=True, forbid_unknown_fields=True):
+    label: Annotated[str, Meta(min_length=1, max_length=32)] = ""
+    pin: str = ""
+    module: str = ""
+    uri: str = ""
+
+
+class _Cache(Struct, frozen=True, forbid_unknown_fields=True):
+    ttl_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
+    max_keys: Annotated[int, Meta(ge=1, le=100_000)] = 1024
+
+
+class _Create(Struct, frozen=True, forbid_unknown_fields=True):
+    acknowledge: Literal["up", "quorum", "all"] = "up"
+
+
+class _File(Struct, frozen=True, forbid_unknown_fields=True):
+    version: Annotated[int, Meta(ge=1, le=1)]
+    identity: str
+    manifest: str
+    manifest_pin: str
+    data: str
+    token: _Token
+    bind: str = ""
+    workers: Annotated[int, Meta(ge=1, le=64)] = 2
+    cache: _Cache = _Cache()
+    create: _Create = _Create()
+
+
+@dataclass(frozen=True, slots=True)
+class PinSource:
+    """Where the PIN is: in a private file or an environment variable, never in the configuration itself."""
+
+    kind: Literal["file", "env"]
+    place: str
+
+    def read(self) -> str:
+        """The PIN. ``ConfigError`` names the place, never the PIN."""
+        if self.kind == "env":
+            pin = os.environ.get(self.place, "")
+        else:
+            path = Path(self.place)
+            check_private(path)
+            pin = path.read_text(encoding="utf-8").strip()
+        if not pin or len(pin.encode()) > MAX_PIN_BYTES:
+            raise ConfigError(f"{self}: no PIN of 1..{MAX_PIN_BYTES} bytes there")
+        return pin
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.place}"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenConfig:
+    """Which token to use: the PKCS#11 module's path, the token's label and the PIN's place."""
+
+    module: Path
+    label: str
+    pin: PinSource
+
+    @property
+    def is_softhsm(self) -> bool:
+        """Whether the module is SoftHSM, whose token folder the node keeps itself."""
+        return "softhsm" in self.module.name
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """What ``node.toml`` says, with paths resolved against its folder."""
+
+    path: Path
+    identity: Path
+    manifest: Path
+    manifest_pin: str
+    data: Path
+    bind: str
+    workers: int
+    token: TokenConfig
+    cache_ttl_s: float
+    cache_max_keys: int
+    acknowledge: Literal["up", "quorum", "all"]
+
+
+def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
+    """The configuration of a node; ``ConfigError`` names the file, the key and the limit."""
+    file = load_config(path, _File)
+    return NodeConfig(
+        path=Path(path).resolve(),
+        identity=resolve(path, file.identity),
+        manifest=resolve(path, file.manifest),
+        manifest_pin=file.manifest_pin,
+        data=resolve(path, file.data),
+        bind=file.bind,
+        workers=file.workers,
+        token=_token(path, file),
+        cache_ttl_s=file.cache.ttl_s,
+        cache_max_keys=file.cache.max_keys,
+        acknowledge=file.create.acknowledge,
+    )
+
+
+def _token(path: str | os.PathLike[str], file: _File) -> TokenConfig:
+    told = {"label": file.token.label, "pin": file.token.pin, "module": file.token.module}
+    if file.token.uri:
+        for key, value in parse_uri(file.token.uri).items():
+            if told[key]:
+                raise ConfigError(f"{path}: token.{key} is told twice, in token.uri too")
+            told[key] = value
+    if not told["label"]:
+        raise ConfigError(f"{path}: token.label is missing")
+    if not told["pin"]:
+        raise ConfigError(f"{path}: token.pin is missing: file:PATH or env:NAME")
+    return TokenConfig(_module(told["module"]), told["label"], _pin_source(path, told["pin"]))
+
+
+def _pin_source(path: str | os.PathLike[str], text: str) -> PinSource:
+    kind, colon, place = text.partition(":")
+    if not colon:
+        kind, place = "file", text  # RFC 7512, 2.4: a pin-source may be a plain path
+    if kind == "file" and place:
+        return PinSource("file", str(resolve(path, unquote(place.removeprefix("//")))))
+    if kind == "env" and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", place):
+        return PinSource("env", place)
+    raise ConfigError(f"{path}: a PIN comes from file:PATH or env:NAME, not from {kind!r}")
+
+
+def _module(text: str) -> Path:
+    if text:
+        module = Path(text)
+        if not module.is_file():
+            raise ConfigError(f"the PKCS#11 module {module} is not there")
+        return module
+    for candidate in MODULE_PATHS:
+        if Path(candidate).is_file():
+            return Path(candidate)
+    raise ConfigError(f"no SoftHSM found (looked at {', '.join(MODULE_PATHS)}); install softhsm2 or set token.module")
+
+
+def parse_uri(uri: str) -> Mapping[str, str]:
+    """Label, module and PIN source of a PKCS#11 URI (RFC 7512): ``token``, ``module-path`` and ``pin-source``.
+
+    ``pin-value`` is refused: a PIN does not belong into a configuration file.
+    """
+    scheme, _, rest = uri.partition(":")
+    if scheme != "pkcs11":
+        raise ConfigError("token.uri must begin with pkcs11:")
+    path, _, query = rest.partition("?")
+    parts = [part for part in (*path.split(";"), *query.split("&")) if part]
+    known = {"token": "label", "pin-source": "pin", "module-path": "module"}
+    found: dict[str, str] = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if name == "pin-value":
+            raise ConfigError("token.uri: pin-value is refused; use pin-source")
+        if name not in known or not equals:
+            raise ConfigError(f"token.uri: {name!r} is not understood; known are {', '.join(known)}")
+        found[known[name]] = unquote(value)
+    return found

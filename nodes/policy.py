@@ -1,0 +1,40 @@
+"""Who may send which verb to a node. It decides from the cluster manifest alone; no socket, no clock."""
+
+from __future__ import annotations
+
+from engine.errors import AccessDenied, ProtocolError
+from engine.keys import OPERATIONS, RequestType
+from engine.protocol.manifest import Cluster, Member
+from engine.protocol.requests import CLIENT_VERBS, NODE_VERBS, STATS
+
+__all__ = ["check_key", "check_verb"]
+
+
+def check_verb(cluster: Cluster, member: Member, verb: str) -> None:
+    """Refuse a verb that the member's role never sends. What a role may send at all is decided here, once."""
+    if verb in NODE_VERBS:
+        allowed = member.role == "node"
+    elif verb == STATS:
+        allowed = member.role == "balancer"
+    elif verb == RequestType.STATUS:
+        allowed = member.role in ("balancer", "node") or cluster.allows_any_key(member.name, verb)
+    elif verb == RequestType.DESCRIBE and member.role == "node":
+        allowed = True
+    elif verb in CLIENT_VERBS:
+        allowed = member.role == "client"
+    else:
+        raise ProtocolError(f"unknown verb {verb!r}")
+    if not allowed:
+        raise AccessDenied(f"{member.name!r}, a {member.role}, may not send {verb!r}")
+
+
+def check_key(cluster: Cluster, member: Member, verb: str, key_name: str) -> None:
+    """Refuse an operation on a key that no rule of the policy allows to this client.
+
+    ``describe`` is allowed to whoever may do anything else with the key, since its use needs the description.
+    """
+    if member.role == "node":
+        return
+    verbs = (verb, *OPERATIONS, RequestType.DESTROY) if verb == RequestType.DESCRIBE else (verb,)
+    if not any(cluster.allows(member.name, each, key_name) for each in verbs):
+        raise AccessDenied(f"{member.name!r} may not {verb} with the key {key_name!r}")

@@ -1,0 +1,238 @@
+"""The node's own durable store: sealed shares, manifests, certificates. It holds nothing in plain and opens no socket.
+
+SQLite in WAL mode with synchronous=FULL: what is acknowledged survives a power cut. SQLite itself returns flipped bits
+without a sign, so every row carries an HMAC under a key that is sealed by the token's KEK.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
+
+import msgspec
+
+from engine.errors import InvalidTag, TokenError
+from engine.protocol.manifest import KeyManifest
+from engine.sharing import Share
+from nodes.token import Lane
+
+__all__ = ["Row", "ShareStore", "StoreCorrupt", "seal_context"]
+
+SCHEMA_VERSION: Final = 1
+SALT_BYTES: Final = 32
+State = Literal["prepared", "committed", "destroyed"]
+
+_SCHEMA_1: Final = """
+CREATE TABLE keys (
+    key_id BLOB NOT NULL, version INTEGER NOT NULL, epoch INTEGER NOT NULL, attempt INTEGER NOT NULL,
+    name TEXT NOT NULL, state TEXT NOT NULL, manifest_hash BLOB NOT NULL,
+    manifest BLOB NOT NULL, certificate BLOB NOT NULL, document BLOB NOT NULL,
+    sealed BLOB NOT NULL, changed_ms INTEGER NOT NULL, tag BLOB NOT NULL,
+    PRIMARY KEY (key_id, version, epoch)
+) WITHOUT ROWID;
+"""
+MIGRATIONS: Final = {1: _SCHEMA_1}
+"""Schema version -> the statements that lead there from the one before."""
+
+
+class StoreCorrupt(TokenError):
+    """A row of the store does not carry its own authentication, or the store belongs to another token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One epoch of one key as this node keeps it.
+
+    ``sealed`` is the share under the KEK, or empty where the node missed the creation; ``certificate`` is empty until the
+    commit; ``document`` is the client's destroy order once destroyed. Invariant: ``state == "destroyed"`` has no share.
+    """
+
+    key_id: bytes
+    version: int
+    epoch: int
+    attempt: int
+    name: str
+    state: State
+    manifest_hash: bytes
+    manifest: bytes
+    certificate: bytes
+    document: bytes
+    sealed: bytes
+    changed_ms: int
+
+
+_FIELDS: Final = tuple(Row.__dataclass_fields__)
+_COLUMNS: Final = ", ".join(_FIELDS)
+_MARKS: Final = ", ".join("?" for _ in range(len(_FIELDS) + 1))
+
+
+def seal_context(manifest: KeyManifest, x: int, node: str, manifest_hash: bytes) -> bytes:
+    """The associated data of a sealed share: whose it is, so that no blob can stand in for another."""
+    return msgspec.msgpack.encode(
+        [
+            "keyquorum/seal/1",
+            manifest.key_id,
+            manifest.version,
+            manifest.epoch,
+            x,
+            manifest.threshold,
+            manifest.shares,
+            node,
+            manifest_hash,
+        ]
+    )
+
+
+def seal_share(lane: Lane, share: Share, salt: bytes, context: bytes) -> bytes:
+    """Salt and value of a share under the KEK."""
+    return lane.seal(salt + share.y, context)
+
+
+def unseal_share(lane: Lane, sealed: bytes, x: int, context: bytes) -> tuple[Share, bytes]:
+    """The share and its salt; ``InvalidTag`` if the blob is not the one that ``context`` names."""
+    plain = lane.unseal(sealed, context)
+    if len(plain) <= SALT_BYTES:
+        raise InvalidTag(f"a sealed share of {len(plain)} bytes is too short")
+    return Share(x, plain[SALT_BYTES:]), plain[:SALT_BYTES]
+
+
+class ShareStore:
+    """The store of one node; safe for several threads, which take turns."""
+
+    def __init__(self, path: Path, node: str, lane: Lane) -> None:
+        self._lock = threading.RLock()
+        fresh = not path.exists()
+        if fresh:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+        self._node = node
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
+                self._db.execute(f"PRAGMA {pragma}")
+            self._migrate()
+            self._key = self._open_key(lane)
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise StoreCorrupt(f"{path}: {error}") from None
+        except Exception:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        """Close the store."""
+        with self._lock:
+            self._db.close()
+
+    def _migrate(self) -> None:
+        with self._transaction():
+            self._db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB NOT NULL)")
+            row = self._db.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
+            current = int(row[0]) if row else 0
+            if current > SCHEMA_VERSION:
+                raise StoreCorrupt(f"the store has schema {current}; this software knows up to {SCHEMA_VERSION}")
+            for version in range(current + 1, SCHEMA_VERSION + 1):
+                for statement in MIGRATIONS[version].split(";"):
+                    if statement.strip():
+                        self._db.execute(statement)
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (SCHEMA_VERSION,))
+
+    def _open_key(self, lane: Lane) -> bytes:
+        context = msgspec.msgpack.encode(["keyquorum/store/1", self._node])
+        row = self._db.execute("SELECT value FROM meta WHERE name = 'row-key'").fetchone()
+        if row is None:
+            key = os.urandom(32)
+            self._db.execute("INSERT INTO meta VALUES ('row-key', ?)", (lane.seal(key, context),))
+            return key
+        try:
+            return lane.unseal(row[0], context)
+        except InvalidTag:
+            raise StoreCorrupt(f"the store does not belong to the token of {self._node!r}, or was changed") from None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._lock:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def _tag(self, row: Row) -> bytes:
+        values = [getattr(row, field) for field in _FIELDS]
+        return hmac.digest(self._key, msgspec.msgpack.encode(["keys", *values]), hashlib.sha256)
+
+    def _row(self, values: tuple[object, ...]) -> Row:
+        try:
+            row = Row(*values[:-1])  # type: ignore[arg-type] # checked by the HMAC over every column
+            good = hmac.compare_digest(self._tag(row), values[-1])  # type: ignore[arg-type]
+        except TypeError:
+            good = False
+        if not good:
+            raise StoreCorrupt(f"a row of the store of {self._node!r} is not authentic; the file was changed or damaged")
+        return row
+
+    def _write(self, row: Row) -> None:
+        values = tuple(getattr(row, field) for field in _FIELDS)
+        self._db.execute(f"INSERT OR REPLACE INTO keys ({_COLUMNS}, tag) VALUES ({_MARKS})", (*values, self._tag(row)))  # noqa: S608 # constants
+
+    # --- reading ---
+
+    def rows(self) -> list[Row]:
+        """Every row, each checked; a damaged one is told by ``StoreCorrupt``."""
+        with self._lock:
+            found = self._db.execute(f"SELECT {_COLUMNS}, tag FROM keys").fetchall()  # noqa: S608 # constants
+        return [self._row(values) for values in found]
+
+    def get(self, key_id: bytes, version: int = 1, epoch: int = 1) -> Row | None:
+        """One row, checked."""
+        with self._lock:
+            found = self._db.execute(
+                f"SELECT {_COLUMNS}, tag FROM keys WHERE key_id = ? AND version = ? AND epoch = ?",  # noqa: S608 # constants
+                (key_id, version, epoch),
+            ).fetchone()
+        return None if found is None else self._row(found)
+
+    # --- changing; each method is one durable transaction ---
+
+    def put(self, row: Row) -> Row:
+        """Store or replace a row, durably, and return it as read back from the file."""
+        with self._lock:
+            with self._transaction():
+                self._write(row)
+            stored = self.get(row.key_id, row.version, row.epoch)
+        if stored != row:
+            raise StoreCorrupt(f"the store of {self._node!r} did not give back what was written")
+        return stored
+
+    def commit(self, row: Row, certificate: bytes, now_ms: int) -> Row:
+        """Mark a prepared row as committed."""
+        return self.put(replace(row, state="committed", certificate=certificate, changed_ms=now_ms))
+
+    def destroy(self, row: Row, order: bytes, now_ms: int) -> Row:
+        """Erase the share (secure_delete overwrites it) and keep the order as a tombstone."""
+        gone = self.put(replace(row, state="destroyed", sealed=b"", document=order, changed_ms=now_ms))
+        self._checkpoint()
+        return gone
+
+    def delete(self, row: Row) -> None:
+        """Remove a prepared row for good, after its abort notice."""
+        with self._transaction():
+            self._db.execute(
+                "DELETE FROM keys WHERE key_id = ? AND version = ? AND epoch = ?", (row.key_id, row.version, row.epoch)
+            )
+        self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        """Move the log into the file and truncate it, so that no old copy of an erased blob stays in it."""
+        with self._lock:
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
