@@ -31,9 +31,9 @@ test: lint ## lint, then every test (PYTEST_ARGS="-k token" chooses some)
 .PHONY: lint
 lint: ## ruff, mypy, import-linter and stubtest; any finding fails
 	@.ci/setup test,lint
-	@echo "lint: ruff"; $(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	@echo "lint: ruff"; $(BIN)/ruff check --quiet --output-format=concise . && $(BIN)/ruff format --check --quiet .
 	@echo "lint: mypy"; $(BIN)/python -m mypy
-	@echo "lint: import-linter"; $(BIN)/lint-imports --no-cache --no-timings
+	@echo "lint: import-linter"; $(BIN)/lint-imports --no-cache
 	@echo "lint: stubtest"; MYPYPATH=src $(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml engine._fastshamir
 
 .PHONY: bench

@@ -27,8 +27,11 @@ fastshamir = Extension(
     extra_link_args=LINK,
 )
 
+# Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
+DIRECTIVES = {"language_level": "3", "autotestdict": False}
+
 setup(
-    ext_modules=cythonize([fastshamir], build_dir="build/cython", compiler_directives={"language_level": "3"}),
+    ext_modules=cythonize([fastshamir], build_dir="build/cython", compiler_directives=DIRECTIVES),
     packages=[
         *(f"engine{name and '.' + name}" for name in ["", *find_packages("src/engine")]),
         *(f"nodes{name and '.' + name}" for name in ["", *find_packages("nodes")]),
