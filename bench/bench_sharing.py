@@ -48,7 +48,9 @@ def test_combine(benchmark: BenchmarkFixture, size: int, sharing: tuple[int, int
     """Combine t shares, into fresh ``bytes`` or into a buffer that is there already."""
     threshold, shares = sharing
     secret = os.urandom(size)
-    xs, ys = list(range(1, threshold + 1)), split(secret, threshold, shares)[:threshold]
+    # The last t shares: the first three have the scalars 1, 1, 1 at 0, which no other three of the same key have.
+    xs = list(range(shares - threshold + 1, shares + 1))
+    ys = split(secret, threshold, shares)[-threshold:]
     benchmark.group = f"combine {threshold} {size} B"
     if into == "out":
         out = bytearray(size)
