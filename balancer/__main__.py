@@ -1,0 +1,142 @@
+"""``python -m balancer``: options, signals, and the order in which things start and stop. It decides nothing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import structlog
+import zmq
+
+from balancer.config import Settings, load_settings, prepare_data
+from balancer.loop import ControlLoop, Service, now_ms
+from balancer.publisher import Publisher
+from balancer.registry import SqliteRegistry
+from engine.client.config import LOG_LEVELS, configure_logging
+from engine.client.listener import Gate, Listener, raise_file_limit
+from engine.errors import ConfigError, EngineError, ManifestError
+
+DRAIN_S = 1.0
+"""How long requests that already arrived are answered after a signal to stop."""
+POLL_MS = 1_000
+
+log = structlog.get_logger()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a balancer until SIGTERM, SIGINT or the lifeline's end. 0 done, 1 wrong configuration, 2 could not serve."""
+    options = _options().parse_args(arguments)
+    try:
+        configure_logging(options.log_level)
+        settings = load_settings(options.config)
+        if options.check_config:
+            sys.stdout.write(f"{options.config}: ok, {settings.identity.name} of {settings.cluster.name}\n")
+            return 0
+        _run(settings, options.lifeline)
+    except (ConfigError, ManifestError) as error:
+        sys.stderr.write(f"balancer: {error}\n")
+        return 1
+    except EngineError as error:
+        sys.stderr.write(f"balancer: {error}\n")
+        return 2
+    return 0
+
+
+def _options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m balancer", description="Keyquorum's registry and control loop.")
+    parser.add_argument("--config", required=True, metavar="FILE", help="the balancer's TOML configuration")
+    parser.add_argument("--check-config", action="store_true", help="check the configuration and stop")
+    parser.add_argument("--log-level", default="", choices=("", *LOG_LEVELS), help="beats KEYQUORUM_LOG_LEVEL")
+    parser.add_argument(
+        "--lifeline", type=int, metavar="FD", help="stop when this inherited pipe's other end is closed"
+    )
+    return parser
+
+
+def _run(settings: Settings, lifeline: int | None) -> None:
+    """Start from the inside out, serve, and stop in the reverse order."""
+    identity, cluster = settings.identity, settings.cluster
+    _check_lifeline(lifeline)
+    raise_file_limit()
+    with ExitStack() as stack:
+        wake = _catch_signals(stack)
+        registry = SqliteRegistry(prepare_data(settings), cluster, identity.signing, now_ms())
+        stack.callback(registry.close)
+        context: zmq.Context[Any] = zmq.Context()
+        stack.callback(context.destroy, 100)
+        gate = Gate(context, cluster)
+        stack.callback(gate.close)
+        publisher = Publisher(context, identity.transport, settings.publish_bind)
+        stack.callback(publisher.close)
+        listener = Listener(context, identity.transport, settings.bind, cluster)
+        stack.callback(listener.close)
+        loop = ControlLoop(
+            context,
+            identity,
+            cluster,
+            publisher,
+            fencing_epoch=registry.fencing_epoch,
+            tick_ms=settings.tick_ms,
+            history_ticks=settings.history_ticks,
+        )
+        loop.start()
+        stack.callback(loop.stop)
+        log.info(
+            "serving",
+            balancer=identity.name,
+            endpoint=settings.bind,
+            publish=settings.publish_bind,
+            fencing_epoch=registry.fencing_epoch,
+        )
+        service = Service(listener, registry, cluster, identity.name, loop)
+        _serve(service, listener, wake, lifeline)
+        log.info("stopped", balancer=identity.name)
+
+
+def _check_lifeline(lifeline: int | None) -> None:
+    try:
+        if lifeline is not None:
+            os.fstat(lifeline)
+    except OSError as error:
+        raise ConfigError(f"--lifeline {lifeline}: {error.strerror}") from None
+
+
+def _catch_signals(stack: ExitStack) -> socket.socket:
+    """A socket that becomes readable on SIGTERM or SIGINT: a poll sees it, and no signal falls between two checks."""
+    reader, writer = socket.socketpair()
+    stack.callback(reader.close)
+    stack.callback(writer.close)
+    writer.setblocking(False)
+    stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno()))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+    return reader
+
+
+def _serve(service: Service, listener: Listener, wake: socket.socket, lifeline: int | None) -> None:
+    poller = zmq.Poller()
+    poller.register(listener.socket, zmq.POLLIN)
+    poller.register(wake.fileno(), zmq.POLLIN)
+    if lifeline is not None:
+        poller.register(lifeline, zmq.POLLIN)
+    while True:
+        events = dict(poller.poll(POLL_MS))
+        if wake.fileno() in events:
+            break
+        if lifeline is not None and lifeline in events and not os.read(lifeline, 1):
+            break
+        service.answer_waiting()
+    until = time.monotonic() + DRAIN_S
+    while service.answer_waiting() and time.monotonic() < until:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

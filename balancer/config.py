@@ -1,0 +1,96 @@
+"""The balancer's configuration: the file's keys, and what they resolve to. It opens files, never sockets."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from balancer.history import HISTORY_TICKS_MAX
+from engine.client.config import Identity, load_cluster, load_config, load_identity, resolve
+from engine.errors import ConfigError
+from engine.protocol.manifest import Cluster
+
+__all__ = ["BalancerConfig", "Settings", "load_settings", "prepare_data"]
+
+Endpoint = Annotated[str, Meta(max_length=256, pattern=r"^(tcp://.+)?$")]
+
+
+class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """``balancer.toml``. Paths are relative to the file's folder; an empty endpoint means the manifest's."""
+
+    version: Annotated[int, Meta(ge=1, le=1)]
+    identity: str
+    manifest: str
+    manifest_pin: str
+    data: str
+    bind: Endpoint = ""
+    publish_bind: Endpoint = ""
+    tick_ms: Annotated[int, Meta(ge=50, le=60_000)] = 1_000
+    history_ticks: Annotated[int, Meta(ge=100, le=HISTORY_TICKS_MAX)] = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A checked configuration: who this balancer is, its cluster, its folder, endpoints and clock."""
+
+    identity: Identity
+    cluster: Cluster
+    data: Path
+    bind: str
+    publish_bind: str
+    tick_ms: int
+    history_ticks: int
+
+
+def load_settings(path: str | os.PathLike[str]) -> Settings:
+    """Read and check the configuration and the files it names; changes nothing.
+
+    ``ConfigError`` and ``ManifestError`` name the file and what is wrong with it.
+    """
+    config = load_config(path, BalancerConfig)
+    identity = load_identity(resolve(path, config.identity))
+    cluster = load_cluster(resolve(path, config.manifest), config.manifest_pin)
+    member = cluster.members.get(identity.name)
+    if identity.role != "balancer" or member is None or member.role != "balancer":
+        raise ConfigError(f"{path}: {identity.name!r} is no balancer of the cluster {cluster.name!r}")
+    own = identity.member()
+    if (member.sign_public, member.curve_public) != (own.sign_public, own.curve_public):
+        raise ConfigError(f"{path}: the keys of {identity.name!r} are not those in the manifest of {cluster.name!r}")
+    publish_bind = config.publish_bind or member.publish_endpoint
+    if not publish_bind:
+        raise ConfigError(f"{path}: no publish_bind, and the manifest has no publish endpoint for {identity.name!r}")
+    data = resolve(path, config.data)
+    if data.exists():
+        _check_folder(data)
+    return Settings(
+        identity=identity,
+        cluster=cluster,
+        data=data,
+        bind=config.bind or member.endpoint,
+        publish_bind=publish_bind,
+        tick_ms=config.tick_ms,
+        history_ticks=config.history_ticks,
+    )
+
+
+def prepare_data(settings: Settings) -> Path:
+    """Make the data folder (mode 0700) if need be; the registry's file in it."""
+    try:
+        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{settings.data}: {error.strerror}") from None
+    _check_folder(settings.data)
+    return settings.data / "registry.db"
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no folder")
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(f"{path}: mode {mode:04o} lets others at it; it must be 0700")

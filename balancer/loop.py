@@ -1,0 +1,301 @@
+"""The two loops of the process: the control loop in its own thread, and the service that answers members.
+
+They share one immutable ``Standing``. The service never waits for the control loop; the control loop never touches the
+registry. What is decided is decided elsewhere, in pure functions; here are the clock and the sockets.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+import zmq
+
+from balancer.forecast import predict_load
+from balancer.history import History, HistorySnapshot
+from balancer.optimizer import optimize_assignment
+from balancer.plan import TableStamp, assignment_problem, generate_routing_table, reissue_table
+from balancer.publisher import Publisher
+from balancer.registry import Registry
+from engine._version import __version__
+from engine.client.config import Identity
+from engine.client.listener import Incoming, Listener
+from engine.client.transport import Arrival, Channel, raise_for_status
+from engine.errors import AccessDenied, EngineError, ProtocolError
+from engine.keys import RequestType
+from engine.protocol.manifest import Cluster
+from engine.protocol.requests import (
+    REGISTRY_COMMIT,
+    REGISTRY_DESTROY,
+    REGISTRY_OUTCOME,
+    REGISTRY_RESERVE,
+    REGISTRY_SYNC,
+    REGISTRY_VERBS,
+    REPLY_CODECS,
+    REQUEST_CODECS,
+    STATS,
+    TABLE,
+    BalancerStatus,
+    Commit,
+    Committed,
+    Destroy,
+    Empty,
+    NodeStats,
+    Outcome,
+    OutcomeReply,
+    Reserve,
+    Reserved,
+    Sync,
+    SyncPage,
+    Table,
+    balancer_status_codec,
+)
+from engine.protocol.routing import RoutingTable, seal_table
+from engine.protocol.wire import MAX_MESSAGE, Status
+
+__all__ = ["ControlLoop", "Service", "Standing", "decide"]
+
+STATS_PART = 0.5
+"""The part of a tick that the nodes have to answer in."""
+SOLVER_PART = 0.3
+"""The part of a tick that the solver may take."""
+LIFETIME_TICKS = 10
+LIFETIME_MS_MIN = 10_000
+BURST = 256
+"""How many requests are answered before the service looks at its other events."""
+ERROR_MAX = 500
+TABLE_MAX = MAX_MESSAGE - 1024
+
+log = structlog.get_logger()
+
+
+def now_ms() -> int:
+    """Milliseconds since the Unix epoch."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where the control loop stands: the table in force (and sealed), ticks done, what is wrong now (or nothing)."""
+
+    table: RoutingTable | None = None
+    sealed: bytes = b""
+    ticks: int = 0
+    counter: int = 0
+    last_error: str = ""
+
+
+def decide(snapshot: HistorySnapshot, stamp: TableStamp, time_limit_s: float) -> RoutingTable:
+    """One decision, a pure function of the snapshot: forecast, assignment, table."""
+    forecast = predict_load(snapshot)
+    assignment = optimize_assignment(assignment_problem(snapshot, forecast), time_limit_s=time_limit_s)
+    return generate_routing_table(snapshot, forecast, assignment, stamp)
+
+
+class ControlLoop:
+    """Observe, forecast, optimise, publish: once a tick, for ever, whatever fails."""
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        identity: Identity,
+        cluster: Cluster,
+        publisher: Publisher,
+        *,
+        fencing_epoch: int,
+        tick_ms: int,
+        history_ticks: int,
+    ) -> None:
+        self._context = context
+        self._identity = identity
+        self._cluster = cluster
+        self._publisher = publisher
+        self._fencing_epoch = fencing_epoch
+        self._tick_s = tick_ms / 1000
+        self._lifetime_ms = max(LIFETIME_MS_MIN, LIFETIME_TICKS * tick_ms)
+        self._history = History(tuple(cluster.nodes), tick_ms=tick_ms, ticks=history_ticks)
+        self._heard: frozenset[str] = frozenset()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
+        self.standing = Standing()
+
+    def start(self) -> None:
+        """Begin; the publisher is the loop's until ``stop``."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the tick under way, and wait for that."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        begun, tick = time.monotonic(), 0
+        with Channel(self._identity.transport, self._cluster.nodes, self._context) as channel:
+            while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
+                try:
+                    self._tick(channel, tick)
+                except Exception as error:  # the loop outlives every failure; the data path does not need this tick
+                    self._failed("tick", error)
+                # Ticks are numbered by the clock, so that a late one counts for those it missed.
+                tick = max(tick + 1, int((time.monotonic() - begun) / self._tick_s))
+
+    def _tick(self, channel: Channel, tick: int) -> None:
+        dropped = self._history.observe(tick, self._observe(channel))
+        if dropped:
+            log.warning("statistics dropped", nodes=dropped, reason="they can't be true")
+        before = self.standing
+        issued = now_ms()
+        stamp = TableStamp(self._fencing_epoch, before.counter + 1, issued, issued + self._lifetime_ms)
+        try:
+            table = decide(self._history.snapshot(), stamp, SOLVER_PART * self._tick_s)
+            sealed, error = seal_table(table, self._identity.signing), ""
+        except Exception as failure:  # whatever it is, the last good table stays
+            error = self._failed("decision", failure)
+            if before.table is None:
+                return
+            table = reissue_table(before.table, stamp)
+            sealed = seal_table(table, self._identity.signing)
+        self.standing = Standing(table, sealed, before.ticks + 1, stamp.counter, error)
+        self._publisher.publish(sealed)
+
+    def _failed(self, what: str, error: Exception) -> str:
+        text = f"{what}: {type(error).__name__}: {error}"[:ERROR_MAX]
+        log.error("control loop failed", what=what, exc_info=not isinstance(error, EngineError), error=text)
+        self.standing = replace(self.standing, ticks=self.standing.ticks + 1, last_error=text)
+        return text
+
+    # --- observing ---
+
+    def _observe(self, channel: Channel) -> dict[str, NodeStats]:
+        """Ask every node in parallel; those that do not answer in time are missing."""
+        until = time.monotonic() + STATS_PART * self._tick_s
+        body = REQUEST_CODECS[STATS].encode(Empty())
+        waiting: set[int] = set()
+        # A node that can't be reached costs a wait for its connection, so those that answered last time come first.
+        for node in sorted(self._cluster.nodes, key=lambda name: name not in self._heard):
+            left = until - time.monotonic()
+            if left <= 0 or self._stop.is_set():
+                break
+            try:
+                waiting.add(channel.start(node, STATS, body, left))
+            except EngineError as error:
+                log.debug("no statistics", node=node, error=str(error))
+        reports: dict[str, NodeStats] = {}
+        while waiting and not self._stop.is_set():
+            for arrival in channel.poll(max(0.001, until - time.monotonic())):
+                waiting.discard(arrival.token)
+                self._arrived(arrival, reports)
+            if time.monotonic() >= until:
+                break
+        for token in waiting:
+            channel.abandon(token)
+        self._tell_changes(frozenset(reports))
+        return reports
+
+    def _arrived(self, arrival: Arrival, reports: dict[str, NodeStats]) -> None:
+        try:
+            if arrival.reply is None:
+                raise arrival.error or ProtocolError("neither reply nor error")
+            raise_for_status(arrival.reply)
+            reports[arrival.peer] = REPLY_CODECS[STATS].decode(arrival.reply.body)
+        except (EngineError, ValueError) as error:
+            log.debug("no statistics", node=arrival.peer, error=str(error))
+
+    def _tell_changes(self, heard: frozenset[str]) -> None:
+        for node in sorted(heard ^ self._heard):
+            log.info("node answers" if node in heard else "node is silent", node=node)
+        self._heard = heard
+
+
+class Service:
+    """Answers members: the registry's verbs to nodes, ``table`` and ``status`` to anybody. One thread runs it."""
+
+    def __init__(self, listener: Listener, registry: Registry, cluster: Cluster, name: str, loop: ControlLoop) -> None:
+        self._listener = listener
+        self._registry = registry
+        self._cluster = cluster
+        self._name = name
+        self._loop = loop
+        self._begun = time.monotonic()
+        self._verbs: dict[str, Callable[[str, Any], Any]] = {
+            REGISTRY_RESERVE: self._reserve,
+            REGISTRY_COMMIT: self._commit,
+            REGISTRY_DESTROY: self._destroy,
+            REGISTRY_SYNC: self._sync,
+            REGISTRY_OUTCOME: self._outcome,
+            TABLE: self._table,
+            RequestType.STATUS: self._status,
+        }
+
+    def answer_waiting(self, most: int = BURST) -> int:
+        """Answer what has arrived, at most ``most`` requests; how many it was."""
+        for done in range(most):
+            incoming = self._listener.receive()
+            if incoming is None:
+                return done
+            self._answer(incoming)
+        return most
+
+    def _answer(self, incoming: Incoming) -> None:
+        verb, member = incoming.request.verb, incoming.member
+        try:
+            body = self._handle(incoming)
+        except (EngineError, ValueError) as error:
+            log.info("request refused", verb=verb, member=member.name, reason=str(error))
+            self._listener.fail(incoming, error)
+        except Exception:  # every request is answered; the caller learns nothing of a fault in here
+            log.error("request failed", verb=verb, member=member.name, exc_info=True)
+            self._listener.fail(incoming, EngineError("internal error; the balancer's log says more"))
+        else:
+            log.debug("request answered", verb=verb, member=member.name)
+            self._listener.reply(incoming, Status.OK, body)
+
+    def _handle(self, incoming: Incoming) -> bytes:
+        verb, member = incoming.request.verb, incoming.member
+        handler = self._verbs.get(verb)
+        if handler is None:
+            raise ProtocolError(f"a balancer does not answer {verb!r}")
+        if verb in REGISTRY_VERBS and member.role != "node":
+            raise AccessDenied(f"{member.name!r} is a {member.role}; {verb} is for nodes")
+        reply = handler(member.name, REQUEST_CODECS[verb].decode(incoming.request.body))
+        codec = balancer_status_codec if verb == RequestType.STATUS else REPLY_CODECS[verb]
+        return codec.encode(reply)
+
+    def _reserve(self, member: str, body: Reserve) -> Reserved:
+        return self._registry.reserve(body.order, member, now_ms())
+
+    def _commit(self, member: str, body: Commit) -> Committed:
+        return Committed(self._registry.commit(body.manifest, body.receipts, now_ms()))
+
+    def _destroy(self, member: str, body: Destroy) -> Empty:
+        self._registry.destroy(body.order, now_ms())
+        return Empty()
+
+    def _sync(self, member: str, body: Sync) -> SyncPage:
+        return self._registry.sync(member, body.after)
+
+    def _outcome(self, member: str, body: Outcome) -> OutcomeReply:
+        return self._registry.outcome(body.key_id, body.attempt, now_ms())
+
+    def _table(self, member: str, body: Empty) -> Table:
+        """The table in force; empty too where it is longer than a message: then it comes by subscription alone."""
+        sealed = self._loop.standing.sealed
+        return Table(sealed if len(sealed) <= TABLE_MAX else b"")
+
+    def _status(self, member: str, body: Empty) -> BalancerStatus:
+        standing = self._loop.standing
+        return BalancerStatus(
+            balancer=self._name,
+            software=__version__,
+            cluster_serial=self._cluster.serial,
+            uptime_ms=int((time.monotonic() - self._begun) * 1000),
+            keys=self._registry.count(),
+            fencing_epoch=self._registry.fencing_epoch,
+            table_counter=standing.counter,
+            ticks=standing.ticks,
+            last_error=standing.last_error,
+        )

@@ -1,0 +1,454 @@
+"""The registry: names, keys, attempts and tombstones, durable before they are told. It knows no socket and no clock.
+
+A key goes reserved -> committed -> destroyed, or reserved -> aborted. Invariants:
+
+1. A name belongs to at most one reserved or committed key.
+2. An attempt for which an abort notice was signed never commits, not even after the registry fell back to an old copy:
+   the notice on an attempt it did not know is preceded by a durable note, and later attempts are numbered beyond it.
+3. A destroyed key id never comes back.
+
+The registry holds no secret, and every document in it is signed; so its rows carry a plain hash against the disk's own
+errors, not a MAC.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from engine.errors import AccessDenied, ConfigError, KeyExists, KeyNotFound, ManifestError, RegistryUnavailable
+from engine.protocol.manifest import (
+    CLOCK_SKEW_MS,
+    AbortNotice,
+    Cluster,
+    CommitCertificate,
+    CreateOrder,
+    KeyRecord,
+    aborts,
+    certificates,
+    open_create_order,
+    open_destroy_order,
+    open_key_manifest,
+    open_receipt,
+    receipts_needed,
+)
+from engine.protocol.requests import OutcomeReply, Reserved, SyncEntry, SyncPage
+from engine.protocol.signed import SigningKey, sign_envelope
+
+__all__ = ["Registry", "SqliteRegistry"]
+
+MAX_ATTEMPT = 2**31 - 1
+ABORTS_MAX = 16
+"""How many notices on earlier attempts a reservation carries."""
+PAGE_BYTES_MAX = 40 * 1024
+PAGE_ENTRIES_MAX = 256
+REFUSED_MAX = 100_000
+"""How many unknown attempts are noted; beyond that, they stay pending until old notes are pruned."""
+KEEP_MS = 24 * 3_600_000
+"""Aborted reservations and notes are pruned at start after this: any order they speak of expired long before."""
+BUSY_TIMEOUT_S = 2.0
+
+
+class Registry(Protocol):
+    """What the balancer needs of a registry. Times are milliseconds since the Unix epoch.
+
+    Every method raises ``RegistryUnavailable`` when the store fails; nothing is then promised or lost.
+    """
+
+    @property
+    def fencing_epoch(self) -> int:
+        """Grows with every start of a balancer."""
+
+    def reserve(self, order: bytes, dealer: str, now_ms: int) -> Reserved:
+        """Reserve the name of a client's create order for one attempt of ``dealer``."""
+
+    def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
+        """Make the current attempt's manifest the key's; the commit certificate."""
+
+    def outcome(self, key_id: bytes, attempt: int, now_ms: int) -> OutcomeReply:
+        """What became of an attempt: pending, committed or aborted."""
+
+    def destroy(self, order: bytes, now_ms: int) -> None:
+        """Destroy a key by a client's order, for good."""
+
+    def sync(self, node: str, after: bytes) -> SyncPage:
+        """The keys a node holds a share of, after a key id."""
+
+    def count(self) -> int:
+        """How many keys are committed."""
+
+    def close(self) -> None:
+        """Close the store."""
+
+
+class _State(IntEnum):
+    RESERVED = 1
+    COMMITTED = 2
+    DESTROYED = 3
+    ABORTED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One key; the fields are the columns, in order. ``holders`` are node names joined by newlines."""
+
+    key_id: bytes
+    name: bytes
+    state: int
+    attempt: int
+    dealer: bytes
+    order_digest: bytes
+    expires_ms: int
+    holders: bytes
+    manifest_hash: bytes
+    manifest: bytes
+    certificate: bytes
+    tombstone: bytes
+
+    @property
+    def text(self) -> str:
+        return self.name.decode()
+
+    def expired(self, now_ms: int) -> bool:
+        return self.expires_ms + CLOCK_SKEW_MS < now_ms
+
+
+_MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        """CREATE TABLE keys (key_id BLOB PRIMARY KEY, name BLOB NOT NULL, state INTEGER NOT NULL,
+           attempt INTEGER NOT NULL, dealer BLOB NOT NULL, order_digest BLOB NOT NULL, expires_ms INTEGER NOT NULL,
+           holders BLOB NOT NULL, manifest_hash BLOB NOT NULL, manifest BLOB NOT NULL, certificate BLOB NOT NULL,
+           tombstone BLOB NOT NULL, hash BLOB NOT NULL) STRICT, WITHOUT ROWID""",
+        "CREATE UNIQUE INDEX live_names ON keys (name) WHERE state IN (1, 2)",
+        "CREATE INDEX by_state ON keys (state)",
+        "CREATE TABLE shares (node BLOB, key_id BLOB, PRIMARY KEY (node, key_id)) STRICT, WITHOUT ROWID",
+        "CREATE TABLE refused (key_id BLOB PRIMARY KEY, attempt INTEGER NOT NULL, noted_ms INTEGER NOT NULL) STRICT",
+        "CREATE TABLE counters (id INTEGER PRIMARY KEY, value INTEGER NOT NULL, hash BLOB NOT NULL) STRICT",
+        "CREATE TABLE cluster (id INTEGER PRIMARY KEY CHECK (id = 1), pin BLOB NOT NULL) STRICT",
+    ),
+)
+"""Statements that take the schema from version i to i + 1."""
+_FENCING_EPOCH, _SERIAL = 1, 2
+
+
+class SqliteRegistry:
+    """The registry in one SQLite file (WAL, synchronous=FULL) that this process alone has open.
+
+    Opening it migrates the schema and raises the fencing epoch. ``ConfigError`` if the file is in use, belongs to
+    another cluster, is damaged or was written by a newer version.
+    """
+
+    def __init__(self, path: Path, cluster: Cluster, signing: SigningKey, now_ms: int) -> None:
+        self._cluster = cluster
+        self._signing = signing
+        self._path = path
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        self._store = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        try:
+            self._fencing_epoch = self._prepare(now_ms)
+        except sqlite3.Error as error:
+            self._store.close()
+            busy = "in use by another process" if "locked" in str(error) else f"no usable registry: {error}"
+            raise ConfigError(f"{path}: {busy}") from None
+        except BaseException:
+            self._store.close()
+            raise
+
+    def _prepare(self, now_ms: int) -> int:
+        # Exclusive: a second balancer on the same file fails here, and not in the middle of its work.
+        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "trusted_schema=OFF"):
+            self._store.execute(f"PRAGMA {pragma}")
+        if (found := self._store.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise ConfigError(f"{self._path}: damaged: {str(found)[:200]}")
+        version = self._store.execute("PRAGMA user_version").fetchone()[0]
+        if not 0 <= version <= len(_MIGRATIONS):
+            raise ConfigError(f"{self._path}: schema version {version}; this software knows 1 to {len(_MIGRATIONS)}")
+        with self._transaction():
+            for statement in (each for step in _MIGRATIONS[version:] for each in step):
+                self._store.execute(statement)
+            self._store.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+            self._store.execute("INSERT OR IGNORE INTO cluster VALUES (1, ?)", (self._cluster.pin,))
+            pin = self._store.execute("SELECT pin FROM cluster").fetchone()[0]
+            if pin != self._cluster.pin:
+                raise ConfigError(
+                    f"{self._path}: belongs to the cluster pinned by {pin.hex()}, not {self._cluster.pin.hex()}"
+                )
+            self._prune(now_ms)
+            return self._next(_FENCING_EPOCH)
+
+    @property
+    def fencing_epoch(self) -> int:
+        """Grows with every opening."""
+        return self._fencing_epoch
+
+    def close(self) -> None:
+        """Close the file; what was promised is in it."""
+        self._store.close()
+
+    def count(self) -> int:
+        """How many keys are committed."""
+        with self._reading():
+            return int(self._store.execute("SELECT COUNT(*) FROM keys WHERE state = 2").fetchone()[0])
+
+    # --- the five verbs ---
+
+    def reserve(self, order: bytes, dealer: str, now_ms: int) -> Reserved:
+        """Reserve the name for one attempt of ``dealer``; earlier attempts of the order are aborted for good.
+
+        An order that has already made its key gets that back, as attempt 0. ``KeyExists``: the name is taken or being
+        created; ``ManifestError``: the order is forged, expired or differs from an earlier one of its key id;
+        ``AccessDenied``; ``KeyNotFound``: the key was destroyed; ``ValueError``: too few nodes.
+        """
+        wanted, signed = open_create_order(order, self._cluster, None)
+        row = self._row(wanted.key_id)
+        if row is not None:
+            if (row.text, row.order_digest) != (wanted.name, signed.digest):
+                raise ManifestError(f"the key id of {wanted.name!r} was used by another order")
+            if row.state == _State.DESTROYED:
+                raise KeyNotFound(f"the key {wanted.name!r} of this order was destroyed")
+            if row.state == _State.COMMITTED:
+                return Reserved(0, _names(row), [], row.manifest, row.certificate)
+        open_create_order(order, self._cluster, now_ms)
+        if dealer not in self._cluster.nodes:
+            raise AccessDenied(f"{dealer!r} is no node and can't deal a key")
+        holders = self._holders(wanted)
+        with self._transaction():
+            self._free_name(wanted, now_ms)
+            attempt = max(row.attempt if row else 0, self._refused(wanted.key_id)) + 1
+            if attempt > MAX_ATTEMPT:
+                raise ValueError(f"attempt {attempt} of {wanted.name!r}; the limit is {MAX_ATTEMPT}")
+            self._put(
+                _Row(
+                    key_id=wanted.key_id,
+                    name=wanted.name.encode(),
+                    state=_State.RESERVED,
+                    attempt=attempt,
+                    dealer=dealer.encode(),
+                    order_digest=signed.digest,
+                    expires_ms=wanted.expires_ms,
+                    holders="\n".join(holders).encode(),
+                    manifest_hash=b"",
+                    manifest=b"",
+                    certificate=b"",
+                    tombstone=b"",
+                )
+            )
+        notices = [self._notice(wanted.key_id, each) for each in range(max(1, attempt - ABORTS_MAX), attempt)]
+        return Reserved(attempt, list(holders), notices, b"", b"")
+
+    def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
+        """Make the manifest the key's; the certificate. The same manifest again gets the same certificate.
+
+        ``ManifestError``: it is forged, not of the current attempt, its dealer, order or holders are not the reserved
+        ones, a receipt is wrong, too few holders gave one, or the order has expired.
+        """
+        record = open_key_manifest(manifest, self._cluster)
+        told = record.manifest
+        row = self._row(told.key_id)
+        if row is not None and row.manifest_hash == record.digest:
+            return row.certificate
+        if row is None or row.state != _State.RESERVED or row.attempt != told.attempt:
+            current = f"attempt {row.attempt} is {_State(row.state).name.lower()}" if row else "it was never reserved"
+            raise ManifestError(f"attempt {told.attempt} of {told.name!r} can't commit: {current}")
+        self._check_reserved(record, row, now_ms)
+        found = {open_receipt(each, record, self._cluster): each for each in receipts}
+        needed = receipts_needed(told.threshold, told.shares)
+        if len(found) < needed:
+            raise ManifestError(f"{told.name!r} has receipts of {len(found)} holders, {needed} are needed")
+        payload = certificates.encode(CommitCertificate(told.key_id, record.digest, list(found.values())))
+        with self._transaction():
+            certificate = sign_envelope("certificate", self._next(_SERIAL), payload, self._signing)
+            self._put(
+                replace(
+                    row,
+                    state=_State.COMMITTED,
+                    manifest_hash=record.digest,
+                    manifest=manifest,
+                    certificate=certificate,
+                )
+            )
+            self._store.executemany(
+                "INSERT OR IGNORE INTO shares VALUES (?, ?)",
+                [(holder.node.encode(), told.key_id) for holder in told.holders],
+            )
+        return certificate
+
+    def outcome(self, key_id: bytes, attempt: int, now_ms: int) -> OutcomeReply:
+        """What became of an attempt. The abort of an expired or unknown one is durable before its notice is signed."""
+        if not 1 <= attempt <= MAX_ATTEMPT:
+            raise ValueError(f"attempt {attempt} is not in 1..{MAX_ATTEMPT}")
+        row = self._row(key_id)
+        settled = row is not None and row.state in (_State.COMMITTED, _State.DESTROYED)
+        if row is not None and attempt == row.attempt:
+            if settled:
+                return OutcomeReply("committed", row.certificate)
+            if row.state == _State.RESERVED:
+                if not row.expired(now_ms):
+                    return OutcomeReply("pending", b"")
+                with self._transaction():
+                    self._put(replace(row, state=_State.ABORTED))
+        elif not settled and (row is None or attempt > row.attempt) and not self._refuse(key_id, attempt, now_ms):
+            return OutcomeReply("pending", b"")
+        return OutcomeReply("aborted", self._notice(key_id, attempt))
+
+    def destroy(self, order: bytes, now_ms: int) -> None:
+        """Mark the key destroyed and keep the order as its tombstone; once more changes nothing.
+
+        ``KeyNotFound``: no committed key has this id; ``ManifestError``: the order is forged, expired or names another
+        key; ``AccessDenied``.
+        """
+        wanted, _ = open_destroy_order(order, self._cluster, None)
+        row = self._row(wanted.key_id)
+        if row is None or row.state not in (_State.COMMITTED, _State.DESTROYED):
+            raise KeyNotFound(f"no key {wanted.name!r} of this id is committed")
+        if row.text != wanted.name:
+            raise ManifestError(f"the destroy order names {wanted.name!r}, the key is {row.text!r}")
+        if row.state == _State.DESTROYED:
+            return
+        open_destroy_order(order, self._cluster, now_ms)
+        with self._transaction():
+            self._put(replace(row, state=_State.DESTROYED, tombstone=order))
+
+    def sync(self, node: str, after: bytes) -> SyncPage:
+        """The keys whose manifest lists the node, by key id, at most 256 entries or 40 KiB of documents."""
+        with self._reading():
+            found = self._store.execute(
+                "SELECT key_id FROM shares WHERE node = ? AND key_id > ? ORDER BY key_id LIMIT ?",
+                (node.encode(), after, PAGE_ENTRIES_MAX + 1),
+            ).fetchall()
+        entries: list[SyncEntry] = []
+        size = 0
+        for (key_id,) in found[:PAGE_ENTRIES_MAX]:
+            row = self._row(key_id)
+            if row is None:
+                raise RegistryUnavailable(f"the registry has lost the key {key_id.hex()}")
+            size += len(row.manifest) + len(row.certificate) + len(row.tombstone)
+            if entries and size > PAGE_BYTES_MAX:
+                break
+            state = "destroyed" if row.state == _State.DESTROYED else "committed"
+            entries.append(SyncEntry(key_id, state, row.manifest, row.certificate, row.tombstone))
+        return SyncPage(entries, len(entries) < len(found))
+
+    # --- their parts ---
+
+    def _holders(self, order: CreateOrder) -> tuple[str, ...]:
+        holders = self._cluster.group_holders(self._cluster.group_of(order.name))[: order.shares]
+        if len(holders) < order.shares:
+            raise ValueError(f"{order.shares} shares need as many nodes; the cluster has {len(holders)}")
+        return holders
+
+    def _free_name(self, order: CreateOrder, now_ms: int) -> None:
+        """Refuse a name that another key has; a reservation whose order expired is aborted instead."""
+        found = self._store.execute(
+            "SELECT key_id FROM keys WHERE name = ? AND state IN (1, 2) AND key_id != ?",
+            (order.name.encode(), order.key_id),
+        ).fetchone()
+        row = self._row(found[0]) if found else None
+        if row is None:
+            return
+        if row.state == _State.COMMITTED:
+            raise KeyExists(f"the name {order.name!r} is taken by another key")
+        if not row.expired(now_ms):
+            wait_ms = row.expires_ms + CLOCK_SKEW_MS - now_ms
+            raise KeyExists(f"a key {order.name!r} is being created; that order runs out in {wait_ms} ms")
+        self._put(replace(row, state=_State.ABORTED))
+
+    def _check_reserved(self, record: KeyRecord, row: _Row, now_ms: int) -> None:
+        told = record.manifest
+        if open_create_order(told.order, self._cluster, now_ms)[1].digest != row.order_digest:
+            raise ManifestError(f"key manifest of {told.name!r}: its order is not the reserved one")
+        if record.dealer != row.dealer.decode():
+            raise ManifestError(
+                f"key manifest of {told.name!r}: dealt by {record.dealer!r}, reserved by {row.dealer.decode()!r}"
+            )
+        holders, reserved = {holder.node for holder in told.holders}, set(_names(row))
+        if holders != reserved:
+            raise ManifestError(
+                f"key manifest of {told.name!r}: its holders are not the reserved ones "
+                f"(missing {', '.join(sorted(reserved - holders)) or 'none'})"
+            )
+
+    def _notice(self, key_id: bytes, attempt: int) -> bytes:
+        return sign_envelope("abort", attempt, aborts.encode(AbortNotice(key_id, attempt)), self._signing)
+
+    def _refused(self, key_id: bytes) -> int:
+        found = self._store.execute("SELECT attempt FROM refused WHERE key_id = ?", (key_id,)).fetchone()
+        return int(found[0]) if found else 0
+
+    def _refuse(self, key_id: bytes, attempt: int, now_ms: int) -> bool:
+        """Note durably that attempts up to this one of an unknown reservation will never be given out."""
+        with self._transaction():
+            if self._refused(key_id) >= attempt:
+                return True
+            if self._store.execute("SELECT COUNT(*) FROM refused").fetchone()[0] >= REFUSED_MAX:
+                return False
+            self._store.execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", (key_id, attempt, now_ms))
+        return True
+
+    def _prune(self, now_ms: int) -> None:
+        self._store.execute("DELETE FROM keys WHERE state = 4 AND expires_ms < ?", (now_ms - KEEP_MS,))
+        self._store.execute("DELETE FROM refused WHERE noted_ms < ?", (now_ms - KEEP_MS,))
+
+    # --- the store ---
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise RegistryUnavailable(f"the registry's store failed: {error}") from None
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing; durable when it returns."""
+        with self._reading():
+            self._store.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._store.execute("COMMIT")
+            except BaseException:
+                if self._store.in_transaction:
+                    self._store.execute("ROLLBACK")
+                raise
+
+    def _row(self, key_id: bytes) -> _Row | None:
+        with self._reading():
+            found = self._store.execute("SELECT * FROM keys WHERE key_id = ?", (key_id,)).fetchone()
+        if found is None:
+            return None
+        row = _Row(*found[:-1])
+        if found[-1] != _hash(astuple(row)):
+            raise RegistryUnavailable(f"the registry's row of the key {key_id.hex()} is damaged")
+        return row
+
+    def _put(self, row: _Row) -> None:
+        fields = astuple(row)
+        marks = ", ".join("?" * (len(fields) + 1))
+        self._store.execute(f"INSERT OR REPLACE INTO keys VALUES ({marks})", (*fields, _hash(fields)))  # noqa: S608 - marks only
+
+    def _next(self, counter: int) -> int:
+        found = self._store.execute("SELECT value, hash FROM counters WHERE id = ?", (counter,)).fetchone()
+        if found is not None and found[1] != _hash((counter, found[0])):
+            raise RegistryUnavailable(f"the registry's counter {counter} is damaged")
+        value = 1 + (found[0] if found else 0)
+        self._store.execute(
+            "INSERT OR REPLACE INTO counters VALUES (?, ?, ?)", (counter, value, _hash((counter, value)))
+        )
+        return value
+
+
+def _names(row: _Row) -> list[str]:
+    return row.holders.decode().split("\n")
+
+
+def _hash(fields: tuple[object, ...]) -> bytes:
+    return hashlib.blake2b(msgspec.msgpack.encode(fields), digest_size=16).digest()

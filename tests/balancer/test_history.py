@@ -1,0 +1,181 @@
+"""The history: differences of counters per class and tick, from reports that may be lost, restarted or false."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from balancer.history import CLASSES, WINDOW_REQUESTS, History
+from engine.protocol.requests import ClassCount, NodeStats
+
+SIGN, ENCRYPT = "sign/ed25519", "encrypt/aes-256-gcm"
+BOOT, REBOOT = b"a" * 16, b"b" * 16
+
+
+def report(boot: bytes = BOOT, *, uptime_ms: int = 10**9, queue: int = 0, **counts: tuple[int, int]) -> NodeStats:
+    """Counters ``sign=(requests, busy_us)`` and ``encrypt=...``."""
+    names = {"sign": SIGN, "encrypt": ENCRYPT, "new": "sign/of-tomorrow"}
+    classes = [ClassCount(names[name], requests, 0, busy_us) for name, (requests, busy_us) in counts.items()]
+    return NodeStats(boot, uptime_ms, queue, classes, [])
+
+
+def make(nodes: tuple[str, ...] = ("a", "b"), ticks: int = 10) -> History:
+    return History(nodes, tick_ms=1000, ticks=ticks)
+
+
+def series(history: History, label: str = SIGN) -> list[float]:
+    snapshot = history.snapshot()
+    return [float(value) for value in snapshot.counts[:, snapshot.classes.index(label)]]
+
+
+def test_an_empty_history() -> None:
+    """Nothing observed: no ticks, no classes, no node up."""
+    snapshot = make().snapshot()
+    assert (snapshot.counts.shape, snapshot.classes, snapshot.up) == ((0, 0), (), (False, False))
+
+
+def test_counters_become_differences() -> None:
+    """The first report of a node is the base line; then differences are summed over the nodes."""
+    history = make()
+    history.observe(0, {"a": report(sign=(100, 5000)), "b": report(sign=(7, 70))})
+    history.observe(1, {"a": report(sign=(110, 6000)), "b": report(sign=(10, 100))})
+    history.observe(2, {"a": report(sign=(110, 6000)), "b": report(sign=(15, 150), encrypt=(4, 40))})
+    assert series(history) == [0, 13, 5]
+    assert series(history, ENCRYPT) == [0, 0, 4]
+    snapshot = history.snapshot()
+    row = snapshot.classes.index(SIGN)
+    assert snapshot.requests[row].tolist() == [10, 8]
+    assert snapshot.busy_us[row].tolist() == [1000, 80]
+
+
+def test_a_restarted_node_counts_from_zero() -> None:
+    """A new boot id means that all of its counts are new."""
+    history = make(("a",))
+    history.observe(0, {"a": report(sign=(100, 1))})
+    history.observe(1, {"a": report(REBOOT, uptime_ms=500, sign=(5, 1))})
+    assert series(history) == [0, 5]
+
+
+def test_lost_reports_are_spread_over_the_gap() -> None:
+    """What was counted while a node was not heard is spread over those ticks; one lost report is no death."""
+    history = make(("a",))
+    history.observe(0, {"a": report(sign=(0, 0))})
+    history.observe(1, {})
+    assert history.snapshot().up == (True,)
+    history.observe(2, {})
+    assert history.snapshot().up == (False,)
+    history.observe(3, {"a": report(sign=(30, 0))})
+    assert series(history) == [0, 10, 10, 10]
+    assert history.snapshot().up == (True,)
+
+
+def test_a_tick_without_any_report_is_unknown() -> None:
+    """Silence of every node is NaN, not 0; so are ticks that the clock left out."""
+    history = make(("a",))
+    history.observe(0, {"a": report(sign=(1, 1))})
+    history.observe(3, {})
+    assert np.isnan(series(history)).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    "false",
+    [
+        report(sign=(5, 20)),
+        report(sign=(20, 5)),
+        report(sign=(10**12, 20)),
+        report(sign=(20, 10**13)),
+        NodeStats(BOOT, 0, 0, [ClassCount(SIGN, 20, 0, 20), ClassCount(SIGN, 30, 0, 30)], []),
+    ],
+    ids=["requests fell", "busy fell", "exploding", "too busy", "twice"],
+)
+def test_false_reports_are_dropped(false: NodeStats) -> None:
+    """A report that can't be true changes nothing, and the next one is a new base line."""
+    history = make(("a",))
+    history.observe(0, {"a": report(sign=(10, 10))})
+    assert history.observe(1, {"a": false}) == ("a",)
+    assert history.observe(2, {"a": report(sign=(500, 500))}) == ()
+    assert history.observe(3, {"a": report(sign=(503, 503))}) == ()
+    assert np.nan_to_num(series(history)).tolist() == [0, 0, 0, 3]
+
+
+def test_unknown_classes_and_nodes_are_passed_over() -> None:
+    """A newer node's class and a stranger's report make no row."""
+    history = make(("a",))
+    history.observe(0, {"a": report(new=(0, 0)), "stranger": report(sign=(1, 1))})
+    history.observe(1, {"a": report(new=(9, 9)), "stranger": report(sign=(9, 9))})
+    assert history.snapshot().classes == ()
+
+
+def test_ticks_must_grow() -> None:
+    """The same tick twice is a mistake of the caller."""
+    history = make()
+    history.observe(4, {})
+    with pytest.raises(ValueError, match="tick 4 does not follow tick 4"):
+        history.observe(4, {})
+
+
+def test_the_ring_is_bounded_and_snapshots_stand_alone() -> None:
+    """Old ticks fall out; a snapshot does not change and can't be changed."""
+    history = make(("a",), ticks=3)
+    for tick in range(10):
+        history.observe(tick, {"a": report(sign=(tick * tick, 0))})
+    before = history.snapshot()
+    history.observe(10, {"a": report(sign=(100, 0))})
+    assert before.counts[:, 0].tolist() == [13, 15, 17]
+    with pytest.raises(ValueError, match="read-only"):
+        before.counts[0, 0] = 1
+    history.observe(10_000, {})
+    assert np.isnan(history.snapshot().counts).all()
+
+
+def test_service_times_follow_the_newest_requests() -> None:
+    """The window forgets by requests: after a slow past, the newest requests count."""
+    history = make(("a",))
+    requests = busy = 0
+    history.observe(0, {"a": report(sign=(0, 0))})
+    for tick in range(1, 41):
+        requests += WINDOW_REQUESTS // 2
+        busy += WINDOW_REQUESTS // 2 * (1000 if tick <= 10 else 100)
+        history.observe(tick, {"a": report(sign=(requests, busy))})
+    snapshot = history.snapshot()
+    assert snapshot.requests[0, 0] == pytest.approx(WINDOW_REQUESTS)
+    assert snapshot.busy_us[0, 0] / snapshot.requests[0, 0] == pytest.approx(100, rel=0.01)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {}, optional={"a": st.integers(0, 50), "b": st.one_of(st.integers(0, 50), st.just("restart"))}
+        ),
+        max_size=30,
+    )
+)
+@settings(deadline=None)
+def test_no_request_is_lost_or_invented(steps: list[dict[str, int | str]]) -> None:
+    """Whatever reports are lost, the ring's sum is what the nodes counted between their first and last report."""
+    history = make(ticks=50)
+    total, expected, boots = {"a": 0, "b": 0}, 0.0, {"a": 0, "b": 0}
+    heard: set[str] = set()
+    for tick, step in enumerate(steps):
+        reports = {}
+        for node, more in step.items():
+            if more == "restart":
+                boots[node] += 1
+                total[node] = 0
+                continue
+            total[node] += int(more)
+            expected += int(more) if node in heard else 0
+            heard.add(node)
+            reports[node] = report(bytes([boots[node]]) * 16, uptime_ms=10**6, sign=(total[node], total[node]))
+        history.observe(tick, reports)
+    counts = history.snapshot().counts
+    assert float(np.nan_to_num(counts).sum()) == pytest.approx(expected)
+
+
+def test_the_classes_are_the_algorithms_own() -> None:
+    """Every (type, algorithm) that can be counted has a row of its own."""
+    assert len(set(CLASSES)) == len(CLASSES)
+    assert {SIGN, ENCRYPT, "generate/rsa-4096-pss-sha256"} <= set(CLASSES)
+    assert "encrypt/ed25519" not in CLASSES
