@@ -1,8 +1,8 @@
 """Gathering the shares of one key: whom to ask, when to hedge, when it is done. No socket, no clock.
 
 A state machine: ``to_ask`` says whom to ask now; ``arrived`` and ``failed`` tell it what happened; it is over when
-``complete`` or ``hopeless``. Invariants: a holder is asked at most once; a share counts only if it matches its commitment
-in the manifest; ``complete`` means exactly the threshold of distinct shares is there.
+``complete`` or ``hopeless``. Invariants: a holder is asked at most once; a share counts only if it matches its
+commitment in the manifest; ``complete`` means exactly the threshold of distinct shares is there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEDGE_S = 0.05
 
 
 class Gathering:
-    """One gathering; ``holders`` are the nodes to ask in order of preference, ``own`` this node's share if it has one."""
+    """One gathering; ``holders`` are the nodes to ask, best first; ``own`` is this node's share if it has one."""
 
     def __init__(
         self, manifest: KeyManifest, holders: Sequence[str], own: tuple[str, Share, bytes] | None = None
@@ -78,11 +78,7 @@ class Gathering:
         """A share came; it is checked against the commitment of that holder in the manifest."""
         self._asked.pop(holder, None)
         entry = self._manifest.holder(holder)
-        if (
-            entry is None
-            or share.x != entry.x
-            or commitment(salt, self._manifest.context, share) != entry.commitment
-        ):
+        if entry is None or share.x != entry.x or commitment(salt, self._manifest.context, share) != entry.commitment:
             self._corrupt.append(holder)
             self._problems[holder] = "its share does not match its commitment"
             return

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal, cast
 
 import msgspec
 
@@ -51,8 +51,8 @@ class StoreCorrupt(TokenError):
 class Row:
     """One epoch of one key as this node keeps it.
 
-    ``sealed`` is the share under the KEK, or empty where the node missed the creation; ``certificate`` is empty until the
-    commit; ``document`` is the client's destroy order once destroyed. Invariant: ``state == "destroyed"`` has no share.
+    ``sealed`` is the share under the KEK, or empty where the node missed the creation; ``certificate`` is empty until
+    the commit; ``document`` is the client's destroy order once destroyed. Invariant: ``state == "destroyed"`` has no share.
     """
 
     key_id: bytes
@@ -173,12 +173,14 @@ class ShareStore:
 
     def _row(self, values: tuple[object, ...]) -> Row:
         try:
-            row = Row(*values[:-1])  # type: ignore[arg-type] # checked by the HMAC over every column
-            good = hmac.compare_digest(self._tag(row), values[-1])  # type: ignore[arg-type]
+            row = Row(*cast(Any, values[:-1]))  # what it holds is checked by the HMAC over every column
+            good = hmac.compare_digest(self._tag(row), cast(bytes, values[-1]))
         except TypeError:
             good = False
         if not good:
-            raise StoreCorrupt(f"a row of the store of {self._node!r} is not authentic; the file was changed or damaged")
+            raise StoreCorrupt(
+                f"a row of the store of {self._node!r} is not authentic; the file was changed or damaged"
+            )
         return row
 
     def _write(self, row: Row) -> None:

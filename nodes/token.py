@@ -82,12 +82,7 @@ def _softhsm_environment(config: TokenConfig, data: Path) -> None:
     tokens = data / "tokens"
     tokens.mkdir(mode=0o700, parents=True, exist_ok=True)
     conf = data / "softhsm2.conf"
-    text = (
-        f"directories.tokendir = {tokens}\n"
-        "objectstore.backend = file\n"
-        "log.level = ERROR\n"
-        "slots.removable = false\n"
-    )
+    text = f"directories.tokendir = {tokens}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n"
     if not conf.exists() or conf.read_text(encoding="utf-8") != text:
         write_private(conf, text.encode())
     os.environ["SOFTHSM2_CONF"] = str(conf)
@@ -125,8 +120,8 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
     """Make the token, its random PIN and the KEK, durably.
 
     The PIN goes to the configured file, which must not exist yet and must lie outside ``data`` (an ``env:`` source must
-    already hold it). The KEK is an AES-256 key that encrypts and decrypts only, sensitive and never extractable. SoftHSM
-    never syncs its files, so they are synced here.
+    already hold it). The KEK is an AES-256 key that encrypts and decrypts only, sensitive and never extractable.
+    SoftHSM never syncs its files, so they are synced here.
     """
     pin = _new_pin(config, data)
     library, native = _load(config, data)
@@ -184,7 +179,9 @@ def _free_slot(library: Any, label: str) -> Any:
 def _find(library: Any, label: str) -> Any:
     found = [token for token in library.get_tokens() if token.label == label]
     if len(found) != 1:
-        raise TokenError(f"{len(found)} tokens are called {label!r}, exactly 1 is needed; has `python -m nodes init` run?")
+        raise TokenError(
+            f"{len(found)} tokens are called {label!r}, exactly 1 is needed; has `python -m nodes init` run?"
+        )
     return found[0]
 
 
@@ -229,7 +226,7 @@ class Lane:
         return nonce + self._gcm(self._kek.encrypt, plaintext, nonce, associated_data)
 
     def unseal(self, sealed: bytes, associated_data: bytes) -> bytes:
-        """What was sealed. ``InvalidTag`` if blob or associated data changed, ``TokenError`` if the token is at fault."""
+        """What was sealed; ``InvalidTag`` if blob or associated data changed, ``TokenError`` if the token failed."""
         nonce, rest = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
         if len(rest) < TAG_BYTES:
             raise InvalidTag(f"a sealed blob of {len(sealed)} bytes is too short")
@@ -333,6 +330,7 @@ class Lane:
 
     def decrypt(self, key: LoadedKey, ciphertext: bytes, associated_data: bytes) -> bytes:
         """The plaintext; ``InvalidTag`` if anything was changed."""
+        parameters: Any
         if key.algorithm.kind is KeyKind.RSA:
             data, mechanism, parameters = ciphertext, Mechanism.RSA_PKCS_OAEP, _OAEP
         else:
@@ -490,8 +488,10 @@ class Token:
             if not lacking:
                 try:
                     try_algorithm(lane, algo)
-                except (TokenError, PKCS11Error) as error:
-                    lacking = f"{_MECHANISM_NAMES[algo.name]} ({describe(error) if isinstance(error, PKCS11Error) else error})"
+                except TokenError as error:
+                    lacking = f"{_MECHANISM_NAMES[algo.name]} ({error})"
+                except PKCS11Error as error:
+                    lacking = f"{_MECHANISM_NAMES[algo.name]} ({describe(error)})"
             if lacking:
                 missing[algo.name] = lacking
         return missing

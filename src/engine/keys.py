@@ -81,8 +81,8 @@ class KeyKind(StrEnum):
 class Algorithm:
     """One row of the table.
 
-    ``bits`` is the key size (for HMAC the size of a generated key); ``hash_name`` the digest that is signed, or empty where
-    the whole message is the token's input; ``prior_us`` a first guess of the token's service time in microseconds.
+    ``bits`` is the key size (for HMAC the size of a generated key); ``hash_name`` the digest that is signed, or empty
+    where the whole message is the token's input; ``prior_us`` a first guess of the token's service time in microseconds.
     """
 
     name: str
@@ -208,7 +208,9 @@ def normalize_material(algo: Algorithm, key_material: bytes | bytearray) -> byte
         return data
     if algo.kind is KeyKind.HMAC:
         if not MIN_HMAC_KEY <= len(data) <= MAX_HMAC_KEY:
-            raise ValueError(f"{algo.name}: the key has {len(data)} bytes, {MIN_HMAC_KEY} to {MAX_HMAC_KEY} are allowed")
+            raise ValueError(
+                f"{algo.name}: the key has {len(data)} bytes, {MIN_HMAC_KEY} to {MAX_HMAC_KEY} are allowed"
+            )
         return data
     private = _load_pkcs8(algo, data)
     if algo.kind is KeyKind.EC:
@@ -228,7 +230,9 @@ def normalize_material(algo: Algorithm, key_material: bytes | bytearray) -> byte
 
 
 def _load_pkcs8(algo: Algorithm, data: bytes) -> object:
-    load = serialization.load_pem_private_key if data.lstrip().startswith(b"-----") else serialization.load_der_private_key
+    load = (
+        serialization.load_pem_private_key if data.lstrip().startswith(b"-----") else serialization.load_der_private_key
+    )
     try:
         return load(data, None)
     except (ValueError, TypeError, PycaUnsupported):

@@ -192,7 +192,11 @@ def load_identity(path: str | os.PathLike[str], passphrase: str = "") -> Identit
         )
     except (ValueError, TypeError):
         # The cause may quote the key, so it is not chained.
-        why = "the passphrase is wrong or missing" if "ENCRYPTED" in values.signing_key else "the signing key is malformed"
+        why = (
+            "the passphrase is wrong or missing"
+            if "ENCRYPTED" in values.signing_key
+            else "the signing key is malformed"
+        )
         raise ConfigError(f"{file}: {why}") from None
     if not isinstance(private, Ed25519PrivateKey):
         raise ConfigError(f"{file}: the signing key is no Ed25519 key")

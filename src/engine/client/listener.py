@@ -100,9 +100,7 @@ class Incoming:
 class Listener:
     """A bound ROUTER socket of a member."""
 
-    def __init__(
-        self, context: zmq.Context[Any], identity: CurveIdentity, endpoint: str, cluster: Cluster
-    ) -> None:
+    def __init__(self, context: zmq.Context[Any], identity: CurveIdentity, endpoint: str, cluster: Cluster) -> None:
         self._cluster = cluster
         self.refused = 0
         self.undeliverable = 0
@@ -160,7 +158,7 @@ class Listener:
         try:
             self.socket.send_multipart([route, reply_codec.encode(reply)], zmq.DONTWAIT)
         except (zmq.Again, zmq.ZMQError):
-            # Again: its queue is full; EHOSTUNREACH: it went away. Either way only that client waits, till its deadline.
+            # Again: its queue is full; EHOSTUNREACH: it went away. Either way only that client waits.
             self.undeliverable += 1
 
 

@@ -1,4 +1,4 @@
-"""Requests over CURVE sockets: one channel is a set of connections, a DEALER to each peer, used by one thread at a time.
+"""Requests over CURVE sockets: a channel is a set of connections, a DEALER to each peer, used by one thread at a time.
 
 It matches replies to requests, notices broken connections and refused keys by the sockets' monitors, and knows nothing
 of what the requests mean.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,7 +50,6 @@ _EVENTS = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_CONNECT_RETRIED
 )
 
 
@@ -106,8 +105,8 @@ class _Pending:
 class _Connection:
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
+    opened_s: float
     up: bool = False
-    tried: bool = False
     refused: bool = False
     pending: set[int] = field(default_factory=set)
 
@@ -146,6 +145,12 @@ class Channel:
             self._drop(name)
         self._pending.clear()
 
+    def dial(self, peers: Iterable[str]) -> None:
+        """Begin to connect, so that a later request need not wait for it."""
+        for peer in peers:
+            if peer not in self._connections:
+                self._open(peer)
+
     def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
         """Send a request and return its token; its end comes from ``poll``, at the latest at its deadline.
 
@@ -176,7 +181,7 @@ class Channel:
         while True:
             now = time.monotonic()
             self._expire(now)
-            if self._done or now >= until and timeout_s > 0:
+            if self._done or (now >= until and timeout_s > 0):
                 break
             next_deadline = min((each.deadline_s for each in self._pending.values()), default=until)
             wait_s = max(0.0, min(until, next_deadline) - now)
@@ -204,10 +209,13 @@ class Channel:
     def _connected(self, peer: str, timeout_s: float) -> _Connection:
         connection = self._connections.get(peer) or self._open(peer)
         if not connection.up:
-            self._await_up(connection, min(timeout_s, REDIAL_TIMEOUT_S if connection.tried else CONNECT_TIMEOUT_S))
+            dialling_s = time.monotonic() - connection.opened_s
+            self._await_up(connection, min(timeout_s, max(REDIAL_TIMEOUT_S, CONNECT_TIMEOUT_S - dialling_s)))
         if connection.up:
             return connection
         if connection.refused:
+            # Closed, since libzmq would knock again every few milliseconds for ever.
+            self._drop(peer)
             raise AccessDenied(f"{peer} refuses the key of {self._identity.name!r}: it is no member's in its manifest")
         raise NodeUnavailable(f"{peer} at {self._members[peer].endpoint} can't be reached")
 
@@ -220,7 +228,7 @@ class Channel:
         socket.immediate = 1
         socket.maxmsgsize = MAX_MESSAGE
         monitor = socket.get_monitor_socket(_EVENTS)
-        connection = _Connection(socket, monitor)
+        connection = _Connection(socket, monitor, time.monotonic())
         self._connections[peer] = connection
         self._by_socket[socket], self._by_monitor[monitor] = peer, peer
         self._poller.register(socket, zmq.POLLIN)
@@ -230,7 +238,6 @@ class Channel:
 
     def _await_up(self, connection: _Connection, timeout_s: float) -> None:
         until = time.monotonic() + timeout_s
-        connection.tried = True
         while not connection.up and not connection.refused:
             wait_ms = int((until - time.monotonic()) * 1000 + 0.999)
             if wait_ms <= 0 or not connection.monitor.poll(wait_ms):
@@ -282,7 +289,7 @@ class Channel:
         while monitor.poll(0):
             event = parse_monitor_message(monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                connection.up, connection.tried, connection.refused = True, True, False
+                connection.up, connection.refused = True, False
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 connection.refused, connection.up = True, False
             elif event == zmq.EVENT_DISCONNECTED:

@@ -78,7 +78,9 @@ def check_grant(raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, 
     if manifest.holder(combiner) is None:
         raise AccessDenied(f"{combiner!r} is no eligible combiner of {manifest.name!r}")
     if grant.expires_ms - grant.not_before_ms > GRANT_LIFETIME_MAX_MS:
-        raise AccessDenied(f"the grant lives {grant.expires_ms - grant.not_before_ms} ms, at most {GRANT_LIFETIME_MAX_MS}")
+        raise AccessDenied(
+            f"the grant lives {grant.expires_ms - grant.not_before_ms} ms, at most {GRANT_LIFETIME_MAX_MS}"
+        )
     if now_ms + CLOCK_SKEW_MS < grant.not_before_ms:
         raise AccessDenied(f"the grant begins in {grant.not_before_ms - now_ms} ms")
     if now_ms > grant.expires_ms + CLOCK_SKEW_MS:

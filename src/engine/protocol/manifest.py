@@ -1,7 +1,7 @@
-"""The signed documents of a cluster and of a key: members and policy, orders, key manifests, receipts, certificates.
+"""The signed documents of a cluster and of a key: members, policy, orders, key manifests, receipts, certificates.
 
-It checks each document against the ones it rests on. It reads no file and no clock: times are arguments, in milliseconds
-since the Unix epoch.
+It checks each document against the ones it rests on. It reads no file and no clock: times are arguments, in
+milliseconds since the Unix epoch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from msgspec import Meta, Struct
 
 from engine.errors import AccessDenied, ManifestError
 from engine.keys import ALGORITHMS, RequestType
-from engine.protocol.signed import MAX_ENVELOPE, Signed, SigningKey, add_signature, read_unverified, sign_envelope, verify_envelope
-from engine.protocol.wire import Blob, Codec, Digest, Identifier, Name, Text, UInt
+from engine.protocol.signed import (
+    MAX_ENVELOPE,
+    Signed,
+    SigningKey,
+    add_signature,
+    read_unverified,
+    sign_envelope,
+    verify_envelope,
+)
+from engine.protocol.wire import Codec, Digest, Identifier, Name, UInt
 from engine.sharing import NodeLocation, order_holders, placement_group
 
 __all__ = [
@@ -47,11 +55,12 @@ __all__ = [
     "open_destroy_order",
     "open_key_manifest",
     "open_receipt",
+    "read_key_manifest",
     "receipts_needed",
 ]
 
 MAX_HOLDERS = 64
-"""Most shares of one key in a cluster, so that its manifest and certificate fit one message. The core itself takes 255."""
+"""Most shares of one key in a cluster, so that manifest and certificate fit one message. The core itself takes 255."""
 MAX_MEMBERS = 4096
 CLOCK_SKEW_MS = 5_000
 """How far two members' clocks may differ."""
@@ -77,7 +86,7 @@ class Member(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
     @property
     def curve_z85(self) -> str:
-        """The CURVE public key as ZeroMQ writes it (40 characters, RFC 32/Z85), also the ``User-Id`` of its messages."""
+        """The CURVE public key as ZeroMQ writes it (40 characters of Z85), also the ``User-Id`` of its messages."""
         return zmq.utils.z85.encode(self.curve_public).decode("ascii")
 
 
@@ -186,7 +195,7 @@ class Cluster:
         holders = self._holders.get(group)
         if holders is None:
             seed = self.name.encode() + group.to_bytes(4, "big")
-            holders = order_holders(self.locations, seed, domain_level=self.domain_level)[:MAX_HOLDERS]
+            holders = order_holders(self.locations, seed, domain_level=self.domain_level, count=MAX_HOLDERS)
             self._holders[group] = holders
         return holders
 
@@ -216,7 +225,9 @@ def _check_members(members: Sequence[Member], quorum: int) -> None:
         if member.role in ("node", "balancer") and not member.endpoint.startswith("tcp://"):
             raise ManifestError(f"cluster manifest: {member.name!r} needs an endpoint tcp://host:port")
         if member.role == "node" and not member.location:
-            raise ManifestError(f"cluster manifest: the node {member.name!r} needs a location such as site/room/rack/host")
+            raise ManifestError(
+                f"cluster manifest: the node {member.name!r} needs a location such as site/room/rack/host"
+            )
         names.add(member.name)
         keys |= own
     operators = sum(member.role == "operator" for member in members)
@@ -229,7 +240,9 @@ def _check_rules(rules: Iterable[PolicyRule]) -> None:
     for rule in rules:
         for operation in rule.operations:
             if operation not in known:
-                raise ManifestError(f"cluster manifest: unknown operation {operation!r}; known are {', '.join(sorted(known))}")
+                raise ManifestError(
+                    f"cluster manifest: unknown operation {operation!r}; known are {', '.join(sorted(known))}"
+                )
 
 
 def issue_cluster_manifest(
@@ -295,7 +308,9 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
         signed = verify_envelope(raw, _CLUSTER_KIND, operators, threshold=trusted.quorum)
         if current is None:
             if signed.digest != pin:
-                raise ManifestError(f"cluster manifest: the first one has hash {signed.digest.hex()}, pinned is {pin.hex()}")
+                raise ManifestError(
+                    f"cluster manifest: the first one has hash {signed.digest.hex()}, pinned is {pin.hex()}"
+                )
             if (signed.serial, manifest.previous) != (1, b""):
                 raise ManifestError("cluster manifest: the first one must have serial 1 and no predecessor")
         else:
@@ -491,10 +506,18 @@ def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -
         raise ManifestError(f"key manifest of {manifest.name!r}: two shares have the same x")
     for holder in manifest.holders:
         if holder.node not in cluster.nodes:
-            raise ManifestError(f"key manifest of {manifest.name!r}: the holder {holder.node!r} is no node of the cluster")
+            raise ManifestError(
+                f"key manifest of {manifest.name!r}: the holder {holder.node!r} is no node of the cluster"
+            )
     if bool(manifest.public_key) != ALGORITHMS[order.algorithm].asymmetric:
         raise ManifestError(f"key manifest of {manifest.name!r}: public key missing or out of place")
     return KeyRecord(manifest, signed.digest, signed.issuer, raw)
+
+
+def read_key_manifest(raw: bytes) -> KeyRecord:
+    """A key manifest without its checks: for one that was checked before and comes from an authenticated store."""
+    signed = read_unverified(raw)
+    return KeyRecord(key_manifests.decode(signed.payload), signed.digest, signed.issuer, raw)
 
 
 def open_receipt(raw: bytes, record: KeyRecord, cluster: Cluster) -> str:
@@ -520,7 +543,9 @@ def open_certificate(raw: bytes, record: KeyRecord, cluster: Cluster) -> tuple[s
     holders = tuple(dict.fromkeys(open_receipt(each, record, cluster) for each in certificate.receipts))
     needed = receipts_needed(record.manifest.threshold, record.manifest.shares)
     if len(holders) < needed:
-        raise ManifestError(f"commit certificate of {record.manifest.name!r}: {len(holders)} receipts, {needed} are needed")
+        raise ManifestError(
+            f"commit certificate of {record.manifest.name!r}: {len(holders)} receipts, {needed} are needed"
+        )
     return holders
 
 

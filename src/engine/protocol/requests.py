@@ -26,11 +26,11 @@ class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Base of the bodies: a MessagePack array of exactly the fields, in order."""
 
 
-class Empty(Message):
+class Empty(Message, frozen=True):
     """``[]``."""
 
 
-class Operate(Message):
+class Operate(Message, frozen=True):
     """A use of a key: ``[key, key_id, data, associated_data, proof, digested, grant]``.
 
     ``key_id`` is empty or the incarnation the client means. ``proof`` is the signature or MAC to be checked.
@@ -46,20 +46,20 @@ class Operate(Message):
     grant: Annotated[bytes, Meta(max_length=2048)]
 
 
-class Result(Message):
+class Result(Message, frozen=True):
     """``[data]``: ciphertext, plaintext, signature or MAC; empty where the answer is yes."""
 
     data: Data
 
 
-class Create(Message):
+class Create(Message, frozen=True):
     """Verbs ``generate`` and ``import``: ``[order, material]``; material is empty or canonical (engine.keys)."""
 
     order: Envelope
     material: Annotated[bytes, Meta(max_length=8192)]
 
 
-class KeyDescription(Message):
+class KeyDescription(Message, frozen=True):
     """``[manifest, certificate, warnings]``: the signed truth about a key; warnings are those of its placement."""
 
     manifest: Envelope
@@ -67,26 +67,26 @@ class KeyDescription(Message):
     warnings: Annotated[list[Text], Meta(max_length=16)]
 
 
-class Describe(Message):
+class Describe(Message, frozen=True):
     """``[key]``."""
 
     key: KeyName
 
 
-class Destroy(Message):
+class Destroy(Message, frozen=True):
     """Verbs ``destroy`` and ``share.destroy``: ``[order]``."""
 
     order: Envelope
 
 
-class Destroyed(Message):
+class Destroyed(Message, frozen=True):
     """``[confirmed, pending]``: nodes that erased their share, and those that will when they come back."""
 
     confirmed: Annotated[list[Name], Meta(max_length=255)]
     pending: Annotated[list[Name], Meta(max_length=255)]
 
 
-class ListKeys(Message):
+class ListKeys(Message, frozen=True):
     """``[pattern, after, limit]``: names that match the shell glob, in order, after a name."""
 
     pattern: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -94,7 +94,7 @@ class ListKeys(Message):
     limit: Annotated[int, Meta(ge=1, le=200)]
 
 
-class KeyEntry(Message):
+class KeyEntry(Message, frozen=True):
     """``[key, algorithm, version, threshold, shares]``."""
 
     key: KeyName
@@ -104,26 +104,26 @@ class KeyEntry(Message):
     shares: UInt
 
 
-class KeyList(Message):
+class KeyList(Message, frozen=True):
     """``[entries, more]``."""
 
     entries: Annotated[list[KeyEntry], Meta(max_length=200)]
     more: bool
 
 
-class Flush(Message):
+class Flush(Message, frozen=True):
     """``[key]``: drop the key from the caches; empty for all."""
 
     key: MaybeName
 
 
-class Flushed(Message):
+class Flushed(Message, frozen=True):
     """``[dropped]``."""
 
     dropped: UInt
 
 
-class ClassCount(Message):
+class ClassCount(Message, frozen=True):
     """``[request_class, requests, errors, busy_us]``, all counted since the node started."""
 
     request_class: Annotated[str, Meta(max_length=96)]
@@ -132,7 +132,7 @@ class ClassCount(Message):
     busy_us: UInt
 
 
-class NodeStats(Message):
+class NodeStats(Message, frozen=True):
     """What a node tells a balancer: counters since ``boot`` (a random id of this start) and its state now."""
 
     boot: Identifier
@@ -142,7 +142,7 @@ class NodeStats(Message):
     groups: Annotated[list[tuple[int, int]], Meta(max_length=2048)]
 
 
-class NodeStatus(Message):
+class NodeStatus(Message, frozen=True):
     """What a node tells an operator."""
 
     node: Name
@@ -159,7 +159,7 @@ class NodeStatus(Message):
     missing: Annotated[list[Text], Meta(max_length=64)]
 
 
-class SharePrepare(Message):
+class SharePrepare(Message, frozen=True):
     """Dealer to holder: ``[manifest, x, y, salt, aborts]``; ``aborts`` are notices on earlier attempts."""
 
     manifest: Envelope
@@ -169,20 +169,20 @@ class SharePrepare(Message):
     aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
 
 
-class Prepared(Message):
+class Prepared(Message, frozen=True):
     """``[receipt]``."""
 
     receipt: Annotated[bytes, Meta(max_length=1024)]
 
 
-class ShareCommit(Message):
+class ShareCommit(Message, frozen=True):
     """``[key_id, certificate]``: the certificate makes the prepared share valid."""
 
     key_id: Identifier
     certificate: Envelope
 
 
-class ShareRelease(Message):
+class ShareRelease(Message, frozen=True):
     """Combiner to holder: ``[key_id, grant, certificate]``.
 
     The certificate lets a holder that missed the commit settle it at once; empty where the combiner knows none.
@@ -193,7 +193,7 @@ class ShareRelease(Message):
     certificate: Envelope
 
 
-class ReleasedShare(Message):
+class ReleasedShare(Message, frozen=True):
     """``[x, y, salt]``, inside CURVE only."""
 
     x: Annotated[int, Meta(ge=1, le=255)]
@@ -201,13 +201,13 @@ class ReleasedShare(Message):
     salt: Annotated[bytes, Meta(min_length=32, max_length=32)]
 
 
-class Reserve(Message):
+class Reserve(Message, frozen=True):
     """Dealer to registry: ``[order]``."""
 
     order: Envelope
 
 
-class Reserved(Message):
+class Reserved(Message, frozen=True):
     """``[attempt, holders, aborts, manifest, certificate]``.
 
     A key that this very order has already made comes back with its manifest and certificate, and attempt 0.
@@ -220,26 +220,26 @@ class Reserved(Message):
     certificate: Envelope
 
 
-class Commit(Message):
+class Commit(Message, frozen=True):
     """Dealer to registry: ``[manifest, receipts]``."""
 
     manifest: Envelope
     receipts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(min_length=1, max_length=64)]
 
 
-class Committed(Message):
+class Committed(Message, frozen=True):
     """``[certificate]``."""
 
     certificate: Envelope
 
 
-class Sync(Message):
+class Sync(Message, frozen=True):
     """Node to registry: ``[after]``: the keys this node holds by the registry's books, after a key id (or empty)."""
 
     after: MaybeIdentifier
 
 
-class SyncEntry(Message):
+class SyncEntry(Message, frozen=True):
     """``[key_id, state, manifest, certificate, document]``.
 
     State ``committed`` (document empty) or ``destroyed`` (document is the client's destroy order).
@@ -252,28 +252,28 @@ class SyncEntry(Message):
     document: Envelope
 
 
-class SyncPage(Message):
+class SyncPage(Message, frozen=True):
     """``[entries, more]``."""
 
     entries: Annotated[list[SyncEntry], Meta(max_length=256)]
     more: bool
 
 
-class Outcome(Message):
+class Outcome(Message, frozen=True):
     """Holder to registry: ``[key_id, attempt]``: what became of a prepared share?"""
 
     key_id: Identifier
     attempt: UInt
 
 
-class OutcomeReply(Message):
+class OutcomeReply(Message, frozen=True):
     """``[state, document]``: ``pending``, ``committed`` (the certificate) or ``aborted`` (the notice)."""
 
     state: Annotated[str, Meta(max_length=16)]
     document: Envelope
 
 
-class BalancerStatus(Message):
+class BalancerStatus(Message, frozen=True):
     """What a balancer tells an operator."""
 
     balancer: Name
@@ -287,7 +287,7 @@ class BalancerStatus(Message):
     last_error: Text
 
 
-class Table(Message):
+class Table(Message, frozen=True):
     """``[table]``: the signed routing table in force, or empty."""
 
     table: Blob
@@ -306,7 +306,7 @@ REGISTRY_OUTCOME: Final = "registry.outcome"
 TABLE: Final = "table"
 
 BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
-    **{operation: (Operate, Result) for operation in OPERATIONS},
+    **dict.fromkeys(OPERATIONS, (Operate, Result)),
     RequestType.GENERATE: (Create, KeyDescription),
     RequestType.IMPORT: (Create, KeyDescription),
     RequestType.DESTROY: (Destroy, Destroyed),
@@ -338,7 +338,9 @@ balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
 
 CLIENT_VERBS: Final = frozenset(RequestType)
 NODE_VERBS: Final = frozenset({SHARE_PREPARE, SHARE_COMMIT, SHARE_RELEASE, SHARE_DESTROY})
-REGISTRY_VERBS: Final = frozenset({REGISTRY_RESERVE, REGISTRY_COMMIT, REGISTRY_DESTROY, REGISTRY_SYNC, REGISTRY_OUTCOME})
+REGISTRY_VERBS: Final = frozenset(
+    {REGISTRY_RESERVE, REGISTRY_COMMIT, REGISTRY_DESTROY, REGISTRY_SYNC, REGISTRY_OUTCOME}
+)
 
 
 def classify_request(request: Request | str, algorithm_name: str) -> str:

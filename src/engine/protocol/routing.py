@@ -37,10 +37,10 @@ DOWN_S = 1.0
 class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What the balancer publishes, ordered by (fencing epoch, counter).
 
-    ``service_us`` and ``weights`` are rows by class, columns by node: service time in microseconds, share of the class's
-    requests in 1/1000. ``price_us`` is one node price a node. ``groups`` lists only the placement groups whose holders
-    differ from ``Cluster.group_holders``, as (group, node indexes). ``forecast`` is one row a class: the mean and P90 of
-    the next tick in 1/1000 requests per second.
+    ``service_us`` and ``weights`` are rows by class, columns by node: service time in microseconds, share of the
+    class's requests in 1/1000. ``price_us`` is one node price a node. ``groups`` lists only the placement groups whose
+    holders differ from ``Cluster.group_holders``, as (group, node indexes). ``forecast`` is one row a class: the mean
+    and P90 of the next tick in 1/1000 requests per second.
     """
 
     fencing_epoch: UInt
@@ -70,7 +70,10 @@ def seal_table(table: RoutingTable, key: SigningKey) -> bytes:
 
 
 def open_table(raw: bytes, cluster: Cluster, now_ms: int, newest: RoutingTable | None = None) -> RoutingTable:
-    """A table signed by a balancer of the cluster; ``ManifestError`` if forged, malformed, expired or older than ``newest``."""
+    """A table signed by a balancer of the cluster.
+
+    ``ManifestError`` if it is forged, malformed, expired or not newer than ``newest``.
+    """
     table = table_codec.decode(verify_envelope(raw, "table", cluster.sign_key("balancer")).payload)
     if table.expires_ms + CLOCK_SKEW_MS < now_ms:
         raise ManifestError(f"routing table {table.order}: expired {now_ms - table.expires_ms} ms ago")
@@ -152,7 +155,9 @@ class Router:
         with self._lock:
             self._nodes[node].outstanding += 1
 
-    def answered(self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float) -> None:
+    def answered(
+        self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
+    ) -> None:
         """A reply with its snapshot came back."""
         with self._lock:
             state = self._nodes[node]

@@ -1,8 +1,9 @@
 """The one envelope for everything that is signed, its one signer and its one verifier. It knows no message kinds.
 
-An envelope is the canonical MessagePack array ``[body, [[signer, signature], ...]]``; ``body`` is the bytes of the array
-``[format, kind, issuer, serial, payload]``. A signature is Ed25519 (RFC 8032) over ``b"keyquorum/signed/1\\0" + body``,
-exactly the bytes that were received, so nothing is ever re-encoded before it is checked.
+An envelope is the canonical MessagePack array ``[body, [[signer, signature], ...]]``; ``body`` is the bytes of the
+array ``[format, kind, issuer, serial, payload]``. A signature is Ed25519 (RFC 8032) over the label
+``b"keyquorum/signed/1\\0"`` and the body, exactly the bytes that were received: nothing is ever re-encoded before it is
+checked.
 """
 
 from __future__ import annotations

@@ -1,0 +1,105 @@
+"""``python -m nodes``: the command that runs a node, and ``init``, which makes its token."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import structlog
+
+from engine._version import __version__
+from engine.client.config import LOG_LEVELS, configure_logging, load_cluster, load_identity
+from engine.errors import EngineError
+from nodes.config import load_node_config
+from nodes.server import Server, harden_process
+from nodes.token import Token, initialize_token
+
+log = structlog.get_logger()
+
+_CONFIG = click.option(
+    "--config", "config_path", required=True, type=click.Path(path_type=Path), help="The node's TOML configuration."
+)
+_LEVEL = click.option("--log-level", type=click.Choice(LOG_LEVELS), help="Overrides KEYQUORUM_LOG_LEVEL.")
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(__version__, prog_name="python -m nodes")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="The node's TOML configuration.")
+@click.option("--check-config", is_flag=True, help="Check the configuration, identity and manifest, then exit.")
+@click.option("--lifeline", type=int, metavar="FD", help="Stop when this inherited pipe reaches its end.")
+@_LEVEL
+@click.pass_context
+def main(
+    context: click.Context, config_path: Path | None, check_config: bool, lifeline: int | None, log_level: str | None
+) -> None:
+    """Run a Keyquorum node: one PKCS#11 token that holds shares and serves operations."""
+    configure_logging(log_level or "")
+    if context.invoked_subcommand is not None:
+        return
+    if config_path is None:
+        raise click.UsageError("--config is needed (or the command init; see --help)")
+    harden_process()
+    config = load_node_config(config_path)
+    if check_config:
+        identity = load_identity(config.identity)
+        cluster = load_cluster(config.manifest, config.manifest_pin)
+        config.token.pin.read()
+        click.echo(f"{config_path}: good; node {identity.name!r} of cluster {cluster.name!r}, serial {cluster.serial}")
+        return
+    Server(config, lifeline).run()
+
+
+@main.command()
+@_CONFIG
+@_LEVEL
+def init(config_path: Path, log_level: str | None) -> None:
+    """Make the node's token, its random PIN and its key-encryption key.
+
+    The PIN is written to the file that the configuration names, with mode 0600, outside the data folder.
+    """
+    configure_logging(log_level or "")
+    harden_process()
+    config = load_node_config(config_path)
+    config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    initialize_token(config.token, config.data)
+    click.echo(f"token {config.token.label!r} made; its PIN is at {config.token.pin}")
+
+
+@main.command()
+@_CONFIG
+def check_token(config_path: Path) -> None:
+    """Log in to the token, use its KEK and list the algorithms it can serve."""
+    configure_logging("error")
+    harden_process()
+    config = load_node_config(config_path)
+    token = Token(config.token, config.data)
+    token.lane().check_kek()
+    for name in token.algorithms:
+        click.echo(name)
+    for name, lacking in token.missing.items():
+        click.echo(f"{name}: missing {lacking}")
+
+
+def run() -> int:
+    """The exit code: 0 done, 1 the user's mistake, 2 token or cluster could not."""
+    try:
+        main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return 1
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
+    except EngineError as error:
+        click.echo(f"error: {error}", err=True)
+        return 1 if error.code in ("config-error", "manifest-error") else 2
+    except OSError as error:
+        click.echo(f"error: {error}", err=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

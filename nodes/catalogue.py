@@ -1,0 +1,86 @@
+"""What this node knows of the keys, in memory: an index over the store's rows. It decides nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from engine.errors import StaleKey
+from engine.keys import ALGORITHMS, Algorithm
+from engine.protocol.manifest import KeyManifest, KeyRecord, read_key_manifest
+from nodes.store import Row
+
+__all__ = ["Catalogue", "Entry"]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row with its manifest parsed."""
+
+    row: Row
+    record: KeyRecord
+    algorithm: Algorithm
+
+    @property
+    def manifest(self) -> KeyManifest:
+        """The key's manifest."""
+        return self.record.manifest
+
+
+class Catalogue:
+    """Entries by key id, and the committed ones by name; safe for several threads."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self._lock = threading.Lock()
+        self._by_id: dict[bytes, Entry] = {}
+        self._by_name: dict[str, Entry] = {}
+        for row in rows:
+            self.put(row)
+
+    def put(self, row: Row) -> Entry:
+        """Take in a new or changed row."""
+        record = read_key_manifest(row.manifest)
+        entry = Entry(row, record, ALGORITHMS[record.manifest.algorithm])
+        with self._lock:
+            self._by_id[row.key_id] = entry
+            if row.state == "committed":
+                self._by_name[row.name] = entry
+            elif (named := self._by_name.get(row.name)) is not None and named.row.key_id == row.key_id:
+                del self._by_name[row.name]
+        return entry
+
+    def remove(self, key_id: bytes) -> None:
+        """Forget a prepared row."""
+        with self._lock:
+            self._by_id.pop(key_id, None)
+
+    def by_name(self, name: str) -> Entry | None:
+        """The live key of that name."""
+        return self._by_name.get(name)
+
+    def by_id(self, key_id: bytes) -> Entry | None:
+        """The key of that id in whatever state."""
+        return self._by_id.get(key_id)
+
+    def committed(self, key_id: bytes) -> Entry:
+        """The live key of that id; ``StaleKey`` otherwise."""
+        entry = self._by_id.get(key_id)
+        if entry is None or entry.row.state != "committed":
+            raise StaleKey(f"this node has no committed key with id {key_id.hex()}")
+        return entry
+
+    def names(self) -> list[str]:
+        """The names of the live keys, sorted."""
+        with self._lock:
+            return sorted(self._by_name)
+
+    def prepared(self) -> list[Entry]:
+        """The keys that wait for their certificate."""
+        with self._lock:
+            return [entry for entry in self._by_id.values() if entry.row.state == "prepared"]
+
+    def share_count(self) -> int:
+        """How many shares of live keys this node holds."""
+        with self._lock:
+            return sum(bool(entry.row.sealed) for entry in self._by_name.values())

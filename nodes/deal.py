@@ -1,0 +1,425 @@
+"""The dealer's and combiner's conversations with other members: create, gather, destroy, catch up with the registry.
+
+They run on workers beside the loop, each with a channel and a lane of its own, and may wait for peers. Nothing that a
+peer waits for runs here, so two nodes can't wait for each other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import structlog
+
+from engine.client.transport import Channel, ask, raise_for_status
+from engine.errors import (
+    DeadlineExceeded,
+    EngineError,
+    ManifestError,
+    NodeUnavailable,
+    QuorumUnavailable,
+    RegistryUnavailable,
+    ShareCorrupt,
+    UnsupportedAlgorithm,
+)
+from engine.keys import algorithm, generate_material, normalize_material, public_key_der
+from engine.protocol.manifest import (
+    Cluster,
+    CreateOrder,
+    Holder,
+    KeyManifest,
+    KeyRecord,
+    key_manifests,
+    open_certificate,
+    open_create_order,
+    open_key_manifest,
+    open_receipt,
+    receipts_needed,
+)
+from engine.protocol.requests import (
+    REGISTRY_COMMIT,
+    REGISTRY_DESTROY,
+    REGISTRY_OUTCOME,
+    REGISTRY_RESERVE,
+    REGISTRY_SYNC,
+    REPLY_CODECS,
+    REQUEST_CODECS,
+    SHARE_COMMIT,
+    SHARE_DESTROY,
+    SHARE_PREPARE,
+    SHARE_RELEASE,
+    Commit,
+    Destroy,
+    Destroyed,
+    KeyDescription,
+    Outcome,
+    OutcomeReply,
+    Reserve,
+    Reserved,
+    ShareCommit,
+    SharePrepare,
+    ShareRelease,
+    Sync,
+    SyncEntry,
+)
+from engine.protocol.signed import SigningKey, sign_envelope
+from engine.sharing import (
+    NodeLocation,
+    Share,
+    blind,
+    check_placement,
+    check_value,
+    commitment,
+    distribute_shares,
+    generate_shares,
+    new_salt,
+    reconstruct_into,
+    wipe,
+)
+from nodes.catalogue import Entry
+from nodes.gather import Gathering
+from nodes.token import Lane
+
+__all__ = ["Conversation", "Gathered", "Talker"]
+
+GRACE_S: Final = 2.0
+"""How long a dealer waits for the last holders once enough have confirmed."""
+COMMIT_WAIT_S: Final = 1.0
+"""How long a dealer waits for the holders to take in the certificate; they would learn it from the next grant too."""
+REGISTRY_TIMEOUT_S: Final = 2.0
+REPLY_MARGIN_S: Final = 0.05
+"""What a gathering leaves of the client's deadline for its answer."""
+MAX_SYNC_PAGES: Final = 10_000
+
+log = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Talker:
+    """What one worker owns: a channel to the other members and a lane of the token."""
+
+    channel: Channel
+    lane: Lane
+
+    def close(self) -> None:
+        """Close the channel; the lane lives as long as the process."""
+        self.channel.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A reconstructed secret (key || blinding), to be wiped by whoever loads it, and the holders that lied."""
+
+    secret: bytearray
+    corrupt: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return f"Gathered({len(self.secret)} bytes)"
+
+
+class Conversation:
+    """How this node talks to the others; safe for several workers, each with its own ``Talker``."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        signing: SigningKey,
+        missing_algorithms: dict[str, str],
+        acknowledge: Literal["up", "quorum", "all"],
+        own_share: Callable[[Lane, Entry], tuple[Share, bytes]],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._cluster = cluster
+        self._signing = signing
+        self._node = signing.name
+        self._missing = missing_algorithms
+        self._acknowledge = acknowledge
+        self._own_share = own_share
+        self._now_ms = now_ms
+
+    # --- the combiner ---
+
+    def gather(self, talker: Talker, entry: Entry, grant: bytes, deadline_s: float) -> Gathered:
+        """Reconstruct the key from its holders under the client's grant, by the monotonic ``deadline_s``."""
+        own = None
+        if entry.row.sealed:
+            own = (self._node, *self._own_share(talker.lane, entry))
+        others = [holder.node for holder in entry.manifest.holders if holder.node != self._node]
+        gathering = Gathering(entry.manifest, others, own)
+        self._drive(talker.channel, gathering, entry, grant, deadline_s - REPLY_MARGIN_S)
+        for holder in gathering.corrupt:
+            log.error("corrupt share", key=entry.row.name, holder=holder)
+        if not gathering.complete:
+            raise gathering.error()
+        secret = reconstruct_into(gathering.shares, threshold=entry.manifest.threshold)
+        if check_value(secret, entry.manifest.context) != entry.manifest.check_value:
+            wipe(secret)
+            raise ShareCorrupt(f"{entry.row.name!r}: the shares give another key than the manifest's check value")
+        return Gathered(secret, gathering.corrupt)
+
+    def _drive(self, channel: Channel, gathering: Gathering, entry: Entry, grant: bytes, until_s: float) -> None:
+        body = REQUEST_CODECS[SHARE_RELEASE].encode(ShareRelease(entry.row.key_id, grant, entry.row.certificate))
+        asked: dict[int, str] = {}
+        while not (gathering.complete or gathering.hopeless):
+            now = time.monotonic()
+            if now >= until_s:
+                gathering.give_up()
+                break
+            for holder in gathering.to_ask(now):
+                try:
+                    asked[channel.start(holder, SHARE_RELEASE, body, until_s - now)] = holder
+                except EngineError as error:
+                    gathering.failed(holder, str(error))
+            if not asked:
+                continue
+            for arrival in channel.poll(min(gathering.wake_s(now), until_s - now)):
+                holder = asked.pop(arrival.token, "")
+                if not holder:
+                    continue
+                try:
+                    if arrival.reply is None:
+                        raise arrival.error or DeadlineExceeded("no reply")
+                    raise_for_status(arrival.reply)
+                    released = REPLY_CODECS[SHARE_RELEASE].decode(arrival.reply.body)
+                    gathering.arrived(holder, Share(released.x, released.y), released.salt)
+                except EngineError as error:
+                    gathering.failed(holder, str(error))
+        for token in asked:
+            channel.abandon(token)
+
+    # --- the dealer ---
+
+    def create(self, talker: Talker, raw_order: bytes, material: bytes, deadline_s: float) -> KeyDescription:
+        """Make or import a key as the client ordered, share it out and have it committed.
+
+        Idempotent by the order: when it was carried out before, its result is returned.
+        """
+        order, _ = open_create_order(raw_order, self._cluster, self._now_ms())
+        algo = algorithm(order.algorithm)
+        if order.algorithm in self._missing:
+            lacking = self._missing[order.algorithm]
+            raise UnsupportedAlgorithm(
+                f"{order.algorithm!r} can't be served: the token of {self._node!r} lacks {lacking}"
+            )
+        if order.operation == "import":
+            key = normalize_material(algo, material)
+        elif material:
+            raise ValueError("a generate request carries no material")
+        reserved = self._registry(talker.channel, REGISTRY_RESERVE, Reserve(raw_order), deadline_s)
+        if reserved.attempt == 0:
+            return self._already(talker, reserved)
+        warnings = self._check_holders(order, reserved.holders)
+        if order.operation == "generate":
+            key = generate_material(algo, talker.lane.random(algo.bits // 8) if not algo.asymmetric else b"")
+        secret = blind(key)
+        try:
+            record, offers = self._deal(order, raw_order, reserved, secret, public_key_der(algo, key))
+        finally:
+            wipe(secret)
+        receipts = self._prepare(talker.channel, record, offers, deadline_s)
+        certificate = self._registry(
+            talker.channel, REGISTRY_COMMIT, Commit(record.raw, list(receipts.values())), deadline_s
+        ).certificate
+        open_certificate(certificate, record, self._cluster)
+        self._announce(talker.channel, record, certificate, list(receipts), deadline_s)
+        absent = [holder.node for holder in record.manifest.holders if holder.node not in receipts]
+        if absent:
+            warnings = [*warnings, f"{', '.join(absent)} did not store a share; {len(receipts)} of {order.shares} did"]
+        return KeyDescription(record.raw, certificate, warnings[:16])
+
+    def _already(self, talker: Talker, reserved: Reserved) -> KeyDescription:
+        record = open_key_manifest(reserved.manifest, self._cluster)
+        holders = open_certificate(reserved.certificate, record, self._cluster)
+        self._announce(talker.channel, record, reserved.certificate, holders, time.monotonic() + COMMIT_WAIT_S)
+        return KeyDescription(reserved.manifest, reserved.certificate, [])
+
+    def _check_holders(self, order: CreateOrder, holders: Sequence[str]) -> list[str]:
+        """The warnings of a placement; a registry that offers a worse one than the rule gives is not followed."""
+        if (
+            len(holders) != order.shares
+            or len(set(holders)) != len(holders)
+            or not set(holders) <= set(self._cluster.nodes)
+        ):
+            raise ManifestError(f"the registry names the holders {list(holders)} for {order.shares} shares")
+        level = self._cluster.domain_level
+        own = self._cluster.group_holders(self._cluster.group_of(order.name))[: order.shares]
+        offered = check_placement(self._cluster.locations, holders, order.threshold, domain_level=level)
+        best = check_placement(self._cluster.locations, own, order.threshold, domain_level=level)
+        if len(offered) > len(best):
+            raise ManifestError(f"the registry's placement is worse than it need be: {offered[0]}")
+        return list(offered)
+
+    def _deal(
+        self, order: CreateOrder, raw_order: bytes, reserved: Reserved, secret: bytearray, public_key: bytes
+    ) -> tuple[KeyRecord, dict[str, SharePrepare]]:
+        """Split the secret, give each holder its share, and sign the manifest."""
+        level = self._cluster.domain_level
+        places = {node.name: node for node in self._cluster.locations}
+        dealt = distribute_shares(
+            generate_shares(secret, threshold=order.threshold, shares=order.shares),
+            [NodeLocation(name, places[name].location) for name in reserved.holders],
+            threshold=order.threshold,
+            seed=order.key_id,
+            domain_level=level,
+        )
+        # Version 1 and epoch 1, as in KeyManifest.context.
+        context = order.key_id + (1).to_bytes(4, "big") + (1).to_bytes(4, "big")
+        salts = {name: new_salt() for name in dealt.assignment}
+        manifest = KeyManifest(
+            key_id=order.key_id,
+            name=order.name,
+            version=1,
+            epoch=1,
+            attempt=reserved.attempt,
+            algorithm=order.algorithm,
+            threshold=order.threshold,
+            holders=[
+                Holder(name, dealt.assignment[name].x, commitment(salts[name], context, dealt.assignment[name]))
+                for name in reserved.holders
+            ],
+            public_key=public_key,
+            check_value=check_value(secret, context),
+            order=raw_order,
+            previous=b"",
+        )
+        raw = sign_envelope("key", self._now_ms(), key_manifests.encode(manifest), self._signing)
+        record = open_key_manifest(raw, self._cluster)
+        offers = {
+            name: SharePrepare(raw, share.x, share.y, salts[name], list(reserved.aborts))
+            for name, share in dealt.assignment.items()
+        }
+        return record, offers
+
+    def _prepare(
+        self, channel: Channel, record: KeyRecord, offers: dict[str, SharePrepare], deadline_s: float
+    ) -> dict[str, bytes]:
+        """Send every holder its share; holder -> receipt, from all that are up and at least from t+1."""
+        needed = receipts_needed(record.manifest.threshold, record.manifest.shares)
+        needed = record.manifest.shares if self._acknowledge == "all" else needed
+        receipts: dict[str, bytes] = {}
+        problems: dict[str, EngineError] = {}
+        bodies = {name: REQUEST_CODECS[SHARE_PREPARE].encode(offer) for name, offer in offers.items()}
+        for holder, reply in self._all(channel, SHARE_PREPARE, bodies, deadline_s, lambda: len(receipts) >= needed):
+            try:
+                if isinstance(reply, EngineError):
+                    raise reply
+                if open_receipt(reply.receipt, record, self._cluster) != holder:
+                    raise ManifestError(f"{holder} sent the receipt of another")
+                receipts[holder] = reply.receipt
+            except EngineError as error:
+                problems[holder] = error
+        if len(receipts) >= needed:
+            return receipts
+        for problem in problems.values():
+            if not isinstance(problem, NodeUnavailable | DeadlineExceeded):
+                raise problem
+        told = "; ".join(f"{name}: {problem}" for name, problem in problems.items())
+        raise QuorumUnavailable(
+            f"{record.manifest.name!r}: {len(receipts)} of the {needed} holders needed stored their share ({told})",
+            [name for name in offers if name not in receipts],
+        )
+
+    def _announce(
+        self, channel: Channel, record: KeyRecord, certificate: bytes, holders: Sequence[str], deadline_s: float
+    ) -> None:
+        """Tell the holders that the key is committed. Who misses it learns it from a combiner or the registry."""
+        body = REQUEST_CODECS[SHARE_COMMIT].encode(ShareCommit(record.manifest.key_id, certificate))
+        until_s = min(deadline_s, time.monotonic() + COMMIT_WAIT_S)
+        for holder, reply in self._all(channel, SHARE_COMMIT, dict.fromkeys(holders, body), until_s, None):
+            if isinstance(reply, EngineError):
+                log.warning("commit not taken in yet", key=record.manifest.name, holder=holder, reason=str(reply))
+
+    def _all(
+        self,
+        channel: Channel,
+        verb: str,
+        bodies: dict[str, bytes],
+        deadline_s: float,
+        enough: Callable[[], bool] | None,
+    ) -> Iterator[tuple[str, Any]]:
+        """Ask several members at once; yields (member, decoded reply or EngineError) as they come.
+
+        Once ``enough()`` holds, the rest get ``GRACE_S`` more, or nothing more with acknowledge = "quorum".
+        """
+        asked: dict[int, str] = {}
+        for name, body in bodies.items():
+            try:
+                asked[channel.start(name, verb, body, max(0.001, deadline_s - time.monotonic()))] = name
+            except EngineError as error:
+                yield name, error
+        until_s, hurried = deadline_s, False
+        while asked and (left_s := until_s - time.monotonic()) > 0:
+            for arrival in channel.poll(left_s):
+                name = asked.pop(arrival.token, "")
+                if name:
+                    yield name, _decoded(verb, arrival)
+            if enough is not None and not hurried and enough():
+                hurried = True
+                until_s = min(until_s, time.monotonic() + (0.0 if self._acknowledge == "quorum" else GRACE_S))
+        for token, name in asked.items():
+            channel.abandon(token)
+            yield name, DeadlineExceeded(f"{name}: no reply to {verb} in time")
+
+    # --- the registry ---
+
+    def _registry(self, channel: Channel, verb: str, message: object, deadline_s: float) -> Any:
+        """Ask the registry, at each balancer in turn; ``RegistryUnavailable`` if none answers."""
+        problems = []
+        for balancer in self._cluster.of_role("balancer"):
+            left_s = min(REGISTRY_TIMEOUT_S, deadline_s - time.monotonic())
+            if left_s <= 0:
+                problems.append(f"{balancer.name}: the deadline is over")
+                continue
+            try:
+                return ask(channel, balancer.name, verb, message, left_s)
+            except (NodeUnavailable, DeadlineExceeded) as error:
+                problems.append(str(error))
+        told = "; ".join(problems) or "the cluster manifest names no balancer"
+        raise RegistryUnavailable(f"creating and destroying keys needs the registry, which does not answer ({told})")
+
+    def destroy(self, talker: Talker, raw_order: bytes, entry: Entry, deadline_s: float) -> Destroyed:
+        """Have the registry and every holder carry out the client's destroy order."""
+        self._registry(talker.channel, REGISTRY_DESTROY, Destroy(raw_order), deadline_s)
+        body = REQUEST_CODECS[SHARE_DESTROY].encode(Destroy(raw_order))
+        holders = [holder.node for holder in entry.manifest.holders]
+        confirmed = []
+        for holder, reply in self._all(talker.channel, SHARE_DESTROY, dict.fromkeys(holders, body), deadline_s, None):
+            if isinstance(reply, EngineError):
+                log.warning("destruction pending", key=entry.row.name, holder=holder, reason=str(reply))
+            else:
+                confirmed.append(holder)
+        return Destroyed(confirmed, [name for name in holders if name not in confirmed])
+
+    def registry_books(self, talker: Talker) -> list[SyncEntry]:
+        """Everything the registry's books say of this node's keys, destroyed ones first (their names may be reused)."""
+        entries: list[SyncEntry] = []
+        after = b""
+        for _ in range(MAX_SYNC_PAGES):
+            page = self._registry(talker.channel, REGISTRY_SYNC, Sync(after), time.monotonic() + REGISTRY_TIMEOUT_S)
+            entries += page.entries
+            if not page.more or not page.entries:
+                break
+            after = page.entries[-1].key_id
+        return sorted(entries, key=lambda entry: entry.state != "destroyed")
+
+    def outcome(self, talker: Talker, entry: Entry) -> OutcomeReply:
+        """What became of a prepared share's key."""
+        question = Outcome(entry.row.key_id, entry.row.attempt)
+        reply: OutcomeReply = self._registry(
+            talker.channel, REGISTRY_OUTCOME, question, time.monotonic() + REGISTRY_TIMEOUT_S
+        )
+        return reply
+
+
+def _decoded(verb: str, arrival: Any) -> Any:
+    try:
+        if arrival.reply is None:
+            raise arrival.error or DeadlineExceeded("no reply")
+        raise_for_status(arrival.reply)
+        return REPLY_CODECS[verb].decode(arrival.reply.body)
+    except EngineError as error:
+        return error
+    except ValueError as error:
+        return ManifestError(str(error))

@@ -1,0 +1,595 @@
+"""The verbs of a node: what happens to a request from its arrival to its reply. It owns no socket and no thread.
+
+Quick work (an operation with a loaded key, a look-up) is done at once on the loop's own lane. Work that writes,
+releases or takes long goes to the ``local`` worker, work that waits for peers to the ``talkers``; neither blocks the loop. Requests
+for a key that is being gathered wait for that one gathering.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Final, Protocol
+
+import structlog
+
+from engine._version import __version__
+from engine.client.listener import IDLE, Incoming
+from engine.errors import (
+    DeadlineExceeded,
+    EngineError,
+    KeyNotFound,
+    NeedGrant,
+    Overloaded,
+    RegistryUnavailable,
+    StaleKey,
+)
+from engine.keys import OPERATIONS, RequestType
+from engine.protocol.grant import check_grant
+from engine.protocol.manifest import Cluster, open_create_order, open_destroy_order
+from engine.protocol.requests import (
+    REPLY_CODECS,
+    REQUEST_CODECS,
+    SHARE_COMMIT,
+    SHARE_DESTROY,
+    SHARE_PREPARE,
+    SHARE_RELEASE,
+    STATS,
+    ClassCount,
+    Create,
+    Describe,
+    Destroy,
+    Empty,
+    Flush,
+    Flushed,
+    KeyDescription,
+    KeyEntry,
+    KeyList,
+    ListKeys,
+    NodeStats,
+    NodeStatus,
+    Operate,
+    OutcomeReply,
+    Result,
+    ShareCommit,
+    SyncEntry,
+    classify_request,
+)
+from engine.protocol.wire import ErrorBody, Load, Status, error_codec
+from engine.sharing import unblind, wipe
+from nodes.audit import AuditLog, Record
+from nodes.cache import KeyCache
+from nodes.catalogue import Catalogue, Entry
+from nodes.deal import Conversation, Gathered, Talker
+from nodes.holder import ShareHolder
+from nodes.operations import check_operation, operate
+from nodes.policy import check_key, check_verb
+from nodes.token import Lane, LoadedKey, Token, is_slow
+from nodes.workers import Worker
+
+__all__ = ["Handlers", "Moved", "Replier"]
+
+MAX_PENDING: Final = 10_000
+"""Requests under way in one node; more are answered ``overloaded``."""
+MAX_GROUPS_TOLD: Final = 2048
+DURABLE_VERBS: Final = frozenset(
+    {RequestType.GENERATE, RequestType.IMPORT, RequestType.DESTROY, SHARE_PREPARE, SHARE_RELEASE, SHARE_DESTROY}
+)
+"""Verbs whose audit record is on the disk before the reply goes out."""
+MAX_ERROR_DETAIL: Final = 200
+
+log = structlog.get_logger()
+
+
+class Moved(EngineError):
+    """This node is no eligible combiner of the key; ``names`` are."""
+
+    code = "moved"
+
+    def __init__(self, key: str, names: Sequence[str]) -> None:
+        super().__init__(f"{key!r} is served by {', '.join(names)}")
+        self.names = tuple(names)
+
+
+class Replier(Protocol):
+    """Where replies go: the listener."""
+
+    def reply(self, incoming: Incoming, status: int, body: bytes, load: Load = IDLE) -> None:
+        """Answer a request."""
+
+    def fail(self, incoming: Incoming, error: Exception, load: Load = IDLE) -> None:
+        """Answer a request with an error."""
+
+
+@dataclass(slots=True)
+class _Call:
+    """One request on its way. ``deadline_s`` is monotonic; ``service_us`` what its token operation took."""
+
+    incoming: Incoming
+    number: int
+    started_s: float
+    deadline_s: float
+    verb: str
+    key: str = ""
+    request_class: str = ""
+    entry: Entry | None = None
+    service_us: int = 0
+
+
+@dataclass(slots=True)
+class _Loaded:
+    """A loaded key and whether it lives on the local worker's lane."""
+
+    key: LoadedKey
+    slow: bool
+
+
+@dataclass(slots=True)
+class _Count:
+    requests: int = 0
+    errors: int = 0
+    busy_us: int = 0
+
+
+class Handlers:
+    """The node's behaviour. All methods are called by the loop's thread."""
+
+    def __init__(
+        self,
+        *,
+        node: str,
+        boot: bytes,
+        cluster: Cluster,
+        token: Token,
+        lane: Lane,
+        catalogue: Catalogue,
+        holder: ShareHolder,
+        conversation: Conversation,
+        audit: AuditLog,
+        local: Worker[Lane],
+        talkers: Worker[Talker],
+        replier: Replier,
+        cache_max_keys: int,
+        cache_ttl_s: float,
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._node = node
+        self._boot = boot
+        self._boot_text = boot.hex()[:8]
+        self._cluster = cluster
+        self._token = token
+        self._lane = lane
+        self._catalogue = catalogue
+        self._holder = holder
+        self._conversation = conversation
+        self._audit = audit
+        self._local = local
+        self._talkers = talkers
+        self._replier = replier
+        self._now_ms = now_ms
+        self._started_s = time.monotonic()
+        self._cache: KeyCache[_Loaded] = KeyCache(cache_max_keys, cache_ttl_s, self._unload)
+        self._gathering: dict[bytes, list[tuple[_Call, Operate]]] = {}
+        self._counts: dict[str, _Count] = {}
+        self._group_counts: dict[int, int] = {}
+        self._number = 0
+        self.pending = 0
+        self.behind_registry = True
+        self._catching_up = False
+        self._verbs: dict[str, Callable[[_Call, Any], None]] = {
+            **dict.fromkeys(OPERATIONS, self._operate),
+            RequestType.GENERATE: self._create,
+            RequestType.IMPORT: self._create,
+            RequestType.DESTROY: self._destroy,
+            RequestType.DESCRIBE: self._describe,
+            RequestType.LIST: self._list,
+            RequestType.FLUSH: self._flush,
+            RequestType.STATUS: self._status,
+            STATS: self._stats,
+            SHARE_PREPARE: self._share_prepare,
+            SHARE_COMMIT: self._share_commit,
+            SHARE_RELEASE: self._share_release,
+            SHARE_DESTROY: self._share_destroy,
+        }
+
+    # --- the way in and out ---
+
+    def handle(self, incoming: Incoming) -> None:
+        """Take a request; its reply may go out later."""
+        now = time.monotonic()
+        self._number += 1
+        request = incoming.request
+        call = _Call(incoming, self._number, now, now + request.timeout_ms / 1000, request.verb)
+        self.pending += 1
+        try:
+            self._record(call, "request")
+            check_verb(self._cluster, incoming.member, request.verb)
+            if self.pending > MAX_PENDING:
+                raise Overloaded(f"{MAX_PENDING} requests are under way")
+            body = REQUEST_CODECS[request.verb].decode(request.body)
+            self._verbs[request.verb](call, body)
+        except Exception as error:  # every request gets exactly one answer
+            self._fail(call, error)
+
+    def _answer(self, call: _Call, message: object) -> None:
+        """Reply with an ok message."""
+        try:
+            body = REPLY_CODECS[call.verb].encode(message)
+            self._finish(call, "ok", "")
+        except Exception as error:
+            self._fail(call, error)
+            return
+        self._replier.reply(call.incoming, Status.OK, body, self._load(call))
+
+    def _fail(self, call: _Call, error: Exception) -> None:
+        """Reply with an error; one that nobody foresaw is logged and told without details."""
+        if isinstance(error, Moved):
+            self._finish(call, "moved", ",".join(error.names))
+            body = error_codec.encode(ErrorBody(error.code, str(error), list(error.names)))
+            self._replier.reply(call.incoming, Status.MOVED, body, self._load(call))
+            return
+        code = error.code if isinstance(error, EngineError) else "invalid-request"
+        if not isinstance(error, EngineError | ValueError | TypeError):
+            code = "error"
+            log.error("request failed", verb=call.verb, key=call.key, kind=type(error).__name__, exc_info=error)
+        self._finish(call, code, str(error)[:MAX_ERROR_DETAIL] if code != "error" else type(error).__name__)
+        self._replier.fail(call.incoming, error, self._load(call))
+
+    def _finish(self, call: _Call, outcome: str, detail: str) -> None:
+        self.pending -= 1
+        if call.request_class:
+            count = self._counts.setdefault(call.request_class, _Count())
+            count.requests += 1
+            count.errors += outcome != "ok"
+            count.busy_us += call.service_us
+            group = self._cluster.group_of(call.key)
+            self._group_counts[group] = self._group_counts.get(group, 0) + 1
+        self._record(call, "reply", outcome, detail)
+
+    def _record(self, call: _Call, event: str, outcome: str = "", detail: str = "") -> None:
+        elapsed_us = int((time.monotonic() - call.started_s) * 1e6) if event == "reply" else 0
+        record = Record(
+            time_ms=self._now_ms(),
+            node=self._node,
+            boot=self._boot_text,
+            request=call.number,
+            event=event,
+            member=call.incoming.member.name,
+            verb=call.verb,
+            key=call.key,
+            outcome=outcome,
+            detail=detail,
+            elapsed_us=elapsed_us,
+        )
+        self._audit.write(record, durable=event == "reply" and outcome == "ok" and call.verb in DURABLE_VERBS)
+
+    def _load(self, call: _Call) -> Load:
+        loaded = call.entry is not None and self._cache.contains(call.entry.row.key_id, time.monotonic())
+        return Load(self.pending, call.service_us, loaded)
+
+    def _aside(self, call: _Call, worker: Worker[Any], work: Callable[[Any], Any]) -> None:
+        """Have a worker make the reply's message, unless the client's deadline is over by then."""
+
+        def job(state: Any) -> Any:
+            if time.monotonic() >= call.deadline_s:
+                raise DeadlineExceeded(f"{self._node}: the deadline passed while the request waited")
+            return work(state)
+
+        def done(message: Any, error: Exception | None) -> None:
+            if error is None:
+                self._answer(call, message)
+            else:
+                self._fail(call, error)
+
+        worker.submit(job, done)
+
+    # --- operations ---
+
+    def _entry(self, call: _Call, name: str) -> Entry:
+        """The live key of that name, policy checked."""
+        call.key = name
+        check_key(self._cluster, call.incoming.member, call.verb, name)
+        entry = self._catalogue.by_name(name)
+        if entry is None:
+            holders = self._cluster.group_holders(self._cluster.group_of(name))
+            if self._node not in holders:
+                raise Moved(name, holders)
+            raise KeyNotFound(f"no key {name!r} on {self._node}")
+        return entry
+
+    def _operate(self, call: _Call, body: Operate) -> None:
+        entry = self._entry(call, body.key)
+        if body.key_id and body.key_id != entry.row.key_id:
+            raise StaleKey(f"{body.key!r} has another id than the request says")
+        call.entry = entry
+        call.request_class = classify_request(call.verb, entry.algorithm.name)
+        check_operation(entry.algorithm, call.verb, body)
+        loaded = self._cache.get(entry.row.key_id, time.monotonic())
+        if loaded is not None:
+            self._perform(call, body, loaded)
+            return
+        self._admit(call, body, entry)
+        waiting = self._gathering.get(entry.row.key_id)
+        if waiting is not None:
+            waiting.append((call, body))
+            return
+        self._gathering[entry.row.key_id] = [(call, body)]
+        try:
+            self._talkers.submit(
+                lambda talker: self._conversation.gather(talker, entry, body.grant, call.deadline_s),
+                lambda gathered, error: self._gathered(entry, gathered, error),
+            )
+        except Overloaded:
+            del self._gathering[entry.row.key_id]
+            raise
+
+    def _admit(self, call: _Call, body: Operate, entry: Entry) -> None:
+        """Whether this request may have a cold key gathered: it needs its own client's grant for this combiner."""
+        if not body.grant:
+            raise NeedGrant(f"{body.key!r} is not loaded on {self._node}; a grant is needed")
+        grant, signed = check_grant(body.grant, entry.record, self._node, self._cluster, self._now_ms())
+        if signed.issuer != call.incoming.member.name:
+            raise NeedGrant(f"the grant is {signed.issuer!r}'s, not {call.incoming.member.name!r}'s")
+        if call.verb not in grant.operations:
+            raise NeedGrant(f"the grant is for {', '.join(grant.operations)}, not for {call.verb}")
+
+    def _gathered(self, entry: Entry, gathered: Gathered | None, error: Exception | None) -> None:
+        """The gathering ended: load the key on its lane, then serve who waited."""
+        if gathered is None:
+            self._release_waiting(entry, None, error)
+            return
+        if not is_slow(entry.algorithm):
+            try:
+                key = self._load_key(self._lane, entry, gathered)
+            except Exception as failure:
+                self._release_waiting(entry, None, failure)
+                return
+            self._release_waiting(entry, _Loaded(key, slow=False), None)
+            return
+        try:
+            self._local.submit(
+                lambda lane: self._load_key(lane, entry, gathered),
+                lambda key, failure: self._release_waiting(entry, key and _Loaded(key, slow=True), failure),
+            )
+        except Overloaded as failure:
+            wipe(gathered.secret)
+            self._release_waiting(entry, None, failure)
+
+    @staticmethod
+    def _load_key(lane: Lane, entry: Entry, gathered: Gathered) -> LoadedKey:
+        try:
+            return lane.load(entry.algorithm, bytes(unblind(gathered.secret)))
+        finally:
+            wipe(gathered.secret)
+
+    def _release_waiting(self, entry: Entry, loaded: _Loaded | None, error: Exception | None) -> None:
+        waiting = self._gathering.pop(entry.row.key_id, [])
+        current = self._catalogue.by_name(entry.row.name)
+        if loaded is not None and (current is None or current.row.key_id != entry.row.key_id):
+            self._unload(loaded)
+            loaded, error = None, KeyNotFound(f"the key {entry.row.name!r} was destroyed meanwhile")
+        if loaded is not None:
+            self._cache.put(entry.row.key_id, loaded, time.monotonic())
+        for call, body in waiting:
+            if loaded is None:
+                self._fail(call, error or EngineError("the key could not be loaded"))
+                continue
+            try:
+                self._perform(call, body, loaded)
+            except Exception as failure:
+                self._fail(call, failure)
+
+    def _perform(self, call: _Call, body: Operate, loaded: _Loaded) -> None:
+        version = call.entry.manifest.version if call.entry else 1
+
+        def timed(lane: Lane) -> Result:
+            begun = time.perf_counter_ns()
+            try:
+                return Result(operate(lane, loaded.key, call.verb, body, version))
+            finally:
+                call.service_us = max(1, (time.perf_counter_ns() - begun) // 1000)
+
+        if loaded.slow:
+            self._aside(call, self._local, timed)
+        else:
+            self._answer(call, timed(self._lane))
+
+    def _unload(self, loaded: _Loaded) -> None:
+        """Destroy a key's objects on the lane that made them, after what is queued there for it."""
+        if not loaded.slow:
+            loaded.key.destroy()
+            return
+        try:
+            self._local.submit(lambda lane: loaded.key.destroy(), _ignore)
+        except Overloaded:
+            log.warning("a loaded key outlives its time", reason="the local worker's queue is full")
+
+    # --- the life of a key ---
+
+    def _create(self, call: _Call, body: Create) -> None:
+        order, signed = open_create_order(body.order, self._cluster, self._now_ms())
+        call.key = order.name
+        call.request_class = classify_request(call.verb, order.algorithm)
+        if order.operation != call.verb or signed.issuer != call.incoming.member.name:
+            raise ValueError(
+                f"the order is {signed.issuer!r}'s to {order.operation}, the request is another's or another"
+            )
+        begun = time.monotonic()
+
+        def work(talker: Talker) -> KeyDescription:
+            try:
+                return self._conversation.create(talker, body.order, body.material, call.deadline_s)
+            except RegistryUnavailable:
+                self.behind_registry = True
+                raise
+            finally:
+                call.service_us = int((time.monotonic() - begun) * 1e6)
+
+        self._aside(call, self._talkers, work)
+
+    def _destroy(self, call: _Call, body: Destroy) -> None:
+        order, signed = open_destroy_order(body.order, self._cluster, self._now_ms())
+        call.key = order.name
+        if signed.issuer != call.incoming.member.name:
+            raise ValueError(f"the order is {signed.issuer!r}'s")
+        entry = self._catalogue.by_id(order.key_id)
+        if entry is None or entry.row.name != order.name:
+            raise KeyNotFound(f"no key {order.name!r} with id {order.key_id.hex()} on {self._node}")
+        self._aside(
+            call,
+            self._talkers,
+            lambda talker: self._conversation.destroy(talker, body.order, entry, call.deadline_s),
+        )
+
+    def _describe(self, call: _Call, body: Describe) -> None:
+        entry = self._entry(call, body.key)
+        call.entry = entry
+        self._answer(call, KeyDescription(entry.row.manifest, entry.row.certificate, []))
+
+    def _list(self, call: _Call, body: ListKeys) -> None:
+        member = call.incoming.member.name
+        found: list[KeyEntry] = []
+        for name in self._catalogue.names():
+            entry = self._catalogue.by_name(name)
+            if entry is None or name <= body.after or not fnmatchcase(name, body.pattern):
+                continue
+            if not self._cluster.allows(member, call.verb, name):
+                continue
+            if len(found) == body.limit:
+                self._answer(call, KeyList(found, True))
+                return
+            manifest = entry.manifest
+            found.append(KeyEntry(name, manifest.algorithm, manifest.version, manifest.threshold, manifest.shares))
+        self._answer(call, KeyList(found, False))
+
+    def _flush(self, call: _Call, body: Flush) -> None:
+        call.key = body.key
+        if not self._cluster.allows(call.incoming.member.name, call.verb, body.key or "*"):
+            check_key(self._cluster, call.incoming.member, call.verb, body.key or "*")
+        if not body.key:
+            self._answer(call, Flushed(self._cache.clear()))
+            return
+        entry = self._entry(call, body.key)
+        self._answer(call, Flushed(int(self._cache.drop(entry.row.key_id))))
+
+    def _status(self, call: _Call, body: Empty) -> None:
+        missing = [f"{name}: {what}" for name, what in self._token.missing.items()]
+        self._answer(
+            call,
+            NodeStatus(
+                node=self._node,
+                software=__version__,
+                cluster_serial=self._cluster.serial,
+                uptime_ms=int((time.monotonic() - self._started_s) * 1000),
+                shares=self._catalogue.share_count(),
+                loaded=len(self._cache),
+                cache_hits=self._cache.hits,
+                cache_misses=self._cache.misses,
+                queue=self.pending,
+                token=self._token.description,
+                algorithms=list(self._token.algorithms),
+                missing=missing,
+            ),
+        )
+
+    def _stats(self, call: _Call, body: Empty) -> None:
+        busiest = sorted(self._group_counts.items(), key=lambda item: -item[1])[:MAX_GROUPS_TOLD]
+        counts = [ClassCount(name, count.requests, count.errors, count.busy_us) for name, count in self._counts.items()]
+        uptime_ms = int((time.monotonic() - self._started_s) * 1000)
+        self._answer(call, NodeStats(self._boot, uptime_ms, self.pending, counts, busiest))
+
+    # --- shares ---
+
+    def _share_prepare(self, call: _Call, body: Any) -> None:
+        self._aside(call, self._local, lambda lane: self._holder.prepare(lane, body, call.incoming.member))
+
+    def _share_commit(self, call: _Call, body: Any) -> None:
+        self._aside(call, self._local, lambda lane: self._holder.commit(body))
+
+    def _share_release(self, call: _Call, body: Any) -> None:
+        entry = self._catalogue.by_id(body.key_id)
+        call.key = entry.row.name if entry else ""
+        self._aside(call, self._local, lambda lane: self._holder.release(lane, body, call.incoming.member))
+
+    def _share_destroy(self, call: _Call, body: Destroy) -> None:
+        def done(key_id: bytes | None, error: Exception | None) -> None:
+            if key_id is None:
+                self._fail(call, error or EngineError("the share could not be erased"))
+                return
+            self._cache.drop(key_id)
+            self._answer(call, Empty())
+
+        self._local.submit(lambda lane: self._holder.destroy(body), done)
+
+    # --- from time to time ---
+
+    def tick(self, settle_after_ms: int) -> None:
+        """Let expired keys go; catch up with the registry after a start, and while prepared shares wait too long."""
+        self._cache.expire(time.monotonic())
+        oldest = self._now_ms() - settle_after_ms
+        stale = [entry for entry in self._catalogue.prepared() if entry.row.changed_ms <= oldest]
+        if self._catching_up or not (self.behind_registry or stale):
+            return
+        self._catching_up = True
+        try:
+            self._talkers.submit(lambda talker: self._ask_registry(talker, stale), self._caught_up)
+        except Overloaded:
+            self._catching_up = False
+
+    def _ask_registry(
+        self, talker: Talker, stale: Sequence[Entry]
+    ) -> tuple[list[SyncEntry], list[tuple[Entry, OutcomeReply]]]:
+        books = self._conversation.registry_books(talker) if self.behind_registry else []
+        return books, [(entry, self._conversation.outcome(talker, entry)) for entry in stale]
+
+    def _caught_up(self, told: Any, error: Exception | None) -> None:
+        if told is None:
+            self._catching_up = False
+            if not isinstance(error, RegistryUnavailable):
+                log.warning("catching up with the registry failed", reason=str(error))
+            return
+        books, outcomes = told
+        self.behind_registry = False
+        try:
+            self._local.submit(lambda lane: self._take_in(books, outcomes), self._taken_in)
+        except Overloaded:
+            self._catching_up, self.behind_registry = False, True
+
+    def _take_in(self, books: Sequence[SyncEntry], outcomes: Sequence[tuple[Entry, OutcomeReply]]) -> list[bytes]:
+        """Carry out what the registry told; the ids of keys destroyed meanwhile. A bad entry does not stop the rest."""
+        gone: list[bytes] = []
+        for item in books:
+            try:
+                key_id = self._holder.catch_up(item)
+            except EngineError as error:
+                log.warning("the registry's entry was refused", key_id=item.key_id.hex(), reason=str(error))
+                continue
+            gone += [key_id] if key_id else []
+        for entry, outcome in outcomes:
+            try:
+                if outcome.state == "committed":
+                    self._holder.commit(ShareCommit(entry.row.key_id, outcome.document))
+                elif outcome.state == "aborted":
+                    self._holder.abort(outcome.document)
+            except EngineError as error:
+                log.warning("the registry's outcome was refused", key=entry.row.name, reason=str(error))
+        return gone
+
+    def _taken_in(self, gone: list[bytes] | None, error: Exception | None) -> None:
+        self._catching_up = False
+        if gone is None:
+            log.error("catching up with the registry failed", reason=str(error))
+            return
+        for key_id in gone:
+            self._cache.drop(key_id)
+
+    def close(self) -> None:
+        """Let every loaded key go."""
+        self._cache.clear()
+
+
+def _ignore(result: object, error: Exception | None) -> None:
+    if error is not None:
+        log.warning("a loaded key could not be destroyed", reason=str(error))

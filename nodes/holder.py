@@ -1,0 +1,231 @@
+"""The holder's side: store, commit, release and erase this node's share. It runs on one lane, beside the loop.
+
+Each holder checks everything for itself, against its own copy of the cluster manifest: no balancer and no dealer is
+taken at its word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engine.errors import AccessDenied, KeyExists, ManifestError, ShareCorrupt, StaleKey, UnsupportedAlgorithm
+from engine.protocol.grant import check_grant
+from engine.protocol.manifest import (
+    Cluster,
+    KeyRecord,
+    Member,
+    Receipt,
+    open_abort,
+    open_certificate,
+    open_destroy_order,
+    open_key_manifest,
+    receipts,
+)
+from engine.protocol.requests import (
+    Destroy,
+    Empty,
+    Prepared,
+    ReleasedShare,
+    ShareCommit,
+    SharePrepare,
+    ShareRelease,
+    SyncEntry,
+)
+from engine.protocol.signed import SigningKey, sign_envelope
+from engine.sharing import Share, commitment
+from nodes.catalogue import Catalogue, Entry
+from nodes.store import Row, ShareStore, seal_context, seal_share, unseal_share
+from nodes.token import Lane
+
+__all__ = ["ShareHolder"]
+
+
+class ShareHolder:
+    """The shares of one node. ``now_ms`` is the wall clock in milliseconds."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        signing: SigningKey,
+        store: ShareStore,
+        catalogue: Catalogue,
+        algorithms: Sequence[str],
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._cluster = cluster
+        self._signing = signing
+        self._node = signing.name
+        self._store = store
+        self._catalogue = catalogue
+        self._algorithms = frozenset(algorithms)
+        self._now_ms = now_ms
+
+    # --- creation ---
+
+    def prepare(self, lane: Lane, body: SharePrepare, sender: Member) -> Prepared:
+        """Store a share durably, read it back, unseal and check it; the answer is the signed receipt."""
+        record = open_key_manifest(body.manifest, self._cluster, self._now_ms())
+        share = self._check_offer(record, body, sender)
+        self._make_room(record, body.aborts)
+        manifest = record.manifest
+        context = seal_context(manifest, body.x, self._node, record.digest)
+        row = self._store.put(
+            Row(
+                key_id=manifest.key_id,
+                version=manifest.version,
+                epoch=manifest.epoch,
+                attempt=manifest.attempt,
+                name=manifest.name,
+                state="prepared",
+                manifest_hash=record.digest,
+                manifest=record.raw,
+                certificate=b"",
+                document=b"",
+                sealed=seal_share(lane, share, body.salt, context),
+                changed_ms=self._now_ms(),
+            )
+        )
+        if unseal_share(lane, row.sealed, body.x, context) != (share, body.salt):
+            raise ShareCorrupt(f"{self._node}: the stored share is not the one that came", [self._node])
+        self._catalogue.put(row)
+        return Prepared(self._receipt(record, body.x))
+
+    def _check_offer(self, record: KeyRecord, body: SharePrepare, sender: Member) -> Share:
+        manifest = record.manifest
+        if record.dealer != sender.name:
+            raise AccessDenied(f"{sender.name!r} sends a share that {record.dealer!r} dealt")
+        if manifest.algorithm not in self._algorithms:
+            raise UnsupportedAlgorithm(f"the token of {self._node!r} can't serve {manifest.algorithm!r}")
+        mine = manifest.holder(self._node)
+        share = Share(body.x, body.y)
+        if mine is None or mine.x != body.x:
+            raise ManifestError(f"the manifest of {manifest.name!r} gives {self._node!r} no share with x = {body.x}")
+        if commitment(body.salt, manifest.context, share) != mine.commitment:
+            raise ShareCorrupt(f"the share for {self._node!r} does not match its commitment", [self._node])
+        return share
+
+    def _make_room(self, record: KeyRecord, aborts: Sequence[bytes]) -> None:
+        """Clear what stands in the way, by abort notices alone; refuse what must stay."""
+        manifest = record.manifest
+        named = self._catalogue.by_name(manifest.name)
+        if named is not None and named.row.key_id != manifest.key_id:
+            raise KeyExists(f"the key {manifest.name!r} exists")
+        for raw in aborts:
+            self.abort(raw)
+        before = self._catalogue.by_id(manifest.key_id)
+        if before is None or (before.row.manifest_hash == record.digest and before.row.state == "prepared"):
+            return
+        if before.row.state == "prepared":
+            raise ManifestError(f"{manifest.name!r}: attempt {before.row.attempt} is neither committed nor aborted")
+        raise KeyExists(f"the key {manifest.name!r} with this id is {before.row.state} already")
+
+    def _receipt(self, record: KeyRecord, x: int) -> bytes:
+        payload = receipts.encode(Receipt(record.manifest.key_id, record.digest, x))
+        return sign_envelope("receipt", self._now_ms(), payload, self._signing)
+
+    def commit(self, body: ShareCommit) -> Empty:
+        """Make a prepared share valid."""
+        entry = self._catalogue.by_id(body.key_id)
+        if entry is None or entry.row.state == "destroyed":
+            raise StaleKey(f"{self._node} has no share of a key with id {body.key_id.hex()}")
+        self._settle(entry, body.certificate)
+        return Empty()
+
+    def _settle(self, entry: Entry, certificate: bytes) -> Entry:
+        if entry.row.state == "committed":
+            return entry
+        open_certificate(certificate, entry.record, self._cluster)
+        named = self._catalogue.by_name(entry.row.name)
+        if named is not None and named.row.key_id != entry.row.key_id:
+            raise KeyExists(f"the key {entry.row.name!r} exists with another id")
+        return self._catalogue.put(self._store.commit(entry.row, certificate, self._now_ms()))
+
+    def abort(self, raw: bytes) -> None:
+        """Delete a prepared share that the registry says will never be committed."""
+        notice = open_abort(raw, self._cluster)
+        entry = self._catalogue.by_id(notice.key_id)
+        if entry is not None and entry.row.state == "prepared" and entry.row.attempt <= notice.attempt:
+            self._store.delete(entry.row)
+            self._catalogue.remove(entry.row.key_id)
+
+    # --- use ---
+
+    def release(self, lane: Lane, body: ShareRelease, sender: Member) -> ReleasedShare:
+        """This node's share, to the combiner that a client's grant names and whose connection asks."""
+        entry = self._catalogue.by_id(body.key_id)
+        if entry is not None and entry.row.state == "prepared" and body.certificate:
+            entry = self._settle(entry, body.certificate)
+        if entry is None or entry.row.state != "committed":
+            raise StaleKey(f"{self._node} has no committed share of a key with id {body.key_id.hex()}")
+        check_grant(body.grant, entry.record, sender.name, self._cluster, self._now_ms())
+        share, salt = self.own_share(lane, entry)
+        return ReleasedShare(share.x, share.y, salt)
+
+    def own_share(self, lane: Lane, entry: Entry) -> tuple[Share, bytes]:
+        """This node's share of a committed key and its salt, unsealed."""
+        mine = entry.manifest.holder(self._node)
+        if mine is None or not entry.row.sealed:
+            raise StaleKey(f"{self._node} holds no share of {entry.row.name!r}")
+        context = seal_context(entry.manifest, mine.x, self._node, entry.record.digest)
+        return unseal_share(lane, entry.row.sealed, mine.x, context)
+
+    # --- the end ---
+
+    def destroy(self, body: Destroy) -> bytes:
+        """Erase the share on the client's signed order; the key's id. Repeating it is harmless."""
+        order, _ = open_destroy_order(body.order, self._cluster, None)
+        entry = self._catalogue.by_id(order.key_id)
+        if entry is None:
+            raise StaleKey(f"{self._node} knows no key with id {order.key_id.hex()}")
+        if entry.row.name != order.name:
+            raise ManifestError(f"the destroy order names {order.name!r}, the key is {entry.row.name!r}")
+        if entry.row.state != "destroyed":
+            self._catalogue.put(self._store.destroy(entry.row, body.order, self._now_ms()))
+        return order.key_id
+
+    # --- catching up ---
+
+    def catch_up(self, item: SyncEntry) -> bytes | None:
+        """Take in what the registry's books say of one key; the key's id if it was destroyed meanwhile."""
+        record = open_key_manifest(item.manifest, self._cluster)
+        entry = self._catalogue.by_id(item.key_id)
+        if record.manifest.key_id != item.key_id or record.manifest.holder(self._node) is None:
+            raise ManifestError(f"the registry's entry for {item.key_id.hex()} is not this node's")
+        if item.state == "committed":
+            if entry is not None and entry.row.manifest_hash != record.digest and entry.row.state == "prepared":
+                # Another attempt was committed; this one never will be, as the certificate proves.
+                open_certificate(item.certificate, record, self._cluster)
+                self._store.delete(entry.row)
+                self._catalogue.remove(item.key_id)
+                entry = None
+            if entry is None:
+                self._adopt(record, item.certificate)
+            else:
+                self._settle(entry, item.certificate)
+            return None
+        if entry is None or entry.row.state == "destroyed":
+            return None
+        return self.destroy(Destroy(item.document))
+
+    def _adopt(self, record: KeyRecord, certificate: bytes) -> None:
+        """Note a key whose creation this node missed; it can combine it, but holds no share."""
+        open_certificate(certificate, record, self._cluster)
+        manifest = record.manifest
+        named = self._catalogue.by_name(manifest.name)
+        if named is not None:
+            raise KeyExists(f"the key {manifest.name!r} exists with another id")
+        row = Row(
+            key_id=manifest.key_id,
+            version=manifest.version,
+            epoch=manifest.epoch,
+            attempt=manifest.attempt,
+            name=manifest.name,
+            state="committed",
+            manifest_hash=record.digest,
+            manifest=record.raw,
+            certificate=certificate,
+            document=b"",
+            sealed=b"",
+            changed_ms=self._now_ms(),
+        )
+        self._catalogue.put(self._store.put(row))

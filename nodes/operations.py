@@ -1,0 +1,64 @@
+"""One use of a loaded key: checks of the request against the algorithm, the ciphertext's header, the token's call."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+from engine.errors import InvalidTag
+from engine.keys import Algorithm, KeyKind, RequestType
+from engine.protocol.requests import Operate
+from engine.protocol.wire import MAX_DATA
+from nodes.token import Lane, LoadedKey
+
+__all__ = ["HEADER_BYTES", "check_operation", "operate"]
+
+MAGIC: Final = b"KQ\x01"
+HEADER_BYTES: Final = len(MAGIC) + 4
+"""A ciphertext begins with ``KQ``, the format 1 and the key's version (big-endian), authenticated with the data."""
+OAEP_OVERHEAD: Final = 66
+"""Bytes of an RSA block that OAEP with SHA-256 takes (RFC 8017, 7.1.1)."""
+
+
+def check_operation(algo: Algorithm, verb: str, body: Operate) -> None:
+    """Refuse what the algorithm can't do and sizes beyond the limits; ``ValueError`` names both."""
+    if verb not in algo.operations:
+        able = ", ".join(sorted(algo.operations))
+        raise ValueError(f"{verb} is no operation of {algo.name}; it has {able}")
+    if verb != RequestType.DECRYPT and len(body.data) > MAX_DATA:
+        raise ValueError(f"{len(body.data)} bytes of data, the limit of one request is {MAX_DATA}")
+    if algo.kind is KeyKind.RSA and body.associated_data:
+        raise ValueError(f"{algo.name} takes no associated data")
+    if algo.kind is KeyKind.RSA and verb == RequestType.ENCRYPT and len(body.data) > algo.bits // 8 - OAEP_OVERHEAD:
+        raise ValueError(f"{len(body.data)} bytes of data, {algo.name} takes {algo.bits // 8 - OAEP_OVERHEAD}")
+    if body.digested and not algo.prehashed:
+        raise ValueError(f"{algo.name} takes the message, not a digest")
+
+
+def operate(lane: Lane, key: LoadedKey, verb: str, body: Operate, version: int) -> bytes:
+    """Do it in the token. The result is empty where the answer is yes."""
+    if verb == RequestType.ENCRYPT:
+        header = _header(key.algorithm, version)
+        return header + lane.encrypt(key, body.data, header + body.associated_data)
+    if verb == RequestType.DECRYPT:
+        header = _header(key.algorithm, version)
+        if body.data[: len(header)] != header:
+            raise InvalidTag(f"the ciphertext does not begin with the header of format 1 and key version {version}")
+        return lane.decrypt(key, body.data[len(header) :], header + body.associated_data)
+    if verb == RequestType.MAC:
+        return lane.mac(key, body.data)
+    if verb == RequestType.VERIFY_MAC:
+        lane.verify_mac(key, body.data, body.proof)
+        return b""
+    data = body.data
+    if key.algorithm.prehashed and not body.digested:
+        data = hashlib.new(key.algorithm.hash_name, data).digest()
+    if verb == RequestType.SIGN:
+        return lane.sign(key, data)
+    lane.verify(key, data, body.proof)
+    return b""
+
+
+def _header(algo: Algorithm, version: int) -> bytes:
+    """The header of an AES-GCM ciphertext; RSA-OAEP's stays bare, as other implementations give and take it."""
+    return MAGIC + version.to_bytes(4, "big") if algo.kind is KeyKind.AES else b""

@@ -1,0 +1,187 @@
+"""The node's process: opens token, store and socket, runs the loop, and ends cleanly. It knows no verb."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import resource
+import signal
+import time
+from typing import Any, Final
+
+import structlog
+import zmq
+
+from engine.client.config import load_cluster, load_identity
+from engine.client.listener import Gate, Listener, raise_file_limit
+from engine.client.transport import Channel
+from engine.errors import ConfigError, EngineError
+from engine.protocol.manifest import Cluster
+from nodes.audit import AuditLog
+from nodes.catalogue import Catalogue
+from nodes.config import NodeConfig
+from nodes.deal import Conversation, Talker
+from nodes.handlers import Handlers
+from nodes.holder import ShareHolder
+from nodes.selftest import run_self_tests
+from nodes.store import ShareStore
+from nodes.token import Lane, Token
+from nodes.workers import Mailbox, Worker
+
+__all__ = ["Server", "harden_process"]
+
+TICK_S: Final = 1.0
+DRAIN_S: Final = 5.0
+"""How long a stopping node goes on for the requests under way."""
+SETTLE_AFTER_MS: Final = 30_000
+"""A share prepared longer ago than this is asked about at the registry."""
+BATCH: Final = 256
+"""Requests taken in before the mailbox is looked at again."""
+PR_SET_DUMPABLE: Final = 4
+
+log = structlog.get_logger()
+
+
+def harden_process() -> None:
+    """No core dump and no ptrace by others of the same user; private files by default."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise EngineError(f"prctl(PR_SET_DUMPABLE) failed: {os.strerror(ctypes.get_errno())}")
+    os.umask(0o077)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+class Server:
+    """A node ready to run. Making it opens everything and runs the self tests; ``EngineError`` says what failed."""
+
+    def __init__(self, config: NodeConfig, lifeline: int | None = None) -> None:
+        identity = load_identity(config.identity)
+        if identity.role != "node":
+            raise ConfigError(f"{config.identity}: the identity of a {identity.role}, not of a node")
+        cluster = load_cluster(config.manifest, config.manifest_pin)
+        self._check_member(cluster, identity.name, identity.member().sign_public, identity.member().curve_public)
+        self._lifeline = lifeline
+        self._stopping_s = 0.0
+        config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        token = Token(config.token, config.data)
+        lane = token.lane()
+        run_self_tests(lane)
+        log.info("self tests passed", token=token.description, missing=sorted(token.missing))
+        self._store = ShareStore(config.data / "shares.db", identity.name, lane)
+        catalogue = Catalogue(self._store.rows())
+        self._audit = AuditLog(config.data / "audit.jsonl")
+        self._mailbox = Mailbox()
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._gate = Gate(self._context, cluster)
+        me = cluster.nodes[identity.name]
+        self.endpoint = config.bind or me.endpoint
+        self._listener = Listener(self._context, identity.transport, self.endpoint, cluster)
+        holder = ShareHolder(cluster, identity.signing, self._store, catalogue, token.algorithms, _now_ms)
+        conversation = Conversation(
+            cluster, identity.signing, dict(token.missing), config.acknowledge, holder.own_share, _now_ms
+        )
+        peers = {member.name: member for member in cluster.members.values() if member.role in ("node", "balancer")}
+
+        def make_talker() -> Talker:
+            channel = Channel(identity.transport, peers, self._context)
+            channel.dial(peers)
+            return Talker(channel, token.lane())
+
+        self._local: Worker[Lane] = Worker("local", self._mailbox, token.lane, lambda state: None)
+        jobs: queue.Queue[Any] = queue.Queue(1_000)
+        self._talkers = [
+            Worker(f"talker-{i}", self._mailbox, make_talker, Talker.close, jobs) for i in range(config.workers)
+        ]
+        self._handlers = Handlers(
+            node=identity.name,
+            boot=os.urandom(16),
+            cluster=cluster,
+            token=token,
+            lane=lane,
+            catalogue=catalogue,
+            holder=holder,
+            conversation=conversation,
+            audit=self._audit,
+            local=self._local,
+            talkers=self._talkers[0],
+            replier=self._listener,
+            cache_max_keys=config.cache_max_keys,
+            cache_ttl_s=config.cache_ttl_s,
+            now_ms=_now_ms,
+        )
+
+    @staticmethod
+    def _check_member(cluster: Cluster, name: str, sign_public: bytes, curve_public: bytes) -> None:
+        member = cluster.nodes.get(name)
+        if member is None or (member.sign_public, member.curve_public) != (sign_public, curve_public):
+            raise ConfigError(f"the cluster manifest (serial {cluster.serial}) has no node {name!r} with these keys")
+
+    def stop(self) -> None:
+        """Begin to stop: no new requests, those under way get up to 5 s. Safe in a signal handler."""
+        self._mailbox.post(self._begin_stop)
+
+    def _begin_stop(self) -> None:
+        if not self._stopping_s:
+            self._stopping_s = time.monotonic() + DRAIN_S
+            log.info("stopping", under_way=self._handlers.pending)
+
+    def run(self) -> None:
+        """Serve until stopped; then drain and close everything."""
+        raise_file_limit()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop())
+        poller = zmq.Poller()
+        poller.register(self._listener.socket, zmq.POLLIN)
+        poller.register(self._mailbox.fileno(), zmq.POLLIN)
+        if self._lifeline is not None:
+            poller.register(self._lifeline, zmq.POLLIN)
+        log.info("serving", endpoint=self.endpoint)
+        try:
+            self._loop(poller)
+        finally:
+            self._close()
+        log.info("stopped")
+
+    def _loop(self, poller: zmq.Poller) -> None:
+        next_tick_s = 0.0
+        while True:
+            now = time.monotonic()
+            if self._stopping_s and (not self._handlers.pending or now >= self._stopping_s):
+                return
+            if now >= next_tick_s:
+                self._handlers.tick(SETTLE_AFTER_MS)
+                next_tick_s = now + TICK_S
+            ready = dict(poller.poll(max(0, int((next_tick_s - now) * 1000))))
+            if self._lifeline in ready:
+                poller.unregister(self._lifeline)
+                self._begin_stop()
+            self._mailbox.run()
+            if self._stopping_s:
+                if self._listener.socket in ready:
+                    poller.unregister(self._listener.socket)
+                continue
+            self._take_in()
+
+    def _take_in(self) -> None:
+        for _ in range(BATCH):
+            incoming = self._listener.receive()
+            if incoming is None:
+                return
+            self._handlers.handle(incoming)
+
+    def _close(self) -> None:
+        self._handlers.close()
+        self._local.stop(DRAIN_S)
+        for talker in self._talkers:
+            talker.stop(DRAIN_S)
+        self._mailbox.run()
+        self._listener.close()
+        self._gate.close()
+        self._audit.close()
+        self._store.close()
+        self._context.destroy(linger=100)
+        self._mailbox.close()
