@@ -1,8 +1,8 @@
 """The verbs of a node: what happens to a request from its arrival to its reply. It owns no socket and no thread.
 
 Quick work (an operation with a loaded key, a look-up) is done at once on the loop's own lane. Work that writes,
-releases or takes long goes to the ``local`` worker, work that waits for peers to the ``talkers``; neither blocks the loop. Requests
-for a key that is being gathered wait for that one gathering.
+releases or takes long goes to the ``local`` worker, work that waits for peers to the ``talkers``; neither blocks the
+loop. Requests for a key that is being gathered wait for that one gathering.
 """
 
 from __future__ import annotations

@@ -175,9 +175,11 @@ class Server:
 
     def _close(self) -> None:
         self._handlers.close()
-        self._local.stop(DRAIN_S)
-        for talker in self._talkers:
-            talker.stop(DRAIN_S)
+        workers: tuple[Worker[Any], ...] = (self._local, *self._talkers)
+        for worker in workers:
+            worker.finish()
+        for worker in workers:
+            worker.join(DRAIN_S)
         self._mailbox.run()
         self._listener.close()
         self._gate.close()

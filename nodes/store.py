@@ -52,7 +52,7 @@ class Row:
     """One epoch of one key as this node keeps it.
 
     ``sealed`` is the share under the KEK, or empty where the node missed the creation; ``certificate`` is empty until
-    the commit; ``document`` is the client's destroy order once destroyed. Invariant: ``state == "destroyed"`` has no share.
+    the commit; ``document`` is the client's destroy order once destroyed. Invariant: a destroyed key has no share.
     """
 
     key_id: bytes

@@ -87,9 +87,12 @@ class Worker(Generic[S]):
         except queue.Full:
             raise Overloaded(f"{MAX_JOBS} jobs wait already") from None
 
-    def stop(self, timeout_s: float) -> None:
-        """End after the jobs that wait; waits at most ``timeout_s``."""
+    def finish(self) -> None:
+        """Have one of the workers on this queue end after the jobs that wait."""
         self._jobs.put((None, None))
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for this worker's end, at most ``timeout_s``."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
