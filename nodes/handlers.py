@@ -52,6 +52,7 @@ from engine.protocol.requests import (
     NodeStatus,
     Operate,
     OutcomeReply,
+    Prewarm,
     Result,
     ShareCommit,
     SyncEntry,
@@ -127,6 +128,14 @@ class _Loaded:
 
 
 @dataclass(slots=True)
+class _Waiting:
+    """A request that waits for a gathering, and what to do with the key then."""
+
+    call: _Call
+    use: Callable[[_Loaded], None]
+
+
+@dataclass(slots=True)
 class _Count:
     requests: int = 0
     errors: int = 0
@@ -171,7 +180,7 @@ class Handlers:
         self._now_ms = now_ms
         self._started_s = time.monotonic()
         self._cache: KeyCache[_Loaded] = KeyCache(cache_max_keys, cache_ttl_s, self._unload)
-        self._gathering: dict[bytes, list[tuple[_Call, Operate]]] = {}
+        self._gathering: dict[bytes, list[_Waiting]] = {}
         self._counts: dict[str, _Count] = {}
         self._group_counts: dict[int, int] = {}
         self._number = 0
@@ -185,6 +194,7 @@ class Handlers:
             RequestType.DESTROY: self._destroy,
             RequestType.DESCRIBE: self._describe,
             RequestType.LIST: self._list,
+            RequestType.PREWARM: self._prewarm,
             RequestType.FLUSH: self._flush,
             RequestType.STATUS: self._status,
             STATS: self._stats,
@@ -306,33 +316,44 @@ class Handlers:
         call.entry = entry
         call.request_class = classify_request(call.verb, entry.algorithm.name)
         check_operation(entry.algorithm, call.verb, body)
+        self._with_key(call, entry, body.grant, lambda loaded: self._perform(call, body, loaded))
+
+    def _prewarm(self, call: _Call, body: Prewarm) -> None:
+        entry = self._entry(call, body.key)
+        if body.key_id and body.key_id != entry.row.key_id:
+            raise StaleKey(f"{body.key!r} has another id than the request says")
+        call.entry = entry
+        self._with_key(call, entry, body.grant, lambda loaded: self._answer(call, Empty()))
+
+    def _with_key(self, call: _Call, entry: Entry, grant: bytes, use: Callable[[_Loaded], None]) -> None:
+        """Use the key now if it is loaded, else when it has been gathered under the client's grant."""
         loaded = self._cache.get(entry.row.key_id, time.monotonic())
         if loaded is not None:
-            self._perform(call, body, loaded)
+            use(loaded)
             return
-        self._admit(call, body, entry)
+        self._admit(call, grant, entry)
         waiting = self._gathering.get(entry.row.key_id)
         if waiting is not None:
-            waiting.append((call, body))
+            waiting.append(_Waiting(call, use))
             return
-        self._gathering[entry.row.key_id] = [(call, body)]
+        self._gathering[entry.row.key_id] = [_Waiting(call, use)]
         try:
             self._talkers.submit(
-                lambda talker: self._conversation.gather(talker, entry, body.grant, call.deadline_s),
+                lambda talker: self._conversation.gather(talker, entry, grant, call.deadline_s),
                 lambda gathered, error: self._gathered(entry, gathered, error),
             )
         except Overloaded:
             del self._gathering[entry.row.key_id]
             raise
 
-    def _admit(self, call: _Call, body: Operate, entry: Entry) -> None:
+    def _admit(self, call: _Call, raw: bytes, entry: Entry) -> None:
         """Whether this request may have a cold key gathered: it needs its own client's grant for this combiner."""
-        if not body.grant:
-            raise NeedGrant(f"{body.key!r} is not loaded on {self._node}; a grant is needed")
-        grant, signed = check_grant(body.grant, entry.record, self._node, self._cluster, self._now_ms())
+        if not raw:
+            raise NeedGrant(f"{entry.row.name!r} is not loaded on {self._node}; a grant is needed")
+        grant, signed = check_grant(raw, entry.record, self._node, self._cluster, self._now_ms())
         if signed.issuer != call.incoming.member.name:
             raise NeedGrant(f"the grant is {signed.issuer!r}'s, not {call.incoming.member.name!r}'s")
-        if call.verb not in grant.operations:
+        if call.verb != RequestType.PREWARM and call.verb not in grant.operations:
             raise NeedGrant(f"the grant is for {', '.join(grant.operations)}, not for {call.verb}")
 
     def _gathered(self, entry: Entry, gathered: Gathered | None, error: Exception | None) -> None:
@@ -372,14 +393,14 @@ class Handlers:
             loaded, error = None, KeyNotFound(f"the key {entry.row.name!r} was destroyed meanwhile")
         if loaded is not None:
             self._cache.put(entry.row.key_id, loaded, time.monotonic())
-        for call, body in waiting:
+        for each in waiting:
             if loaded is None:
-                self._fail(call, error or EngineError("the key could not be loaded"))
+                self._fail(each.call, error or EngineError("the key could not be loaded"))
                 continue
             try:
-                self._perform(call, body, loaded)
+                each.use(loaded)
             except Exception as failure:
-                self._fail(call, failure)
+                self._fail(each.call, failure)
 
     def _perform(self, call: _Call, body: Operate, loaded: _Loaded) -> None:
         version = call.entry.manifest.version if call.entry else 1

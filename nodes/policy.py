@@ -31,10 +31,15 @@ def check_verb(cluster: Cluster, member: Member, verb: str) -> None:
 def check_key(cluster: Cluster, member: Member, verb: str, key_name: str) -> None:
     """Refuse an operation on a key that no rule of the policy allows to this client.
 
-    ``describe`` is allowed to whoever may do anything else with the key, since its use needs the description.
+    ``describe`` is allowed to whoever may do anything else with the key, since its use needs the description, and
+    ``prewarm`` to whoever may use it, since any use would load it too.
     """
     if member.role == "node":
         return
-    verbs = (verb, *OPERATIONS, RequestType.DESTROY) if verb == RequestType.DESCRIBE else (verb,)
+    verbs: tuple[str, ...] = (verb,)
+    if verb == RequestType.DESCRIBE:
+        verbs = (verb, *OPERATIONS, RequestType.DESTROY)
+    elif verb == RequestType.PREWARM:
+        verbs = (verb, *OPERATIONS)
     if not any(cluster.allows(member.name, each, key_name) for each in verbs):
         raise AccessDenied(f"{member.name!r} may not {verb} with the key {key_name!r}")

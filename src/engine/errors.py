@@ -162,7 +162,9 @@ class ClusterError(EngineError):
 
 
 _BY_CODE: dict[str, type[EngineError]] = {
-    value.code: value for value in list(globals().values()) if isinstance(value, type) and issubclass(value, EngineError)
+    value.code: value
+    for value in list(globals().values())
+    if isinstance(value, type) and issubclass(value, EngineError)
 }
 
 

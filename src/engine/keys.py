@@ -50,6 +50,7 @@ class RequestType(StrEnum):
     DESTROY = "destroy"
     DESCRIBE = "describe"
     LIST = "list"
+    PREWARM = "prewarm"
     FLUSH = "flush"
     STATUS = "status"
 

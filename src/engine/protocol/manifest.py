@@ -462,15 +462,19 @@ def _check_expiry(what: str, expires_ms: int, now_ms: int) -> None:
 
 
 def open_create_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[CreateOrder, Signed]:
-    """A create order, its client's signature, the policy and (unless ``now_ms`` is None) its expiry checked."""
+    """A create order with its client's signature checked; where it is carried out, its expiry and the policy too.
+
+    ``now_ms`` is None for the order of a key that exists: neither time nor a later policy undoes it.
+    """
     signed = verify_envelope(raw, "order.create", cluster.sign_key("client"))
     order = create_orders.decode(signed.payload)
-    if now_ms is not None:
-        _check_expiry("create order", order.expires_ms, now_ms)
     if order.algorithm not in ALGORITHMS:
         raise ManifestError(f"create order: unknown algorithm {order.algorithm!r}")
     if order.threshold > order.shares:
         raise ManifestError(f"create order: threshold {order.threshold} of {order.shares} shares")
+    if now_ms is None:
+        return order, signed
+    _check_expiry("create order", order.expires_ms, now_ms)
     if not cluster.allows(signed.issuer, order.operation, order.name):
         raise AccessDenied(f"{signed.issuer!r} may not {order.operation} the key {order.name!r}")
     return order, signed

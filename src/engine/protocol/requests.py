@@ -111,6 +111,14 @@ class KeyList(Message, frozen=True):
     more: bool
 
 
+class Prewarm(Message, frozen=True):
+    """``[key, key_id, grant]``: load the key now, so that its first use is not a cold one."""
+
+    key: KeyName
+    key_id: MaybeIdentifier
+    grant: Annotated[bytes, Meta(max_length=2048)]
+
+
 class Flush(Message, frozen=True):
     """``[key]``: drop the key from the caches; empty for all."""
 
@@ -312,6 +320,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     RequestType.DESTROY: (Destroy, Destroyed),
     RequestType.DESCRIBE: (Describe, KeyDescription),
     RequestType.LIST: (ListKeys, KeyList),
+    RequestType.PREWARM: (Prewarm, Empty),
     RequestType.FLUSH: (Flush, Flushed),
     RequestType.STATUS: (Empty, NodeStatus),
     SHARE_PREPARE: (SharePrepare, Prepared),
