@@ -1,0 +1,538 @@
+"""The asynchronous client: the verbs of ``Engine`` as coroutines, multiplexed over one connection to each member.
+
+It drives the same calls as the blocking client; here is only how exchanges meet the event loop. One engine belongs to
+one loop and is used from its thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TypeVar
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from engine.client.calls import (
+    CREATE_TIMEOUT_S,
+    Call,
+    Destroyed,
+    Exchange,
+    KeyInfo,
+    KeySummary,
+    MemberStatus,
+    answered_by_any,
+    check_timeout,
+    merge_lists,
+)
+from engine.client.client import (
+    CLOSE_WAIT_S,
+    MAX_BATCH,
+    WINDOW,
+    ClientSettings,
+    TableFollower,
+    TableStats,
+    as_settings,
+    end_context,
+    make_calls,
+    pair_items,
+)
+from engine.client.config import CurveIdentity
+from engine.client.transport import CONNECT_TIMEOUT_S, REDIAL_TIMEOUT_S, check_zmq_version, connect_options
+from engine.errors import AccessDenied, DeadlineExceeded, EngineError, NodeUnavailable, Overloaded, ProtocolError
+from engine.protocol.manifest import Cluster, Member
+from engine.protocol.routing import RoutingTable
+from engine.protocol.wire import (
+    MAX_MESSAGE,
+    MAX_TIMEOUT_MS,
+    PROTOCOL_VERSION,
+    Reply,
+    Request,
+    check_version,
+    reply_codec,
+    request_codec,
+)
+
+__all__ = ["AsyncEngine", "connect"]
+
+MAX_UNDER_WAY = 1_000
+"""Most requests under way at one member; more are refused as ``Overloaded``, so that memory stays bounded."""
+EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
+
+T = TypeVar("T")
+
+
+class _Link:
+    """The connection to one member, on the loop."""
+
+    def __init__(
+        self, context: zmq.Context[Any], identity: CurveIdentity, member: Member, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._name = member.name
+        self._client = identity.name
+        self._loop = loop
+        self._pending: dict[int, asyncio.Future[Reply]] = {}
+        self._ids = itertools.count(1)
+        self._opened_s = loop.time()
+        self._up = False
+        self.refused = False
+        self._changed: list[asyncio.Future[None]] = []
+        self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        connect_options(self._socket, identity, member)
+        self._socket.immediate = 1
+        self._socket.maxmsgsize = MAX_MESSAGE
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(EVENTS)
+        for socket in (self._socket, self._monitor):
+            loop.add_reader(int(socket.get(zmq.FD)), self._drain)
+        self._socket.connect(member.endpoint)
+        self._drain()
+
+    def close(self, error: EngineError) -> None:
+        """Close the sockets; what is under way ends with ``error``."""
+        for socket in (self._socket, self._monitor):
+            self._loop.remove_reader(int(socket.get(zmq.FD)))
+        self._socket.disable_monitor()
+        self._monitor.close(0)
+        self._socket.close(0)
+        self._fail(error)
+        self._wake()
+
+    async def request(self, verb: str, body: bytes, timeout_s: float) -> Reply:
+        """The reply to one request; raises ``EngineError`` where none comes."""
+        until_s = self._loop.time() + timeout_s
+        if not self._up:
+            await self._connected(timeout_s)
+        if len(self._pending) >= MAX_UNDER_WAY:
+            raise Overloaded(f"{MAX_UNDER_WAY} requests are under way at {self._name}")
+        number = next(self._ids)
+        timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
+        data = request_codec.encode(Request(PROTOCOL_VERSION, number, verb, timeout_ms, body, {}))
+        future: asyncio.Future[Reply] = self._loop.create_future()
+        self._pending[number] = future
+        try:
+            self._send(data)
+            async with asyncio.timeout_at(until_s):
+                return await future
+        except TimeoutError:
+            waited_ms = round(timeout_s * 1000)
+            raise DeadlineExceeded(f"{self._name}: no reply to {verb} within {waited_ms} ms") from None
+        finally:
+            self._pending.pop(number, None)
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            raise NodeUnavailable(f"{self._name}: the connection is down or its send queue is full") from None
+        # Sending may swallow the edge of the descriptor, so what has come meanwhile is looked for.
+        self._loop.call_soon(self._drain)
+
+    async def _connected(self, timeout_s: float) -> None:
+        dialling_s = self._loop.time() - self._opened_s
+        until_s = self._loop.time() + min(timeout_s, max(REDIAL_TIMEOUT_S, CONNECT_TIMEOUT_S - dialling_s))
+        while not self._up and not self.refused and not self._socket.closed:
+            changed: asyncio.Future[None] = self._loop.create_future()
+            self._changed.append(changed)
+            try:
+                async with asyncio.timeout_at(until_s):
+                    await changed
+            except TimeoutError:
+                break
+        if self.refused:
+            raise AccessDenied(f"{self._name} refuses the key of {self._client!r}: it is no member's in its manifest")
+        if self._socket.closed or not self._up:
+            raise NodeUnavailable(f"{self._name} can't be reached")
+
+    def _drain(self) -> None:
+        """Take in every event and reply there is; the descriptors tell only of changes."""
+        if self._socket.closed:
+            return
+        while True:
+            try:
+                self._event(parse_monitor_message(self._monitor.recv_multipart(zmq.DONTWAIT))["event"])
+            except zmq.Again:
+                break
+        while True:
+            try:
+                frames = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            self._received(frames)
+
+    def _event(self, event: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._up, self.refused = True, False
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._up, self.refused = False, True
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._up = False
+            self._fail(NodeUnavailable(f"{self._name}: the connection broke"))
+        self._wake()
+
+    def _received(self, frames: list[bytes]) -> None:
+        try:
+            if len(frames) != 1:
+                raise ProtocolError(f"a reply of {len(frames)} frames, not 1")
+            reply = reply_codec.decode(frames[0])
+            check_version(reply.version)
+        except ProtocolError as error:
+            self._fail(ProtocolError(f"{self._name}: {error}"))
+            return
+        future = self._pending.get(reply.id)
+        if future is not None and not future.done():
+            future.set_result(reply)
+
+    def _fail(self, error: EngineError) -> None:
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(error)
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, []
+        for future in changed:
+            if not future.done():
+                future.set_result(None)
+
+
+async def connect(config: str | os.PathLike[str] | ClientSettings) -> AsyncEngine:
+    """An asynchronous client of the cluster that ``config`` names (the path of a ``client.toml``, or settings)."""
+    return AsyncEngine(as_settings(config), asyncio.get_running_loop())
+
+
+class AsyncEngine:
+    """A client of a cluster on an event loop; an asynchronous context manager. ``connect`` makes one.
+
+    Any number of tasks may call its verbs at once. They are those of ``Engine``, with the same arguments and errors.
+    """
+
+    def __init__(self, settings: ClientSettings, loop: asyncio.AbstractEventLoop) -> None:
+        check_zmq_version()
+        self._settings = settings
+        self._timeout_s = check_timeout(settings.timeout_s)
+        self._loop = loop
+        self._calls = make_calls(settings)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._pid = os.getpid()
+        self._open = True
+        self._members = {m.name: m for m in settings.cluster.members.values() if m.role in ("node", "balancer")}
+        self._links: dict[str, _Link] = {}
+        self._follower = TableFollower(self._context, settings, self._calls.router)
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"AsyncEngine(client={self._settings.identity.name!r}, cluster={self._settings.cluster.name!r})"
+
+    async def close(self) -> None:
+        """Close the connections; calls under way end with an ``EngineError``."""
+        if not self._open:
+            return
+        self._open = False
+        for link in self._links.values():
+            link.close(EngineError("the engine is closed"))
+        self._links.clear()
+        # Termination joins threads, if only for a moment; it must not hold the loop.
+        await asyncio.to_thread(end_context, self._context, CLOSE_WAIT_S)
+        await asyncio.to_thread(self._follower.join, CLOSE_WAIT_S)
+
+    @property
+    def cluster(self) -> Cluster:
+        """The verified cluster manifest this client goes by."""
+        return self._settings.cluster
+
+    @property
+    def name(self) -> str:
+        """The client's own name in the cluster."""
+        return self._settings.identity.name
+
+    @property
+    def routing_table(self) -> RoutingTable | None:
+        """The routing table in force; None where no balancer was heard yet."""
+        return self._calls.router.table
+
+    @property
+    def table_stats(self) -> TableStats:
+        """How many routing tables were installed and refused."""
+        return self._follower.stats
+
+    # --- uses of a key ---
+
+    async def encrypt(
+        self, name: str, plaintext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
+    ) -> bytes:
+        """Encrypt at most 48 KiB; ``associated_data`` is authenticated too."""
+        return await self._run(self._calls.encrypt(name, plaintext, associated_data, self._wait_s(timeout)))
+
+    async def decrypt(
+        self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
+    ) -> bytes:
+        """The plaintext, or ``InvalidTag`` if ciphertext or associated data were changed."""
+        return await self._run(self._calls.decrypt(name, ciphertext, associated_data, self._wait_s(timeout)))
+
+    async def sign(
+        self, name: str, message: bytes | None = None, *, digest: bytes | None = None, timeout: float | None = None
+    ) -> bytes:
+        """Sign a message, or its digest where the algorithm hashes first."""
+        return await self._run(self._calls.sign(name, message, digest, self._wait_s(timeout)))
+
+    async def verify(
+        self,
+        name: str,
+        message: bytes | None,
+        signature: bytes,
+        *,
+        digest: bytes | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Raise ``InvalidSignature`` unless the signature is the key's for the message (None with ``digest``)."""
+        await self._run(self._calls.verify(name, message, signature, digest, self._wait_s(timeout)))
+
+    async def mac(self, name: str, message: bytes, *, timeout: float | None = None) -> bytes:
+        """The MAC of at most 48 KiB."""
+        return await self._run(self._calls.mac(name, message, self._wait_s(timeout)))
+
+    async def verify_mac(self, name: str, message: bytes, tag: bytes, *, timeout: float | None = None) -> None:
+        """Raise ``InvalidSignature`` unless ``tag`` is the message's MAC."""
+        await self._run(self._calls.verify_mac(name, message, tag, self._wait_s(timeout)))
+
+    # --- batches ---
+
+    async def encrypt_many(
+        self,
+        name: str,
+        plaintexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = b"",
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """Encrypt a list, up to 64 under way at once; errors as in ``Engine.encrypt_many``."""
+        wait_s = self._wait_s(timeout)
+        pairs = pair_items(plaintexts, associated_data)
+        return await self._many(
+            name, pairs, lambda pair: self._calls.encrypt(name, pair[0], pair[1], wait_s), wait_s, return_exceptions
+        )
+
+    async def decrypt_many(
+        self,
+        name: str,
+        ciphertexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = b"",
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """Decrypt a list, as ``encrypt_many`` encrypts one."""
+        wait_s = self._wait_s(timeout)
+        pairs = pair_items(ciphertexts, associated_data)
+        return await self._many(
+            name, pairs, lambda pair: self._calls.decrypt(name, pair[0], pair[1], wait_s), wait_s, return_exceptions
+        )
+
+    async def sign_many(
+        self, name: str, messages: Sequence[bytes], *, timeout: float | None = None, return_exceptions: bool = False
+    ) -> list[Any]:
+        """Sign a list of messages; the rest as in ``encrypt_many``."""
+        wait_s = self._wait_s(timeout)
+        pairs = pair_items(messages, b"")
+        return await self._many(
+            name, pairs, lambda pair: self._calls.sign(name, pair[0], None, wait_s), wait_s, return_exceptions
+        )
+
+    async def verify_many(
+        self,
+        name: str,
+        pairs: Sequence[tuple[bytes, bytes]],
+        *,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Exception | None]:
+        """Verify a list of (message, signature); a None for each that is right."""
+        wait_s = self._wait_s(timeout)
+        done = await self._many(
+            name,
+            list(pairs),
+            lambda pair: self._calls.verify(name, pair[0], pair[1], None, wait_s),
+            wait_s,
+            return_exceptions,
+        )
+        return [each if isinstance(each, Exception) else None for each in done]
+
+    async def mac_many(
+        self, name: str, messages: Sequence[bytes], *, timeout: float | None = None, return_exceptions: bool = False
+    ) -> list[Any]:
+        """The MACs of a list of messages; the rest as in ``encrypt_many``."""
+        wait_s = self._wait_s(timeout)
+        pairs = pair_items(messages, b"")
+        return await self._many(
+            name, pairs, lambda pair: self._calls.mac(name, pair[0], wait_s), wait_s, return_exceptions
+        )
+
+    # --- keys ---
+
+    async def create_key(
+        self,
+        name: str,
+        algorithm: str,
+        threshold: int | None = None,
+        shares: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> KeyInfo:
+        """Generate a key inside the cluster, split t-of-n."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return await self._run(self._calls.create_key(name, algorithm, threshold, shares, wait_s))
+
+    async def import_key(
+        self,
+        name: str,
+        algorithm: str,
+        key_material: bytes,
+        threshold: int | None = None,
+        shares: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> KeyInfo:
+        """Import raw bytes (AES, HMAC) or an unencrypted PKCS#8 key in DER or PEM (the others)."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return await self._run(self._calls.import_key(name, algorithm, key_material, threshold, shares, wait_s))
+
+    async def destroy_key(self, name: str, *, timeout: float | None = None) -> Destroyed:
+        """Destroy a key for good."""
+        return await self._run(self._calls.destroy_key(name, self._wait_s(timeout, CREATE_TIMEOUT_S)))
+
+    async def key_info(self, name: str, *, timeout: float | None = None) -> KeyInfo:
+        """What the signed manifest and certificate say about a key, asked afresh."""
+        return await self._run(self._calls.key_info(name, self._wait_s(timeout)))
+
+    async def public_key(self, name: str, *, timeout: float | None = None) -> str:
+        """The public key, SubjectPublicKeyInfo in PEM; ``ValueError`` for a symmetric key."""
+        return await self._run(self._calls.public_key(name, self._wait_s(timeout)))
+
+    async def list_keys(self, pattern: str = "*", *, timeout: float | None = None) -> tuple[KeySummary, ...]:
+        """The keys whose names match a shell glob, by name: the union of what the nodes that answer hold."""
+        wait_s = self._wait_s(timeout)
+        return merge_lists(answered_by_any(await self._ask_all(lambda n: self._calls.list_at(n, pattern, wait_s))))
+
+    async def flush(self, name: str = "", *, timeout: float | None = None) -> int:
+        """Drop one key (or all) from the caches of the nodes that answer; how many were dropped."""
+        wait_s = self._wait_s(timeout)
+        outcomes = await self._ask_all(lambda node: self._calls.flush_at(node, name, wait_s))
+        self._calls.router.forget_loaded(name)
+        return sum(answered_by_any(outcomes))
+
+    async def status(self, *, timeout: float | None = None) -> tuple[MemberStatus, ...]:
+        """Every node's and balancer's status, or the error in its place."""
+        wait_s = self._wait_s(timeout)
+        members = (*self.cluster.of_role("node"), *self.cluster.of_role("balancer"))
+        return tuple(await asyncio.gather(*(self._run(self._calls.status_at(m, wait_s)) for m in members)))
+
+    # --- running ---
+
+    def _wait_s(self, timeout: float | None, default_s: float = 0.0) -> float:
+        return max(default_s, self._timeout_s) if timeout is None else check_timeout(timeout)
+
+    async def _run(self, call: Call[T]) -> T:
+        self._check_open()
+        try:
+            step = next(call)
+            while True:
+                if isinstance(step, Exchange):
+                    try:
+                        reply = await self._exchange(step)
+                    except EngineError as error:
+                        step = call.throw(error)
+                    else:
+                        step = call.send(reply)
+                else:
+                    await asyncio.sleep(step.seconds)
+                    step = call.send(None)
+        except StopIteration as stop:
+            result: T = stop.value
+            return result
+        finally:
+            # A cancelled task leaves its call unfinished; closing it tells the router.
+            call.close()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise EngineError("the engine is closed")
+        if os.getpid() != self._pid:
+            raise EngineError("the process was forked after connect(); connect again in the child")
+        if asyncio.get_running_loop() is not self._loop:
+            raise EngineError("the engine belongs to another event loop")
+
+    async def _exchange(self, step: Exchange) -> Reply:
+        self._check_open()
+        link = self._links.get(step.peer)
+        if link is None:
+            member = self._members.get(step.peer)
+            if member is None:
+                raise NodeUnavailable(f"{step.peer!r} is no member with an endpoint")
+            link = _Link(self._context, self._settings.identity.transport, member, self._loop)
+            self._links[step.peer] = link
+        try:
+            return await link.request(step.verb, step.body, step.timeout_s)
+        except AccessDenied as error:
+            # Closed, since libzmq would knock again every few milliseconds for ever.
+            if self._links.get(step.peer) is link:
+                del self._links[step.peer]
+                link.close(error)
+            raise
+
+    async def _many(
+        self,
+        name: str,
+        items: Sequence[T],
+        make: Callable[[T], Call[bytes]],
+        timeout_s: float,
+        return_exceptions: bool,
+    ) -> list[Any]:
+        if not items:
+            return []
+        if len(items) > MAX_BATCH:
+            raise ValueError(f"a batch of {len(items)}; the limit is {MAX_BATCH}")
+        await self._run(self._calls.describe(name, timeout_s))
+        done: list[Any] = [None] * len(items)
+        queue = iter(enumerate(items))
+        failed = False
+
+        async def worker() -> None:
+            nonlocal failed
+            for index, item in queue:
+                if failed and not return_exceptions:
+                    return
+                done[index] = await _outcome(lambda item=item: self._run(make(item)))  # type: ignore[misc]
+                failed = failed or isinstance(done[index], Exception)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(WINDOW, len(items))):
+                group.create_task(worker())
+        if not return_exceptions:
+            for each in done:
+                if isinstance(each, Exception):
+                    raise each
+        return done
+
+    async def _ask_all(self, make: Callable[[str], Call[T]]) -> Mapping[str, T | Exception]:
+        nodes = list(self.cluster.nodes)
+        calls = [make(node) for node in nodes]
+        done = await asyncio.gather(*(_outcome(lambda call=call: self._run(call)) for call in calls))  # type: ignore[misc]
+        return dict(zip(nodes, done, strict=True))
+
+
+async def _outcome(begin: Callable[[], Awaitable[T]]) -> T | Exception:
+    """What it comes to: the result, or the error as a value."""
+    try:
+        return await begin()
+    except (EngineError, ValueError, TypeError) as error:
+        return error

@@ -1,0 +1,930 @@
+"""What every verb does, as generators: which node is asked, in which order, and what a refusal means.
+
+It opens no socket and reads no clock of its own. A call yields an ``Exchange`` and is sent back the ``Reply`` (or has
+the transport's error thrown in), or yields a ``Pause`` and is resumed after it; what it returns is the verb's result.
+One set of generators so serves the blocking, the pipelined and the asynchronous client.
+
+A call ends within its deadline. It asks each eligible node at most once a round, and a round is followed by another,
+after a growing pause, only while time is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from engine.client.transport import Moved, raise_for_status
+from engine.errors import (
+    AccessDenied,
+    DeadlineExceeded,
+    EngineError,
+    InvalidSignature,
+    InvalidTag,
+    KeyExists,
+    KeyNotFound,
+    ManifestError,
+    NeedGrant,
+    NodeUnavailable,
+    Overloaded,
+    ProtocolError,
+    QuorumUnavailable,
+    RegistryUnavailable,
+    ShareCorrupt,
+    StaleKey,
+    TokenError,
+    UnsupportedAlgorithm,
+)
+from engine.keys import Algorithm, KeyKind, RequestType, algorithm, normalize_material, public_key_pem
+from engine.protocol.grant import issue_grant
+from engine.protocol.manifest import (
+    Cluster,
+    CreateOrder,
+    DestroyOrder,
+    KeyRecord,
+    Member,
+    check_share_counts,
+    create_orders,
+    destroy_orders,
+    open_certificate,
+    open_key_manifest,
+)
+from engine.protocol.requests import (
+    REPLY_CODECS,
+    REQUEST_CODECS,
+    BalancerStatus,
+    Create,
+    Describe,
+    Destroy,
+    Empty,
+    Flush,
+    KeyDescription,
+    KeyEntry,
+    ListKeys,
+    NodeStatus,
+    Operate,
+    balancer_status_codec,
+    classify_request,
+)
+from engine.protocol.routing import Router
+from engine.protocol.signed import SigningKey, sign_envelope
+from engine.protocol.wire import MAX_AAD, MAX_DATA, Name, Reply
+
+__all__ = [
+    "Call",
+    "Calls",
+    "Description",
+    "Destroyed",
+    "Exchange",
+    "KeyInfo",
+    "KeySummary",
+    "MemberStatus",
+    "Pause",
+]
+
+CREATE_TIMEOUT_S = 15.0
+"""Default time for a creation or destruction: an RSA-4096 key is generated, and every holder writes durably."""
+TIMEOUT_MAX_S = 600.0
+ATTEMPT_MIN_S = 0.25
+"""A node is given at least this long (or what is left), so that a cold gather can end."""
+DESCRIBE_ATTEMPT_MAX_S = 1.0
+CREATE_ATTEMPT_MIN_S = 2.0
+GRANT_LIFETIME_MS = 10_000
+ORDER_MARGIN_MS = 60_000
+"""An order outlives the call by this, so that a dealer that began within the deadline may end."""
+COLD_ROUND_TRIP_MAX_US = 1_000
+"""At most this much of an exchange that may have gathered shares is taken for the network's."""
+PAUSE_FIRST_S = 0.05
+PAUSE_MAX_S = 0.5
+MAX_DESCRIPTIONS = 10_000
+MAX_CIPHERTEXT = MAX_DATA + 128
+MAX_PROOF = 1024
+LIST_PAGE = 200
+MAX_PAGES = 100_000
+DEFAULT_SHARES = 5
+
+T = TypeVar("T")
+MemberRole = Literal["node", "balancer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """Ask ``peer``: ``body`` is the verb's encoded message; the reply is due within ``timeout_s`` seconds."""
+
+    peer: str
+    verb: str
+    body: bytes
+    timeout_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Resume the call after ``seconds``."""
+
+    seconds: float
+
+
+Call = Generator[Exchange | Pause, Reply | None, T]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyInfo:
+    """What the signed manifest and commit certificate say about a key.
+
+    ``holders`` are in the order of the manifest; ``stored`` are those of them whose receipts made the key valid.
+    ``public_key`` is PEM, empty for a symmetric key; ``warnings`` are those of its placement.
+    """
+
+    name: str
+    algorithm: str
+    version: int
+    epoch: int
+    threshold: int
+    shares: int
+    holders: tuple[str, ...]
+    stored: tuple[str, ...]
+    key_id: str
+    dealer: str
+    public_key: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class KeySummary:
+    """One line of a listing, as the nodes tell it."""
+
+    name: str
+    algorithm: str
+    version: int
+    threshold: int
+    shares: int
+
+
+@dataclass(frozen=True, slots=True)
+class Destroyed:
+    """Nodes that erased their share (``confirmed``), and those that will when they come back (``pending``)."""
+
+    name: str
+    confirmed: tuple[str, ...]
+    pending: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStatus:
+    """A member's own account of itself, or the error that came instead of it."""
+
+    name: str
+    role: MemberRole
+    endpoint: str
+    location: str
+    status: NodeStatus | BalancerStatus | None
+    error: Exception | None
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A verified key: its record, its algorithm and its eligible combiners."""
+
+    record: KeyRecord
+    algorithm: Algorithm
+    holders: tuple[str, ...]
+    info: KeyInfo
+
+
+@dataclass(frozen=True, slots=True)
+class _Lost:
+    """No reply came, or none that could be understood."""
+
+    error: EngineError
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A use of a key as the caller asked for it, before the algorithm shapes it."""
+
+    verb: RequestType
+    name: str
+    data: bytes
+    associated_data: bytes = b""
+    proof: bytes = b""
+    digest: bytes | None = None
+
+
+@dataclass(slots=True)
+class _Trail:
+    """What one call has tried, and how much time it has left. ``clock`` counts seconds."""
+
+    what: str
+    clock: Callable[[], float]
+    deadline_s: float
+    rounds: int = 0
+    failures: dict[str, Exception] = field(default_factory=dict)
+    quorum: list[QuorumUnavailable | ShareCorrupt] = field(default_factory=list)
+
+    def left_s(self) -> float:
+        return self.deadline_s - self.clock()
+
+    def attempt_s(self, floor_s: float = ATTEMPT_MIN_S, share: float = 1 / 3, most_s: float = TIMEOUT_MAX_S) -> float:
+        """How long one node may take: a share of what is left, so that a silent node leaves time for the next."""
+        left_s = self.left_s()
+        return max(0.001, min(left_s, max(floor_s, min(most_s, left_s * share))))
+
+    def begin_round(self) -> None:
+        self.failures = {}
+
+    def all_are(self, kind: type[Exception]) -> bool:
+        return bool(self.failures) and all(isinstance(each, kind) for each in self.failures.values())
+
+    def told(self) -> str:
+        return "; ".join(f"{peer}: {error}" for peer, error in self.failures.items())[:900]
+
+    def short_of_shares(self, error: QuorumUnavailable | ShareCorrupt) -> None:
+        """Keep a combiner's word that it has too few shares; the second one's is believed and raised."""
+        self.quorum.append(error)
+        if len(self.quorum) > 1:
+            raise self.shortage()
+
+    def shortage(self) -> EngineError:
+        if len(self.quorum) == 1:
+            return self.quorum[0]
+        missing = dict.fromkeys(name for each in self.quorum for name in getattr(each, "missing", ()))
+        corrupt = dict.fromkeys(name for each in self.quorum for name in getattr(each, "holders", ()))
+        message = "; ".join(dict.fromkeys(str(each) for each in self.quorum))
+        if any(isinstance(each, QuorumUnavailable) for each in self.quorum):
+            return QuorumUnavailable(message, [*missing, *(name for name in corrupt if name not in missing)])
+        return ShareCorrupt(message, corrupt)
+
+    def end_round(self) -> Pause:
+        """The pause before another round, or the verdict raised: when it is certain, or no time is left."""
+        if self.quorum:
+            raise self.shortage()
+        if self.all_are(AccessDenied):
+            raise AccessDenied(f"{self.what}: every node refuses this client ({self.told()})")
+        if self.all_are(KeyNotFound):
+            raise KeyNotFound(f"{self.what}: {next(iter(self.failures.values()))}")
+        seconds = min(PAUSE_FIRST_S * 2 ** min(self.rounds, 10), PAUSE_MAX_S)
+        self.rounds += 1
+        if self.left_s() <= seconds:
+            raise self.verdict()
+        return Pause(seconds)
+
+    def verdict(self) -> EngineError:
+        """The error that the failures of the last round amount to."""
+        if not self.failures:
+            return DeadlineExceeded(f"{self.what}: the deadline passed before any node was asked")
+        kinds = (Overloaded, TokenError, StaleKey, ManifestError, ProtocolError, RegistryUnavailable, NodeUnavailable)
+        for kind in kinds:
+            if self.all_are(kind):
+                return kind(f"{self.what}: {self.told()}")
+        return DeadlineExceeded(f"{self.what}: no node served it in time ({self.told()})")
+
+
+class _Descriptions:
+    """Verified descriptions by key name, the longest unused forgotten beyond ``MAX_DESCRIPTIONS``; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, Description] = OrderedDict()
+
+    def get(self, name: str) -> Description | None:
+        with self._lock:
+            found = self._known.get(name)
+            if found is not None:
+                self._known.move_to_end(name)
+            return found
+
+    def put(self, name: str, description: Description) -> None:
+        with self._lock:
+            self._known[name] = description
+            self._known.move_to_end(name)
+            if len(self._known) > MAX_DESCRIPTIONS:
+                self._known.popitem(last=False)
+
+    def drop(self, name: str = "") -> None:
+        with self._lock:
+            if name:
+                self._known.pop(name, None)
+            else:
+                self._known.clear()
+
+
+_FINAL = (InvalidTag, InvalidSignature, AccessDenied, UnsupportedAlgorithm, ValueError)
+"""Answers that another node would give too."""
+_CREATE_FINAL = (KeyExists, UnsupportedAlgorithm, AccessDenied, ValueError)
+
+
+class Calls:
+    """The verbs of one client. Safe for several threads; the generators it returns are each for one.
+
+    ``clock`` gives monotonic seconds, ``now_ms`` milliseconds since the Unix epoch, ``random_bytes`` n random bytes.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        signing: SigningKey,
+        router: Router,
+        *,
+        clock: Callable[[], float],
+        now_ms: Callable[[], int],
+        random_bytes: Callable[[int], bytes],
+    ) -> None:
+        self.cluster = cluster
+        self.router = router
+        self._signing = signing
+        self._clock = clock
+        self._now_ms = now_ms
+        self._random_bytes = random_bytes
+        self._descriptions = _Descriptions()
+
+    # --- uses of a key ---
+
+    def encrypt(self, name: str, plaintext: bytes, associated_data: bytes, timeout_s: float) -> Call[bytes]:
+        """The ciphertext; ``ValueError`` for more than 48 KiB."""
+        data = as_bytes("plaintext", plaintext)
+        if len(data) > MAX_DATA:
+            raise ValueError(f"plaintext of {len(data)} bytes; the limit is {MAX_DATA}, encrypt_stream has none")
+        aad = as_bytes("associated_data", associated_data)
+        return self._operate(_Use(RequestType.ENCRYPT, name, data, _bounded_aad(aad)), timeout_s)
+
+    def decrypt(self, name: str, ciphertext: bytes, associated_data: bytes, timeout_s: float) -> Call[bytes]:
+        """The plaintext, or ``InvalidTag``."""
+        data = as_bytes("ciphertext", ciphertext)
+        if len(data) > MAX_CIPHERTEXT:
+            raise ValueError(
+                f"ciphertext of {len(data)} bytes; the limit is {MAX_CIPHERTEXT}, decrypt_stream takes what "
+                "encrypt_stream made"
+            )
+        aad = as_bytes("associated_data", associated_data)
+        return self._operate(_Use(RequestType.DECRYPT, name, data, _bounded_aad(aad)), timeout_s)
+
+    def sign(self, name: str, message: bytes | None, digest: bytes | None, timeout_s: float) -> Call[bytes]:
+        """The signature of a message, or of its digest where the algorithm hashes first."""
+        return self._operate(_Use(RequestType.SIGN, name, *_message(message, digest)), timeout_s)
+
+    def verify(
+        self, name: str, message: bytes | None, signature: bytes, digest: bytes | None, timeout_s: float
+    ) -> Call[bytes]:
+        """Nothing, or ``InvalidSignature``."""
+        data, _, _, hashed = _message(message, digest)
+        proof = _proof("signature", signature)
+        return self._operate(_Use(RequestType.VERIFY, name, data, b"", proof, hashed), timeout_s)
+
+    def mac(self, name: str, message: bytes, timeout_s: float) -> Call[bytes]:
+        """The MAC of a message."""
+        return self._operate(_Use(RequestType.MAC, name, as_bytes("message", message)), timeout_s)
+
+    def verify_mac(self, name: str, message: bytes, tag: bytes, timeout_s: float) -> Call[bytes]:
+        """Nothing, or ``InvalidSignature``."""
+        data, proof = as_bytes("message", message), _proof("MAC", tag)
+        return self._operate(_Use(RequestType.VERIFY_MAC, name, data, b"", proof), timeout_s)
+
+    def _operate(self, use: _Use, timeout_s: float) -> Call[bytes]:
+        if not isinstance(use.name, str):
+            raise TypeError(f"a key's name must be str, not {type(use.name).__name__}")
+        trail = self._trail(f"{use.verb} with {use.name[:128]!r}", timeout_s)
+        return self._operating(use, trail)
+
+    def _operating(self, use: _Use, trail: _Trail) -> Call[bytes]:
+        known = yield from self._described(use.name, trail)
+        refreshed = False
+        while True:
+            trail.begin_round()
+            answer = yield from self._round(use, known, trail, refreshed)
+            if isinstance(answer, bytes):
+                return answer
+            if answer is not None:
+                # The key changed under us: learn what it is now and begin again, once.
+                refreshed = True
+                self._descriptions.drop(use.name)
+                known = yield from self._described(use.name, trail, unlike=known)
+                continue
+            pause = trail.end_round()
+            yield pause
+
+    def _round(
+        self, use: _Use, known: Description, trail: _Trail, refreshed: bool
+    ) -> Call[bytes | StaleKey | KeyNotFound | None]:
+        """Ask the combiners in turn: the result, the word that the description is old, or None when all failed."""
+        shaped = _shape(use, known.algorithm)
+        request_class = classify_request(use.verb, known.algorithm.name)
+        queue = deque(self.router.rank(request_class, use.name, known.holders, self._clock()))
+        asked: set[str] = set()
+        while queue and trail.left_s() > 0:
+            node = queue.popleft()
+            if node in asked:
+                continue
+            asked.add(node)
+            outcome = yield from self._at_combiner(node, use, shaped, known, request_class, trail)
+            if isinstance(outcome, bytes):
+                return outcome
+            if isinstance(outcome, Moved):
+                queue.extendleft(name for name in reversed(outcome.names) if name in self.cluster.nodes)
+                trail.failures[node] = outcome
+            elif isinstance(outcome, StaleKey | KeyNotFound):
+                if not refreshed:
+                    return outcome
+                trail.failures[node] = outcome
+            else:
+                self._refused(node, outcome, trail)
+        return None
+
+    def _refused(self, node: str, outcome: Exception | _Lost, trail: _Trail) -> None:
+        """Raise what is final; keep the rest, so that the next node is asked."""
+        if isinstance(outcome, _Lost):
+            trail.failures[node] = outcome.error
+            return
+        trail.failures[node] = outcome
+        if isinstance(outcome, _FINAL):
+            raise outcome
+        if isinstance(outcome, QuorumUnavailable | ShareCorrupt):
+            trail.short_of_shares(outcome)
+
+    def _at_combiner(
+        self, node: str, use: _Use, shaped: tuple[bytes, bool], known: Description, request_class: str, trail: _Trail
+    ) -> Call[bytes | Exception | _Lost]:
+        """One combiner's answer; with a grant unless its last reply said that the key is loaded."""
+        loaded = self.router.is_loaded(use.name, node)
+        outcome: Any = None
+        for granted in (False, True) if loaded else (True,):
+            grant = self._grant(known.record, use.verb, node, trail.left_s()) if granted else b""
+            message = Operate(
+                key=use.name,
+                key_id=known.record.manifest.key_id,
+                data=shaped[0],
+                associated_data=use.associated_data,
+                proof=use.proof,
+                digested=shaped[1],
+                grant=grant,
+            )
+            outcome = yield from self._ask(
+                node, use.verb, message, trail.attempt_s(), key_name=use.name, request_class=request_class, cold=granted
+            )
+            if not isinstance(outcome, NeedGrant):
+                break
+        return outcome if isinstance(outcome, Exception | _Lost) else bytes(outcome.data)
+
+    def _grant(self, record: KeyRecord, operation: str, combiner: str, left_s: float) -> bytes:
+        lifetime_ms = max(1_000, min(GRANT_LIFETIME_MS, int(left_s * 1000) + 1))
+        return issue_grant(
+            self._signing, record, operation, combiner, self._now_ms(), lifetime_ms, self._random_bytes(16)
+        )
+
+    # --- what a key is ---
+
+    def key_info(self, name: str, timeout_s: float) -> Call[KeyInfo]:
+        """What the newest description says; asked afresh, since a description kept may be old."""
+        trail = self._trail(f"describe {str(name)[:128]!r}", timeout_s)
+        check_name(name)
+        return self._key_info(name, trail)
+
+    def _key_info(self, name: str, trail: _Trail) -> Call[KeyInfo]:
+        self._descriptions.drop(name)
+        return (yield from self._described(name, trail)).info
+
+    def describe(self, name: str, timeout_s: float) -> Call[Description]:
+        """The verified description, kept from an earlier call if there was one."""
+        trail = self._trail(f"describe {str(name)[:128]!r}", timeout_s)
+        check_name(name)
+        return self._described(name, trail)
+
+    def public_key(self, name: str, timeout_s: float) -> Call[str]:
+        """The public key as PEM; ``ValueError`` for a symmetric key."""
+        return self._public_key(name, self.describe(name, timeout_s))
+
+    def _public_key(self, name: str, describe: Call[Description]) -> Call[str]:
+        known = yield from describe
+        if not known.info.public_key:
+            raise ValueError(f"the key {name!r} is symmetric ({known.algorithm.name}): it has no public key")
+        return known.info.public_key
+
+    def _described(self, name: str, trail: _Trail, unlike: Description | None = None) -> Call[Description]:
+        """Ask for the key's description, preferring one that differs from ``unlike``, which proved old somewhere."""
+        known = self._descriptions.get(name)
+        if known is not None:
+            return known
+        check_name(name)
+        while True:
+            trail.begin_round()
+            found = yield from self._describe_round(name, trail, unlike)
+            if found is not None:
+                self._descriptions.put(name, found)
+                return found
+            self._unknown(name, trail)
+            pause = trail.end_round()
+            yield pause
+
+    def _describe_round(self, name: str, trail: _Trail, unlike: Description | None) -> Call[Description | None]:
+        same: Description | None = None
+        for node in dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)):
+            if trail.left_s() <= 0:
+                break
+            timeout_s = trail.attempt_s(most_s=DESCRIBE_ATTEMPT_MAX_S)
+            outcome = yield from self._ask(node, RequestType.DESCRIBE, Describe(name), timeout_s)
+            if isinstance(outcome, _Lost):
+                trail.failures[node] = outcome.error
+            elif isinstance(outcome, AccessDenied | ValueError):
+                raise outcome
+            elif isinstance(outcome, Exception):
+                trail.failures[node] = outcome
+            else:
+                try:
+                    found = self._opened(name, outcome)
+                except (ManifestError, ProtocolError, AccessDenied) as error:
+                    trail.failures[node] = ManifestError(f"its description of the key does not verify: {error}")
+                    continue
+                if unlike is None or found.record.digest != unlike.record.digest:
+                    return found
+                same = found
+        return same
+
+    def _unknown(self, name: str, trail: _Trail) -> None:
+        """Raise ``KeyNotFound`` if a node said so and none knew the key; it names the nodes that could not be asked."""
+        failures = trail.failures
+        if not any(isinstance(error, KeyNotFound) for error in failures.values()):
+            return
+        silent = [node for node in self.router.holders(name) if not isinstance(failures.get(node), KeyNotFound)]
+        message = f"no node that answers knows the key {name!r}"
+        if silent:
+            message += f"; of its placement group could not be asked: {', '.join(silent)}"
+        raise KeyNotFound(message)
+
+    def _opened(self, name: str, described: KeyDescription) -> Description:
+        """The description verified: the dealer's signature, the client's order in it, the certificate's receipts."""
+        record = open_key_manifest(described.manifest, self.cluster)
+        manifest = record.manifest
+        if manifest.name != name:
+            raise ManifestError(f"it is of {manifest.name!r}")
+        stored = open_certificate(described.certificate, record, self.cluster)
+        info = KeyInfo(
+            name=name,
+            algorithm=manifest.algorithm,
+            version=manifest.version,
+            epoch=manifest.epoch,
+            threshold=manifest.threshold,
+            shares=manifest.shares,
+            holders=tuple(holder.node for holder in manifest.holders),
+            stored=stored,
+            key_id=manifest.key_id.hex(),
+            dealer=record.dealer,
+            public_key=public_key_pem(manifest.public_key) if manifest.public_key else "",
+            warnings=tuple(described.warnings),
+        )
+        return Description(record, algorithm(manifest.algorithm), info.holders, info)
+
+    # --- creation and destruction ---
+
+    def create_key(
+        self, name: str, algorithm_name: str, threshold: int | None, shares: int | None, timeout_s: float
+    ) -> Call[KeyInfo]:
+        """Generate a key on a node of the cluster, split t-of-n."""
+        order = self._order("generate", name, algorithm(algorithm_name), threshold, shares, timeout_s)
+        return self._creating(order, b"", self._trail(f"create {name!r}", timeout_s))
+
+    def import_key(
+        self,
+        name: str,
+        algorithm_name: str,
+        key_material: bytes,
+        threshold: int | None,
+        shares: int | None,
+        timeout_s: float,
+    ) -> Call[KeyInfo]:
+        """Bring a key in; its material is checked and made canonical here, before anything is sent."""
+        algo = algorithm(algorithm_name)
+        material = normalize_material(algo, key_material)
+        order = self._order("import", name, algo, threshold, shares, timeout_s)
+        return self._creating(order, material, self._trail(f"import {name!r}", timeout_s))
+
+    def _order(
+        self,
+        operation: Literal["generate", "import"],
+        name: str,
+        algo: Algorithm,
+        threshold: int | None,
+        shares: int | None,
+        timeout_s: float,
+    ) -> CreateOrder:
+        check_name(name)
+        nodes = len(self.cluster.nodes)
+        count = min(DEFAULT_SHARES, nodes) if shares is None else _as_int("shares", shares)
+        needed = count // 2 + 1 if threshold is None else _as_int("threshold", threshold)
+        check_share_counts(needed, count)
+        if count > nodes:
+            raise ValueError(f"{count} shares; the cluster has {nodes} nodes, and each holds one share at most")
+        return CreateOrder(
+            key_id=self._random_bytes(16),
+            name=name,
+            algorithm=algo.name,
+            threshold=needed,
+            shares=count,
+            operation=operation,
+            expires_ms=self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS,
+        )
+
+    def _creating(self, order: CreateOrder, material: bytes, trail: _Trail) -> Call[KeyInfo]:
+        raw = sign_envelope("order.create", self._now_ms(), create_orders.encode(order), self._signing)
+        verb = RequestType.GENERATE if order.operation == "generate" else RequestType.IMPORT
+        described = yield from self._dealing(verb, order.name, Create(raw, material), trail)
+        known = self._opened(order.name, described)
+        if known.record.manifest.key_id != order.key_id:
+            raise ManifestError(f"create {order.name!r}: the dealer answered with another key of that name")
+        self._descriptions.put(order.name, known)
+        return known.info
+
+    def _dealing(self, verb: str, name: str, message: object, trail: _Trail) -> Call[Any]:
+        """Send an order to one dealer after the other until one carries it out; the order makes that idempotent."""
+        without_registry = 0
+        while True:
+            trail.begin_round()
+            for node in dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)):
+                if trail.left_s() <= 0:
+                    break
+                timeout_s = trail.attempt_s(CREATE_ATTEMPT_MIN_S, 1 / 2)
+                outcome = yield from self._ask(node, verb, message, timeout_s, counted=False)
+                if isinstance(outcome, _Lost):
+                    trail.failures[node] = outcome.error
+                    continue
+                if not isinstance(outcome, Exception):
+                    return outcome
+                trail.failures[node] = outcome
+                if isinstance(outcome, _CREATE_FINAL):
+                    raise outcome
+                if isinstance(outcome, RegistryUnavailable | QuorumUnavailable):
+                    # Another dealer may reach what this one does not; a third would only say the same.
+                    without_registry += 1
+                    if without_registry > 1:
+                        raise outcome
+            if without_registry:
+                raise next(e for e in trail.failures.values() if isinstance(e, RegistryUnavailable | QuorumUnavailable))
+            pause = trail.end_round()
+            yield pause
+
+    def destroy_key(self, name: str, timeout_s: float) -> Call[Destroyed]:
+        """Destroy a key for good, all versions of it."""
+        check_name(name)
+        return self._destroying(name, timeout_s, self._trail(f"destroy {name!r}", timeout_s))
+
+    def _destroying(self, name: str, timeout_s: float, trail: _Trail) -> Call[Destroyed]:
+        self._descriptions.drop(name)
+        known = yield from self._described(name, trail)
+        expires_ms = self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS
+        order = DestroyOrder(known.record.manifest.key_id, name, expires_ms)
+        raw = sign_envelope("order.destroy", self._now_ms(), destroy_orders.encode(order), self._signing)
+        done = yield from self._dealing(RequestType.DESTROY, name, Destroy(raw), trail)
+        self._descriptions.drop(name)
+        self.router.forget_loaded(name)
+        return Destroyed(name, tuple(done.confirmed), tuple(done.pending))
+
+    # --- questions to one member; the drivers put them to all at once ---
+
+    def list_at(self, node: str, pattern: str, timeout_s: float) -> Call[tuple[KeySummary, ...]]:
+        """The names at one node that match the shell glob, page after page."""
+        trail = self._trail(f"list at {node}", timeout_s)
+        if not isinstance(pattern, str):
+            raise TypeError(f"a pattern must be str, not {type(pattern).__name__}")
+        if not 1 <= len(pattern) <= 128:
+            raise ValueError(f"a pattern of {len(pattern)} characters; 1 to 128 are allowed")
+        return self._listing(node, pattern, trail)
+
+    def _listing(self, node: str, pattern: str, trail: _Trail) -> Call[tuple[KeySummary, ...]]:
+        found: list[KeySummary] = []
+        after = ""
+        for _ in range(MAX_PAGES):
+            page = yield from self._ask_one(node, RequestType.LIST, ListKeys(pattern, after, LIST_PAGE), trail)
+            found += [_summary(entry) for entry in page.entries]
+            if not page.more or not page.entries or page.entries[-1].key <= after:
+                break
+            after = page.entries[-1].key
+        return tuple(found)
+
+    def flush_at(self, node: str, name: str, timeout_s: float) -> Call[int]:
+        """Drop one key (or with an empty name all) from a node's cache; how many it dropped."""
+        if name:
+            check_name(name)
+        return self._flushing(node, name, self._trail(f"flush at {node}", timeout_s))
+
+    def _flushing(self, node: str, name: str, trail: _Trail) -> Call[int]:
+        flushed = yield from self._ask_one(node, RequestType.FLUSH, Flush(name), trail)
+        return int(flushed.dropped)
+
+    def status_at(self, member: Member, timeout_s: float) -> Call[MemberStatus]:
+        """A node's or balancer's status, or the error in its place; it raises no ``EngineError``."""
+        return self._status(member, self._trail(f"status of {member.name}", timeout_s))
+
+    def _status(self, member: Member, trail: _Trail) -> Call[MemberStatus]:
+        role: MemberRole = "balancer" if member.role == "balancer" else "node"
+        status: NodeStatus | BalancerStatus | None = None
+        failure: Exception | None = None
+        try:
+            status = yield from self._ask_one(member.name, RequestType.STATUS, Empty(), trail, role)
+        except (EngineError, ValueError) as error:
+            failure = error
+        return MemberStatus(member.name, role, member.endpoint, member.location, status, failure)
+
+    def _ask_one(self, peer: str, verb: str, message: object, trail: _Trail, role: MemberRole = "node") -> Call[Any]:
+        outcome = yield from self._ask(peer, verb, message, max(0.001, trail.left_s()), counted=False, role=role)
+        if isinstance(outcome, _Lost):
+            raise outcome.error
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    # --- one exchange ---
+
+    def _trail(self, what: str, timeout_s: float) -> _Trail:
+        return _Trail(what, self._clock, self._clock() + check_timeout(timeout_s))
+
+    def _ask(
+        self,
+        peer: str,
+        verb: str,
+        message: object,
+        timeout_s: float,
+        *,
+        key_name: str = "",
+        request_class: str = "",
+        cold: bool = False,
+        counted: bool = True,
+        role: MemberRole = "node",
+    ) -> Call[Any]:
+        """One exchange: the decoded body of an ok reply, the error of another one, or ``_Lost``; none is raised.
+
+        A ``counted`` exchange feeds the router; creations and the like would only spoil its picture of round trips.
+        """
+        body = REQUEST_CODECS[verb].encode(message)
+        started_s = self._clock()
+        if counted:
+            self.router.sent(peer)
+        try:
+            reply = yield Exchange(peer, verb, body, timeout_s)
+        except EngineError as error:
+            if counted:
+                self.router.failed(peer, self._clock())
+            return _Lost(error)
+        except BaseException:
+            # The caller gave the call up, most often because this node was slow; the router counts it so.
+            if counted:
+                self.router.failed(peer, self._clock())
+            raise
+        if reply is None:
+            raise RuntimeError("an exchange must be answered with a reply")
+        outcome = _outcome(verb, reply, role)
+        if counted:
+            self._learn(peer, reply, outcome, started_s, key_name, request_class, cold)
+        return outcome
+
+    def _learn(
+        self,
+        peer: str,
+        reply: Reply,
+        outcome: Any,
+        started_s: float,
+        key_name: str,
+        request_class: str,
+        cold: bool,
+    ) -> None:
+        now_s = self._clock()
+        if isinstance(outcome, Overloaded | TokenError | _Lost):
+            self.router.failed(peer, now_s)
+            return
+        elapsed_us = (now_s - started_s) * 1e6
+        if cold:
+            elapsed_us = min(elapsed_us, reply.load.service_us + COLD_ROUND_TRIP_MAX_US)
+        self.router.answered(peer, key_name, request_class, reply.load, elapsed_us, now_s)
+
+
+def _outcome(verb: str, reply: Reply, role: MemberRole) -> Any:
+    try:
+        raise_for_status(reply)
+    except ProtocolError as error:
+        return _Lost(error)
+    except (EngineError, ValueError) as error:
+        return error
+    codec: Any = balancer_status_codec if role == "balancer" and verb == RequestType.STATUS else REPLY_CODECS[verb]
+    try:
+        return codec.decode(reply.body)
+    except ProtocolError as error:
+        return _Lost(error)
+
+
+# --- the boundary ---
+
+
+def as_bytes(what: str, value: object) -> bytes:
+    """The bytes of a bytes-like value; ``TypeError`` names anything else by its type alone."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    raise TypeError(f"{what} must be bytes, not {type(value).__name__}")
+
+
+def check_name(name: object) -> str:
+    """The name, or ``ValueError`` with the rule."""
+    if not isinstance(name, str):
+        raise TypeError(f"a key's name must be str, not {type(name).__name__}")
+    try:
+        msgspec.convert(name, Name)
+    except msgspec.ValidationError:
+        pass
+    else:
+        if not name.endswith("\n"):
+            return name
+    raise ValueError(
+        f"key name {name[:140]!r} of {len(name)} characters: a name has 1 to 128 of letters, digits and ._:/@+-, "
+        "and begins with a letter or digit"
+    )
+
+
+def check_timeout(timeout_s: object) -> float:
+    """The time in seconds, or ``ValueError`` with the limit."""
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float):
+        raise TypeError(f"timeout must be a number of seconds, not {type(timeout_s).__name__}")
+    if not 0 < timeout_s <= TIMEOUT_MAX_S:
+        raise ValueError(f"timeout of {timeout_s} s; it must be above 0 and at most {TIMEOUT_MAX_S:g}")
+    return float(timeout_s)
+
+
+def _as_int(what: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be int, not {type(value).__name__}")
+    return value
+
+
+def _bounded_aad(associated_data: bytes) -> bytes:
+    if len(associated_data) > MAX_AAD:
+        raise ValueError(f"associated_data of {len(associated_data)} bytes; the limit is {MAX_AAD}")
+    return associated_data
+
+
+def _proof(what: str, value: object) -> bytes:
+    proof = as_bytes(what, value)
+    if not 1 <= len(proof) <= MAX_PROOF:
+        raise InvalidSignature(f"no {what} has {len(proof)} bytes")
+    return proof
+
+
+def _message(message: object, digest: object) -> tuple[bytes, bytes, bytes, bytes | None]:
+    """The data, associated data, proof and digest of a use that is given a message or its digest."""
+    if (message is None) == (digest is None):
+        raise TypeError("give either a message or its digest")
+    if digest is not None:
+        return b"", b"", b"", as_bytes("digest", digest)
+    return as_bytes("message", message), b"", b"", None
+
+
+def _shape(use: _Use, algo: Algorithm) -> tuple[bytes, bool]:
+    """What is sent for ``use`` under the key's algorithm: the data, and whether it is already the digest."""
+    if use.verb not in algo.operations:
+        can = ", ".join(sorted(algo.operations))
+        raise ValueError(f"the key {use.name!r} is {algo.name}: it can {can}, not {use.verb}")
+    if use.digest is not None:
+        if not algo.prehashed:
+            raise ValueError(f"{algo.name} takes whole messages, not a digest")
+        size = hashlib.new(algo.hash_name).digest_size
+        if len(use.digest) != size:
+            raise ValueError(f"a digest of {len(use.digest)} bytes; {algo.name} signs {size} ({algo.hash_name})")
+        return use.digest, True
+    if algo.prehashed:
+        return hashlib.new(algo.hash_name, use.data).digest(), True
+    if len(use.data) > MAX_DATA and algo.kind in (KeyKind.HMAC, KeyKind.ED25519):
+        raise ValueError(
+            f"a message of {len(use.data)} bytes; {algo.name} takes whole messages of at most {MAX_DATA} bytes "
+            "(hash longer ones yourself)"
+        )
+    return use.data, False
+
+
+def _summary(entry: KeyEntry) -> KeySummary:
+    return KeySummary(entry.key, entry.algorithm, entry.version, entry.threshold, entry.shares)
+
+
+def merge_lists(pages: Iterable[Sequence[KeySummary]]) -> tuple[KeySummary, ...]:
+    """The union of several nodes' listings, sorted by name; of several versions of a key the newest."""
+    merged: dict[str, KeySummary] = {}
+    for page in pages:
+        for entry in page:
+            if entry.name not in merged or merged[entry.name].version < entry.version:
+                merged[entry.name] = entry
+    return tuple(merged[name] for name in sorted(merged))
+
+
+def answered_by_any(outcomes: Mapping[str, T | Exception]) -> list[T]:
+    """The results among what the nodes said; raises where one refused or none answered."""
+    results = [each for each in outcomes.values() if not isinstance(each, Exception)]
+    lost = (NodeUnavailable, DeadlineExceeded, ProtocolError, Overloaded)
+    # One node that refuses this client (it may know an older manifest) does not hide what the others say.
+    passed_over = (*lost, AccessDenied) if results else lost
+    for error in outcomes.values():
+        if isinstance(error, Exception) and not isinstance(error, passed_over):
+            raise error
+    if not results:
+        told = "; ".join(f"{node}: {error}" for node, error in outcomes.items())[:900]
+        raise NodeUnavailable(f"no node answered ({told})")
+    return results

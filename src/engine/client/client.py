@@ -1,0 +1,840 @@
+"""The blocking client: a pool of channels, the driver that runs calls over them, and the follower of routing tables.
+
+What a verb does is in ``calls``; here is only how its exchanges reach the sockets, and which thread owns which channel.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import random
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeVar, overload
+
+import structlog
+import zmq
+
+from engine.client.calls import (
+    CREATE_TIMEOUT_S,
+    Call,
+    Calls,
+    Destroyed,
+    Exchange,
+    KeyInfo,
+    KeySummary,
+    MemberStatus,
+    answered_by_any,
+    check_timeout,
+    merge_lists,
+)
+from engine.client.config import ClientConfig, Identity, load_cluster, load_config, load_identity, resolve
+from engine.client.transport import Channel, check_zmq_version, connect_options
+from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
+from engine.protocol.manifest import Cluster, Member
+from engine.protocol.routing import Router, RoutingTable, open_table
+from engine.protocol.signed import MAX_ENVELOPE
+from engine.protocol.wire import Reply
+
+__all__ = ["ClientSettings", "Engine", "TableFollower", "TableStats", "connect", "load_settings"]
+
+WINDOW = 64
+"""Most requests under way at once in one ``*_many`` call."""
+MAX_BATCH = 1_000_000
+MAX_CHANNELS = 32
+FILES_PER_CONNECTION = 4
+"""Descriptors of a connection: the TCP socket, and the mailboxes of the socket and of its monitor's two ends."""
+IDLE_MAX_S = 60.0
+"""An idle channel is closed after this, so that nobody keeps unread events for long."""
+REAP_EVERY_S = 10.0
+CLOSE_WAIT_S = 5.0
+TABLE_QUEUE = 4
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """Who the client is, the verified cluster it talks to, and its default deadline in seconds."""
+
+    identity: Identity
+    cluster: Cluster
+    timeout_s: float = 5.0
+
+
+def load_settings(path: str | os.PathLike[str]) -> ClientSettings:
+    """The settings of a ``client.toml``, its identity loaded and its cluster manifest verified."""
+    config = load_config(path, ClientConfig)
+    identity = load_identity(resolve(path, config.identity))
+    if identity.role != "client":
+        raise ConfigError(f"{Path(path)}: the identity {identity.name!r} is a {identity.role}'s, a client's is needed")
+    return ClientSettings(identity, load_cluster(resolve(path, config.manifest), config.manifest_pin), config.timeout_s)
+
+
+def as_settings(config: str | os.PathLike[str] | ClientSettings) -> ClientSettings:
+    """Settings as they are, or loaded from the path of a ``client.toml``."""
+    return config if isinstance(config, ClientSettings) else load_settings(config)
+
+
+def connect(config: str | os.PathLike[str] | ClientSettings, *, max_channels: int | None = None) -> Engine:
+    """A client of the cluster that ``config`` names (the path of a ``client.toml``, or loaded settings).
+
+    Connections are opened when first used. ``max_channels`` bounds how many threads talk at once; others wait.
+    """
+    return Engine(as_settings(config), max_channels=max_channels)
+
+
+def make_calls(settings: ClientSettings) -> Calls:
+    """The verbs of a client, with the real clocks and the operating system's randomness."""
+    return Calls(
+        settings.cluster,
+        settings.identity.signing,
+        Router(settings.cluster, random.Random(os.urandom(16))),  # noqa: S311 - spreads load, guards nothing
+        clock=time.monotonic,
+        now_ms=lambda: time.time_ns() // 1_000_000,
+        random_bytes=os.urandom,
+    )
+
+
+# --- drivers ---
+
+
+def drive(channel: Channel, call: Call[T]) -> T:
+    """Run one call to its end over a channel that has nothing else under way."""
+    try:
+        step = next(call)
+        while True:
+            if isinstance(step, Exchange):
+                try:
+                    reply = channel.call(step.peer, step.verb, step.body, step.timeout_s)
+                except EngineError as error:
+                    step = call.throw(error)
+                else:
+                    step = call.send(reply)
+            else:
+                time.sleep(step.seconds)
+                step = call.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+class _Pipeline:
+    """Many calls over one channel, at most ``window`` of them under way."""
+
+    def __init__(self, channel: Channel, window: int) -> None:
+        self._channel = channel
+        self._window = window
+        self._flying: dict[int, tuple[int, Call[Any]]] = {}
+        self._asleep: list[tuple[float, int, Call[Any]]] = []
+        self.ended: dict[int, Any] = {}
+
+    @property
+    def _busy(self) -> int:
+        return len(self._flying) + len(self._asleep)
+
+    def run(self, calls: Iterator[Call[Any]], stop_at_error: bool) -> None:
+        """Run them all; with ``stop_at_error`` no further one is begun once one has failed."""
+        failed = exhausted = False
+        begun = 0
+        while True:
+            while self._busy < self._window and not exhausted and not (failed and stop_at_error):
+                try:
+                    call = next(calls, None)
+                except (TypeError, ValueError, EngineError) as error:
+                    # Building a call checks its arguments; the failure is that item's.
+                    self.ended[begun] = error
+                    call, failed = None, True
+                    begun += 1
+                    continue
+                if call is None:
+                    exhausted = True
+                    break
+                self._step(begun, call)
+                failed = failed or isinstance(self.ended.get(begun), Exception)
+                begun += 1
+            if not self._busy:
+                return
+            failed = self._advance() or failed
+
+    def _advance(self) -> bool:
+        """Let what has ended or woken go on; whether a call failed."""
+        before = len(self.ended)
+        now_s = time.monotonic()
+        wait_s = max(0.0, self._asleep[0][0] - now_s) if self._asleep else 60.0
+        if self._flying:
+            for arrival in self._channel.poll(wait_s):
+                flying = self._flying.pop(arrival.token, None)
+                if flying is None:
+                    continue
+                index, call = flying
+                if arrival.reply is not None:
+                    self._step(index, call, arrival.reply)
+                else:
+                    self._step(index, call, arrival.error or DeadlineExceeded(f"{arrival.peer}: no reply"))
+        elif wait_s:
+            time.sleep(wait_s)
+        now_s = time.monotonic()
+        while self._asleep and self._asleep[0][0] <= now_s:
+            _, index, call = heapq.heappop(self._asleep)
+            self._step(index, call)
+        return any(isinstance(each, Exception) for each in list(self.ended.values())[before:])
+
+    def _step(self, index: int, call: Call[Any], answer: Reply | EngineError | None = None) -> None:
+        """Resume a call with what it waited for, until it waits again or ends. None begins it, or ends its pause."""
+        try:
+            step = call.throw(answer) if isinstance(answer, EngineError) else call.send(answer)
+            while True:
+                if not isinstance(step, Exchange):
+                    heapq.heappush(self._asleep, (time.monotonic() + step.seconds, index, call))
+                    return
+                try:
+                    token = self._channel.start(step.peer, step.verb, step.body, step.timeout_s)
+                except EngineError as error:
+                    step = call.throw(error)
+                else:
+                    self._flying[token] = index, call
+                    return
+        except StopIteration as stop:
+            self.ended[index] = stop.value
+        except (EngineError, ValueError, TypeError) as error:
+            self.ended[index] = error
+
+
+def drive_many(
+    channel: Channel, calls: Iterable[Call[T]], *, window: int = WINDOW, stop_at_error: bool = True
+) -> list[Any]:
+    """Run calls over one channel, pipelined; results and exceptions in the calls' order.
+
+    With ``stop_at_error`` the list may be short: no call is begun after a failure.
+    """
+    pipeline = _Pipeline(channel, window)
+    pipeline.run(iter(calls), stop_at_error)
+    return [pipeline.ended[index] for index in sorted(pipeline.ended)]
+
+
+# --- the pool ---
+
+
+class _Channels:
+    """Channels, one for each thread that is calling; idle ones are reused last in, first out."""
+
+    def __init__(self, make: Callable[[], Channel], limit: int) -> None:
+        self._make = make
+        self._limit = limit
+        self._idle: list[tuple[float, Channel]] = []
+        self._out = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def take(self, timeout_s: float) -> Channel:
+        with self._changed:
+            if self._out >= self._limit and not self._changed.wait_for(
+                lambda: self._closed or self._out < self._limit, timeout_s
+            ):
+                raise Overloaded(f"all {self._limit} channels were in use for {timeout_s:g} s")
+            if self._closed:
+                raise _closed()
+            self._out += 1
+            if self._idle:
+                return self._idle.pop()[1]
+        try:
+            return self._make()
+        except BaseException:
+            self._returned()
+            raise
+
+    def give(self, channel: Channel, *, broken: bool = False) -> None:
+        if not broken:
+            with self._changed:
+                if not self._closed:
+                    self._idle.append((time.monotonic(), channel))
+                    self._out -= 1
+                    self._changed.notify_all()
+                    return
+        channel.close()
+        self._returned()
+
+    def _returned(self) -> None:
+        with self._changed:
+            self._out -= 1
+            self._changed.notify_all()
+
+    def reap(self, older_than_s: float) -> None:
+        """Close the channels that have been idle for so long."""
+        limit = time.monotonic() - older_than_s
+        with self._changed:
+            old = [channel for since, channel in self._idle if since <= limit]
+            self._idle = [each for each in self._idle if each[0] > limit]
+        for channel in old:
+            channel.close()
+
+    def close(self) -> None:
+        """Give none out any more, and close the idle ones; those in use are closed when they come back."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self.reap(-1.0)
+
+
+def _closed() -> EngineError:
+    return EngineError("the engine is closed")
+
+
+def end_context(context: zmq.Context[Any], timeout_s: float) -> None:
+    """Terminate a context: every call that blocks in it ends, and its owner closes its sockets.
+
+    Termination waits for those, so it runs beside; a thread that keeps a socket for longer than ``timeout_s`` only
+    keeps that helper, which is a daemon, waiting.
+    """
+    helper = threading.Thread(target=context.term, name="keyquorum-close", daemon=True)
+    helper.start()
+    helper.join(timeout_s)
+
+
+def _channel_limit(members: int) -> int:
+    """As many channels as half of the process's file descriptors can connect to every member."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = 65_536 if soft == resource.RLIM_INFINITY else soft
+    return max(1, min(MAX_CHANNELS, files // 2 // (FILES_PER_CONNECTION * max(1, members))))
+
+
+# --- routing tables ---
+
+
+@dataclass(frozen=True, slots=True)
+class TableStats:
+    """Routing tables put in force, and messages that were forged, malformed, old or expired."""
+
+    installed: int
+    refused: int
+    last_refusal: str
+
+
+class TableFollower:
+    """A thread that listens to every balancer, verifies what comes and installs tables in the router.
+
+    It ends when its context is terminated. ``chore`` is called every 10 s, for whoever has no thread of its own.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        settings: ClientSettings,
+        router: Router,
+        chore: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._context = context
+        self._settings = settings
+        self._router = router
+        self._chore = chore
+        self._installed = 0
+        self._refused = 0
+        self._last_refusal = ""
+        self._thread = threading.Thread(target=self._run, name="keyquorum-tables", daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> TableStats:
+        """What came so far."""
+        return TableStats(self._installed, self._refused, self._last_refusal)
+
+    def join(self, timeout_s: float) -> bool:
+        """Whether the thread has ended within the time; the context must have been terminated."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        sockets: list[zmq.Socket[bytes]] = []
+        try:
+            poller = zmq.Poller()
+            for balancer in self._settings.cluster.of_role("balancer"):
+                if balancer.publish_endpoint:
+                    sockets.append(self._subscribe(balancer))
+                    poller.register(sockets[-1], zmq.POLLIN)
+            while True:
+                for socket, _ in poller.poll(int(REAP_EVERY_S * 1000)) if sockets else self._sleep():
+                    self._received(socket.recv_multipart())
+                self._chore()
+        except zmq.ContextTerminated:
+            pass
+        except zmq.ZMQError as error:
+            if not self._context.closed:
+                log.warning("routing tables are not followed", reason=str(error))
+        finally:
+            for socket in sockets:
+                socket.close(0)
+
+    def _sleep(self) -> list[tuple[zmq.Socket[bytes], int]]:
+        """Wait as the poller does, where there is no balancer: on a socket that never gets anything."""
+        with self._context.socket(zmq.PAIR) as socket:
+            socket.linger = 0
+            socket.poll(int(REAP_EVERY_S * 1000))
+        return []
+
+    def _subscribe(self, balancer: Member) -> zmq.Socket[bytes]:
+        socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        connect_options(socket, self._settings.identity.transport, balancer)
+        socket.rcvhwm = TABLE_QUEUE
+        socket.maxmsgsize = MAX_ENVELOPE
+        # A balancer that vanished without a word is noticed, and dialled again.
+        socket.heartbeat_ivl = 2_000
+        socket.heartbeat_timeout = 6_000
+        socket.subscribe(b"")
+        socket.connect(balancer.publish_endpoint)
+        return socket
+
+    def _received(self, frames: list[bytes]) -> None:
+        try:
+            if len(frames) != 1:
+                raise ProtocolError(f"a routing table of {len(frames)} frames, not 1")
+            now_ms = time.time_ns() // 1_000_000
+            table = open_table(frames[0], self._settings.cluster, now_ms, self._router.table)
+        except (ManifestError, ProtocolError) as error:
+            self._refused += 1
+            self._last_refusal = str(error)
+            return
+        self._installed += self._router.install(table)
+
+
+# --- the engine ---
+
+
+class Engine:
+    """A client of a cluster: thread-safe, and a context manager. ``connect`` makes one.
+
+    Every verb takes ``timeout`` in seconds (by default the configuration's; 15 s for creation and destruction) and
+    raises the errors of ``engine.errors``; a wrong argument is a ``ValueError`` or ``TypeError``.
+    """
+
+    def __init__(self, settings: ClientSettings, *, max_channels: int | None = None) -> None:
+        check_zmq_version()
+        self._settings = settings
+        self._timeout_s = check_timeout(settings.timeout_s)
+        self._calls = make_calls(settings)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 65_535)
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._open = True
+        members = {m.name: m for m in settings.cluster.members.values() if m.role in ("node", "balancer")}
+        identity = settings.identity.transport
+        limit = max_channels or _channel_limit(len(members))
+        self._channels = _Channels(lambda: Channel(identity, members, self._context), limit)
+        self._follower = TableFollower(
+            self._context, settings, self._calls.router, lambda: self._channels.reap(IDLE_MAX_S)
+        )
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Engine(client={self._settings.identity.name!r}, cluster={self._settings.cluster.name!r})"
+
+    def close(self) -> None:
+        """Close the connections and end the thread. Calls under way in other threads end with an ``EngineError``."""
+        with self._lock:
+            if not self._open:
+                return
+            self._open = False
+        if os.getpid() != self._pid:
+            return  # the sockets are the parent's
+        self._channels.close()
+        end_context(self._context, CLOSE_WAIT_S)
+        self._follower.join(CLOSE_WAIT_S)
+
+    @property
+    def cluster(self) -> Cluster:
+        """The verified cluster manifest this client goes by."""
+        return self._settings.cluster
+
+    @property
+    def name(self) -> str:
+        """The client's own name in the cluster."""
+        return self._settings.identity.name
+
+    @property
+    def routing_table(self) -> RoutingTable | None:
+        """The routing table in force; None where no balancer was heard yet."""
+        return self._calls.router.table
+
+    @property
+    def table_stats(self) -> TableStats:
+        """How many routing tables were installed and refused."""
+        return self._follower.stats
+
+    # --- uses of a key ---
+
+    def encrypt(
+        self, name: str, plaintext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
+    ) -> bytes:
+        """Encrypt at most 48 KiB (``encrypt_stream`` takes any length); ``associated_data`` is authenticated too."""
+        wait_s = self._wait_s(timeout)
+        return self._run(self._calls.encrypt(name, plaintext, associated_data, wait_s), wait_s)
+
+    def decrypt(
+        self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
+    ) -> bytes:
+        """The plaintext, or ``InvalidTag`` if ciphertext or associated data were changed."""
+        wait_s = self._wait_s(timeout)
+        return self._run(self._calls.decrypt(name, ciphertext, associated_data, wait_s), wait_s)
+
+    def sign(
+        self, name: str, message: bytes | None = None, *, digest: bytes | None = None, timeout: float | None = None
+    ) -> bytes:
+        """Sign a message, or its digest where the algorithm hashes first; ECDSA signatures are DER."""
+        wait_s = self._wait_s(timeout)
+        return self._run(self._calls.sign(name, message, digest, wait_s), wait_s)
+
+    def verify(
+        self,
+        name: str,
+        message: bytes | None,
+        signature: bytes,
+        *,
+        digest: bytes | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Raise ``InvalidSignature`` unless the signature is the key's for the message (None with ``digest``)."""
+        wait_s = self._wait_s(timeout)
+        self._run(self._calls.verify(name, message, signature, digest, wait_s), wait_s)
+
+    def mac(self, name: str, message: bytes, *, timeout: float | None = None) -> bytes:
+        """The MAC of at most 48 KiB."""
+        wait_s = self._wait_s(timeout)
+        return self._run(self._calls.mac(name, message, wait_s), wait_s)
+
+    def verify_mac(self, name: str, message: bytes, tag: bytes, *, timeout: float | None = None) -> None:
+        """Raise ``InvalidSignature`` unless ``tag`` is the message's MAC."""
+        wait_s = self._wait_s(timeout)
+        self._run(self._calls.verify_mac(name, message, tag, wait_s), wait_s)
+
+    # --- batches ---
+
+    @overload
+    def encrypt_many(
+        self,
+        name: str,
+        plaintexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = ...,
+        timeout: float | None = ...,
+        return_exceptions: Literal[False] = ...,
+    ) -> list[bytes]: ...
+
+    @overload
+    def encrypt_many(
+        self,
+        name: str,
+        plaintexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = ...,
+        timeout: float | None = ...,
+        return_exceptions: bool,
+    ) -> list[bytes | Exception]: ...
+
+    def encrypt_many(
+        self,
+        name: str,
+        plaintexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = b"",
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[bytes] | list[bytes | Exception]:
+        """Encrypt a list, up to 64 requests under way at once; ``timeout`` is for each one.
+
+        ``associated_data`` is one for all or a list. The first error is raised once nothing is under way any more; with
+        ``return_exceptions`` errors take the place of their results.
+        """
+        wait_s = self._wait_s(timeout)
+        pairs = pair_items(plaintexts, associated_data)
+        calls = (self._calls.encrypt(name, data, aad, wait_s) for data, aad in pairs)
+        return self._run_many(name, calls, len(pairs), wait_s, return_exceptions)
+
+    @overload
+    def decrypt_many(
+        self,
+        name: str,
+        ciphertexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = ...,
+        timeout: float | None = ...,
+        return_exceptions: Literal[False] = ...,
+    ) -> list[bytes]: ...
+
+    @overload
+    def decrypt_many(
+        self,
+        name: str,
+        ciphertexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = ...,
+        timeout: float | None = ...,
+        return_exceptions: bool,
+    ) -> list[bytes | Exception]: ...
+
+    def decrypt_many(
+        self,
+        name: str,
+        ciphertexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = b"",
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[bytes] | list[bytes | Exception]:
+        """Decrypt a list, as ``encrypt_many`` encrypts one."""
+        wait_s = self._wait_s(timeout)
+        pairs = pair_items(ciphertexts, associated_data)
+        calls = (self._calls.decrypt(name, data, aad, wait_s) for data, aad in pairs)
+        return self._run_many(name, calls, len(pairs), wait_s, return_exceptions)
+
+    @overload
+    def sign_many(
+        self,
+        name: str,
+        messages: Sequence[bytes],
+        *,
+        timeout: float | None = ...,
+        return_exceptions: Literal[False] = ...,
+    ) -> list[bytes]: ...
+
+    @overload
+    def sign_many(
+        self, name: str, messages: Sequence[bytes], *, timeout: float | None = ..., return_exceptions: bool
+    ) -> list[bytes | Exception]: ...
+
+    def sign_many(
+        self, name: str, messages: Sequence[bytes], *, timeout: float | None = None, return_exceptions: bool = False
+    ) -> list[bytes] | list[bytes | Exception]:
+        """Sign a list of messages; the rest as in ``encrypt_many``."""
+        wait_s = self._wait_s(timeout)
+        items = _listed(messages)
+        calls = (self._calls.sign(name, message, None, wait_s) for message in items)
+        return self._run_many(name, calls, len(items), wait_s, return_exceptions)
+
+    def verify_many(
+        self,
+        name: str,
+        pairs: Sequence[tuple[bytes, bytes]],
+        *,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Exception | None]:
+        """Verify a list of (message, signature); a None for each that is right. The rest as in ``encrypt_many``."""
+        wait_s = self._wait_s(timeout)
+        items = _listed(pairs)
+        calls = (self._calls.verify(name, message, signature, None, wait_s) for message, signature in items)
+        done = self._run_many(name, calls, len(items), wait_s, return_exceptions)
+        return [each if isinstance(each, Exception) else None for each in done]
+
+    @overload
+    def mac_many(
+        self,
+        name: str,
+        messages: Sequence[bytes],
+        *,
+        timeout: float | None = ...,
+        return_exceptions: Literal[False] = ...,
+    ) -> list[bytes]: ...
+
+    @overload
+    def mac_many(
+        self, name: str, messages: Sequence[bytes], *, timeout: float | None = ..., return_exceptions: bool
+    ) -> list[bytes | Exception]: ...
+
+    def mac_many(
+        self, name: str, messages: Sequence[bytes], *, timeout: float | None = None, return_exceptions: bool = False
+    ) -> list[bytes] | list[bytes | Exception]:
+        """The MACs of a list of messages; the rest as in ``encrypt_many``."""
+        wait_s = self._wait_s(timeout)
+        items = _listed(messages)
+        calls = (self._calls.mac(name, message, wait_s) for message in items)
+        return self._run_many(name, calls, len(items), wait_s, return_exceptions)
+
+    # --- streams (see engine.client.files) ---
+
+    def encrypt_stream(
+        self,
+        name: str,
+        source: BinaryIO,
+        sink: BinaryIO,
+        *,
+        associated_data: bytes = b"",
+        progress: Callable[[int], None] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Encrypt a file of any length; the bytes read. ``progress`` is told the bytes done so far."""
+        from engine.client import files
+
+        return files.encrypt_stream(self, name, source, sink, associated_data, progress, timeout=timeout)
+
+    def decrypt_stream(
+        self,
+        name: str,
+        source: BinaryIO,
+        sink: BinaryIO,
+        *,
+        associated_data: bytes = b"",
+        progress: Callable[[int], None] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Decrypt what ``encrypt_stream`` wrote; ``InvalidTag`` leaves a part in the sink that must be thrown away."""
+        from engine.client import files
+
+        return files.decrypt_stream(self, name, source, sink, associated_data, progress, timeout=timeout)
+
+    # --- keys ---
+
+    def create_key(
+        self,
+        name: str,
+        algorithm: str,
+        threshold: int | None = None,
+        shares: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> KeyInfo:
+        """Generate a key inside the cluster, split t-of-n (by default over at most 5 nodes, with a majority as t)."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.create_key(name, algorithm, threshold, shares, wait_s), wait_s)
+
+    def import_key(
+        self,
+        name: str,
+        algorithm: str,
+        key_material: bytes,
+        threshold: int | None = None,
+        shares: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> KeyInfo:
+        """Import raw bytes (AES, HMAC) or an unencrypted PKCS#8 key in DER or PEM (the others)."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        call = self._calls.import_key(name, algorithm, key_material, threshold, shares, wait_s)
+        return self._run(call, wait_s)
+
+    def destroy_key(self, name: str, *, timeout: float | None = None) -> Destroyed:
+        """Destroy a key for good."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.destroy_key(name, wait_s), wait_s)
+
+    def key_info(self, name: str, *, timeout: float | None = None) -> KeyInfo:
+        """What the signed manifest and certificate say about a key, asked afresh."""
+        wait_s = self._wait_s(timeout)
+        return self._run(self._calls.key_info(name, wait_s), wait_s)
+
+    def public_key(self, name: str, *, timeout: float | None = None) -> str:
+        """The public key, SubjectPublicKeyInfo in PEM; ``ValueError`` for a symmetric key."""
+        wait_s = self._wait_s(timeout)
+        return self._run(self._calls.public_key(name, wait_s), wait_s)
+
+    def list_keys(self, pattern: str = "*", *, timeout: float | None = None) -> tuple[KeySummary, ...]:
+        """The keys whose names match a shell glob, by name: the union of what the nodes that answer hold."""
+        wait_s = self._wait_s(timeout)
+        return merge_lists(
+            answered_by_any(self._ask_all(lambda node: self._calls.list_at(node, pattern, wait_s), wait_s))
+        )
+
+    def flush(self, name: str = "", *, timeout: float | None = None) -> int:
+        """Drop one key (or all) from the caches of the nodes that answer; how many were dropped."""
+        wait_s = self._wait_s(timeout)
+        outcomes = self._ask_all(lambda node: self._calls.flush_at(node, name, wait_s), wait_s)
+        self._calls.router.forget_loaded(name)
+        return sum(answered_by_any(outcomes))
+
+    def status(self, *, timeout: float | None = None) -> tuple[MemberStatus, ...]:
+        """Every node's and balancer's status, or the error in its place."""
+        wait_s = self._wait_s(timeout)
+        members = (*self.cluster.of_role("node"), *self.cluster.of_role("balancer"))
+        done = self._run_all((self._calls.status_at(member, wait_s) for member in members), wait_s)
+        return tuple(each for each in done if isinstance(each, MemberStatus))
+
+    # --- running ---
+
+    def _wait_s(self, timeout: float | None, default_s: float | None = None) -> float:
+        if timeout is None:
+            return max(default_s or 0.0, self._timeout_s)
+        return check_timeout(timeout)
+
+    def _take(self, timeout_s: float) -> Channel:
+        if not self._open:
+            raise _closed()
+        if os.getpid() != self._pid:
+            raise EngineError("the process was forked after connect(); connect again in the child")
+        return self._channels.take(timeout_s)
+
+    def _run(self, call: Call[T], timeout_s: float) -> T:
+        return self._with_channel(lambda channel: drive(channel, call), timeout_s)
+
+    def _with_channel(self, use: Callable[[Channel], T], timeout_s: float) -> T:
+        channel = self._take(timeout_s)
+        clean = False
+        try:
+            result = use(channel)
+            clean = True
+            return result
+        except (EngineError, ValueError, TypeError):
+            clean = True
+            raise
+        except zmq.ZMQError:
+            if not self._open:
+                raise _closed() from None
+            raise
+        finally:
+            # After anything unexpected (a KeyboardInterrupt) requests may be under way: such a channel is not reused.
+            self._channels.give(channel, broken=not clean)
+
+    def _run_all(self, calls: Iterable[Call[T]], timeout_s: float) -> list[Any]:
+        return self._with_channel(lambda channel: drive_many(channel, calls, stop_at_error=False), timeout_s)
+
+    def _run_many(
+        self, name: str, calls: Iterable[Call[bytes]], count: int, timeout_s: float, return_exceptions: bool
+    ) -> list[Any]:
+        if not count:
+            return []
+        if count > MAX_BATCH:
+            raise ValueError(f"a batch of {count}; the limit is {MAX_BATCH}")
+
+        def use(channel: Channel) -> list[Any]:
+            # One description first, so that not every call of the window asks for it.
+            drive(channel, self._calls.describe(name, timeout_s))
+            return drive_many(channel, calls, stop_at_error=not return_exceptions)
+
+        done = self._with_channel(use, timeout_s)
+        if not return_exceptions:
+            for each in done:
+                if isinstance(each, Exception):
+                    raise each
+        return done
+
+    def _ask_all(self, make: Callable[[str], Call[T]], timeout_s: float) -> Mapping[str, T | Exception]:
+        nodes = list(self.cluster.nodes)
+        done = self._run_all([make(node) for node in nodes], timeout_s)
+        return dict(zip(nodes, done, strict=True))
+
+
+def _listed(items: Sequence[T]) -> list[T]:
+    if isinstance(items, bytes | bytearray | memoryview | str):
+        raise TypeError(f"a list is needed, not {type(items).__name__}")
+    return list(items)
+
+
+def pair_items(items: Sequence[bytes], associated_data: bytes | Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """Each item with its associated data: one for all, or a list of the same length."""
+    listed = _listed(items)
+    if isinstance(associated_data, bytes | bytearray | memoryview):
+        return [(item, bytes(associated_data)) for item in listed]
+    each = _listed(associated_data)
+    if len(each) != len(listed):
+        raise ValueError(f"{len(each)} values of associated_data for {len(listed)} items")
+    return list(zip(listed, each, strict=True))

@@ -1,0 +1,686 @@
+"""A real cluster in one folder of one machine: its files, its ports and its processes. It knows no key and no share.
+
+Nodes and balancer are started as ``python -m nodes`` and ``python -m balancer``, never imported. The folder's layout::
+
+    cluster.manifest  cluster.toml       the signed chain; what reopening needs
+    operator/                            the operator's identity, its key encrypted
+    secrets/                             the passphrase and the tokens' PINs, outside every data folder
+    nodes/<name>/                        node.toml identity.toml node.card data/
+    balancer/                            balancer.toml identity.toml data/
+    clients/<name>/                      client.toml identity.toml
+    run/                                 <name>.log, <name>.pid
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import zmq
+from msgspec import Meta, Struct
+
+from engine.client.config import (
+    Identity,
+    create_identity,
+    load_cluster,
+    load_config,
+    load_identity,
+    write_card,
+    write_private,
+    write_toml,
+)
+from engine.client.transport import Channel
+from engine.errors import ClusterError, EngineError
+from engine.keys import RequestType
+from engine.protocol.manifest import (
+    Cluster,
+    Member,
+    PolicyRule,
+    chain_pin,
+    check_share_counts,
+    issue_cluster_manifest,
+)
+from engine.protocol.requests import REQUEST_CODECS, Empty
+from engine.protocol.wire import Name
+
+__all__ = ["LocalCluster"]
+
+PORTS = range(20_000, 32_000)
+"""Outside Linux's ephemeral range (32768..60999), so that no client's connection takes a stopped node's port."""
+PORT_TRIES = 500
+CREATE_TRIES = 3
+MAX_NODES = 64
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 8.0
+KILL_TIMEOUT_S = 5.0
+PROBE_S = 0.5
+LOG_TAIL = 2_000
+BALANCER = "balancer"
+OPERATOR = "operator"
+PORT_TAKEN = ("can't bind", "ddress already in use")
+
+Event = Callable[[str], None]
+
+
+class _ClusterFile(Struct, frozen=True, forbid_unknown_fields=True):
+    """``cluster.toml``."""
+
+    version: Annotated[int, Meta(ge=1, le=1)]
+    name: Name
+    nodes: Annotated[list[Name], Meta(min_length=1, max_length=MAX_NODES)]
+    clients: Annotated[list[Name], Meta(min_length=1, max_length=64)]
+    threshold: Annotated[int, Meta(ge=1, le=MAX_NODES)]
+    shares: Annotated[int, Meta(ge=1, le=MAX_NODES)]
+    manifest_pin: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Stamp:
+    """A process beyond doubt: its id and when it began, in clock ticks since boot (proc(5), field 22)."""
+
+    pid: int
+    began: int
+
+    @classmethod
+    def of(cls, pid: int) -> _Stamp | None:
+        """The stamp of a live process; None for one that is gone or only waits to be reaped."""
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        except OSError:
+            return None
+        return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
+
+
+class _Process:
+    """One process of the cluster: its command, its log and its pid file. It is only ever signalled by its stamp."""
+
+    def __init__(self, name: str, module: Literal["nodes", "balancer"], config: Path, run: Path) -> None:
+        self.name = name
+        self.module = module
+        self.config = config
+        self.log = run / f"{name}.log"
+        self._pid_file = run / f"{name}.pid"
+        self._child: subprocess.Popen[bytes] | None = None
+        self._stamp: _Stamp | None = None
+
+    def attach(self) -> None:
+        """Take over a process that an earlier one of us started, if it still runs."""
+        try:
+            boot, pid, began = self._pid_file.read_text(encoding="ascii").split()
+            told = _Stamp(int(pid), int(began))
+        except (OSError, ValueError):
+            return
+        if boot == _boot_id() and _Stamp.of(told.pid) == told:
+            self._stamp = told
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        if self._child is not None:
+            return self._child.poll() is None
+        return self._stamp is not None and _Stamp.of(self._stamp.pid) == self._stamp
+
+    @property
+    def pid(self) -> int | None:
+        """The process id while it runs."""
+        return self._stamp.pid if self._stamp is not None and self.running else None
+
+    def start(self, lifeline: int | None) -> None:
+        """Start it; ``lifeline`` is the end of a pipe by which it notices that we are gone."""
+        # -P: the working folder may hold a folder `nodes` of its own.
+        command = [sys.executable, "-P", "-m", self.module, "--config", str(self.config)]
+        kept: tuple[int, ...] = ()
+        if lifeline is not None:
+            command += ["--lifeline", str(lifeline)]
+            kept = (lifeline,)
+        with _private_log(self.log) as log:
+            # A session of its own: Ctrl-C in the terminal reaches us, and we stop it in order.
+            self._child = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=kept, start_new_session=True
+            )
+        self._stamp = _Stamp.of(self._child.pid)
+        if self._stamp is not None:
+            line = f"{_boot_id()} {self._stamp.pid} {self._stamp.began}\n"
+            write_private(self._pid_file, line.encode("ascii"))
+
+    def signal(self, number: int) -> None:
+        """Signal the process, and never another one that got its id."""
+        if self._child is not None:
+            self._child.send_signal(number)
+        elif self._stamp is not None:
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(self._stamp.pid)
+                try:
+                    # The descriptor keeps the id from being reused, so this check holds for the signal.
+                    if _Stamp.of(self._stamp.pid) == self._stamp:
+                        signal.pidfd_send_signal(descriptor, number)
+                finally:
+                    os.close(descriptor)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within the time."""
+        if self._child is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(max(0.0, timeout_s))
+        elif self._stamp is not None:
+            with contextlib.suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(self._stamp.pid)
+                try:
+                    if self.running:
+                        select.select([descriptor], [], [], max(0.0, timeout_s))
+                finally:
+                    os.close(descriptor)
+        if self.running:
+            return False
+        self._child, self._stamp = None, None
+        self._pid_file.unlink(missing_ok=True)
+        return True
+
+    def tail(self) -> str:
+        """The end of its log."""
+        try:
+            with self.log.open("rb") as stream:
+                stream.seek(max(0, self.log.stat().st_size - LOG_TAIL))
+                return stream.read().decode("utf-8", errors="replace").strip()
+        except OSError:
+            return "(no log)"
+
+
+class LocalCluster:
+    """A real cluster on loopback: node processes with SoftHSM tokens, and a balancer, over CURVE.
+
+    ``path`` is its folder; a cluster that is already there is started again, from its disks. Without a path the folder
+    is a temporary one, removed at the end. ``threshold`` and ``shares`` are what its users should give to
+    ``create_key``; ``domains`` is over how many sites the nodes are spread. ``clients`` are names of identities to
+    make, ``rules`` the policy (by default the first client may do everything, and the others nothing).
+
+    As a context manager it always ends its processes. They also end when this process dies, unless ``detached``: then
+    they go on, and ``LocalCluster.open(path).stop()`` ends them later, from any process.
+    """
+
+    def __init__(
+        self,
+        nodes: int = 5,
+        threshold: int = 3,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        shares: int | None = None,
+        domains: int = 3,
+        clients: Sequence[str] = ("local",),
+        rules: Sequence[PolicyRule] | None = None,
+        detached: bool = False,
+        start_timeout_s: float = START_TIMEOUT_S,
+        on_event: Event | None = None,
+    ) -> None:
+        count = nodes if shares is None else shares
+        _check_size(nodes, threshold, count, domains, clients)
+        self._temporary = path is None
+        self.path = Path(tempfile.mkdtemp(prefix="keyquorum-") if path is None else path).resolve()
+        self._set_up(detached, start_timeout_s, on_event)
+        existing = (self.path / "cluster.toml").exists()
+        try:
+            for attempt in range(1, CREATE_TRIES + 1):
+                if not existing:
+                    self._create(_Plan(nodes, threshold, count, domains, tuple(clients), rules))
+                self._load()
+                self._check_same(nodes, threshold, shares)
+                try:
+                    self.start()
+                    break
+                except ClusterError as error:
+                    taken = any(text in str(error) for text in PORT_TAKEN)
+                    if existing or attempt == CREATE_TRIES or not taken:
+                        raise
+                    self._tell("a port was taken meanwhile; making the cluster again")
+                    _remove_parts(self.path)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        detached: bool = True,
+        start_timeout_s: float = START_TIMEOUT_S,
+        on_event: Event | None = None,
+    ) -> LocalCluster:
+        """The cluster in a folder, as it is: nothing is started; what runs is found by its pid file."""
+        self = cls.__new__(cls)
+        self._temporary = False
+        self.path = Path(path).resolve()
+        self._set_up(detached, start_timeout_s, on_event)
+        if not (self.path / "cluster.toml").exists():
+            raise ClusterError(f"{self.path} holds no cluster (it has no cluster.toml)")
+        self._load()
+        return self
+
+    def _set_up(self, detached: bool, start_timeout_s: float, on_event: Event | None) -> None:
+        self._detached = detached
+        self._start_timeout_s = start_timeout_s
+        self._tell: Event = on_event or (lambda text: None)
+        self._lifeline: tuple[int, int] | None = None
+        self._processes: dict[str, _Process] = {}
+
+    def __enter__(self) -> LocalCluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LocalCluster({str(self.path)!r}, nodes={len(self._processes) - 1})"
+
+    # --- what it is ---
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The names of the nodes."""
+        return tuple(self._file.nodes)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """The names of the clients; the first is the default one."""
+        return tuple(self._file.clients)
+
+    @property
+    def threshold(self) -> int:
+        """t, for the keys its users make."""
+        return self._file.threshold
+
+    @property
+    def shares(self) -> int:
+        """n, for the keys its users make."""
+        return self._file.shares
+
+    @property
+    def client_config(self) -> Path:
+        """The default client's ``client.toml``, as ``connect`` takes it."""
+        return self.client_config_of(self.clients[0])
+
+    @property
+    def cluster(self) -> Cluster:
+        """The verified cluster manifest."""
+        return load_cluster(self.path / "cluster.manifest", self._file.manifest_pin)
+
+    def client_config_of(self, name: str) -> Path:
+        """A client's ``client.toml``."""
+        if name not in self.clients:
+            raise ValueError(f"no client {name!r}; there are {', '.join(self.clients)}")
+        return self.path / "clients" / name / "client.toml"
+
+    def data_folder(self, node: str) -> Path:
+        """A node's data folder."""
+        return self.path / "nodes" / self._named(node).name / "data"
+
+    def log_file(self, name: str) -> Path:
+        """The log of a node or of the balancer."""
+        return self._named(name).log
+
+    def running(self) -> dict[str, int | None]:
+        """The process ids by name, the balancer included; None where none runs."""
+        return {name: process.pid for name, process in self._processes.items()}
+
+    # --- its processes ---
+
+    def start(self) -> None:
+        """Start what does not run, all at once, and wait until every process answers."""
+        idle = [process for process in self._processes.values() if not process.running]
+        if len(idle) < len(self._processes) and not self._detached:
+            busy = ", ".join(process.name for process in self._processes.values() if process.running)
+            raise ClusterError(f"{self.path}: it runs already ({busy})")
+        self._launch(idle)
+
+    def stop(self) -> None:
+        """End every process: SIGTERM, at most 8 s to drain, then SIGKILL."""
+        self._end(self._processes.values())
+
+    def close(self) -> None:
+        """Stop, and remove the folder if it is a temporary one."""
+        self.stop()
+        if self._lifeline is not None:
+            for descriptor in self._lifeline:
+                os.close(descriptor)
+            self._lifeline = None
+        if self._temporary:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def kill(self, node: str) -> None:
+        """End a process by SIGKILL, as a power cut would."""
+        process = self._named(node)
+        if not process.running:
+            raise ClusterError(f"{node} does not run")
+        process.signal(signal.SIGKILL)
+        if not process.wait(KILL_TIMEOUT_S):
+            raise ClusterError(f"{node} did not die within {KILL_TIMEOUT_S:g} s of SIGKILL")
+
+    def start_node(self, node: str) -> None:
+        """Start a node (or the balancer) that does not run, and wait until it answers."""
+        process = self._named(node)
+        if process.running:
+            raise ClusterError(f"{node} runs already")
+        self._launch([process])
+
+    def stop_node(self, node: str) -> None:
+        """End one process in order."""
+        self._end([self._named(node)])
+
+    def restart(self, node: str) -> None:
+        """Stop a process in order, and start it again."""
+        self.stop_node(node)
+        self.start_node(node)
+
+    def kill_balancer(self) -> None:
+        """End the balancer by SIGKILL."""
+        self.kill(BALANCER)
+
+    def start_balancer(self) -> None:
+        """Start the balancer again."""
+        self.start_node(BALANCER)
+
+    def _named(self, name: str) -> _Process:
+        process = self._processes.get(name)
+        if process is None:
+            raise ValueError(f"no process {name!r}; there are {', '.join(self._processes)}")
+        return process
+
+    def _launch(self, processes: Sequence[_Process]) -> None:
+        if not self._detached and self._lifeline is None:
+            self._lifeline = os.pipe()
+        lifeline = self._lifeline[0] if self._lifeline is not None else None
+        until = time.monotonic() + self._start_timeout_s
+        try:
+            for process in processes:
+                process.start(lifeline)
+            self._await_answers(processes, until)
+        except BaseException:
+            self._end(processes)
+            raise
+
+    def _await_answers(self, processes: Sequence[_Process], until: float) -> None:
+        cluster = self.cluster
+        members = {process.name: cluster.members[process.name] for process in processes}
+        identity = load_identity(self.client_config.parent / "identity.toml")
+        context: zmq.Context[Any] = zmq.Context()
+        try:
+            with Channel(identity.transport, members, context) as channel:
+                for process in processes:
+                    while not _answers(channel, process.name):
+                        # Any of them may have failed meanwhile, not only the one that is asked.
+                        self._check_alive(processes)
+                        if time.monotonic() > until:
+                            raise ClusterError(
+                                f"{process.name} did not answer within {self._start_timeout_s:g} s; "
+                                f"its log ends:\n{process.tail()}"
+                            )
+                    self._tell(f"{process.name} serves at {members[process.name].endpoint}")
+        finally:
+            context.destroy(linger=0)
+
+    @staticmethod
+    def _check_alive(processes: Iterable[_Process]) -> None:
+        for process in processes:
+            if not process.running:
+                raise ClusterError(f"{process.name} could not start; its log ends:\n{process.tail()}")
+
+    def _end(self, processes: Iterable[_Process]) -> None:
+        live = [process for process in processes if process.running]
+        for process in live:
+            process.signal(signal.SIGTERM)
+        until = time.monotonic() + STOP_TIMEOUT_S
+        stubborn = [process for process in live if not process.wait(until - time.monotonic())]
+        for process in stubborn:
+            self._tell(f"{process.name} did not stop within {STOP_TIMEOUT_S:g} s; it is killed")
+            process.signal(signal.SIGKILL)
+        for process in stubborn:
+            process.wait(KILL_TIMEOUT_S)
+
+    # --- its files ---
+
+    def add_client(self, name: str, rules: Sequence[PolicyRule] = ()) -> Path:
+        """Make one more client, with rules that are added to the policy; its ``client.toml``.
+
+        The operator signs a new cluster manifest. Members that run are restarted, so that they go by it.
+        """
+        cluster = self.cluster
+        if name in cluster.members:
+            raise ValueError(f"the name {name!r} is a member's already")
+        folder = _folder(self.path / "clients" / name)
+        identity = create_identity(folder / "identity.toml", name, "client")
+        operator = load_identity(self.path / "operator" / "identity.toml", self._passphrase())
+        manifest = self.path / "cluster.manifest"
+        chain = issue_cluster_manifest(
+            name=cluster.name,
+            members=[*cluster.members.values(), identity.member()],
+            rules=[*cluster.rules, *rules],
+            operators=[operator.signing],
+            quorum=cluster.quorum,
+            groups=cluster.groups,
+            domain_level=cluster.domain_level,
+            chain=manifest.read_bytes(),
+        )
+        busy = [process for process in self._processes.values() if process.running]
+        self._end(busy)
+        write_private(manifest, chain)
+        _write_client(folder, self._file.manifest_pin)
+        clients = [*self.clients, name]
+        self._write_file(self._file.name, list(self.nodes), clients, self.threshold, self.shares)
+        self._load()
+        self._launch([self._processes[process.name] for process in busy])
+        return self.client_config_of(name)
+
+    def _passphrase(self) -> str:
+        return (self.path / "secrets" / "operator.passphrase").read_text(encoding="ascii").strip()
+
+    def _write_file(self, name: str, nodes: list[str], clients: list[str], threshold: int, shares: int) -> None:
+        values = {
+            "version": 1,
+            "name": name,
+            "nodes": nodes,
+            "clients": clients,
+            "threshold": threshold,
+            "shares": shares,
+            "manifest_pin": chain_pin((self.path / "cluster.manifest").read_bytes()).hex(),
+        }
+        write_toml(self.path / "cluster.toml", values)
+
+    def _load(self) -> None:
+        self._file = load_config(self.path / "cluster.toml", _ClusterFile)
+        run = _folder(self.path / "run")
+        self._processes = {
+            name: _Process(name, "nodes", self.path / "nodes" / name / "node.toml", run) for name in self._file.nodes
+        }
+        self._processes[BALANCER] = _Process(BALANCER, "balancer", self.path / "balancer" / "balancer.toml", run)
+        for process in self._processes.values():
+            process.attach()
+
+    def _check_same(self, nodes: int, threshold: int, shares: int | None) -> None:
+        told, held = (nodes, threshold), (len(self.nodes), self.threshold)
+        if told != held or shares not in (None, self.shares):
+            raise ValueError(
+                f"{self.path} holds a cluster of {held[0]} nodes, threshold {held[1]} of {self.shares}; "
+                f"asked for were {nodes} nodes, threshold {threshold}{f' of {shares}' if shares else ''}"
+            )
+
+    def _create(self, plan: _Plan) -> None:
+        """Make every identity, token and file; ``cluster.toml`` comes last and says that all is there."""
+        _folder(self.path)
+        left = sorted(each.name for each in self.path.iterdir())
+        if left:
+            raise ClusterError(f"{self.path} is not empty and holds no cluster ({', '.join(left)[:200]})")
+        self._tell(f"making a cluster of {plan.nodes} nodes in {self.path}")
+        with contextlib.ExitStack() as held:
+            ports = [_free_port(held) for _ in range(plan.nodes + 2)]
+            names = [f"node{number}" for number in range(1, plan.nodes + 1)]
+            pin = self._write_manifest(plan, names, ports)
+            for name in names:
+                self._write_node(name, pin)
+            values = {"identity": "identity.toml", "manifest": "../cluster.manifest", "manifest_pin": pin}
+            write_toml(self.path / "balancer" / "balancer.toml", {"version": 1, **values, "data": "data"})
+            self._init_tokens(names)
+        self._write_file("local", names, list(plan.clients), plan.threshold, plan.shares)
+
+    def _write_manifest(self, plan: _Plan, names: Sequence[str], ports: Sequence[int]) -> str:
+        """Make the identities, and sign the manifest of them; its pin in hex."""
+        passphrase = secrets.token_urlsafe(24)
+        write_private(_folder(self.path / "secrets") / "operator.passphrase", passphrase.encode() + b"\n")
+        operator = create_identity(
+            _folder(self.path / "operator") / "identity.toml", OPERATOR, "operator", passphrase=passphrase
+        )
+        members = [operator.member()]
+        for number, name in enumerate(names):
+            identity = create_identity(_folder(self.path / "nodes" / name) / "identity.toml", name, "node")
+            location = f"site{number % plan.domains + 1}/room1/rack{number // plan.domains + 1}/host{number + 1}"
+            members.append(identity.member(endpoint=_loopback(ports[number]), location=location))
+            write_card(self.path / "nodes" / name / "node.card", members[-1], identity.signing)
+        members.append(self._balancer_member(ports[-2], ports[-1]))
+        for name in plan.clients:
+            identity = create_identity(_folder(self.path / "clients" / name) / "identity.toml", name, "client")
+            members.append(identity.member())
+        rules = plan.rules if plan.rules is not None else [PolicyRule(plan.clients[0], "*", ["*"])]
+        chain = issue_cluster_manifest(
+            name="local", members=members, rules=rules, operators=[operator.signing], domain_level=1
+        )
+        write_private(self.path / "cluster.manifest", chain)
+        pin = chain_pin(chain).hex()
+        for name in plan.clients:
+            _write_client(self.path / "clients" / name, pin)
+        return pin
+
+    def _balancer_member(self, port: int, publish_port: int) -> Member:
+        identity: Identity = create_identity(_folder(self.path / "balancer") / "identity.toml", BALANCER, "balancer")
+        return identity.member(endpoint=_loopback(port), publish_endpoint=_loopback(publish_port))
+
+    def _write_node(self, name: str, pin: str) -> None:
+        write_toml(
+            self.path / "nodes" / name / "node.toml",
+            {
+                "version": 1,
+                "identity": "identity.toml",
+                "manifest": "../../cluster.manifest",
+                "manifest_pin": pin,
+                "data": "data",
+                "token": {"label": name, "pin": f"file:../../secrets/{name}.pin"},
+            },
+        )
+
+    def _init_tokens(self, names: Sequence[str]) -> None:
+        """Have every node make its token, its PIN and its KEK, all at once."""
+        self._tell("making the tokens")
+        run = _folder(self.path / "run")
+        children: list[tuple[str, Path, subprocess.Popen[bytes]]] = []
+        until = time.monotonic() + self._start_timeout_s
+        try:
+            for name in names:
+                config = self.path / "nodes" / name / "node.toml"
+                path = run / f"{name}-init.log"
+                with _private_log(path) as log:
+                    command = [sys.executable, "-P", "-m", "nodes", "init", "--config", str(config)]
+                    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+                children.append((name, path, child))
+            for name, path, child in children:
+                code = child.wait(max(0.1, until - time.monotonic()))
+                if code:
+                    tail = path.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
+                    raise ClusterError(f"the token of {name} could not be made (exit code {code}):\n{tail}")
+        except subprocess.TimeoutExpired:
+            raise ClusterError(f"the tokens were not made within {self._start_timeout_s:g} s") from None
+        finally:
+            for _, _, child in children:
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    nodes: int
+    threshold: int
+    shares: int
+    domains: int
+    clients: tuple[str, ...]
+    rules: Sequence[PolicyRule] | None
+
+
+def _check_size(nodes: int, threshold: int, shares: int, domains: int, clients: Sequence[str]) -> None:
+    if not 1 <= nodes <= MAX_NODES:
+        raise ValueError(f"{nodes} nodes; a local cluster has 1 to {MAX_NODES}")
+    check_share_counts(threshold, shares)
+    if shares > nodes:
+        raise ValueError(f"{shares} shares; the cluster has {nodes} nodes, and each holds one share of a key at most")
+    if not 1 <= domains <= MAX_NODES:
+        raise ValueError(f"{domains} domains; 1 to {MAX_NODES} are allowed")
+    if isinstance(clients, str) or not clients or len(set(clients)) != len(clients):
+        raise ValueError("clients must be a list of one name or more, each once")
+
+
+def _answers(channel: Channel, name: str) -> bool:
+    """Whether a member answers at all; a refusal is an answer too."""
+    try:
+        channel.call(name, RequestType.STATUS, REQUEST_CODECS[RequestType.STATUS].encode(Empty()), PROBE_S)
+    except EngineError:
+        time.sleep(0.02)
+        return False
+    return True
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def _remove_parts(path: Path) -> None:
+    for name in ("nodes", "balancer", "clients", "operator", "secrets", "run"):
+        shutil.rmtree(path / name, ignore_errors=True)
+    for name in ("cluster.manifest", "cluster.toml"):
+        (path / name).unlink(missing_ok=True)
+
+
+def _write_client(folder: Path, pin: str) -> None:
+    write_toml(
+        folder / "client.toml",
+        {"version": 1, "identity": "identity.toml", "manifest": "../../cluster.manifest", "manifest_pin": pin},
+    )
+
+
+def _private_log(path: Path) -> Any:
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
+
+
+def _loopback(port: int) -> str:
+    return f"tcp://127.0.0.1:{port}"
+
+
+def _free_port(held: contextlib.ExitStack) -> int:
+    """A free port, which stays bound as long as ``held`` is open, so that no one else takes it meanwhile."""
+    for _ in range(PORT_TRIES):
+        port = random.choice(PORTS)  # noqa: S311 - any will do
+        bound = socket.socket()
+        try:
+            bound.bind(("127.0.0.1", port))
+        except OSError:
+            bound.close()
+            continue
+        held.callback(bound.close)
+        return port
+    raise ClusterError(f"no free port found in {PORTS.start}..{PORTS.stop - 1} after {PORT_TRIES} tries")
+
+
+def _boot_id() -> str:
+    """This boot of the machine: a pid file of an earlier boot says nothing."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
