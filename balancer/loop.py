@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -61,6 +61,8 @@ __all__ = ["ControlLoop", "Service", "Standing", "decide"]
 
 STATS_PART = 0.5
 """The part of a tick that the nodes have to answer in."""
+STOP_S = 0.2
+"""How long a stop may have to wait for an answer under way."""
 SOLVER_PART = 0.3
 """The part of a tick that the solver may take."""
 LIFETIME_TICKS = 10
@@ -119,6 +121,7 @@ class ControlLoop:
         self._lifetime_ms = max(LIFETIME_MS_MIN, LIFETIME_TICKS * tick_ms)
         self._history = History(tuple(cluster.nodes), tick_ms=tick_ms, ticks=history_ticks)
         self._heard: frozenset[str] = frozenset()
+        self._tried_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
         self.standing = Standing()
@@ -135,6 +138,7 @@ class ControlLoop:
     def _run(self) -> None:
         begun, tick = time.monotonic(), 0
         with Channel(self._identity.transport, self._cluster.nodes, self._context) as channel:
+            channel.dial(self._cluster.nodes)
             while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
                 try:
                     self._tick(channel, tick)
@@ -171,30 +175,41 @@ class ControlLoop:
     # --- observing ---
 
     def _observe(self, channel: Channel) -> dict[str, NodeStats]:
-        """Ask every node in parallel; those that do not answer in time are missing."""
+        """Ask every node, in parallel; those that do not answer in time are missing.
+
+        Waiting for the connection of a node that is down costs time. So the nodes that answered last time are asked and
+        heard first, and what is left of the time goes to the others, the longest untried first.
+        """
         until = time.monotonic() + STATS_PART * self._tick_s
+        reports: dict[str, NodeStats] = {}
+        self._ask(channel, sorted(self._heard), until, reports)
+        silent = sorted(set(self._cluster.nodes) - self._heard, key=lambda name: self._tried_s.get(name, 0.0))
+        self._ask(channel, silent, until, reports)
+        self._tell_changes(frozenset(reports))
+        return reports
+
+    def _ask(self, channel: Channel, nodes: Sequence[str], until: float, reports: dict[str, NodeStats]) -> None:
         body = REQUEST_CODECS[STATS].encode(Empty())
         waiting: set[int] = set()
-        # A node that can't be reached costs a wait for its connection, so those that answered last time come first.
-        for node in sorted(self._cluster.nodes, key=lambda name: name not in self._heard):
+        for node in nodes:
             left = until - time.monotonic()
             if left <= 0 or self._stop.is_set():
                 break
+            self._tried_s[node] = time.monotonic()
             try:
                 waiting.add(channel.start(node, STATS, body, left))
             except EngineError as error:
                 log.debug("no statistics", node=node, error=str(error))
-        reports: dict[str, NodeStats] = {}
-        while waiting and not self._stop.is_set():
-            for arrival in channel.poll(max(0.001, until - time.monotonic())):
-                waiting.discard(arrival.token)
-                self._arrived(arrival, reports)
-            if time.monotonic() >= until:
-                break
+            self._collect(channel.poll(0), waiting, reports)
+        while waiting and (left := until - time.monotonic()) > 0 and not self._stop.is_set():
+            self._collect(channel.poll(min(left, STOP_S)), waiting, reports)
         for token in waiting:
             channel.abandon(token)
-        self._tell_changes(frozenset(reports))
-        return reports
+
+    def _collect(self, arrivals: Sequence[Arrival], waiting: set[int], reports: dict[str, NodeStats]) -> None:
+        for arrival in arrivals:
+            waiting.discard(arrival.token)
+            self._arrived(arrival, reports)
 
     def _arrived(self, arrival: Arrival, reports: dict[str, NodeStats]) -> None:
         try:

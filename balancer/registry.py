@@ -55,7 +55,7 @@ REFUSED_MAX = 100_000
 """How many unknown attempts are noted; beyond that, they stay pending until old notes are pruned."""
 KEEP_MS = 24 * 3_600_000
 """Aborted reservations and notes are pruned at start after this: any order they speak of expired long before."""
-BUSY_TIMEOUT_S = 2.0
+BUSY_TIMEOUT_S = 1.0
 
 
 class Registry(Protocol):

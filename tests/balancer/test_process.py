@@ -1,0 +1,561 @@
+"""The process itself: `python -m balancer` on loopback over CURVE, with real keys, nodes that count and clients."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from random import SystemRandom
+from typing import Any
+
+import pytest
+import tomli_w
+import zmq
+
+from balancer import loop as loop_module
+from balancer.config import load_settings
+from balancer.loop import ControlLoop
+from balancer.optimizer import SolverError
+from balancer.publisher import Publisher
+from engine.client.config import CurveIdentity, Identity, create_identity, load_cluster
+from engine.client.listener import Gate, Listener
+from engine.client.transport import Channel, ask, connect_options, raise_for_status
+from engine.errors import (
+    AccessDenied,
+    ConfigError,
+    EngineError,
+    KeyExists,
+    ManifestError,
+    NodeUnavailable,
+    ProtocolError,
+)
+from engine.protocol.manifest import (
+    CreateOrder,
+    Holder,
+    KeyManifest,
+    PolicyRule,
+    Receipt,
+    chain_pin,
+    create_orders,
+    issue_cluster_manifest,
+    key_manifests,
+    open_abort,
+    open_certificate,
+    open_key_manifest,
+    receipts,
+)
+from engine.protocol.requests import (
+    REGISTRY_COMMIT,
+    REGISTRY_OUTCOME,
+    REGISTRY_RESERVE,
+    REGISTRY_SYNC,
+    REPLY_CODECS,
+    STATS,
+    TABLE,
+    BalancerStatus,
+    ClassCount,
+    Commit,
+    Empty,
+    NodeStats,
+    Outcome,
+    Reserve,
+    Sync,
+    balancer_status_codec,
+)
+from engine.protocol.routing import RoutingTable, open_table
+from engine.protocol.signed import read_unverified, sign_envelope
+from engine.protocol.wire import Status
+
+PATIENCE_S = 30.0
+SIGN = "sign/ed25519"
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 in 20000..32000 that nobody listens on."""
+    for _ in range(100):
+        port = SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("no free port found in 100 tries")
+
+
+def until(condition: Callable[[], Any]) -> Any:
+    """The first true value of the condition, polled with a bound."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not within {PATIENCE_S} s")
+
+
+class Site:
+    """A cluster on disk: one balancer, three nodes, a client, and a stranger whom the manifest does not know."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.who = {
+            name: create_identity(folder / f"{name}.toml", name, role, "pass" if role == "operator" else "")
+            for name, role in [
+                ("op", "operator"),
+                ("balancer", "balancer"),
+                ("alice", "client"),
+                ("stranger", "client"),
+                *((f"node-{i}", "node") for i in range(3)),
+            ]
+        }
+        members = []
+        for name, identity in self.who.items():
+            endpoints: dict[str, str] = {}
+            if identity.role in ("node", "balancer"):
+                endpoints["endpoint"] = f"tcp://127.0.0.1:{free_port()}"
+            if identity.role == "balancer":
+                endpoints["publish_endpoint"] = f"tcp://127.0.0.1:{free_port()}"
+            if identity.role == "node":
+                endpoints["location"] = f"site-{name}/room/rack/host"
+            if name != "stranger":
+                members.append(identity.member(**endpoints))
+        chain = issue_cluster_manifest(
+            name="kq", members=members, rules=[PolicyRule("alice", "*", ["*"])], operators=[self.who["op"].signing]
+        )
+        (folder / "cluster.kqm").write_bytes(chain)
+        self.pin = chain_pin(chain).hex()
+        self.cluster = load_cluster(folder / "cluster.kqm", self.pin)
+        self.balancer = self.cluster.members["balancer"]
+        self.config = self.write_config()
+
+    def write_config(self, name: str = "balancer-config.toml", **changes: Any) -> Path:
+        values = {
+            "version": 1,
+            "identity": "balancer.toml",
+            "manifest": "cluster.kqm",
+            "manifest_pin": self.pin,
+            "data": "data",
+            "tick_ms": 100,
+            "history_ticks": 100,
+        } | changes
+        path = self.folder / name
+        path.write_text(tomli_w.dumps(values))
+        return path
+
+    def curve(self, name: str) -> CurveIdentity:
+        return self.who[name].transport
+
+    def order(self, name: str, key_id: bytes) -> bytes:
+        order = CreateOrder(key_id, name, "aes-256-gcm", 2, 3, "generate", int(time.time() * 1000) + 60_000)
+        return sign_envelope("order.create", 1, create_orders.encode(order), self.who["alice"].signing)
+
+    def manifest(self, order: bytes, attempt: int, holders: list[str]) -> tuple[bytes, list[bytes]]:
+        wanted = create_orders.decode(read_unverified(order).payload)
+        listed = [Holder(node, x, bytes(32)) for x, node in enumerate(holders, 1)]
+        payload = key_manifests.encode(
+            KeyManifest(
+                wanted.key_id, wanted.name, 1, 1, attempt, wanted.algorithm, 2, listed, b"", bytes(32), order, b""
+            )
+        )
+        raw = sign_envelope("key", 1, payload, self.who["node-0"].signing)
+        digest = read_unverified(raw).digest
+        return raw, [
+            sign_envelope(
+                "receipt", 1, receipts.encode(Receipt(wanted.key_id, digest, each.x)), self.who[each.node].signing
+            )
+            for each in listed
+        ]
+
+
+class CountingNode:
+    """A node's listener that answers ``stats``: each time it has served 50 more signatures of 200 us."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._gate = Gate(self._context, site.cluster)
+        endpoint = site.cluster.members[name].endpoint
+        self._listener = Listener(self._context, site.curve(name), endpoint, site.cluster)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        boot, served = os.urandom(16), 0
+        while not self._stop.is_set():
+            if not self._listener.socket.poll(20):
+                continue
+            while (incoming := self._listener.receive()) is not None:
+                assert incoming.request.verb == STATS
+                served += 50
+                stats = NodeStats(boot, served, 0, [ClassCount(SIGN, served, 0, served * 200)], [])
+                self._listener.reply(incoming, Status.OK, REPLY_CODECS[STATS].encode(stats))
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._listener.close()
+        self._gate.close()
+        self._context.destroy(0)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@contextmanager
+def running(site: Site, config: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A balancer process that answers; it is gone afterwards, whatever happened."""
+    reader, writer = os.pipe()
+    with ExitStack() as stack:
+        stack.callback(os.close, writer)
+        with (site.folder / "balancer.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "balancer", "--config", str(config or site.config), "--lifeline", str(reader)],
+                cwd=site.folder,
+                stderr=log,
+                pass_fds=[reader],
+                env=os.environ | {"KEYQUORUM_LOG_LEVEL": "debug"},
+            )
+        os.close(reader)
+        process.lifeline = os.dup(writer)  # type: ignore[attr-defined]
+        stack.callback(os.close, process.lifeline)  # type: ignore[attr-defined]
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        with connected(site, "alice") as channel:
+            until(lambda: process.poll() is not None or answers(channel))
+        assert process.poll() is None, (site.folder / "balancer.log").read_text()
+        yield process
+
+
+@contextmanager
+def connected(site: Site, name: str) -> Iterator[Channel]:
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        with Channel(site.curve(name), {"balancer": site.balancer}, context) as channel:
+            yield channel
+    finally:
+        context.destroy(0)
+
+
+def answers(channel: Channel) -> bool:
+    try:
+        channel.call("balancer", "status", b"\x90", 1.0)
+    except NodeUnavailable:
+        return False
+    return True
+
+
+def status(channel: Channel) -> BalancerStatus:
+    reply = channel.call("balancer", "status", b"\x90", PATIENCE_S)
+    raise_for_status(reply)
+    return balancer_status_codec.decode(reply.body)
+
+
+def call(channel: Channel, verb: str, message: object) -> Any:
+    return ask(channel, "balancer", verb, message, PATIENCE_S)
+
+
+@contextmanager
+def subscribed(site: Site, name: str) -> Iterator[zmq.Socket[bytes]]:
+    context: zmq.Context[Any] = zmq.Context()
+    try:
+        subscriber: zmq.Socket[bytes] = context.socket(zmq.SUB)
+        connect_options(subscriber, site.curve(name), site.balancer)
+        subscriber.maxmsgsize = 1024 * 1024
+        subscriber.subscribe(b"")
+        subscriber.connect(site.balancer.publish_endpoint)
+        yield subscriber
+    finally:
+        context.destroy(0)
+
+
+def next_table(site: Site, subscriber: zmq.Socket[bytes], newest: RoutingTable | None) -> RoutingTable:
+    assert subscriber.poll(int(PATIENCE_S * 1000)), "no table was published"
+    return open_table(subscriber.recv(), site.cluster, int(time.time() * 1000), newest)
+
+
+def test_tables_are_published_from_the_nodes_counts(site: Site) -> None:
+    """Members get signed tables with rising counters; the nodes' load and service times are in them."""
+    with ExitStack() as stack:
+        for name in ("node-0", "node-1"):
+            stack.callback(CountingNode(site, name).close)
+        stack.enter_context(running(site))
+        subscriber = stack.enter_context(subscribed(site, "alice"))
+        table = None
+
+        def loaded() -> RoutingTable | None:
+            nonlocal table
+            table = next_table(site, subscriber, table)
+            measured = bool(table.classes) and min(table.service_us[0][:2]) > 190
+            return table if measured and table.forecast[0][0] > 0 else None
+
+        table = until(loaded)
+        row = table.classes.index(SIGN)
+        weights = dict(zip(table.nodes, table.weights[row], strict=True))
+        assert weights["node-2"] == 0
+        assert sum(weights.values()) == 1000
+        assert table.service_us[row][:2] == pytest.approx([200, 200], rel=0.1)
+        assert table.nodes[:2] == ["node-0", "node-1"]
+        channel = stack.enter_context(connected(site, "alice"))
+        asked = open_table(call(channel, TABLE, Empty()).table, site.cluster, int(time.time() * 1000))
+        assert asked.order >= table.order
+        told = status(channel)
+        assert (told.balancer, told.last_error, told.cluster_serial) == ("balancer", "", 1)
+        assert told.table_counter >= asked.counter
+        assert told.ticks >= told.table_counter
+
+
+def test_a_key_is_registered_and_survives_a_restart(site: Site) -> None:
+    """Reserve and commit over CURVE; after SIGTERM (exit 0) and a restart the key is there, the fencing epoch grew."""
+    with ExitStack() as stack:
+        process = stack.enter_context(running(site))
+        channel = stack.enter_context(connected(site, "node-0"))
+        order = site.order("orders", b"k" * 16)
+        reserved = call(channel, REGISTRY_RESERVE, Reserve(order))
+        assert call(channel, REGISTRY_OUTCOME, Outcome(b"k" * 16, 1)).state == "pending"
+        manifest, given = site.manifest(order, reserved.attempt, reserved.holders)
+        certificate = call(channel, REGISTRY_COMMIT, Commit(manifest, given)).certificate
+        assert len(open_certificate(certificate, open_key_manifest(manifest, site.cluster), site.cluster)) == 3
+        with pytest.raises(KeyExists, match="'orders' is taken"):
+            call(channel, REGISTRY_RESERVE, Reserve(site.order("orders", b"l" * 16)))
+        before = status(channel)
+        subscriber = stack.enter_context(subscribed(site, "alice"))
+        table = next_table(site, subscriber, None)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_S) == 0
+        stack.enter_context(running(site))
+        after = status(stack.enter_context(connected(site, "alice")))
+        assert (before.keys, after.keys, after.fencing_epoch) == (1, 1, before.fencing_epoch + 1)
+        again = call(stack.enter_context(connected(site, "node-2")), REGISTRY_SYNC, Sync(b"")).entries
+        assert [(each.state, each.manifest, each.certificate) for each in again] == [
+            ("committed", manifest, certificate)
+        ]
+        # Tables of the old start that were still queued come first, then the new start's, all newer than before.
+        newest = table
+        while newest.fencing_epoch == table.fencing_epoch:
+            newest = next_table(site, subscriber, newest)
+        assert newest.order > table.order
+
+
+def test_every_request_is_answered(site: Site) -> None:
+    """Clients may not use the registry; unknown verbs, malformed bodies and a caller's mistakes have their error."""
+    with running(site), connected(site, "alice") as client, connected(site, "node-1") as node:
+        with pytest.raises(AccessDenied, match="'alice' is a client"):
+            call(client, REGISTRY_SYNC, Sync(b""))
+        for channel, verb, body, kind, text in (
+            (client, "no-such-verb", b"\x90", ProtocolError, "does not answer 'no-such-verb'"),
+            (client, STATS, b"\x90", ProtocolError, "does not answer 'stats'"),
+            (node, REGISTRY_SYNC, b"garbage", ProtocolError, "body of registry.sync"),
+            (node, REGISTRY_SYNC, b"\x90", ProtocolError, "body of registry.sync"),
+            (node, REGISTRY_RESERVE, b"\x91\xc4\x03abc", ProtocolError, "signed envelope"),
+        ):
+            reply = channel.call("balancer", verb, body, PATIENCE_S)
+            with pytest.raises(kind, match=text):
+                raise_for_status(reply)
+        with pytest.raises(ValueError, match="attempt 0"):
+            call(node, REGISTRY_OUTCOME, Outcome(b"x" * 16, 0))
+        notice = call(node, REGISTRY_OUTCOME, Outcome(b"x" * 16, 5))
+        assert (notice.state, open_abort(notice.document, site.cluster).attempt) == ("aborted", 5)
+        assert status(client).keys == 0
+
+
+def test_strangers_get_nothing(site: Site) -> None:
+    """A key that is in no manifest gets no answer and no table, while members get theirs."""
+    with running(site), subscribed(site, "stranger") as stranger, subscribed(site, "alice") as alice:
+        with connected(site, "stranger") as channel, pytest.raises((AccessDenied, NodeUnavailable)):
+            channel.call("balancer", "status", b"\x90", 2.0)
+        table = None
+        for _ in range(5):
+            table = next_table(site, alice, table)
+        assert not stranger.poll(0)
+
+
+@pytest.mark.parametrize("way", ["SIGINT", "lifeline"])
+def test_it_stops_cleanly(site: Site, way: str) -> None:
+    """SIGINT, and the end of the lifeline, stop it with exit code 0; its log has no error."""
+    reader, writer = os.pipe()
+    with (site.folder / "stop.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "balancer", "--config", str(site.config), "--lifeline", str(reader)],
+            cwd=site.folder,
+            stderr=log,
+            pass_fds=[reader],
+        )
+    os.close(reader)
+    try:
+        with connected(site, "alice") as channel:
+            until(lambda: process.poll() is not None or answers(channel))
+        if way == "SIGINT":
+            process.send_signal(signal.SIGINT)
+        else:
+            os.close(writer)
+            writer = -1
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        if writer >= 0:
+            os.close(writer)
+    text = (site.folder / "stop.log").read_text()
+    assert '"event": "stopped"' in text
+    assert '"level": "error"' not in text
+
+
+def check_config(config: Path) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "balancer", "--config", str(config), "--check-config"],
+        cwd=config.parent,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_check_config(site: Site) -> None:
+    """A good configuration is 0 and changes nothing; a mistake is 1, in one sentence without a traceback."""
+    code, out, err = check_config(site.config)
+    assert (code, err) == (0, "")
+    assert "ok, balancer of kq" in out
+    assert not (site.folder / "data").exists()
+    code, out, err = check_config(site.write_config("wrong.toml", colour="red"))
+    assert (code, out) == (1, "")
+    assert "wrong.toml" in err
+    assert "colour" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"version": 2}, "version"),
+        ({"tick_ms": 1}, r">= 50.*tick_ms"),
+        ({"history_ticks": 10**6}, r"<= 7200.*history_ticks"),
+        ({"bind": "udp://127.0.0.1:1"}, "bind"),
+        ({"manifest_pin": "00" * 32}, "pinned"),
+        ({"manifest_pin": "00"}, "64 hex digits"),
+        ({"identity": "alice.toml"}, "'alice' is no balancer"),
+        ({"identity": "missing.toml"}, "missing.toml"),
+        ({"data": "open"}, "it must be 0700"),
+        ({"data": "cluster.kqm"}, "no folder"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_mistakes_in_the_configuration_are_named(site: Site, changes: dict[str, Any], named: str) -> None:
+    """Each names its file, key or value, and the limit."""
+    (site.folder / "open").mkdir()
+    (site.folder / "open").chmod(0o755)
+    with pytest.raises((ConfigError, ManifestError), match=named):
+        load_settings(site.write_config("wrong.toml", **changes))
+
+
+def test_keys_must_be_the_manifests(site: Site) -> None:
+    """An identity of the right name with other keys is refused."""
+    (site.folder / "other").mkdir()
+    create_identity(site.folder / "other" / "balancer.toml", "balancer", "balancer")
+    with pytest.raises(ConfigError, match="are not those in the manifest"):
+        load_settings(site.write_config(identity="other/balancer.toml"))
+
+
+def test_a_second_balancer_on_the_same_data_does_not_start(site: Site) -> None:
+    """The registry's file is one process's; the other one says so and ends with 1."""
+    with running(site):
+        other = site.write_config(
+            "other.toml", bind=f"tcp://127.0.0.1:{free_port()}", publish_bind=f"tcp://127.0.0.1:{free_port()}"
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "balancer", "--config", str(other)],
+            cwd=site.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "in use by another process" in done.stderr
+
+
+@contextmanager
+def control_loop(site: Site) -> Iterator[ControlLoop]:
+    identity: Identity = site.who["balancer"]
+    context: zmq.Context[Any] = zmq.Context()
+    gate = Gate(context, site.cluster)
+    publisher = Publisher(context, identity.transport, site.balancer.publish_endpoint)
+    loop = ControlLoop(context, identity, site.cluster, publisher, fencing_epoch=1, tick_ms=50, history_ticks=100)
+    loop.start()
+    try:
+        yield loop
+    finally:
+        loop.stop()
+        publisher.close()
+        gate.close()
+        context.destroy(0)
+
+
+def test_the_last_good_table_stays_when_the_solver_fails(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failing decision is told in ``last_error``; the table in force is issued anew until decisions come again."""
+    decide = loop_module.decide
+    with control_loop(site) as loop:
+        until(lambda: loop.standing.table)
+
+        def failing(*_: object) -> RoutingTable:
+            raise SolverError("routing program: Time limit reached")
+
+        monkeypatch.setattr(loop_module, "decide", failing)
+        failed = until(lambda: loop.standing.last_error and loop.standing)
+        assert "SolverError: routing program" in failed.last_error
+        later = until(lambda: loop.standing.counter >= failed.counter + 3 and loop.standing)
+        assert later.last_error
+        assert (later.table.nodes, later.table.weights) == (failed.table.nodes, failed.table.weights)
+        opened = open_table(later.sealed, site.cluster, int(time.time() * 1000), failed.table)
+        assert opened.expires_ms >= failed.table.expires_ms
+        monkeypatch.setattr(loop_module, "decide", decide)
+        until(lambda: not loop.standing.last_error)
+
+
+def test_without_a_good_table_none_is_published(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop whose very first decisions fail goes on, and publishes nothing that was never decided."""
+
+    def broken(*_: object) -> RoutingTable:
+        raise ZeroDivisionError("a mistake in the program")
+
+    monkeypatch.setattr(loop_module, "decide", broken)
+    with control_loop(site) as loop:
+        standing = until(lambda: loop.standing.ticks >= 3 and loop.standing)
+        assert (standing.table, standing.sealed, standing.counter) == (None, b"", 0)
+        assert "ZeroDivisionError" in standing.last_error
+
+
+def test_a_taken_port_is_said(site: Site) -> None:
+    """An endpoint in use ends the start with 2 and one sentence."""
+    port = free_port()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        config = site.write_config("taken.toml", bind=f"tcp://127.0.0.1:{port}")
+        done = subprocess.run(
+            [sys.executable, "-m", "balancer", "--config", str(config)],
+            cwd=site.folder,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_S,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert f"can't bind tcp://127.0.0.1:{port}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_errors_of_the_tree_travel() -> None:
+    """The solver's error is one of the project's tree, with a code of it."""
+    assert issubclass(SolverError, EngineError)
+    assert SolverError.code == "error"
