@@ -27,6 +27,7 @@ from engine.client.calls import (
     answered_by_any,
     check_timeout,
     merge_lists,
+    succeeded,
 )
 from engine.client.client import (
     CLOSE_WAIT_S,
@@ -41,7 +42,7 @@ from engine.client.client import (
     pair_items,
 )
 from engine.client.config import CurveIdentity
-from engine.client.transport import CONNECT_TIMEOUT_S, REDIAL_TIMEOUT_S, check_zmq_version, connect_options
+from engine.client.transport import CONNECT_TIMEOUT_S, REDIAL_TIMEOUT_S, check_zmq_version, connect_options, watch
 from engine.errors import AccessDenied, DeadlineExceeded, EngineError, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member
 from engine.protocol.routing import RoutingTable
@@ -84,7 +85,7 @@ class _Link:
         connect_options(self._socket, identity, member)
         self._socket.immediate = 1
         self._socket.maxmsgsize = MAX_MESSAGE
-        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(EVENTS)
+        self._monitor = watch(context, self._socket, EVENTS)
         for socket in (self._socket, self._monitor):
             loop.add_reader(int(socket.get(zmq.FD)), self._drain)
         self._socket.connect(member.endpoint)
@@ -94,7 +95,7 @@ class _Link:
         """Close the sockets; what is under way ends with ``error``."""
         for socket in (self._socket, self._monitor):
             self._loop.remove_reader(int(socket.get(zmq.FD)))
-        self._socket.disable_monitor()
+        self._socket.monitor(None, 0)
         self._monitor.close(0)
         self._socket.close(0)
         self._fail(error)
@@ -430,6 +431,14 @@ class AsyncEngine:
         self._calls.router.forget_loaded(name)
         return sum(answered_by_any(outcomes))
 
+    async def prewarm(self, name: str, *, timeout: float | None = None) -> tuple[str, ...]:
+        """Have the key's combiners load it before its first use; those that did. It raises where none could."""
+        wait_s = self._wait_s(timeout)
+        known = await self._run(self._calls.describe(name, wait_s))
+        return succeeded(
+            (await self._ask_all(lambda n: self._calls.prewarm_at(n, name, wait_s), known.holders)).values()
+        )
+
     async def status(self, *, timeout: float | None = None) -> tuple[MemberStatus, ...]:
         """Every node's and balancer's status, or the error in its place."""
         wait_s = self._wait_s(timeout)
@@ -523,8 +532,8 @@ class AsyncEngine:
                     raise each
         return done
 
-    async def _ask_all(self, make: Callable[[str], Call[T]]) -> Mapping[str, T | Exception]:
-        nodes = list(self.cluster.nodes)
+    async def _ask_all(self, make: Callable[[str], Call[T]], nodes: Sequence[str] = ()) -> Mapping[str, T | Exception]:
+        nodes = nodes or list(self.cluster.nodes)
         calls = [make(node) for node in nodes]
         done = await asyncio.gather(*(_outcome(lambda call=call: self._run(call)) for call in calls))  # type: ignore[misc]
         return dict(zip(nodes, done, strict=True))

@@ -68,6 +68,7 @@ from engine.protocol.requests import (
     ListKeys,
     NodeStatus,
     Operate,
+    Prewarm,
     balancer_status_codec,
     classify_request,
 )
@@ -577,6 +578,27 @@ class Calls:
         )
         return Description(record, algorithm(manifest.algorithm), info.holders, info)
 
+    # --- loading ahead ---
+
+    def prewarm_at(self, node: str, name: str, timeout_s: float) -> Call[str]:
+        """Have one combiner gather and load the key before its first use; its name."""
+        return self._prewarming(node, name, self._trail(f"prewarm {str(name)[:128]!r} at {node}", timeout_s))
+
+    def _prewarming(self, node: str, name: str, trail: _Trail) -> Call[str]:
+        known = yield from self._described(name, trail)
+        # The grant names an operation this client may do: any of them would load the key as well.
+        able = sorted(known.algorithm.operations)
+        operation = next((each for each in able if self.cluster.allows(self._signing.name, each, name)), able[0])
+        left_s = max(0.001, trail.left_s())
+        grant = self._grant(known.record, operation, node, left_s)
+        message = Prewarm(name, known.record.manifest.key_id, grant)
+        outcome = yield from self._ask(node, RequestType.PREWARM, message, left_s, key_name=name, cold=True)
+        if isinstance(outcome, _Lost):
+            raise outcome.error
+        if isinstance(outcome, Exception):
+            raise outcome
+        return node
+
     # --- creation and destruction ---
 
     def create_key(
@@ -913,6 +935,17 @@ def merge_lists(pages: Iterable[Sequence[KeySummary]]) -> tuple[KeySummary, ...]
             if entry.name not in merged or merged[entry.name].version < entry.version:
                 merged[entry.name] = entry
     return tuple(merged[name] for name in sorted(merged))
+
+
+def succeeded(outcomes: Iterable[T | Exception]) -> tuple[T, ...]:
+    """The results among them; the first error raised where there is none."""
+    listed = list(outcomes)
+    results = tuple(each for each in listed if not isinstance(each, Exception))
+    if not results:
+        for each in listed:
+            if isinstance(each, Exception):
+                raise each
+    return results
 
 
 def answered_by_any(outcomes: Mapping[str, T | Exception]) -> list[T]:

@@ -31,6 +31,7 @@ from engine.client.calls import (
     answered_by_any,
     check_timeout,
     merge_lists,
+    succeeded,
 )
 from engine.client.config import ClientConfig, Identity, load_cluster, load_config, load_identity, resolve
 from engine.client.transport import Channel, check_zmq_version, connect_options
@@ -751,6 +752,12 @@ class Engine:
         outcomes = self._ask_all(lambda node: self._calls.flush_at(node, name, wait_s), wait_s)
         self._calls.router.forget_loaded(name)
         return sum(answered_by_any(outcomes))
+
+    def prewarm(self, name: str, *, timeout: float | None = None) -> tuple[str, ...]:
+        """Have the key's combiners load it before its first use; those that did. It raises where none could."""
+        wait_s = self._wait_s(timeout)
+        known = self._run(self._calls.describe(name, wait_s), wait_s)
+        return succeeded(self._run_all((self._calls.prewarm_at(node, name, wait_s) for node in known.holders), wait_s))
 
     def status(self, *, timeout: float | None = None) -> tuple[MemberStatus, ...]:
         """Every node's and balancer's status, or the error in its place."""

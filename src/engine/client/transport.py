@@ -44,13 +44,8 @@ HANDSHAKE_MS = 2_000
 HIGH_WATER_MARK = 1_000
 MIN_ZMQ = (4, 3, 5)
 
-_EVENTS = (
-    zmq.EVENT_HANDSHAKE_SUCCEEDED
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_DISCONNECTED
-)
+_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
+_FIRST_EVENTS = _EVENTS | zmq.EVENT_CONNECT_RETRIED
 
 
 class Moved(EngineError):
@@ -81,6 +76,24 @@ def connect_options(socket: zmq.Socket[bytes], identity: CurveIdentity, peer: Me
     socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
 
 
+def watch(context: zmq.Context[Any], socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
+    """A reader of the socket's events; the one before, if any, gets no more.
+
+    Its queue is unbounded, since libzmq's I/O thread waits for room in a full one (after 2,000 events), and every
+    socket of the context with it. So ``events`` must not hold what repeats while nobody reads.
+    """
+    address = f"inproc://keyquorum-monitor-{next(_monitors)}"
+    socket.monitor(address, events)
+    reader: zmq.Socket[bytes] = context.socket(zmq.PAIR)
+    reader.linger = 0
+    reader.rcvhwm = 0
+    reader.connect(address)
+    return reader
+
+
+_monitors = itertools.count(1)
+
+
 @dataclass(slots=True)
 class Arrival:
     """The end of one request: a reply, or the error that took its place. ``elapsed_us`` is in microseconds."""
@@ -108,6 +121,8 @@ class _Connection:
     opened_s: float
     up: bool = False
     refused: bool = False
+    unreachable: bool = False
+    first: bool = False
     pending: set[int] = field(default_factory=set)
 
 
@@ -207,7 +222,10 @@ class Channel:
     # --- connections ---
 
     def _connected(self, peer: str, timeout_s: float) -> _Connection:
-        connection = self._connections.get(peer) or self._open(peer)
+        connection = self._connections.get(peer) or self._open(peer, first=True)
+        if not connection.pending and int(connection.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
+            # What broke while nothing was under way must not end the request that is sent now.
+            self._read_monitor(connection.monitor)
         if not connection.up:
             dialling_s = time.monotonic() - connection.opened_s
             self._await_up(connection, min(timeout_s, max(REDIAL_TIMEOUT_S, CONNECT_TIMEOUT_S - dialling_s)))
@@ -219,7 +237,8 @@ class Channel:
             raise AccessDenied(f"{peer} refuses the key of {self._identity.name!r}: it is no member's in its manifest")
         raise NodeUnavailable(f"{peer} at {self._members[peer].endpoint} can't be reached")
 
-    def _open(self, peer: str) -> _Connection:
+    def _open(self, peer: str, first: bool = False) -> _Connection:
+        """Begin to connect; with ``first`` the events tell of a failed attempt too, until ``_await_up`` is done."""
         member = self._members.get(peer)
         if member is None:
             raise NodeUnavailable(f"{peer!r} is no member with an endpoint")
@@ -227,8 +246,8 @@ class Channel:
         connect_options(socket, self._identity, member)
         socket.immediate = 1
         socket.maxmsgsize = MAX_MESSAGE
-        monitor = socket.get_monitor_socket(_EVENTS)
-        connection = _Connection(socket, monitor, time.monotonic())
+        monitor = watch(self._context, socket, _FIRST_EVENTS if first else _EVENTS)
+        connection = _Connection(socket, monitor, time.monotonic(), first=first)
         self._connections[peer] = connection
         self._by_socket[socket], self._by_monitor[monitor] = peer, peer
         self._poller.register(socket, zmq.POLLIN)
@@ -238,13 +257,27 @@ class Channel:
 
     def _await_up(self, connection: _Connection, timeout_s: float) -> None:
         until = time.monotonic() + timeout_s
-        while not connection.up and not connection.refused:
+        while not (connection.up or connection.refused or connection.unreachable):
             wait_ms = int((until - time.monotonic()) * 1000 + 0.999)
             if wait_ms <= 0 or not connection.monitor.poll(wait_ms):
-                # The monitor may lag behind: what counts is whether a message would go out.
-                connection.up = bool(connection.socket.poll(0, zmq.POLLOUT))
-                return
+                break
             self._read_monitor(connection.monitor)
+        if connection.first:
+            self._watch_on(connection)
+        if not connection.up:
+            # The monitor may lag behind: what counts is whether a message would go out.
+            connection.up = bool(connection.socket.poll(0, zmq.POLLOUT))
+
+    def _watch_on(self, connection: _Connection) -> None:
+        """Go on without the events of failed attempts, which repeat for as long as the peer is away."""
+        old = connection.monitor
+        peer = self._by_monitor.pop(old)
+        connection.monitor = watch(self._context, connection.socket, _EVENTS)
+        connection.first = connection.unreachable = False
+        self._by_monitor[connection.monitor] = peer
+        self._poller.unregister(old)
+        self._poller.register(connection.monitor, zmq.POLLIN)
+        old.close(0)
 
     def _drop(self, name: str) -> None:
         connection = self._connections.pop(name)
@@ -252,7 +285,7 @@ class Channel:
             self._poller.unregister(socket)
         self._by_socket.pop(connection.socket)
         self._by_monitor.pop(connection.monitor)
-        connection.socket.disable_monitor()
+        connection.socket.monitor(None, 0)
         connection.monitor.close(0)
         connection.socket.close(0)
 
@@ -292,6 +325,8 @@ class Channel:
                 connection.up, connection.refused = True, False
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 connection.refused, connection.up = True, False
+            elif event == zmq.EVENT_CONNECT_RETRIED:
+                connection.unreachable = True
             elif event == zmq.EVENT_DISCONNECTED:
                 connection.up = False
                 for token in list(connection.pending):
