@@ -1,0 +1,429 @@
+"""``keyquorum key`` and the uses of keys: files and pipes in, the verbs of the client, files and pipes out.
+
+It knows the public verbs alone; how they reach the nodes is the client's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+
+from engine.cli.output import (
+    Settings,
+    byte_progress,
+    client_config,
+    common_options,
+    decode_bytes,
+    emit,
+    encode_bytes,
+    note,
+    reading,
+    spinner,
+    start_logging,
+    table,
+    writing,
+)
+from engine.client.client import Engine, connect
+from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
+from engine.client.local import LocalCluster
+from engine.keys import ALGORITHMS
+from engine.protocol.wire import MAX_AAD, MAX_DATA
+
+__all__ = ["decrypt", "encrypt", "flush", "key", "mac", "sign", "verify", "verify_mac"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MATERIAL_MAX: Final = 64 * 1024
+PROOF_MAX: Final = 8 * 1024
+
+_name = click.argument("name")
+_source = click.argument("source", metavar="[FILE]", default="-")
+_out = click.option("--out", metavar="FILE", default="-", help="Where the result goes; the standard output by default.")
+_force = click.option("--force", is_flag=True, help="Write binary data to a terminal too.")
+_algorithm = click.argument("algorithm", type=click.Choice(tuple(ALGORITHMS)), metavar="ALGORITHM")
+
+
+def _shares(command: F) -> F:
+    command = click.option("--shares", type=click.IntRange(1, 64), help="n, over how many nodes the key is spread.")(
+        command
+    )
+    return click.option("--threshold", type=click.IntRange(1, 64), help="t, how many shares give it back.")(command)
+
+
+def _encoding(command: F) -> F:
+    """How signatures and MACs are written: raw bytes, base64 or hex."""
+    command = click.option("--hex", "encoding", flag_value="hex", help="As hex digits.")(command)
+    command = click.option("--base64", "encoding", flag_value="base64", help="As base64.")(command)
+    return click.option("--raw", "encoding", flag_value="raw", default="raw", help="As raw bytes (the default).")(
+        command
+    )
+
+
+def _associated(command: F) -> F:
+    command = click.option("--aad-file", metavar="FILE", help="The same, from a file.")(command)
+    return click.option("--aad", metavar="TEXT", help="Associated data: authenticated, not encrypted.")(command)
+
+
+@contextmanager
+def _engine(settings: Settings) -> Iterator[Engine]:
+    start_logging(settings)
+    with connect(client_config(settings)) as kq:
+        yield kq
+
+
+def _read(path: str, limit: int, what: str) -> bytes:
+    """All of a small input; ``ValueError`` beyond the limit, in bytes."""
+    with reading(path) as source:
+        data = source.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{what}: longer than {limit} bytes")
+    return data
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+@click.group(no_args_is_help=True)
+def key() -> None:
+    """Create, import, show and destroy keys.
+
+    \b
+    Examples:
+      keyquorum key create orders aes-256-gcm
+      keyquorum key create tls ecdsa-p256-sha256 --threshold 3 --shares 5
+      keyquorum key import legacy rsa-2048-pss-sha256 legacy.pem
+      keyquorum key list 'orders/*' -o json
+      keyquorum key public tls --out tls.pem
+      keyquorum key destroy orders
+    """
+
+
+@key.command()
+@_name
+@_algorithm
+@_shares
+@common_options(connects=True)
+@click.pass_obj
+def create(settings: Settings, name: str, algorithm: str, threshold: int | None, shares: int | None) -> None:
+    """Generate a key inside the cluster, split t-of-n.
+
+    Without --threshold and --shares the key is spread over at most 5 nodes, with a majority as threshold (a cluster
+    made by `keyquorum up` remembers its own).
+    """
+    threshold, shares = _share_counts(settings, threshold, shares)
+    with _engine(settings) as kq, spinner(settings, f"generating {name}"):
+        info = kq.create_key(name, algorithm, threshold, shares, timeout=settings.timeout_s)
+    _emit_info(settings, asdict(info))
+
+
+def _share_counts(settings: Settings, threshold: int | None, shares: int | None) -> tuple[int | None, int | None]:
+    """What was given, or what the local cluster that the configuration belongs to was made for."""
+    config = client_config(settings).resolve()
+    folder = config.parents[2] if len(config.parents) > 2 else config.parent
+    if threshold is None and shares is None and (folder / "cluster.toml").exists():
+        local = LocalCluster.open(folder)
+        return local.threshold, local.shares
+    return threshold, shares
+
+
+def _emit_info(settings: Settings, info: dict[str, Any]) -> None:
+    for warning in info["warnings"]:
+        note(f"warning: {warning}")
+    if settings.json:
+        emit(settings, info)
+        return
+    shown = {name: value for name, value in info.items() if name not in ("public_key", "warnings", "shares")}
+    shown["threshold"] = f"{info['threshold']} of {info['shares']} shares"
+    emit(settings, shown)
+
+
+@key.command("import")
+@_name
+@_algorithm
+@click.argument("source", metavar="FILE")
+@_encoding
+@_shares
+@common_options(connects=True)
+@click.pass_obj
+def import_(
+    settings: Settings,
+    name: str,
+    algorithm: str,
+    source: str,
+    encoding: str,
+    threshold: int | None,
+    shares: int | None,
+) -> None:
+    """Import a key: raw bytes for AES and HMAC, unencrypted PKCS#8 (DER or PEM) for the others.
+
+    FILE may be - for the standard input. Copies of the key outside the cluster stay where they are: erase them.
+    """
+    material = decode_bytes(_read(source, MATERIAL_MAX, source), encoding, source)
+    threshold, shares = _share_counts(settings, threshold, shares)
+    with _engine(settings) as kq, spinner(settings, f"importing {name}"):
+        info = kq.import_key(name, algorithm, material, threshold, shares, timeout=settings.timeout_s)
+    _emit_info(settings, asdict(info))
+
+
+@key.command("list")
+@click.argument("pattern", default="*")
+@common_options(connects=True)
+@click.pass_obj
+def list_(settings: Settings, pattern: str) -> None:
+    """List the keys whose names match PATTERN (a shell glob; all by default)."""
+    with _engine(settings) as kq:
+        keys = kq.list_keys(pattern, timeout=settings.timeout_s)
+    rows = [(each.name, each.algorithm, each.version, f"{each.threshold}-of-{each.shares}") for each in keys]
+    table(settings, ("KEY", "ALGORITHM", "VERSION", "SHARES"), rows, [asdict(each) for each in keys])
+
+
+@key.command("show")
+@_name
+@common_options(connects=True)
+@click.pass_obj
+def show(settings: Settings, name: str) -> None:
+    """Show what the signed manifest says about a key."""
+    with _engine(settings) as kq:
+        info = kq.key_info(name, timeout=settings.timeout_s)
+    _emit_info(settings, asdict(info))
+
+
+@key.command("public")
+@_name
+@_out
+@common_options(connects=True)
+@click.pass_obj
+def public(settings: Settings, name: str, out: str) -> None:
+    """Write the public key as PEM (SubjectPublicKeyInfo), as openssl takes it."""
+    with _engine(settings) as kq:
+        pem = kq.public_key(name, timeout=settings.timeout_s)
+    if settings.json and out == "-":
+        emit(settings, {"name": name, "public_key": pem})
+        return
+    with writing(out, text=True) as sink:
+        sink.write(pem.encode())
+
+
+@key.command("destroy")
+@_name
+@click.option("--yes", is_flag=True, help="Destroy without asking.")
+@common_options(connects=True)
+@click.pass_obj
+def destroy(settings: Settings, name: str, yes: bool) -> None:
+    """Destroy a key for good. What was encrypted with it can never be read again."""
+    if not yes:
+        if not sys.stdin.isatty():
+            raise click.UsageError("destroying a key needs --yes where nobody can be asked")
+        click.confirm(f"Destroy {name} for good?", abort=True, err=True)
+    with _engine(settings) as kq, spinner(settings, f"destroying {name}"):
+        done = kq.destroy_key(name, timeout=settings.timeout_s)
+    text = f"destroyed {name} on {', '.join(done.confirmed) or 'no node yet'}"
+    if done.pending:
+        text += f"; when they are back: {', '.join(done.pending)}"
+    emit(settings, asdict(done), text)
+
+
+@click.command()
+@click.argument("name", default="")
+@common_options(connects=True)
+@click.pass_obj
+def flush(settings: Settings, name: str) -> None:
+    """Drop a key (or all) from the nodes' caches; the next use gathers its shares again."""
+    with _engine(settings) as kq:
+        dropped = kq.flush(name, timeout=settings.timeout_s)
+    emit(settings, {"name": name, "dropped": dropped}, f"dropped {dropped}")
+
+
+# --- uses -----------------------------------------------------------------------------------------------------------
+
+
+def _aad(text: str | None, file: str | None) -> bytes:
+    if text is not None and file is not None:
+        raise click.UsageError("--aad and --aad-file exclude each other")
+    return _read(file, MAX_AAD, "associated data") if file is not None else os.fsencode(text or "")
+
+
+def _size(path: str) -> int | None:
+    """The length of a file, for the progress bar."""
+    return Path(path).stat().st_size if path != "-" and Path(path).is_file() else None
+
+
+@click.command()
+@_name
+@_source
+@_out
+@_associated
+@_force
+@common_options(connects=True)
+@click.pass_obj
+def encrypt(
+    settings: Settings, name: str, source: str, out: str, aad: str | None, aad_file: str | None, force: bool
+) -> None:
+    """Encrypt a file of any length, or the standard input.
+
+    The file is encrypted in chunks of 48 KiB that can't be cut off, moved or mixed with others.
+
+    \b
+    Examples:
+      keyquorum encrypt orders report.pdf --out report.kq
+      tar c /etc | keyquorum encrypt backups --aad host7 > etc.kq
+    """
+    associated = _aad(aad, aad_file)
+    _stream(settings, encrypt_stream, "encrypting", name, source, out, associated, force=force, private=False)
+
+
+@click.command()
+@_name
+@_source
+@_out
+@_associated
+@_force
+@common_options(connects=True)
+@click.pass_obj
+def decrypt(
+    settings: Settings, name: str, source: str, out: str, aad: str | None, aad_file: str | None, force: bool
+) -> None:
+    """Decrypt what `keyquorum encrypt` wrote.
+
+    With --out the file (of mode 0600) appears only once all of it is verified. On the standard output verified chunks
+    come as they are; only exit code 0 says that nothing is missing at the end.
+
+    \b
+    Examples:
+      keyquorum decrypt orders report.kq --out report.pdf
+      keyquorum decrypt backups etc.kq --aad host7 | tar t
+    """
+    associated = _aad(aad, aad_file)
+    _stream(settings, decrypt_stream, "decrypting", name, source, out, associated, force=force, private=True)
+
+
+def _stream(
+    settings: Settings,
+    work: Callable[..., int],
+    what: str,
+    name: str,
+    source: str,
+    out: str,
+    associated: bytes,
+    *,
+    force: bool,
+    private: bool,
+) -> None:
+    """Run a stream verb between two files."""
+    with (
+        reading(source) as data,
+        _engine(settings) as kq,
+        writing(out, force=force, private=private) as sink,
+        byte_progress(settings, f"{what} with {name}", _size(source)) as progress,
+    ):
+        done = work(kq, name, data, sink, associated, progress, timeout=settings.timeout_s)
+    if settings.json and out != "-":
+        emit(settings, {"name": name, "out": out, "bytes": done})
+
+
+@click.command()
+@_name
+@_source
+@_out
+@_encoding
+@_force
+@common_options(connects=True)
+@click.pass_obj
+def sign(settings: Settings, name: str, source: str, out: str, encoding: str, force: bool) -> None:
+    """Sign a file of any length, or the standard input. ECDSA signatures are DER, as openssl takes them.
+
+    \b
+    Examples:
+      keyquorum sign tls report.pdf --out report.sig
+      openssl dgst -sha256 -verify <(keyquorum key public tls) -signature report.sig report.pdf
+    """
+    with reading(source) as data, _engine(settings) as kq, spinner(settings, f"signing with {name}"):
+        signature = sign_stream(kq, name, data, timeout=settings.timeout_s)
+    _write_proof(settings, {"name": name, "signature": signature}, signature, out, encoding, force)
+
+
+@click.command()
+@_name
+@click.argument("signature", metavar="SIGNATURE")
+@_source
+@_encoding
+@common_options(connects=True)
+@click.pass_obj
+def verify(settings: Settings, name: str, signature: str, source: str, encoding: str) -> None:
+    """Verify the signature in the file SIGNATURE of a file, or of the standard input.
+
+    The exit code is 0 if it is good, 1 if not.
+
+    \b
+    Example:
+      keyquorum verify tls report.sig report.pdf
+    """
+    _one_input(signature, source)
+    proof = decode_bytes(_read(signature, PROOF_MAX, signature), encoding, signature)
+    with reading(source) as data, _engine(settings) as kq:
+        verify_stream(kq, name, data, proof, timeout=settings.timeout_s)
+    emit(settings, {"name": name, "valid": True}, "good signature")
+
+
+@click.command()
+@_name
+@_source
+@_out
+@_encoding
+@_force
+@common_options(connects=True)
+@click.pass_obj
+def mac(settings: Settings, name: str, source: str, out: str, encoding: str, force: bool) -> None:
+    """Compute the MAC of at most 48 KiB.
+
+    \b
+    Example:
+      keyquorum mac hooks body.json --hex
+    """
+    message = _read(source, MAX_DATA, source)
+    with _engine(settings) as kq:
+        tag = kq.mac(name, message, timeout=settings.timeout_s)
+    _write_proof(settings, {"name": name, "mac": tag}, tag, out, encoding, force)
+
+
+@click.command("verify-mac")
+@_name
+@click.argument("tag", metavar="MAC")
+@_source
+@_encoding
+@common_options(connects=True)
+@click.pass_obj
+def verify_mac(settings: Settings, name: str, tag: str, source: str, encoding: str) -> None:
+    """Verify the MAC in the file MAC of a file, or of the standard input.
+
+    The exit code is 0 if it is good, 1 if not.
+    """
+    _one_input(tag, source)
+    proof = decode_bytes(_read(tag, PROOF_MAX, tag), encoding, tag)
+    message = _read(source, MAX_DATA, source)
+    with _engine(settings) as kq:
+        kq.verify_mac(name, message, proof, timeout=settings.timeout_s)
+    emit(settings, {"name": name, "valid": True}, "good MAC")
+
+
+def _one_input(first: str, second: str) -> None:
+    if first == second == "-":
+        raise click.UsageError("only one of the two can be the standard input")
+
+
+def _write_proof(settings: Settings, told: dict[str, Any], proof: bytes, out: str, encoding: str, force: bool) -> None:
+    """Write a signature or MAC: as JSON (base64), or as bytes in the encoding asked for."""
+    if settings.json and out == "-":
+        emit(settings, told)
+        return
+    with writing(out, force=force, text=encoding != "raw") as sink:
+        sink.write(encode_bytes(proof, encoding))
+    if settings.json:
+        emit(settings, told | {"out": out})

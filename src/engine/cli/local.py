@@ -1,0 +1,177 @@
+"""``keyquorum up``, ``down`` and ``status``: a cluster of real processes in a folder of this machine, and how it is.
+
+It starts and stops through ``LocalCluster`` and knows no token and no key.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+from rich.console import Console
+
+from engine.cli.output import Settings, client_config, common_options, emit, note, printable, start_logging, table
+from engine.client.calls import MemberStatus
+from engine.client.client import connect
+from engine.client.local import LocalCluster
+from engine.errors import ClusterError
+from engine.protocol.requests import NodeStatus
+
+__all__ = ["down", "status", "up"]
+
+NODES: Final = 5
+THRESHOLD: Final = 3
+DOMAINS: Final = 3
+
+_folder = click.argument(
+    "folder", metavar="[DIR]", type=click.Path(file_okay=False, path_type=Path), default=Path("keyquorum-cluster")
+)
+
+
+@contextmanager
+def _events(settings: Settings) -> Iterator[Callable[[str], None]]:
+    """A function that shows what goes on: beside a spinner on a terminal, else as plain lines."""
+    if settings.json or not sys.stderr.isatty():
+        yield (lambda text: None) if settings.json else note
+        return
+    with Console(stderr=True).status("starting") as spinner:
+        yield lambda text: spinner.update(printable(text))
+
+
+@click.command()
+@_folder
+@click.option("--nodes", type=click.IntRange(1, 64), help=f"How many nodes; {NODES} by default.")
+@click.option("--threshold", type=click.IntRange(1, 64), help=f"Shares that give a key back; {THRESHOLD} by default.")
+@click.option("--domains", type=click.IntRange(1, 64), help=f"Sites the nodes are spread over; {DOMAINS} by default.")
+@common_options()
+@click.pass_obj
+def up(settings: Settings, folder: Path, nodes: int | None, threshold: int | None, domains: int | None) -> None:
+    """Start a cluster on this machine, in DIR (./keyquorum-cluster by default).
+
+    Every node is a process with a SoftHSM token of its own; they go on after the command has ended, until
+    `keyquorum down`. A cluster that is already in the folder is started again, from its disks.
+
+    \b
+    Examples:
+      keyquorum up
+      keyquorum up /srv/kq --nodes 7 --threshold 4 --domains 7
+    """
+    start_logging(settings)
+    with _events(settings) as tell:
+        if (folder / "cluster.toml").exists():
+            local = LocalCluster.open(folder, on_event=tell)
+            _check_same(local, nodes, threshold)
+            local.start()
+        else:
+            local = LocalCluster(
+                nodes or NODES,
+                threshold or _threshold(nodes),
+                folder,
+                domains=domains or DOMAINS,
+                detached=True,
+                on_event=tell,
+            )
+    told = {
+        "folder": str(local.path),
+        "nodes": len(local.nodes),
+        "threshold": local.threshold,
+        "config": str(local.client_config),
+    }
+    emit(settings, told | {"pids": local.running()}, None if settings.json else _up_text(local))
+
+
+def _threshold(nodes: int | None) -> int:
+    """The default t: 3, or the majority of fewer nodes."""
+    return min(THRESHOLD, (nodes or NODES) // 2 + 1)
+
+
+def _check_same(local: LocalCluster, nodes: int | None, threshold: int | None) -> None:
+    for what, told, held in (("nodes", nodes, len(local.nodes)), ("threshold", threshold, local.threshold)):
+        if told not in (None, held):
+            raise ValueError(f"{local.path} holds a cluster with {what} {held}, not {told}; name another folder")
+
+
+def _up_text(local: LocalCluster) -> str:
+    return (
+        f"{len(local.nodes)} nodes and a balancer serve in {local.path}\n"
+        f"keys are split {local.threshold}-of-{local.shares}\n"
+        f"client configuration: {local.client_config}"
+    )
+
+
+@click.command()
+@_folder
+@common_options()
+@click.pass_obj
+def down(settings: Settings, folder: Path) -> None:
+    """Stop the cluster in DIR; its keys stay on its disks."""
+    start_logging(settings)
+    with _events(settings) as tell:
+        local = LocalCluster.open(folder, on_event=tell)
+        running = [name for name, pid in local.running().items() if pid is not None]
+        local.stop()
+    left = [name for name, pid in local.running().items() if pid is not None]
+    if left:
+        raise ClusterError(f"{local.path}: {', '.join(left)} could not be ended")
+    emit(settings, {"folder": str(local.path), "stopped": running}, f"stopped {len(running)} processes in {local.path}")
+
+
+@click.command()
+@common_options(connects=True)
+@click.pass_context
+def status(context: click.Context) -> None:
+    """Ask every node and balancer how it is.
+
+    The exit code is 2 if none answers, 0 otherwise.
+    """
+    settings: Settings = context.obj
+    start_logging(settings)
+    with connect(client_config(settings)) as kq:
+        members = kq.status(timeout=settings.timeout_s)
+        name, serial = kq.cluster.name, kq.cluster.serial
+    told = {"cluster": name, "serial": serial, "members": [_member_json(member) for member in members]}
+    if settings.json:
+        emit(settings, told)
+    else:
+        columns = ("MEMBER", "ROLE", "STATE", "ENDPOINT", "LOCATION", "KEYS", "LOADED", "QUEUE", "UP")
+        table(settings, columns, [_row(member) for member in members], None)
+    if not any(member.status for member in members):
+        context.exit(2)
+
+
+def _member_json(member: MemberStatus) -> dict[str, Any]:
+    return {
+        "name": member.name,
+        "role": member.role,
+        "endpoint": member.endpoint,
+        "location": member.location,
+        "up": member.status is not None,
+        "error": "" if member.error is None else str(member.error),
+        "status": None if member.status is None else _fields(member.status),
+    }
+
+
+def _fields(status: msgspec.Struct) -> dict[str, Any]:
+    return {name: msgspec.to_builtins(getattr(status, name)) for name in status.__struct_fields__}
+
+
+def _row(member: MemberStatus) -> tuple[object, ...]:
+    head = (member.name, member.role, _state(member), member.endpoint, member.location or "-")
+    found = member.status
+    if found is None:
+        return (*head, "-", "-", "-", "-")
+    uptime = f"{found.uptime_ms // 1000} s"
+    if isinstance(found, NodeStatus):
+        return (*head, found.shares, found.loaded, found.queue, uptime)
+    return (*head, found.keys, "-", "-", uptime)
+
+
+def _state(member: MemberStatus) -> str:
+    if member.error is not None:
+        return str(getattr(member.error, "code", "error"))
+    return "up"
