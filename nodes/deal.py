@@ -89,6 +89,8 @@ GRACE_S: Final = 2.0
 COMMIT_WAIT_S: Final = 1.0
 """How long a dealer waits for the holders to take in the certificate; they would learn it from the next grant too."""
 REGISTRY_TIMEOUT_S: Final = 2.0
+REGISTRY_PATIENCE_S: Final = 1.0
+REDIAL_S: Final = 0.05
 REPLY_MARGIN_S: Final = 0.05
 """What a gathering leaves of the client's deadline for its answer."""
 MAX_SYNC_PAGES: Final = 10_000
@@ -365,18 +367,26 @@ class Conversation:
     # --- the registry ---
 
     def _registry(self, channel: Channel, verb: str, message: object, deadline_s: float) -> Any:
-        """Ask the registry, at each balancer in turn; ``RegistryUnavailable`` if none answers."""
-        problems = []
-        for balancer in self._cluster.of_role("balancer"):
-            left_s = min(REGISTRY_TIMEOUT_S, deadline_s - time.monotonic())
-            if left_s <= 0:
-                problems.append(f"{balancer.name}: the deadline is over")
-                continue
-            try:
-                return ask(channel, balancer.name, verb, message, left_s)
-            except (NodeUnavailable, DeadlineExceeded) as error:
-                problems.append(str(error))
-        told = "; ".join(problems) or "the cluster manifest names no balancer"
+        """Ask the registry, at each balancer in turn; ``RegistryUnavailable`` if none answers.
+
+        A balancer that has just started is dialled again for a second before it counts as away.
+        """
+        problems: dict[str, str] = {}
+        patient_until_s = min(deadline_s, time.monotonic() + REGISTRY_PATIENCE_S)
+        while True:
+            for balancer in self._cluster.of_role("balancer"):
+                left_s = min(REGISTRY_TIMEOUT_S, deadline_s - time.monotonic())
+                if left_s <= 0:
+                    problems.setdefault(balancer.name, f"{balancer.name}: the deadline is over")
+                    continue
+                try:
+                    return ask(channel, balancer.name, verb, message, left_s)
+                except (NodeUnavailable, DeadlineExceeded) as error:
+                    problems[balancer.name] = str(error)
+            if not problems or time.monotonic() >= patient_until_s:
+                break
+            channel.poll(REDIAL_S)
+        told = "; ".join(problems.values()) or "the cluster manifest names no balancer"
         raise RegistryUnavailable(f"creating and destroying keys needs the registry, which does not answer ({told})")
 
     def destroy(self, talker: Talker, raw_order: bytes, entry: Entry, deadline_s: float) -> Destroyed:

@@ -41,7 +41,7 @@ MAX_AAD = 4 * 1024
 MAX_TIMEOUT_MS = 600_000
 MAX_EXTENSIONS = 8
 
-Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$")]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*\Z")]
 """Names of keys and members: 1..128 characters, letters, digits and ``._:/@+-``, the first a letter or digit."""
 UInt = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Text = Annotated[str, Meta(max_length=1024)]
