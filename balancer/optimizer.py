@@ -1,7 +1,7 @@
 """The linear program that splits the load over the nodes. It alone imports highspy; it knows no socket, clock or key.
 
 Minimise the time that requests spend in the nodes. Columns: w_cn, the part of class c that node n serves, twice (up to
-the even share, and beyond it at a price of a thousandth, so that of equal optima the even one is taken); u_ns, the work
+the even share, and beyond it at a small charge, so that of near-equal optima the even one is taken); u_ns, the work
 in segment s of node n. Rows: sum_n w_cn = 1 for each class, and the capacity row of each node,
 sum_s u_ns - sum_c (load_c service_cn) w_cn = background_n, in seconds of work per second. The segments approximate the
 waiting of an M/M/1 queue, W(r) = r^2 / (1 - r) requests waiting at utilisation r (Kleinrock 1975, 3.2); the last has no
@@ -27,7 +27,8 @@ BREAKPOINTS = np.array([0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75
 """Utilisations between which the waiting is taken as linear."""
 OVERLOAD_STEEPER = 10.0
 """How many times steeper than the last true segment the endless one is."""
-UNEVEN_COST = 1e-3
+UNEVEN_COST = 0.05
+"""What is served beyond the even share is charged this part of its service time, so that noise moves nothing."""
 PRICE_MAX_US = 1e7
 
 

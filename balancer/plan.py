@@ -18,8 +18,8 @@ __all__ = ["TableStamp", "assignment_problem", "generate_routing_table", "reissu
 
 FloatArray = NDArray[np.float64]
 
-PRIOR_REQUESTS = 4.0
-"""The prior service time counts as much as so many measured requests."""
+PRIOR_REQUESTS = 20.0
+"""A prior service time counts as much as so many measured requests."""
 PRIOR_US = {RequestType.GENERATE.value: 50_000.0, RequestType.IMPORT.value: 10_000.0}
 """First guesses for the types that are no token operation on a loaded key, in microseconds."""
 CAPACITY = 1.0
@@ -39,10 +39,18 @@ class TableStamp:
 
 
 def service_times(history: HistorySnapshot) -> FloatArray:
-    """Service times (classes, nodes) in microseconds, at least 1: measured, blended with the algorithm's prior."""
+    """Service times (classes, nodes) in microseconds, at least 1.
+
+    Measured; for few requests blended with what the other nodes take for the class, and that with the algorithm's
+    prior. A node that was never asked is so taken for an average one, neither for a marvel nor for a wreck.
+    """
     prior = np.array([_prior_us(each) for each in history.classes], dtype=np.float64).reshape(-1, 1)
-    measured = (history.busy_us + PRIOR_REQUESTS * prior) / (history.requests + PRIOR_REQUESTS)
-    return np.asarray(np.maximum(measured, 1.0))
+    usual = _blended(history.busy_us.sum(axis=1, keepdims=True), history.requests.sum(axis=1, keepdims=True), prior)
+    return np.asarray(np.maximum(_blended(history.busy_us, history.requests, usual), 1.0))
+
+
+def _blended(busy_us: FloatArray, requests: FloatArray, prior_us: FloatArray) -> FloatArray:
+    return np.asarray((busy_us + PRIOR_REQUESTS * prior_us) / (requests + PRIOR_REQUESTS))
 
 
 def _prior_us(request_class: str) -> float:

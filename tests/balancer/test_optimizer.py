@@ -39,6 +39,12 @@ def test_equal_nodes_share_evenly(load: float) -> None:
     assert answer.utilisation == pytest.approx(np.full(4, load), rel=1e-6)
 
 
+def test_noise_in_the_service_times_moves_nothing() -> None:
+    """Nodes that differ by less than a measurement's noise share evenly, at low load too."""
+    answer = solve([1000.0, 1000.0], [[50.0, 51.0, 49.5, 50.2], [100.0, 99.0, 101.0, 100.5]])
+    assert answer.weights == pytest.approx(np.full((2, 4), 0.25), abs=0.01)
+
+
 def test_faster_nodes_do_more() -> None:
     """Twice as fast is more work, and no node is left to drown."""
     answer = solve([5000.0], [[100.0, 200.0, 400.0]])

@@ -67,10 +67,24 @@ def test_a_table_is_accepted_by_clients(world: Any) -> None:
 def test_service_times_are_measured_or_prior(world: Any) -> None:
     """Many requests speak for themselves; where there is none the algorithm's prior stands."""
     times = service_times(snapshot(world))
-    assert times[0] == pytest.approx([100, 100, 100, 100, 100, 400], rel=0.01)
+    assert times[0] == pytest.approx([100, 100, 100, 100, 100, 400], rel=0.02)
     assert times[1] == pytest.approx(np.full(6, ALGORITHMS["aes-256-gcm"].prior_us))
     assert (times[2] > 10_000).all()
-    assert table(world, snapshot(world)).service_us[0][5] == pytest.approx(400, rel=0.01)
+
+
+def test_a_node_never_asked_is_taken_for_an_average_one(world: Any) -> None:
+    """A prior that is far off does not draw all requests to the nodes that were not measured."""
+    state = snapshot(world)
+    requests, busy_us = np.zeros((3, 6)), np.zeros((3, 6))
+    requests[0, :2], busy_us[0, :2] = 500.0, 500.0 * 1000
+    made = table(world, replace(state, requests=requests, busy_us=busy_us))
+    assert made.service_us[0] == pytest.approx([1000] * 6, rel=0.02)
+    assert max(made.weights[0]) < 200
+
+
+def test_measured_times_are_in_the_table(world: Any) -> None:
+    """The table carries each node's own time."""
+    assert table(world, snapshot(world)).service_us[0][5] == pytest.approx(400, rel=0.02)
 
 
 def test_dead_nodes_have_no_weight(world: Any) -> None:
@@ -111,10 +125,12 @@ def test_a_reissued_table_is_the_same_decision_with_a_new_place(world: Any) -> N
 
 
 def test_parts_of_different_snapshots_are_refused(world: Any) -> None:
-    """A forecast for other classes is no part of this table."""
+    """A forecast for other classes is no part of this table; a node that died after the assignment gets nothing."""
     state = snapshot(world)
     forecast = predict_load(state)
     assignment = optimize_assignment(assignment_problem(state, forecast))
+    late = replace(state, up=(False, *state.up[1:]))
+    assert generate_routing_table(late, forecast, assignment, stamp(world)).weights[0][0] == 0
     with pytest.raises(ValueError, match="do not match 3 classes and 6 nodes"):
         generate_routing_table(state, replace(forecast, classes=CLASSES[:2]), assignment, stamp(world))
 
