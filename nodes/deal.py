@@ -24,7 +24,7 @@ from engine.errors import (
     ShareCorrupt,
     UnsupportedAlgorithm,
 )
-from engine.keys import algorithm, generate_material, normalize_material, public_key_der
+from engine.keys import algorithm, check_material, generate_material, public_key_der
 from engine.protocol.manifest import (
     Cluster,
     CreateOrder,
@@ -206,7 +206,7 @@ class Conversation:
                 f"{order.algorithm!r} can't be served: the token of {self._node!r} lacks {lacking}"
             )
         if order.operation == "import":
-            key = normalize_material(algo, material)
+            key = check_material(algo, material)
         elif material:
             raise ValueError("a generate request carries no material")
         reserved = self._registry(talker.channel, REGISTRY_RESERVE, Reserve(raw_order), deadline_s)

@@ -23,6 +23,7 @@ __all__ = [
     "PrivateKey",
     "RequestType",
     "algorithm",
+    "check_material",
     "generate_material",
     "load_private_key",
     "normalize_material",
@@ -205,17 +206,35 @@ def normalize_material(algo: Algorithm, key_material: bytes | bytearray) -> byte
     if not isinstance(key_material, bytes | bytearray):
         raise TypeError(f"key material must be bytes, not {type(key_material).__name__}")
     data = bytes(key_material)
-    if algo.kind is KeyKind.AES:
-        if len(data) != algo.bits // 8:
-            raise ValueError(f"{algo.name}: the key has {len(data)} bytes, {algo.bits // 8} are needed")
-        return data
-    if algo.kind is KeyKind.HMAC:
-        if not MIN_HMAC_KEY <= len(data) <= MAX_HMAC_KEY:
-            raise ValueError(
-                f"{algo.name}: the key has {len(data)} bytes, {MIN_HMAC_KEY} to {MAX_HMAC_KEY} are allowed"
-            )
-        return data
-    private = _load_pkcs8(algo, data)
+    return _checked(algo, _load_pkcs8(algo, data)) if algo.asymmetric else _checked_raw(algo, data)
+
+
+def check_material(algo: Algorithm, material: bytes) -> bytes:
+    """The canonical material itself, if it is that, else ``ValueError``: how what comes over the wire is checked."""
+    if not algo.asymmetric:
+        return _checked_raw(algo, material)
+    try:
+        if algo.kind is KeyKind.RSA:
+            again = _checked(algo, serialization.load_der_private_key(material, None))
+        else:
+            again = _checked(algo, load_private_key(algo, material))
+    except (ValueError, TypeError, PycaUnsupported):
+        again = b""  # the cause may quote the input
+    if again != material:
+        raise ValueError(f"{algo.name}: the {len(material)} bytes are no canonical key material")
+    return again
+
+
+def _checked_raw(algo: Algorithm, data: bytes) -> bytes:
+    shortest, longest = (MIN_HMAC_KEY, MAX_HMAC_KEY) if algo.kind is KeyKind.HMAC else (algo.bits // 8,) * 2
+    if not shortest <= len(data) <= longest:
+        allowed = f"{shortest} to {longest} are allowed" if shortest < longest else f"{longest} are needed"
+        raise ValueError(f"{algo.name}: the key has {len(data)} bytes, {allowed}")
+    return data
+
+
+def _checked(algo: Algorithm, private: object) -> bytes:
+    """The canonical material of a private key that is one of this algorithm."""
     if algo.kind is KeyKind.EC:
         if not isinstance(private, ec.EllipticCurvePrivateKey) or private.curve.name != _CURVES[algo.bits].name:
             raise ValueError(f"{algo.name}: the material is no private key on {_CURVES[algo.bits].name}")
@@ -224,9 +243,10 @@ def normalize_material(algo: Algorithm, key_material: bytes | bytearray) -> byte
         if not isinstance(private, ed25519.Ed25519PrivateKey):
             raise ValueError(f"{algo.name}: the material is no Ed25519 private key")
         return _canonical(algo, private)
-    if not isinstance(private, rsa.RSAPrivateKey) or private.key_size != algo.bits:
-        size = f" of {private.key_size} bits" if isinstance(private, rsa.RSAPrivateKey) else ""
-        raise ValueError(f"{algo.name}: the material is no RSA private key of {algo.bits} bits, but a key{size}")
+    if not isinstance(private, rsa.RSAPrivateKey):
+        raise ValueError(f"{algo.name}: the material is no RSA private key")
+    if private.key_size != algo.bits:
+        raise ValueError(f"{algo.name}: the RSA key has {private.key_size} bits, {algo.bits} are needed")
     if private.public_key().public_numbers().e != 65537:
         raise ValueError(f"{algo.name}: the public exponent must be 65537")
     return _canonical(algo, private)
