@@ -218,13 +218,17 @@ class _Use:
 
 @dataclass(slots=True)
 class _Trail:
-    """What one call has tried, and how much time it has left. ``clock`` counts seconds."""
+    """What one call has tried, and how much time it has left. ``clock`` counts seconds.
+
+    ``failures`` are this round's, ``earlier`` the newest of each node from the rounds before.
+    """
 
     what: str
     clock: Callable[[], float]
     deadline_s: float
     rounds: int = 0
     failures: dict[str, Exception] = field(default_factory=dict)
+    earlier: dict[str, Exception] = field(default_factory=dict)
     quorum: list[QuorumUnavailable | ShareCorrupt] = field(default_factory=list)
 
     def left_s(self) -> float:
@@ -236,13 +240,14 @@ class _Trail:
         return max(0.001, min(left_s, max(floor_s, min(most_s, left_s * share))))
 
     def begin_round(self) -> None:
+        self.earlier |= self.failures
         self.failures = {}
 
     def all_are(self, kind: type[Exception]) -> bool:
         return bool(self.failures) and all(isinstance(each, kind) for each in self.failures.values())
 
     def told(self) -> str:
-        return "; ".join(f"{peer}: {error}" for peer, error in self.failures.items())[:900]
+        return "; ".join(f"{peer}: {error}" for peer, error in (self.earlier | self.failures).items())[:900]
 
     def short_of_shares(self, error: QuorumUnavailable | ShareCorrupt) -> None:
         """Keep a combiner's word that it has too few shares; the second one's is believed and raised."""
@@ -275,12 +280,14 @@ class _Trail:
         return Pause(seconds)
 
     def verdict(self) -> EngineError:
-        """The error that the failures of the last round amount to."""
-        if not self.failures:
+        """The error that the newest failures of all nodes amount to."""
+        self.begin_round()
+        newest = self.earlier
+        if not newest:
             return DeadlineExceeded(f"{self.what}: the deadline passed before any node was asked")
         kinds = (Overloaded, TokenError, StaleKey, ManifestError, ProtocolError, RegistryUnavailable, NodeUnavailable)
         for kind in kinds:
-            if self.all_are(kind):
+            if all(isinstance(each, kind) for each in newest.values()):
                 return kind(f"{self.what}: {self.told()}")
         return DeadlineExceeded(f"{self.what}: no node served it in time ({self.told()})")
 
@@ -392,6 +399,10 @@ class Calls:
         return self._operating(use, trail)
 
     def _operating(self, use: _Use, trail: _Trail) -> Call[bytes]:
+        kept = self._descriptions.get(use.name)
+        if kept is not None and use.verb not in kept.algorithm.operations:
+            # The name may be another key's by now, of an algorithm that can do this.
+            self._descriptions.drop(use.name)
         known = yield from self._described(use.name, trail)
         refreshed = False
         while True:
