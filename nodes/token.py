@@ -52,6 +52,25 @@ _SESSION_SECRET: Final = {
     Attribute.SENSITIVE: True,
     Attribute.EXTRACTABLE: False,
 }
+# A token's default for a use that is not named may be "yes" (SoftHSM's is), so every use is named.
+_NO_SECRET_USE: Final = dict.fromkeys(
+    (
+        Attribute.ENCRYPT,
+        Attribute.DECRYPT,
+        Attribute.SIGN,
+        Attribute.VERIFY,
+        Attribute.WRAP,
+        Attribute.UNWRAP,
+        Attribute.DERIVE,
+    ),
+    False,
+)
+_NO_PRIVATE_USE: Final = dict.fromkeys(
+    (Attribute.DECRYPT, Attribute.SIGN, Attribute.SIGN_RECOVER, Attribute.UNWRAP, Attribute.DERIVE), False
+)
+_NO_PUBLIC_USE: Final = dict.fromkeys(
+    (Attribute.ENCRYPT, Attribute.VERIFY, Attribute.VERIFY_RECOVER, Attribute.WRAP, Attribute.DERIVE), False
+)
 
 
 def is_slow(algo: Algorithm) -> bool:
@@ -282,6 +301,7 @@ class Lane:
                 Attribute.KEY_TYPE: kind,
                 Attribute.VALUE: value,
                 **_SESSION_SECRET,
+                **_NO_SECRET_USE,
                 **usage,
             }
         )
@@ -297,6 +317,7 @@ class Lane:
                     Attribute.KEY_TYPE: kind,
                     **secret,
                     **_SESSION_SECRET,
+                    **_NO_PRIVATE_USE,
                     (Attribute.DECRYPT if encrypts else Attribute.SIGN): True,
                 }
             ),
@@ -308,6 +329,7 @@ class Lane:
                     Attribute.KEY_TYPE: kind,
                     **public,
                     Attribute.TOKEN: False,
+                    **_NO_PUBLIC_USE,
                     (Attribute.ENCRYPT if encrypts else Attribute.VERIFY): True,
                 }
             )
