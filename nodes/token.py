@@ -20,7 +20,14 @@ import pkcs11
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, utils
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
-from pkcs11.exceptions import PKCS11Error
+from pkcs11.exceptions import (
+    KeyHandleInvalid,
+    ObjectHandleInvalid,
+    PKCS11Error,
+    SessionClosed,
+    SessionHandleInvalid,
+    UserNotLoggedIn,
+)
 from pkcs11.mechanisms import MGF, GCMParams
 from pkcs11.util.ec import encode_named_curve_parameters
 
@@ -43,6 +50,8 @@ _EDWARDS25519: Final = b"\x13\x0cedwards25519"  # PrintableString, PKCS#11 v3.0,
 _SHA256_DIGEST_INFO: Final = bytes.fromhex("3031300d060960864801650304020105000420")  # RFC 8017, 9.2, note 1
 _CURVE_NAMES: Final = {256: "secp256r1", 384: "secp384r1"}
 _PSS: Final = (Mechanism.SHA256, MGF.SHA256, 32)
+_GONE: Final = (KeyHandleInvalid, ObjectHandleInvalid, SessionClosed, SessionHandleInvalid, UserNotLoggedIn)
+"""What says that key, session or login are gone: never the answer to a wrong tag."""
 _OAEP: Final = (Mechanism.SHA256, MGF.SHA256, None)
 _HMAC: Final = {"sha256": Mechanism.SHA256_HMAC, "sha512": Mechanism.SHA512_HMAC}
 _HMAC_BLOCK: Final = {"sha256": 64, "sha512": 128}
@@ -251,6 +260,8 @@ class Lane:
             raise InvalidTag(f"a sealed blob of {len(sealed)} bytes is too short")
         try:
             return self._gcm(self._kek.decrypt, rest, nonce, associated_data)
+        except _GONE as error:
+            raise TokenError(f"the token's KEK does not answer: {describe(error)}") from None
         except PKCS11Error:
             # SoftHSM answers a wrong tag with CKR_GENERAL_ERROR: the canary tells it from a sick token.
             self.check_kek()
@@ -362,6 +373,8 @@ class Lane:
             parameters = GCMParams(ciphertext[:NONCE_BYTES], associated_data, 128)
         try:
             return bytes(key.private.decrypt(data, mechanism=mechanism, mechanism_param=parameters))
+        except _GONE as error:
+            raise TokenError(f"the token failed an operation: {describe(error)}") from None
         except PKCS11Error:
             self.check_kek()  # a wrong tag looks like a token fault: CKR_GENERAL_ERROR
             raise InvalidTag("the ciphertext, its associated data or its key does not fit") from None
