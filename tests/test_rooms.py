@@ -104,6 +104,19 @@ def impure_imports(sources: Sources) -> list[str]:
     ]
 
 
+def facade_imports(sources: Sources) -> list[str]:
+    """Imports of ``engine`` itself by a module below its command line: they would close a circle."""
+    below = (*PURE, "src/engine/client/")
+    modules = {module_name(path) for path in sources} | {"engine._fastshamir", "engine._version"}
+    return [
+        f"{path} imports {name}"
+        for path, text in sources.items()
+        if path.startswith(below)
+        for name in imported(path, text)
+        if is_within(name, "engine") and not any(is_within(name, each) for each in modules - {"engine"})
+    ]
+
+
 def unsafe_constructs(sources: Sources) -> list[str]:
     """Ways to run what came from outside: pickles, evaluated text, shell lines."""
     found = []
@@ -180,6 +193,11 @@ def test_sharing_and_protocol_know_no_socket_and_no_clock() -> None:
     assert impure_imports(read(PRODUCT, ".py")) == []
 
 
+def test_the_facade_is_for_others() -> None:
+    """Below the command line the rooms import each other's modules, never ``engine``, which imports them all."""
+    assert facade_imports(read(PRODUCT, ".py")) == []
+
+
 def test_nothing_unsafe_is_called() -> None:
     """No pickle, no evaluated text and no shell line, in the tests and benchmarks neither."""
     assert unsafe_constructs(read(EVERYWHERE, ".py")) == []
@@ -216,6 +234,8 @@ def test_the_version_is_stated_once() -> None:
         (confined_imports, "balancer/plan.py", "import highspy"),
         (impure_imports, "src/engine/protocol/grant.py", "import time"),
         (impure_imports, "src/engine/sharing/dealer.py", "from zmq import green"),
+        (facade_imports, "src/engine/sharing/dealer.py", "import engine"),
+        (facade_imports, "src/engine/client/calls.py", "from engine import connect"),
         (unsafe_constructs, "bench/load.py", "from pickle import loads"),
         (unsafe_constructs, "nodes/server.py", "socket.recv_pyobj()"),
         (unsafe_constructs, "nodes/server.py", "subprocess.run(line, shell=True)"),
@@ -239,6 +259,8 @@ def test_rules_find_what_they_look_for(rule, path: str, text: str) -> None:
         (confined_imports, "src/engine/sharing/dealer.py", "from engine import _fastshamir"),
         (confined_imports, "nodes/token.py", "import pkcs11"),
         (impure_imports, "src/engine/protocol/manifest.py", "import zmq.utils.z85"),
+        (facade_imports, "src/engine/sharing/dealer.py", "from engine._fastshamir import split"),
+        (facade_imports, "nodes/server.py", "import engine"),
         (unsafe_constructs, "nodes/server.py", "subprocess.run(words, shell=False)"),
         (native_imports, "src/_fastshamir.pyx", "from cpython.ref cimport Py_INCREF\nimport os"),
     ],

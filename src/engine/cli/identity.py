@@ -247,7 +247,7 @@ def _make_token(config: Path) -> None:
         raise TokenError(f"making the token took longer than {TOKEN_TIMEOUT_S} s") from None
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
-        message = f"the token could not be made: {lines[-1].removeprefix('nodes: ')}"
+        message = f"the token could not be made: {lines[-1].removeprefix('error: ')}"
         raise ConfigError(message) if done.returncode == 1 else TokenError(message)
 
 

@@ -131,6 +131,9 @@ def run(arguments: Sequence[str]) -> int:
             raise
         told = f"internal error: {type(error).__name__}: {error} (--log-level debug shows where)"
         return _report(settings, "internal", told, FAILED)
+    except SystemExit as stop:
+        # click's answer to a closed pipe, and ours to SIGTERM.
+        return stop.code if isinstance(stop.code, int) else REFUSED
     # click returns the code of ctx.exit() here, and None from a command that simply ended.
     return answer if isinstance(answer, int) else DONE
 
