@@ -291,9 +291,14 @@ class Lane:
     # --- loaded keys ---
 
     def load(self, algo: Algorithm, material: bytes | bytearray) -> LoadedKey:
-        """Put canonical key material (``engine.keys``) into the token by C_CreateObject, as session objects."""
+        """Put canonical key material (``engine.keys``) into the token by C_CreateObject, as session objects.
+
+        ``TokenError`` if the token refuses it or it is none of this algorithm (SoftHSM takes AES keys of any length).
+        """
         try:
             if algo.kind is KeyKind.AES:
+                if len(material) != algo.bits // 8:
+                    raise ValueError(f"{len(material)} bytes, {algo.bits // 8} are needed")
                 usage = {Attribute.ENCRYPT: True, Attribute.DECRYPT: True}
                 return LoadedKey(algo, self._secret(KeyType.AES, bytes(material), usage))
             if algo.kind is KeyKind.HMAC:
@@ -304,6 +309,8 @@ class Lane:
             return self._pair(algo, load_private_key(algo, material))
         except PKCS11Error as error:
             raise TokenError(f"the token refused a key of {algo.name}: {describe(error)}") from None
+        except ValueError as error:
+            raise TokenError(f"what was combined is no key of {algo.name}: {error}") from None
 
     def _secret(self, kind: KeyType, value: bytes, usage: Mapping[Attribute, bool]) -> Any:
         return self._session.create_object(
