@@ -151,10 +151,11 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
     already hold it). The KEK is an AES-256 key that encrypts and decrypts only, sensitive and never extractable.
     SoftHSM never syncs its files, so they are synced here.
     """
-    pin = _new_pin(config, data)
+    _check_pin_place(config, data)
     library, native = _load(config, data)
     if any(token.label == config.label for token in library.get_tokens()):
         raise TokenError(f"a token {config.label!r} exists already in {data}")
+    pin = _new_pin(config)
     so_pin = secrets.token_hex(PIN_BYTES)
     slot = _free_slot(library, config.label)
     label = config.label.encode().ljust(32)
@@ -183,14 +184,20 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
         sync_folder(Path(folder))
 
 
-def _new_pin(config: TokenConfig, data: Path) -> str:
+def _check_pin_place(config: TokenConfig, data: Path) -> None:
     if config.pin.kind == "env":
-        return config.pin.read()
+        return
     path = Path(config.pin.place)
     if path.is_relative_to(data):
         raise ConfigError(f"the PIN file {path} lies in the data folder {data}; keep it elsewhere")
     if path.exists():
         raise ConfigError(f"the PIN file {path} exists already; it is never overwritten")
+
+
+def _new_pin(config: TokenConfig) -> str:
+    if config.pin.kind == "env":
+        return config.pin.read()
+    path = Path(config.pin.place)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     pin = secrets.token_hex(PIN_BYTES)
     write_private(path, pin.encode() + b"\n")
