@@ -103,9 +103,7 @@ class World:
         self.stranger = _signing("stranger")
         self.now_ms = now_ms or 1_800_000_000_000
         self.members = list(members) or [self._member(name) for name in self.keys]
-        self.chain = issue_cluster_manifest(
-            name="test", members=self.members, rules=RULES, operators=[self.keys["op"]]
-        )
+        self.chain = issue_cluster_manifest(name="test", members=self.members, rules=RULES, operators=[self.keys["op"]])
         self.cluster: Cluster = open_chain(self.chain, chain_pin(self.chain))
 
     def _member(self, name: str) -> Member:
