@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Final
 
+from cryptography.exceptions import InvalidSignature as PycaInvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, utils
 
@@ -93,7 +94,10 @@ def _ecdsa(lane: Lane) -> None:
         private = load_private_key(algo, ECDSA_SCALAR)
         if not isinstance(private, ec.EllipticCurvePrivateKey):
             raise TokenError("the known key is no EC key")
-        private.public_key().verify(signature, ECDSA_MESSAGE, ec.ECDSA(hashes.SHA256()))
+        try:
+            private.public_key().verify(signature, ECDSA_MESSAGE, ec.ECDSA(hashes.SHA256()))
+        except PycaInvalidSignature:
+            raise TokenError("the token's signature is wrong") from None
         try:
             lane.verify(key, hashlib.sha256(b"other").digest(), ECDSA_SIGNATURE)
         except InvalidSignature:
