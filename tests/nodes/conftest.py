@@ -328,6 +328,7 @@ class NodeProcess:
     folder: Path
     process: subprocess.Popen[bytes]
     lifeline: int
+    log_path: Path
 
     @property
     def pid(self) -> int:
@@ -335,7 +336,7 @@ class NodeProcess:
 
     @property
     def log(self) -> str:
-        return (self.folder / "log").read_text(encoding="utf-8")
+        return self.log_path.read_text(encoding="utf-8")
 
     def end(self, signal_number: int = 15) -> int:
         """Send a signal and return the exit code."""
@@ -375,8 +376,9 @@ class ClusterFolder:
         """Start a node without waiting for it."""
         reader, writer = os.pipe()
         folder = self.root / name
+        log_path = folder / f"log.{len(self.running)}"
         try:
-            with (folder / "log").open("ab") as log:
+            with log_path.open("wb") as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "nodes", "--config", str(self.config(name)), "--lifeline", str(reader)],
                     stdin=subprocess.DEVNULL,
@@ -388,7 +390,7 @@ class ClusterFolder:
                 )
         finally:
             os.close(reader)
-        node = NodeProcess(name, folder, process, writer)
+        node = NodeProcess(name, folder, process, writer, log_path)
         self.running.append(node)
         return node
 
