@@ -29,6 +29,7 @@ from engine.errors import AccessDenied, EngineError, ProtocolError
 from engine.keys import RequestType
 from engine.protocol.manifest import Cluster
 from engine.protocol.requests import (
+    REGISTRY_ABORT,
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
     REGISTRY_OUTCOME,
@@ -242,6 +243,7 @@ class Service:
             REGISTRY_DESTROY: self._destroy,
             REGISTRY_SYNC: self._sync,
             REGISTRY_OUTCOME: self._outcome,
+            REGISTRY_ABORT: self._abort,
             TABLE: self._table,
             RequestType.STATUS: self._status,
         }
@@ -295,6 +297,9 @@ class Service:
 
     def _outcome(self, member: str, body: Outcome) -> OutcomeReply:
         return self._registry.outcome(body.key_id, body.attempt, now_ms())
+
+    def _abort(self, member: str, body: Outcome) -> OutcomeReply:
+        return self._registry.abort(body.key_id, body.attempt, member)
 
     def _table(self, member: str, body: Empty) -> Table:
         """The table in force; empty too where it is longer than a message: then it comes by subscription alone."""

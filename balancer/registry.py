@@ -77,6 +77,9 @@ class Registry(Protocol):
     def outcome(self, key_id: bytes, attempt: int, now_ms: int) -> OutcomeReply:
         """What became of an attempt: pending, committed or aborted."""
 
+    def abort(self, key_id: bytes, attempt: int, dealer: str) -> OutcomeReply:
+        """Give up a dealer's own attempt."""
+
     def destroy(self, order: bytes, now_ms: int) -> None:
         """Destroy a key by a client's order, for good."""
 
@@ -298,6 +301,21 @@ class SqliteRegistry:
                     self._put(replace(row, state=_State.ABORTED))
         elif not settled and (row is None or attempt > row.attempt) and not self._refuse(key_id, attempt, now_ms):
             return OutcomeReply("pending", b"")
+        return OutcomeReply("aborted", self._notice(key_id, attempt))
+
+    def abort(self, key_id: bytes, attempt: int, dealer: str) -> OutcomeReply:
+        """Give up an attempt on its dealer's word, so that its name is free at once; the signed notice of it.
+
+        An attempt that was committed after all is told by its certificate. ``AccessDenied``: it is another dealer's.
+        """
+        row = self._row(key_id)
+        if row is None or row.attempt != attempt or row.dealer != dealer.encode():
+            raise AccessDenied(f"{dealer!r} deals no attempt {attempt} of the key with id {key_id.hex()}")
+        if row.state in (_State.COMMITTED, _State.DESTROYED):
+            return OutcomeReply("committed", row.certificate)
+        if row.state == _State.RESERVED:
+            with self._transaction():
+                self._put(replace(row, state=_State.ABORTED))
         return OutcomeReply("aborted", self._notice(key_id, attempt))
 
     def destroy(self, order: bytes, now_ms: int) -> None:

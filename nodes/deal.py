@@ -39,6 +39,7 @@ from engine.protocol.manifest import (
     receipts_needed,
 )
 from engine.protocol.requests import (
+    REGISTRY_ABORT,
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
     REGISTRY_OUTCOME,
@@ -46,10 +47,12 @@ from engine.protocol.requests import (
     REGISTRY_SYNC,
     REPLY_CODECS,
     REQUEST_CODECS,
+    SHARE_ABORT,
     SHARE_COMMIT,
     SHARE_DESTROY,
     SHARE_PREPARE,
     SHARE_RELEASE,
+    Abort,
     Commit,
     Destroy,
     Destroyed,
@@ -220,16 +223,43 @@ class Conversation:
             record, offers = self._deal(order, raw_order, reserved, secret, public_key_der(algo, key))
         finally:
             wipe(secret)
-        receipts = self._prepare(talker.channel, record, offers, deadline_s)
-        certificate = self._registry(
-            talker.channel, REGISTRY_COMMIT, Commit(record.raw, list(receipts.values())), deadline_s
-        ).certificate
+        try:
+            receipts = self._prepare(talker.channel, record, offers, deadline_s)
+            certificate: bytes = self._registry(
+                talker.channel, REGISTRY_COMMIT, Commit(record.raw, list(receipts.values())), deadline_s
+            ).certificate
+        except EngineError as error:
+            certificate = self._give_up(talker.channel, record, error)
+            receipts = dict.fromkeys(open_certificate(certificate, record, self._cluster), b"")
         open_certificate(certificate, record, self._cluster)
         self._announce(talker.channel, record, certificate, list(receipts), deadline_s)
         absent = [holder.node for holder in record.manifest.holders if holder.node not in receipts]
         if absent:
             warnings = [*warnings, f"{', '.join(absent)} did not store a share; {len(receipts)} of {order.shares} did"]
         return KeyDescription(record.raw, certificate, warnings[:16])
+
+    def _give_up(self, channel: Channel, record: KeyRecord, error: EngineError) -> bytes:
+        """Have the registry abort this attempt, so that its name is free again, and raise the error that ended it.
+
+        If only the registry's reply was lost, the key is there: then its certificate is returned.
+        """
+        manifest = record.manifest
+        until_s = time.monotonic() + REGISTRY_TIMEOUT_S
+        try:
+            told = self._registry(channel, REGISTRY_ABORT, Outcome(manifest.key_id, manifest.attempt), until_s)
+        except EngineError as failure:
+            log.warning(
+                "the attempt could not be aborted; its order will expire", key=manifest.name, reason=str(failure)
+            )
+            raise error from None
+        if told.state == "committed":
+            return bytes(told.document)
+        body = REQUEST_CODECS[SHARE_ABORT].encode(Abort(told.document))
+        holders = [holder.node for holder in manifest.holders]
+        for holder, reply in self._all(channel, SHARE_ABORT, dict.fromkeys(holders, body), until_s, None):
+            if isinstance(reply, EngineError):
+                log.info("abort not taken in yet", key=manifest.name, holder=holder, reason=str(reply))
+        raise error
 
     def _already(self, talker: Talker, reserved: Reserved) -> KeyDescription:
         record = open_key_manifest(reserved.manifest, self._cluster)

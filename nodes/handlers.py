@@ -32,11 +32,13 @@ from engine.protocol.manifest import Cluster, open_create_order, open_destroy_or
 from engine.protocol.requests import (
     REPLY_CODECS,
     REQUEST_CODECS,
+    SHARE_ABORT,
     SHARE_COMMIT,
     SHARE_DESTROY,
     SHARE_PREPARE,
     SHARE_RELEASE,
     STATS,
+    Abort,
     ClassCount,
     Create,
     Describe,
@@ -200,6 +202,7 @@ class Handlers:
             STATS: self._stats,
             SHARE_PREPARE: self._share_prepare,
             SHARE_COMMIT: self._share_commit,
+            SHARE_ABORT: self._share_abort,
             SHARE_RELEASE: self._share_release,
             SHARE_DESTROY: self._share_destroy,
         }
@@ -528,6 +531,13 @@ class Handlers:
 
     def _share_commit(self, call: _Call, body: Any) -> None:
         self._aside(call, self._local, lambda lane: self._holder.commit(body))
+
+    def _share_abort(self, call: _Call, body: Abort) -> None:
+        def work(lane: Lane) -> Empty:
+            self._holder.abort(body.notice)
+            return Empty()
+
+        self._aside(call, self._local, work)
 
     def _share_release(self, call: _Call, body: Any) -> None:
         entry = self._catalogue.by_id(body.key_id)

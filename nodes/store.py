@@ -135,7 +135,9 @@ class ShareStore:
         with self._transaction():
             self._db.execute("CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value BLOB NOT NULL)")
             row = self._db.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()
-            current = int(row[0]) if row else 0
+            current = row[0] if row else 0
+            if not isinstance(current, int) or current < 0:
+                raise StoreCorrupt("the store's schema version is damaged")
             if current > SCHEMA_VERSION:
                 raise StoreCorrupt(f"the store has schema {current}; this software knows up to {SCHEMA_VERSION}")
             for version in range(current + 1, SCHEMA_VERSION + 1):
@@ -152,7 +154,7 @@ class ShareStore:
             self._db.execute("INSERT INTO meta VALUES ('row-key', ?)", (lane.seal(key, context),))
             return key
         try:
-            return lane.unseal(row[0], context)
+            return lane.unseal(row[0] if isinstance(row[0], bytes) else b"", context)
         except InvalidTag:
             raise StoreCorrupt(f"the store does not belong to the token of {self._node!r}, or was changed") from None
 
@@ -187,22 +189,26 @@ class ShareStore:
         values = tuple(getattr(row, field) for field in _FIELDS)
         self._db.execute(f"INSERT OR REPLACE INTO keys ({_COLUMNS}, tag) VALUES ({_MARKS})", (*values, self._tag(row)))  # noqa: S608 # constants
 
+    def _read(self, condition: str = "", *values: object) -> list[Row]:
+        try:
+            with self._lock:
+                found = self._db.execute(f"SELECT {_COLUMNS}, tag FROM keys {condition}", values).fetchall()  # noqa: S608 # constants
+        except sqlite3.DatabaseError as error:
+            raise StoreCorrupt(
+                f"a row of the store of {self._node!r} is not authentic; it can't be read: {type(error).__name__}"
+            ) from None
+        return [self._row(row) for row in found]
+
     # --- reading ---
 
     def rows(self) -> list[Row]:
         """Every row, each checked; a damaged one is told by ``StoreCorrupt``."""
-        with self._lock:
-            found = self._db.execute(f"SELECT {_COLUMNS}, tag FROM keys").fetchall()  # noqa: S608 # constants
-        return [self._row(values) for values in found]
+        return self._read()
 
     def get(self, key_id: bytes, version: int = 1, epoch: int = 1) -> Row | None:
         """One row, checked."""
-        with self._lock:
-            found = self._db.execute(
-                f"SELECT {_COLUMNS}, tag FROM keys WHERE key_id = ? AND version = ? AND epoch = ?",  # noqa: S608 # constants
-                (key_id, version, epoch),
-            ).fetchone()
-        return None if found is None else self._row(found)
+        found = self._read("WHERE key_id = ? AND version = ? AND epoch = ?", key_id, version, epoch)
+        return found[0] if found else None
 
     # --- changing; each method is one durable transaction ---
 

@@ -268,10 +268,16 @@ class SyncPage(Message, frozen=True):
 
 
 class Outcome(Message, frozen=True):
-    """Holder to registry: ``[key_id, attempt]``: what became of a prepared share?"""
+    """``[key_id, attempt]``: holder to registry: what became of a prepared share? Dealer to registry: abort it."""
 
     key_id: Identifier
     attempt: UInt
+
+
+class Abort(Message, frozen=True):
+    """Dealer to holder: ``[notice]``: delete the prepared share of an attempt that the registry gave up."""
+
+    notice: Annotated[bytes, Meta(max_length=1024)]
 
 
 class OutcomeReply(Message, frozen=True):
@@ -303,6 +309,7 @@ class Table(Message, frozen=True):
 
 SHARE_PREPARE: Final = "share.prepare"
 SHARE_COMMIT: Final = "share.commit"
+SHARE_ABORT: Final = "share.abort"
 SHARE_RELEASE: Final = "share.release"
 SHARE_DESTROY: Final = "share.destroy"
 STATS: Final = "stats"
@@ -311,6 +318,7 @@ REGISTRY_COMMIT: Final = "registry.commit"
 REGISTRY_DESTROY: Final = "registry.destroy"
 REGISTRY_SYNC: Final = "registry.sync"
 REGISTRY_OUTCOME: Final = "registry.outcome"
+REGISTRY_ABORT: Final = "registry.abort"
 TABLE: Final = "table"
 
 BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
@@ -325,6 +333,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     RequestType.STATUS: (Empty, NodeStatus),
     SHARE_PREPARE: (SharePrepare, Prepared),
     SHARE_COMMIT: (ShareCommit, Empty),
+    SHARE_ABORT: (Abort, Empty),
     SHARE_RELEASE: (ShareRelease, ReleasedShare),
     SHARE_DESTROY: (Destroy, Empty),
     STATS: (Empty, NodeStats),
@@ -333,6 +342,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     REGISTRY_DESTROY: (Destroy, Empty),
     REGISTRY_SYNC: (Sync, SyncPage),
     REGISTRY_OUTCOME: (Outcome, OutcomeReply),
+    REGISTRY_ABORT: (Outcome, OutcomeReply),
     TABLE: (Empty, Table),
 }
 """Verb -> (body of the request, body of an ok reply). A balancer answers ``status`` with ``BalancerStatus``."""
@@ -346,9 +356,9 @@ REPLY_CODECS: Final[dict[str, Codec[Any]]] = {
 balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
 
 CLIENT_VERBS: Final = frozenset(RequestType)
-NODE_VERBS: Final = frozenset({SHARE_PREPARE, SHARE_COMMIT, SHARE_RELEASE, SHARE_DESTROY})
+NODE_VERBS: Final = frozenset({SHARE_PREPARE, SHARE_COMMIT, SHARE_ABORT, SHARE_RELEASE, SHARE_DESTROY})
 REGISTRY_VERBS: Final = frozenset(
-    {REGISTRY_RESERVE, REGISTRY_COMMIT, REGISTRY_DESTROY, REGISTRY_SYNC, REGISTRY_OUTCOME}
+    {REGISTRY_RESERVE, REGISTRY_COMMIT, REGISTRY_DESTROY, REGISTRY_SYNC, REGISTRY_OUTCOME, REGISTRY_ABORT}
 )
 
 
