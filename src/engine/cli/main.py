@@ -17,6 +17,7 @@ import click
 
 from engine._version import __version__
 from engine.cli.cluster import cluster
+from engine.cli.demo import demo
 from engine.cli.identity import init
 from engine.cli.keyops import decrypt, encrypt, flush, key, mac, sign, verify, verify_mac
 from engine.cli.local import down, status, up
@@ -92,7 +93,7 @@ def cli() -> None:
     """
 
 
-for _command in (up, down, status, init, cluster, key, flush, encrypt, decrypt, sign, verify, mac, verify_mac):
+for _command in (demo, up, down, status, init, cluster, key, flush, encrypt, decrypt, sign, verify, mac, verify_mac):
     cli.add_command(_command)
 
 
