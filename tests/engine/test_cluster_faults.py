@@ -1,0 +1,201 @@
+"""Nodes and the balancer die on the real cluster, and come back."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sqlite3
+import time
+
+import pytest
+
+import engine
+from engine import Engine, LocalCluster
+
+DEADLINE_S = 5.0
+
+
+def _use(kq: Engine) -> None:
+    """Warm and cold operations of three kinds, each result checked."""
+    for cold in (False, True):
+        if cold:
+            kq.flush()
+        assert (
+            kq.decrypt("data", kq.encrypt("data", b"secret", associated_data=b"a"), associated_data=b"a") == b"secret"
+        )
+        kq.verify("sign", b"m", kq.sign("sign", b"m"))
+        kq.verify_mac("mac", b"m", kq.mac("mac", b"m"))
+
+
+def _make_keys(kq: Engine) -> None:
+    for name, algorithm in (("data", "aes-256-gcm"), ("sign", "ecdsa-p256-sha256"), ("mac", "hmac-sha256")):
+        assert len(kq.create_key(name, algorithm, threshold=3, shares=5).stored) == 5
+
+
+def _await_nodes(kq: Engine, seconds: float = 10.0) -> None:
+    until = time.monotonic() + seconds
+    while any(member.error for member in kq.status(timeout=1.0)):
+        assert time.monotonic() < until, [member for member in kq.status() if member.error]
+
+
+def test_any_two_nodes_may_die(own_cluster: LocalCluster) -> None:
+    """Every pair of nodes is killed in turn; warm and cold operations go on, and nothing is lost."""
+    with engine.connect(own_cluster.client_config) as kq:
+        _make_keys(kq)
+        before = kq.encrypt("data", b"from before")
+        for pair in itertools.combinations(own_cluster.nodes, 2):
+            for node in pair:
+                own_cluster.kill(node)
+            _use(kq)
+            assert kq.decrypt("data", before) == b"from before"
+            for node in pair:
+                own_cluster.start_node(node)
+            _await_nodes(kq)
+
+
+def test_three_dead_nodes_and_back(own_cluster: LocalCluster) -> None:
+    """With t-1 nodes left, loaded keys are served, others refused by name in time; restarted nodes lost nothing."""
+    with engine.connect(own_cluster.client_config) as kq:
+        _make_keys(kq)
+        before = kq.encrypt("data", b"from before")
+        assert set(kq.prewarm("data")) == set(own_cluster.nodes)
+        dead = own_cluster.nodes[2:]
+        for node in dead:
+            own_cluster.kill(node)
+        assert kq.decrypt("data", before) == b"from before"
+        kq.flush()
+        for name, call in (
+            ("data", lambda: kq.decrypt("data", before, timeout=DEADLINE_S)),
+            ("sign", lambda: kq.sign("sign", b"m", timeout=DEADLINE_S)),
+        ):
+            begun = time.monotonic()
+            with pytest.raises(engine.QuorumUnavailable, match=name) as caught:
+                call()
+            assert time.monotonic() - begun <= DEADLINE_S + 0.5  # the deadline is the promise, not a speed
+            assert set(dead) <= set(caught.value.missing)
+        with pytest.raises(engine.QuorumUnavailable, match="new"):
+            kq.create_key("new", "aes-256-gcm", threshold=3, shares=5)
+        for node in dead:
+            own_cluster.start_node(node)
+        _await_nodes(kq)
+        assert kq.decrypt("data", before) == b"from before"
+        _use(kq)
+        # The name of the creation that failed is free again, with nothing of the attempt in the way.
+        assert len(kq.create_key("new", "aes-256-gcm", threshold=3, shares=5, timeout=30).stored) == 5
+
+
+def test_a_node_that_missed_a_creation_serves_the_key(own_cluster: LocalCluster) -> None:
+    """A key made while a node is down is on the other four; the node learns of it and combines without a share."""
+    late = own_cluster.nodes[4]
+    with engine.connect(own_cluster.client_config) as kq:
+        own_cluster.kill(late)
+        info = kq.create_key("young", "aes-256-gcm", threshold=3, shares=5)
+        assert set(info.stored) == set(own_cluster.nodes) - {late}
+        assert any(late in warning for warning in info.warnings)
+        ciphertext = kq.encrypt("young", b"x")
+        own_cluster.start_node(late)
+        _await_nodes(kq)
+        until = time.monotonic() + 10
+        while late not in kq.prewarm("young"):
+            assert time.monotonic() < until, "the node never learned of the key"
+        for node in own_cluster.nodes[:2]:
+            own_cluster.kill(node)
+        kq.flush()
+        with pytest.raises(engine.QuorumUnavailable):  # two shares are left among three nodes
+            kq.decrypt("young", ciphertext)
+
+
+def test_a_node_that_missed_a_destruction_carries_it_out(own_cluster: LocalCluster) -> None:
+    """A destroyed key is erased from a node that was down, when it comes back."""
+    late = own_cluster.nodes[0]
+    with engine.connect(own_cluster.client_config) as kq:
+        kq.create_key("doomed", "aes-256-gcm", threshold=3, shares=5)
+        own_cluster.kill(late)
+        gone = kq.destroy_key("doomed")
+        assert gone.pending == (late,)
+        own_cluster.start_node(late)
+        until = time.monotonic() + 10
+        while _shares_of(kq, late) != 0:
+            assert time.monotonic() < until, "the node kept the share of a destroyed key"
+    own_cluster.stop_node(late)
+    with sqlite3.connect(own_cluster.data_folder(late) / "shares.db") as store:
+        assert store.execute("SELECT state, length(sealed) FROM keys").fetchall() == [("destroyed", 0)]
+
+
+def _shares_of(kq: Engine, node: str) -> int | None:
+    return next(getattr(member.status, "shares", None) for member in kq.status() if member.name == node)
+
+
+def test_without_a_balancer_data_operations_go_on(own_cluster: LocalCluster) -> None:
+    """Creation and destruction say why they can't; everything else, new clients included, works as before."""
+    with engine.connect(own_cluster.client_config) as kq:
+        _make_keys(kq)
+        own_cluster.kill_balancer()
+        _use(kq)
+        with pytest.raises(engine.RegistryUnavailable, match=r"registry.*balancer"):
+            kq.create_key("late", "aes-256-gcm", threshold=3, shares=5)
+        with pytest.raises(engine.RegistryUnavailable, match="registry"):
+            kq.destroy_key("data")
+        with engine.connect(own_cluster.client_config) as newcomer:
+            assert newcomer.routing_table is None
+            _use(newcomer)
+        own_cluster.start_balancer()
+        until = time.monotonic() + 10
+        while True:
+            try:
+                kq.create_key("late", "aes-256-gcm", threshold=3, shares=5)
+                break
+            except (engine.RegistryUnavailable, engine.NodeUnavailable):
+                assert time.monotonic() < until
+        _use(kq)
+
+
+def test_a_stopped_node_costs_a_moment(own_cluster: LocalCluster) -> None:
+    """A node that hangs (SIGSTOP: no broken connection) is passed over inside the deadline."""
+    with engine.connect(own_cluster.client_config) as kq:
+        _make_keys(kq)
+        kq.encrypt("data", b"x")
+        for node in own_cluster.nodes:
+            pid = own_cluster.running()[node]
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                assert kq.decrypt("data", kq.encrypt("data", b"x", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"x"
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
+
+def test_everything_killed_and_back(own_cluster: LocalCluster) -> None:
+    """kill -9 of every process; what was acknowledged is there after the restart."""
+    made: dict[str, bytes] = {}
+    with engine.connect(own_cluster.client_config) as kq:
+        for number in range(10):
+            name = f"kept/{number}"
+            kq.create_key(name, "aes-256-gcm", threshold=3, shares=5)
+            made[name] = kq.encrypt(name, name.encode())
+        own_cluster.kill_balancer()
+        for node in own_cluster.nodes:
+            own_cluster.kill(node)
+        with pytest.raises(engine.EngineError) as caught:
+            kq.encrypt("kept/0", b"x", timeout=2)
+        assert isinstance(caught.value, engine.NodeUnavailable | engine.DeadlineExceeded)
+        own_cluster.start()
+        for name, ciphertext in made.items():
+            assert kq.decrypt(name, ciphertext) == name.encode()
+        assert len(kq.list_keys("kept/*")) == 10
+
+
+def test_a_damaged_store_is_told_and_survived(own_cluster: LocalCluster) -> None:
+    """One flipped bit in a node's store: that node refuses to start and says why; the others go on."""
+    victim = own_cluster.nodes[1]
+    with engine.connect(own_cluster.client_config) as kq:
+        _make_keys(kq)
+        own_cluster.stop_node(victim)
+        with sqlite3.connect(own_cluster.data_folder(victim) / "shares.db") as store:
+            (sealed,) = store.execute("SELECT sealed FROM keys WHERE name = 'data'").fetchone()
+            flipped = sealed[:40] + bytes([sealed[40] ^ 4]) + sealed[41:]
+            store.execute("UPDATE keys SET sealed = ? WHERE name = 'data'", (flipped,))
+        with pytest.raises(engine.ClusterError, match="not authentic"):
+            own_cluster.start_node(victim)
+        _use(kq)
