@@ -147,6 +147,7 @@ class ShareHolder:
         if entry is not None and entry.row.state == "prepared" and entry.row.attempt <= notice.attempt:
             self._store.delete(entry.row)
             self._catalogue.remove(entry.row.key_id)
+            self._store.truncate_log()
 
     # --- use ---
 
@@ -181,6 +182,7 @@ class ShareHolder:
             raise ManifestError(f"the destroy order names {order.name!r}, the key is {entry.row.name!r}")
         if entry.row.state != "destroyed":
             self._catalogue.put(self._store.destroy(entry.row, body.order, self._now_ms()))
+        self._store.truncate_log()
         return order.key_id
 
     # --- catching up ---
@@ -197,6 +199,7 @@ class ShareHolder:
                 open_certificate(item.certificate, record, self._cluster)
                 self._store.delete(entry.row)
                 self._catalogue.remove(item.key_id)
+                self._store.truncate_log()
                 entry = None
             if entry is None:
                 self._adopt(record, item.certificate)

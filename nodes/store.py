@@ -227,20 +227,22 @@ class ShareStore:
         return self.put(replace(row, state="committed", certificate=certificate, changed_ms=now_ms))
 
     def destroy(self, row: Row, order: bytes, now_ms: int) -> Row:
-        """Erase the share (secure_delete overwrites it) and keep the order as a tombstone."""
-        gone = self.put(replace(row, state="destroyed", sealed=b"", document=order, changed_ms=now_ms))
-        self._checkpoint()
-        return gone
+        """Erase the share (secure_delete overwrites it) and keep the order as a tombstone; ``truncate_log`` follows."""
+        return self.put(replace(row, state="destroyed", sealed=b"", document=order, changed_ms=now_ms))
 
     def delete(self, row: Row) -> None:
-        """Remove a prepared row for good, after its abort notice."""
+        """Remove a prepared row for good, after its abort notice; ``truncate_log`` follows."""
         with self._transaction():
             self._db.execute(
                 "DELETE FROM keys WHERE key_id = ? AND version = ? AND epoch = ?", (row.key_id, row.version, row.epoch)
             )
-        self._checkpoint()
 
-    def _checkpoint(self) -> None:
-        """Move the log into the file and truncate it, so that no old copy of an erased blob stays in it."""
+    def truncate_log(self) -> None:
+        """Move the log into the file and truncate it, so that no old copy of an erased blob stays in it.
+
+        ``TokenError`` while another process reads the file: then the blob is not gone yet, and this is to be repeated.
+        """
         with self._lock:
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            busy, _, _ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise TokenError(f"an erased share may still be in the log of the store of {self._node!r}, which is in use")
