@@ -451,10 +451,12 @@ class AsyncEngine:
         return max(default_s, self._timeout_s) if timeout is None else check_timeout(timeout)
 
     async def _run(self, call: Call[T]) -> T:
-        self._check_open()
         try:
+            self._check_open()
             step = next(call)
             while True:
+                # Outside the inner try: a closed engine ends the call, it is no node that failed.
+                self._check_open()
                 if isinstance(step, Exchange):
                     try:
                         reply = await self._exchange(step)
@@ -481,7 +483,6 @@ class AsyncEngine:
             raise EngineError("the engine belongs to another event loop")
 
     async def _exchange(self, step: Exchange) -> Reply:
-        self._check_open()
         link = self._links.get(step.peer)
         if link is None:
             member = self._members.get(step.peer)

@@ -6,6 +6,7 @@ of what the requests mean.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterable, Mapping
@@ -285,7 +286,8 @@ class Channel:
             self._poller.unregister(socket)
         self._by_socket.pop(connection.socket)
         self._by_monitor.pop(connection.monitor)
-        connection.socket.monitor(None, 0)
+        with contextlib.suppress(zmq.ContextTerminated):
+            connection.socket.monitor(None, 0)
         connection.monitor.close(0)
         connection.socket.close(0)
 

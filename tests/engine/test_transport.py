@@ -1,0 +1,297 @@
+"""The request channel against a real listener over CURVE: refusals, breaks, garbage and bounds."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from engine.client.config import CurveIdentity, Identity, create_identity
+from engine.client.listener import Gate, Incoming, Listener
+from engine.client.transport import Channel, ask, connect_options, raise_for_status, watch
+from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, ProtocolError
+from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
+from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Flush, Flushed
+from engine.protocol.wire import MAX_MESSAGE, ErrorBody, Request, Status, error_codec, request_codec
+
+FLUSH = REQUEST_CODECS["flush"].encode(Flush(""))
+Handler = Callable[[Listener, Incoming], None]
+
+
+def answer(listener: Listener, incoming: Incoming) -> None:
+    """A node that flushed as many keys as the client's name has letters."""
+    listener.reply(incoming, Status.OK, REPLY_CODECS["flush"].encode(Flushed(len(incoming.member.name))))
+
+
+class Node:
+    """A listener in a thread, with a handler for what comes."""
+
+    def __init__(self, identity: Identity, cluster: Cluster, handler: Handler = answer) -> None:
+        self.member = cluster.members[identity.name]
+        self.identity, self.cluster, self.handler = identity, cluster, handler
+        self.served = 0
+        self.refused = 0
+        self.start()
+
+    def start(self) -> None:
+        self._stop = threading.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def _run(self) -> None:
+        context: zmq.Context[Any] = zmq.Context()
+        gate = Gate(context, self.cluster)
+        listener = Listener(context, self.identity.transport, self.member.endpoint, self.cluster)
+        self._ready.set()
+        while not self._stop.is_set():
+            listener.socket.poll(10)
+            while (incoming := listener.receive()) is not None:
+                self.served += 1
+                self.handler(listener, incoming)
+            self.refused = listener.refused
+        listener.close()
+        gate.close()
+        context.destroy(linger=0)
+
+
+def free_endpoint() -> str:
+    with zmq.Context() as context, context.socket(zmq.REP) as socket:
+        return f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1', 15_000, 20_000)}"
+
+
+class World:
+    """One node, one client, and a stranger whom no manifest names."""
+
+    def __init__(self, folder: Path) -> None:
+        operator = create_identity(folder / "op.toml", "op", "operator", passphrase="p")
+        self.node = create_identity(folder / "n1.toml", "n1", "node")
+        self.client = create_identity(folder / "app.toml", "app", "client")
+        self.stranger = create_identity(folder / "stranger.toml", "stranger", "client")
+        member = self.node.member(endpoint=free_endpoint(), location="a/b")
+        chain = issue_cluster_manifest(
+            name="test",
+            members=[operator.member(), member, self.client.member()],
+            rules=[PolicyRule("app", "*", ["*"])],
+            operators=[operator.signing],
+        )
+        self.cluster = open_chain(chain, chain_pin(chain))
+        self.members = self.cluster.nodes
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def node(world: World) -> Iterator[Node]:
+    node = Node(world.node, world.cluster)
+    yield node
+    node.stop()
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[Any]]:
+    context: zmq.Context[Any] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def channel(world: World, context: zmq.Context[Any]) -> Iterator[Channel]:
+    with Channel(world.client.transport, world.members, context) as channel:
+        yield channel
+
+
+def test_a_request_is_answered_and_its_sender_known(node: Node, channel: Channel) -> None:
+    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+
+
+def test_many_requests_are_under_way_at_once(node: Node, channel: Channel) -> None:
+    tokens = {channel.start("n1", "flush", FLUSH, 10.0) for _ in range(100)}
+    ended: set[int] = set()
+    while len(ended) < 100:
+        ended |= {arrival.token for arrival in channel.poll(10.0) if arrival.reply is not None}
+    assert ended == tokens
+
+
+def test_an_unknown_key_is_denied_without_waiting_for_the_deadline(
+    node: Node, world: World, context: zmq.Context[Any]
+) -> None:
+    with Channel(world.stranger.transport, world.members, context) as channel:
+        for _ in range(2):
+            with pytest.raises(AccessDenied, match="refuses the key of 'stranger'"):
+                channel.call("n1", "flush", FLUSH, 60.0)
+    assert node.served == 0
+
+
+def test_another_server_under_the_nodes_address_gets_nothing(world: World, context: zmq.Context[Any]) -> None:
+    public, secret = zmq.curve_keypair()
+    with context.socket(zmq.ROUTER) as impostor:
+        impostor.curve_server = True
+        impostor.curve_publickey, impostor.curve_secretkey = public, secret
+        impostor.bind(world.members["n1"].endpoint)
+        with Channel(world.client.transport, world.members, context) as channel, pytest.raises(NodeUnavailable):
+            channel.call("n1", "flush", FLUSH, 1.0)
+        assert not impostor.poll(50)
+
+
+def test_no_listener_at_all_is_unavailable(channel: Channel) -> None:
+    for _ in range(2):
+        with pytest.raises(NodeUnavailable, match="can't be reached"):
+            channel.call("n1", "flush", FLUSH, 60.0)
+    with pytest.raises(NodeUnavailable, match="no member"):
+        channel.call("n9", "flush", FLUSH, 60.0)
+
+
+def test_a_listener_that_goes_away_ends_the_request_at_once(world: World, channel: Channel) -> None:
+    arrived = threading.Event()
+    node = Node(world.node, world.cluster, lambda listener, incoming: arrived.set())
+    channel.start("n1", "flush", FLUSH, 600.0)
+    assert arrived.wait(10)
+    node.stop()
+    ended = channel.poll(60.0)
+    assert [type(arrival.error) for arrival in ended] == [NodeUnavailable]
+
+
+def test_a_restart_while_idle_does_not_fail_the_next_request(world: World, channel: Channel) -> None:
+    """The old disconnection is still unread then."""
+    node = Node(world.node, world.cluster)
+    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+    node.stop()
+    node.start()
+    until = time.monotonic() + 10
+    while not channel._connections["n1"].socket.poll(10, zmq.POLLOUT):
+        assert time.monotonic() < until
+    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+    node.stop()
+
+
+def test_silence_ends_at_the_deadline_and_a_late_reply_is_dropped(world: World, channel: Channel) -> None:
+    kept: list[Incoming] = []
+
+    def late(listener: Listener, incoming: Incoming) -> None:
+        if not kept:
+            kept.append(incoming)
+            return
+        answer(listener, kept[0])
+        answer(listener, incoming)
+
+    node = Node(world.node, world.cluster, late)
+    with pytest.raises(DeadlineExceeded, match="no reply to flush within 200 ms"):
+        channel.call("n1", "flush", FLUSH, 0.2)
+    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+    node.stop()
+
+
+def test_errors_come_back_by_their_code(world: World, channel: Channel) -> None:
+    errors: list[Exception] = [KeyNotFound("no such"), ValueError("odd"), RuntimeError("secret detail")]
+    node = Node(world.node, world.cluster, lambda listener, incoming: listener.fail(incoming, errors.pop(0)))
+    with pytest.raises(KeyNotFound, match="no such"):
+        ask(channel, "n1", "flush", Flush(""), 5.0)
+    with pytest.raises(ValueError, match="odd"):
+        ask(channel, "n1", "flush", Flush(""), 5.0)
+    with pytest.raises(Exception, match="internal error") as caught:
+        ask(channel, "n1", "flush", Flush(""), 5.0)
+    assert "secret" not in str(caught.value)
+    node.stop()
+
+
+def test_moved_names_the_nodes(world: World, channel: Channel) -> None:
+    body = error_codec.encode(ErrorBody("moved", "elsewhere", ["n7", "n8"]))
+    node = Node(world.node, world.cluster, lambda listener, incoming: listener.reply(incoming, Status.MOVED, body))
+    with pytest.raises(Exception, match="moved to n7, n8") as caught:
+        raise_for_status(channel.call("n1", "flush", FLUSH, 5.0))
+    assert caught.value.names == ("n7", "n8")
+    node.stop()
+
+
+@pytest.mark.parametrize("garbage", [[b""], [b"\xc1"], [os.urandom(200)], [b"a", b"b"], [b"\x96\x01"]])
+def test_a_garbled_reply_ends_the_request(world: World, channel: Channel, garbage: list[bytes]) -> None:
+    def garble(listener: Listener, incoming: Incoming) -> None:
+        listener.socket.send_multipart([incoming.route, *garbage])
+
+    node = Node(world.node, world.cluster, garble)
+    with pytest.raises(ProtocolError, match="n1"):
+        channel.call("n1", "flush", FLUSH, 60.0)
+    node.stop()
+
+
+def raw_socket(context: zmq.Context[Any], identity: CurveIdentity, peer: Member) -> zmq.Socket[bytes]:
+    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    connect_options(socket, identity, peer)
+    socket.connect(peer.endpoint)
+    return socket
+
+
+@pytest.mark.parametrize("frames", [[b""], [b"\xc1"], [b"x" * 1000], [b"a", b"b", b"c"]])
+def test_a_garbled_request_is_answered_and_others_are_served(
+    node: Node, world: World, context: zmq.Context[Any], channel: Channel, frames: list[bytes]
+) -> None:
+    with raw_socket(context, world.client.transport, world.members["n1"]) as socket:
+        socket.send_multipart(frames)
+        assert socket.poll(10_000)
+        assert b"protocol-error" in socket.recv()
+    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+    assert node.served == 1
+
+
+def test_an_oversized_message_cuts_its_connection_and_no_other(
+    node: Node, world: World, context: zmq.Context[Any], channel: Channel
+) -> None:
+    with raw_socket(context, world.client.transport, world.members["n1"]) as socket:
+        reader = watch(context, socket, zmq.EVENT_DISCONNECTED)
+        socket.send(bytes(MAX_MESSAGE + 1000))
+        assert reader.poll(10_000)
+        reader.close(0)
+    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+    with pytest.raises(ValueError, match="limit"):
+        channel.start("n1", "flush", bytes(MAX_MESSAGE), 5.0)
+
+
+def test_a_request_of_a_far_version_is_refused(node: Node, world: World, context: zmq.Context[Any]) -> None:
+    with raw_socket(context, world.client.transport, world.members["n1"]) as socket:
+        socket.send(request_codec.encode(Request(7, 1, "flush", 1000, FLUSH, {})))
+        assert socket.poll(10_000)
+        assert b"protocol version 7" in socket.recv()
+
+
+def test_a_plain_connection_gets_nowhere(node: Node, world: World, context: zmq.Context[Any]) -> None:
+    with context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(world.members["n1"].endpoint)
+        socket.send(request_codec.encode(Request(1, 1, "flush", 1000, FLUSH, {})))
+        assert not socket.poll(300)
+    assert node.served == 0
+
+
+def test_unread_events_never_stop_the_other_sockets(context: zmq.Context[Any], node: Node, world: World) -> None:
+    """libzmq's I/O thread waits for a full event queue, and with it every socket of the context."""
+    with context.socket(zmq.DEALER) as lonely, context.socket(zmq.PAIR) as control:
+        lonely.linger = control.linger = 0
+        lonely.reconnect_ivl = lonely.reconnect_ivl_max = 1
+        reader = watch(context, lonely, zmq.EVENT_ALL)
+        lonely.connect(free_endpoint())
+        # Some thousand events a second come: three seconds fill the 2,000 that a bounded queue has.
+        time.sleep(3)
+        with Channel(world.client.transport, world.members, context) as channel:
+            assert ask(channel, "n1", "flush", Flush(""), 10.0).dropped == 3
+        count = 0
+        while reader.poll(0):
+            reader.recv_multipart()
+            count += 1
+        assert count > 2_000
+        reader.close(0)
