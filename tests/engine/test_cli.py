@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -112,6 +113,7 @@ def test_version_is_the_packages(keyquorum: Command) -> None:
         ["key", "list", "--log-level", "loud"],
         ["key", "destroy", "orders"],
         ["verify", "tls", "-"],
+        ["verify", "tls", "-", "--signature", "-"],
         ["encrypt", "orders", "missing.txt"],
         ["encrypt", "orders", "--aad", "a", "--aad-file", "b"],
         ["sign", "tls", ".", "--config", "missing.toml"],
@@ -654,3 +656,33 @@ def test_the_installed_command_ends_with_its_exit_code(tmp_path: Path) -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+# --- documentation --------------------------------------------------------------------------------------------------
+
+
+def documented() -> list[tuple[str, str]]:
+    """Every line of code in the documents that calls the command, with the document's name."""
+    root = Path(__file__).parents[2]
+    found = []
+    for document in [*root.glob("*.md"), *root.glob("docs/*.md")]:
+        for block in re.findall(r"^```(?:sh|console|bash)?\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+            for line in re.split(r"\n|&&|\|", block.replace("\\\n", " ")):
+                if (command := line.strip().removeprefix("$ ")).startswith("keyquorum "):
+                    found.append((document.name, command))
+    return found
+
+
+@pytest.mark.parametrize(("document", "line"), documented())
+def test_documented_commands_are_understood(document: str, line: str, tmp_path: Path) -> None:
+    """Each command line in the documents parses: its command, options and number of arguments exist."""
+    words = shlex.split(re.split(r"\s[<>]", line)[0], comments=True)[1:]
+    command: click.Command = cli
+    context = click.Context(cli, obj=Settings())
+    while isinstance(command, click.Group):
+        command = command.commands[words.pop(0)]
+    try:
+        command.make_context(command.name, words, parent=context)
+    except click.BadParameter as error:
+        if "does not exist" not in error.message:  # the folders it speaks of are not here
+            raise

@@ -268,9 +268,9 @@ def test_openssl_verifies_a_signature(site: Site, tmp_path: Path) -> None:
     words = ["openssl", "dgst", "-sha256", "-verify", tmp_path / "pem", "-signature", tmp_path / "sig", message]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.strip()) == (0, "Verified OK")
-    assert site.run("verify", "tls", tmp_path / "sig", message).out == b"good signature\n"
+    assert site.run("verify", "tls", message, "--signature", tmp_path / "sig").out == b"good signature\n"
     message.write_bytes(b"another")
-    told = site.run("verify", "tls", tmp_path / "sig", message, "-o", "json")
+    told = site.run("verify", "tls", message, "--signature", tmp_path / "sig", "-o", "json")
     assert (told.code, told.out, told.error["error"]) == (1, b"", "invalid-signature")
 
 
@@ -281,8 +281,8 @@ def test_signatures_in_every_encoding(site: Site, tmp_path: Path, name: str, enc
     signature = site.run("sign", name, encoding, stdin=b"message")
     assert signature.code == 0
     (tmp_path / "sig").write_bytes(signature.out)
-    assert site.run("verify", name, tmp_path / "sig", encoding, stdin=b"message").code == 0
-    assert site.run("verify", name, tmp_path / "sig", encoding, stdin=b"massage").code == 1
+    assert site.run("verify", name, "--signature", tmp_path / "sig", encoding, stdin=b"message").code == 0
+    assert site.run("verify", name, "--signature", tmp_path / "sig", encoding, stdin=b"massage").code == 1
 
 
 def test_imported_key_gives_the_same_mac(site: Site, tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_imported_key_gives_the_same_mac(site: Site, tmp_path: Path) -> None:
     tag = site.run("mac", "legacy", stdin=b"body").out
     assert tag == expected.finalize()
     (tmp_path / "tag").write_bytes(tag)
-    assert site.run("verify-mac", "legacy", tmp_path / "tag", stdin=b"body").code == 0
-    told = site.run("verify-mac", "legacy", tmp_path / "tag", "-o", "json", stdin=b"bogy")
+    assert site.run("verify-mac", "legacy", "--mac", tmp_path / "tag", stdin=b"body").code == 0
+    told = site.run("verify-mac", "legacy", "--mac", tmp_path / "tag", "-o", "json", stdin=b"bogy")
     assert (told.code, told.error["error"]) == (1, "invalid-signature")
     assert site.run("mac", "legacy", stdin=bytes(48 * 1024 + 1)).code == 1
 

@@ -351,19 +351,19 @@ def sign(settings: Settings, name: str, source: str, out: str, encoding: str, fo
 
 @click.command()
 @_name
-@click.argument("signature", metavar="SIGNATURE")
 @_source
+@click.option("--signature", required=True, metavar="FILE", help="The signature; - is the standard input.")
 @_encoding
 @common_options(connects=True)
 @click.pass_obj
-def verify(settings: Settings, name: str, signature: str, source: str, encoding: str) -> None:
-    """Verify the signature in the file SIGNATURE of a file, or of the standard input.
+def verify(settings: Settings, name: str, source: str, signature: str, encoding: str) -> None:
+    """Verify the signature of a file of any length, or of the standard input.
 
     The exit code is 0 if it is good, 1 if not.
 
     \b
     Example:
-      keyquorum verify tls report.sig report.pdf
+      keyquorum verify tls report.pdf --signature report.sig
     """
     _one_input(signature, source)
     proof = decode_bytes(_read(signature, PROOF_MAX, signature), encoding, signature)
@@ -395,15 +395,19 @@ def mac(settings: Settings, name: str, source: str, out: str, encoding: str, for
 
 @click.command("verify-mac")
 @_name
-@click.argument("tag", metavar="MAC")
 @_source
+@click.option("--mac", "tag", required=True, metavar="FILE", help="The MAC; - is the standard input.")
 @_encoding
 @common_options(connects=True)
 @click.pass_obj
-def verify_mac(settings: Settings, name: str, tag: str, source: str, encoding: str) -> None:
-    """Verify the MAC in the file MAC of a file, or of the standard input.
+def verify_mac(settings: Settings, name: str, source: str, tag: str, encoding: str) -> None:
+    """Verify the MAC of at most 48 KiB.
 
     The exit code is 0 if it is good, 1 if not.
+
+    \b
+    Example:
+      keyquorum verify-mac hooks body.json --mac body.mac --hex
     """
     _one_input(tag, source)
     proof = decode_bytes(_read(tag, PROOF_MAX, tag), encoding, tag)
