@@ -666,7 +666,8 @@ def documented() -> list[tuple[str, str]]:
     root = Path(__file__).parents[2]
     found = []
     for document in [*root.glob("*.md"), *root.glob("docs/*.md")]:
-        for block in re.findall(r"^```(?:sh|console|bash)?\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL):
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+        for block in (text for language, text in blocks if language in ("", "sh", "bash", "console")):
             for line in re.split(r"\n|&&|\|", block.replace("\\\n", " ")):
                 if (command := line.strip().removeprefix("$ ")).startswith("keyquorum "):
                     found.append((document.name, command))
