@@ -26,7 +26,10 @@ class Gathering:
         self, manifest: KeyManifest, holders: Sequence[str], own: tuple[str, Share, bytes] | None = None
     ) -> None:
         self._manifest = manifest
-        self._waiting = [name for name in holders if manifest.holder(name) is not None]
+        told = {own[0]} if own is not None else set()
+        self._waiting = [
+            name for name in dict.fromkeys(holders) if manifest.holder(name) is not None and name not in told
+        ]
         self._asked: dict[str, float] = {}
         self._shares: dict[str, Share] = {}
         self._corrupt: list[str] = []
@@ -71,8 +74,9 @@ class Gathering:
         return chosen
 
     def wake_s(self, now_s: float) -> float:
-        """Seconds until a holder would be late."""
-        return min((max(0.0, since + HEDGE_S - now_s) for since in self._asked.values()), default=HEDGE_S) or HEDGE_S
+        """Seconds until the next holder would be late."""
+        coming = [since + HEDGE_S - now_s for since in self._asked.values()]
+        return min((wait for wait in coming if wait > 0), default=HEDGE_S)
 
     def arrived(self, holder: str, share: Share, salt: bytes) -> None:
         """A share came; it is checked against the commitment of that holder in the manifest."""
