@@ -136,7 +136,7 @@ def test_a_failed_transaction_leaves_nothing(store: ShareStore, monkeypatch: pyt
 
 
 def changes(value: object) -> list[object]:
-    """Each class of damage to a column's value: one bit at either end and in the middle, cut, longer, empty, NULL-ish."""
+    """Each class of damage to a value: one bit at either end or in the middle; cut, longer, empty, of another type."""
     if isinstance(value, int):
         return [value ^ 1, value ^ (1 << 40), -value, str(value) + "x", value + 0.5]
     data = value.encode() if isinstance(value, str) else bytes(value)  # type: ignore[call-overload]
@@ -443,7 +443,8 @@ class Plain:
 
 store = ShareStore(Path(sys.argv[1]), "node1", Plain())
 for number in range(100_000):
-    row = Row(number.to_bytes(16, "big"), 1, 1, 1, f"k{number}", "prepared", bytes(32), b"m" * 700, b"", b"", b"s" * 99, 1)
+    key_id, manifest = number.to_bytes(16, "big"), b"m" * 700
+    row = Row(key_id, 1, 1, 1, f"k{number}", "prepared", bytes(32), manifest, b"", b"", b"s" * 99, 1)
     store.put(row)
     if number % 3 == 0:
         store.commit(row, b"certificate", 2)
