@@ -14,7 +14,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from engine._fastshamir import available_kernels, combine, split, use_kernel
 
-SIZES = [pytest.param(32, id="32B"), pytest.param(4096, id="4KiB"), pytest.param(1 << 20, id="1MiB")]
+NAMES = {32: "32B", 4096: "4KiB", 1 << 20: "1MiB"}
+SIZES = [pytest.param(size, id=name) for size, name in NAMES.items()]
 SHARINGS = [pytest.param((2, 3), id="2of3"), pytest.param((3, 5), id="3of5"), pytest.param((10, 16), id="10of16")]
 
 
@@ -27,6 +28,20 @@ def kernel(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Itera
     use_kernel()
 
 
+@pytest.mark.parametrize("count", [pytest.param(n, id=f"x{n}") for n in (1, 2, 9)])
+@pytest.mark.parametrize("size", SIZES)
+def test_floor_random(benchmark: BenchmarkFixture, size: int, count: int) -> None:
+    """The floor of a split: the random bytes of its coefficients, from the system."""
+    assert len(benchmark(os.urandom, size * count)) == size * count
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_floor_copy(benchmark: BenchmarkFixture, size: int) -> None:
+    """The floor of a combine: one fresh copy of the secret."""
+    data = bytearray(os.urandom(size))
+    assert benchmark(bytes, data) == data
+
+
 @pytest.mark.parametrize("sharing", SHARINGS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.usefixtures("kernel")
@@ -35,6 +50,7 @@ def test_split(benchmark: BenchmarkFixture, size: int, sharing: tuple[int, int])
     threshold, shares = sharing
     secret = os.urandom(size)
     benchmark.group = f"split {threshold}-of-{shares} {size} B"
+    benchmark.extra_info["floor"] = [f"bench_sharing.py::test_floor_random[{NAMES[size]}-x{threshold - 1}]"]
     ys = benchmark(split, secret, threshold, shares)
     assert [len(y) for y in ys] == [size] * shares
     assert combine(range(shares - threshold + 1, shares + 1), ys[shares - threshold :]) == secret
@@ -52,24 +68,10 @@ def test_combine(benchmark: BenchmarkFixture, size: int, sharing: tuple[int, int
     xs = list(range(shares - threshold + 1, shares + 1))
     ys = split(secret, threshold, shares)[-threshold:]
     benchmark.group = f"combine {threshold} {size} B"
+    benchmark.extra_info["floor"] = [f"bench_sharing.py::test_floor_copy[{NAMES[size]}]"]
     if into == "out":
         out = bytearray(size)
         assert benchmark(combine, xs, ys, out=out) is None
         assert out == secret
     else:
         assert benchmark(combine, xs, ys) == secret
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_floor_randomness(benchmark: BenchmarkFixture, size: int) -> None:
-    """The floor of a 3-of-5 split: the two random rows and nothing else."""
-    benchmark.group = f"split 3-of-5 {size} B"
-    assert len(benchmark(os.urandom, 2 * size)) == 2 * size
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_floor_copy(benchmark: BenchmarkFixture, size: int) -> None:
-    """The floor of a combine: one copy of the secret."""
-    secret = bytearray(os.urandom(size))
-    benchmark.group = f"combine 3 {size} B"
-    assert benchmark(bytes, secret) == secret

@@ -181,7 +181,7 @@ def _exercise(home: Path) -> tuple[LocalCluster, list[bytes], list[Path]]:
 
 
 def test_no_disk_holds_a_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys are imported, gathered and used; then every file of the cluster, logs and temporary ones too, is searched."""
+    """Keys are imported, gathered and used; then every file of it, logs and temporary files too, is searched."""
     scratch, home = tmp_path / "tmp", tmp_path / "kq"
     scratch.mkdir()
     monkeypatch.setenv("TMPDIR", str(scratch))

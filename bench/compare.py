@@ -1,0 +1,115 @@
+"""Runs the benchmarks and holds their ratios to floors of the same run against the committed baseline.
+
+``python bench/compare.py`` compares and exits 1 on a regression; ``--save`` writes the baseline anew. A benchmark names
+its floors in ``extra_info["floor"]`` (their medians add up) and, if it does several operations a round, their number in
+``extra_info["operations"]``. Saved times of another machine say nothing; ratios carry over, within a tolerance that was
+chosen after comparing runs of the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+BASELINE = HERE / "baseline.json"
+OUTPUT = HERE.parent / "build" / "bench"
+TOLERANCE = 1.5
+"""A ratio more than this many times the baseline's is a regression: runs of the same code differed by up to 1.35."""
+
+
+def measure(selection: str) -> dict[str, Any]:
+    """Run the benchmarks that match and return pytest-benchmark's report."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    report = OUTPUT / "compare-run.json"
+    command = [sys.executable, "-m", "pytest", str(HERE), "-q", "--benchmark-enable", "--benchmark-only"]
+    command += ["--benchmark-disable-gc", "--benchmark-columns=median,iqr", f"--benchmark-json={report}"]
+    ended = subprocess.run([*command, "-k", selection] if selection else command, check=False)
+    if ended.returncode:
+        raise click.ClickException(f"the benchmarks failed (pytest's exit code {ended.returncode})")
+    loaded: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return loaded
+
+
+def ratios(report: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Benchmark -> its median in microseconds an operation, its floor's, and their ratio."""
+    medians = {_short(each["fullname"]): each["stats"]["median"] * 1e6 for each in report["benchmarks"]}
+    found = {}
+    for each in report["benchmarks"]:
+        floors = each["extra_info"].get("floor")
+        if not floors:
+            continue
+        missing = [name for name in floors if name not in medians]
+        if missing:
+            raise click.ClickException(f"{each['fullname']}: its floor {missing[0]} was not measured")
+        value = medians[_short(each["fullname"])] / each["extra_info"].get("operations", 1)
+        floor = sum(medians[name] for name in floors)
+        found[_short(each["fullname"])] = {"value": value, "floor": floor, "ratio": value / floor}
+    return found
+
+
+def _short(fullname: str) -> str:
+    return fullname.rpartition("/")[2]
+
+
+def rows(now: dict[str, dict[str, float]], baseline: dict[str, float]) -> list[dict[str, Any]]:
+    """One row a benchmark, as ``build/bench/compare.json`` has them."""
+    found = []
+    for name, each in sorted(now.items()):
+        before = baseline.get(name)
+        found.append(
+            {
+                "name": name,
+                "value": round(each["value"], 3),
+                "unit": "us",
+                "peer": "floor of the same run",
+                "peer_value": round(each["floor"], 3),
+                "ratio": round(each["ratio"], 3),
+                "target": None if before is None else round(before * TOLERANCE, 3),
+                "met": before is None or each["ratio"] <= before * TOLERANCE,
+            }
+        )
+    return found
+
+
+def show(found: list[dict[str, Any]], baseline: dict[str, float]) -> None:
+    """Print the rows as a table."""
+    table = Table(title="medians, and their ratios to floors of the same run")
+    for column in ("benchmark", "µs", "floor µs", "ratio", "baseline", "verdict"):
+        table.add_column(column, justify="left" if column == "benchmark" else "right")
+    for row in found:
+        before = baseline.get(row["name"])
+        verdict = "new" if before is None else "ok" if row["met"] else "[red]slower[/red]"
+        numbers = (f"{row['value']:.2f}", f"{row['peer_value']:.2f}", f"{row['ratio']:.2f}")
+        table.add_row(row["name"], *numbers, "-" if before is None else f"{before:.2f}", verdict)
+    Console(width=140).print(table)
+
+
+@click.command()
+@click.option("--save", is_flag=True, help="Write the measured ratios as the new baseline.")
+@click.option("-k", "selection", default="", help="Only benchmarks that match, as pytest's -k.")
+def main(save: bool, selection: str) -> None:
+    """Compare the benchmarks' ratios with the committed baseline; exit code 1 on a regression."""
+    now = ratios(measure(selection))
+    baseline = {} if save else json.loads(BASELINE.read_text(encoding="utf-8"))
+    found = rows(now, baseline)
+    show(found, baseline)
+    (OUTPUT / "compare.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if save:
+        saved = {row["name"]: row["ratio"] for row in found}
+        BASELINE.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
+    elif not selection and (lost := sorted(set(baseline) - set(now))):
+        raise click.ClickException(f"the baseline names benchmarks that did not run: {', '.join(lost)}")
+    if not all(row["met"] for row in found):
+        raise click.exceptions.Exit(1)
+
+
+if __name__ == "__main__":
+    main()
