@@ -248,7 +248,8 @@ class LocalCluster:
                     self._tell("a port was taken meanwhile; making the cluster again")
                     _remove_parts(self.path)
         except BaseException:
-            self.close()
+            # What was started has been ended; what ran before us is not ours to end.
+            self._release()
             raise
 
     @classmethod
@@ -353,6 +354,9 @@ class LocalCluster:
     def close(self) -> None:
         """Stop, and remove the folder if it is a temporary one."""
         self.stop()
+        self._release()
+
+    def _release(self) -> None:
         if self._lifeline is not None:
             for descriptor in self._lifeline:
                 os.close(descriptor)
@@ -523,6 +527,7 @@ class LocalCluster:
         left = sorted(each.name for each in self.path.iterdir())
         if left:
             raise ClusterError(f"{self.path} is not empty and holds no cluster ({', '.join(left)[:200]})")
+        self.path.chmod(0o700)
         self._tell(f"making a cluster of {plan.nodes} nodes in {self.path}")
         with contextlib.ExitStack() as held:
             ports = [_free_port(held) for _ in range(plan.nodes + 2)]
@@ -640,7 +645,9 @@ def _answers(channel: Channel, name: str) -> bool:
 
 
 def _folder(path: Path) -> Path:
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    """The folder, made with mode 0700 like each one above it that is missing."""
+    for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
+        missing.mkdir(mode=0o700, exist_ok=True)
     return path
 
 
