@@ -214,11 +214,15 @@ def test_whatever_happens_the_invariants_hold(shares: int, data: Any, happened: 
     right, wrong, silent = ({own} if own else set()), set(), set()
     now = 0.0
     for kind, number, step in happened:
-        for name in gathering.to_ask(now):
+        chosen = gathering.to_ask(now)
+        for name in chosen:
             asked[name] += 1
             under_way[name] = now
         on_time = [name for name, since in under_way.items() if now - since < HEDGE_S]
-        assert len(on_time) <= max(0, threshold - len(right))
+        # No more are asked than are lacking, and as many as are, while there are any.
+        assert not chosen or len(on_time) <= threshold - len(right)
+        left = shares - len(asked) - bool(own)
+        assert len(on_time) >= min(threshold - len(right), left)
         if kind == "tick" or not under_way:
             now += step
             continue
