@@ -58,7 +58,10 @@ class Mailbox:
 
 
 class Worker(Generic[S]):
-    """One thread with a state of its own (made and closed in that thread) and a queue of at most 1,000 jobs."""
+    """One thread with a state of its own (made and closed in that thread) and a queue of at most 1,000 jobs.
+
+    Making it waits until the state is made, and raises what that raised: a worker that exists takes jobs.
+    """
 
     def __init__(
         self,
@@ -72,8 +75,14 @@ class Worker(Generic[S]):
         self._mailbox = mailbox
         self._make_state = make_state
         self._close_state = close_state
+        self._ending = False
+        self._failure: Exception | None = None
+        self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
 
     @property
     def waiting(self) -> int:
@@ -88,17 +97,29 @@ class Worker(Generic[S]):
             raise Overloaded(f"{MAX_JOBS} jobs wait already") from None
 
     def finish(self) -> None:
-        """Have one of the workers on this queue end after the jobs that wait."""
-        self._jobs.put((None, None))
+        """Have one of the workers on this queue end after the jobs that wait. It never blocks."""
+        for _ in range(2):
+            try:
+                self._jobs.put_nowait((None, None))
+            except queue.Full:
+                self._ending = True  # seen after the job under way; the second try is for one that ended just now
+            else:
+                return
 
     def join(self, timeout_s: float) -> None:
         """Wait for this worker's end, at most ``timeout_s``."""
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        state = self._make_state()
         try:
-            while True:
+            state = self._make_state()
+        except Exception as error:  # raised where the worker is made
+            self._failure = error
+            return
+        finally:
+            self._ready.set()
+        try:
+            while not (self._ending and self._jobs.empty()):
                 work, done = self._jobs.get()
                 if work is None:
                     return
