@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from engine.errors import AccessDenied, KeyExists, ManifestError, ShareCorrupt, StaleKey, UnsupportedAlgorithm
+from engine.errors import (
+    AccessDenied,
+    InvalidTag,
+    KeyExists,
+    ManifestError,
+    ShareCorrupt,
+    StaleKey,
+    UnsupportedAlgorithm,
+)
 from engine.protocol.grant import check_grant
 from engine.protocol.manifest import (
     Cluster,
     KeyRecord,
     Member,
     Receipt,
+    destroy_orders,
     open_abort,
     open_certificate,
     open_destroy_order,
@@ -31,7 +40,7 @@ from engine.protocol.requests import (
     ShareRelease,
     SyncEntry,
 )
-from engine.protocol.signed import SigningKey, sign_envelope
+from engine.protocol.signed import SigningKey, read_unverified, sign_envelope
 from engine.sharing import Share, commitment
 from nodes.catalogue import Catalogue, Entry
 from nodes.store import Row, ShareStore, seal_context, seal_share, unseal_share
@@ -163,12 +172,16 @@ class ShareHolder:
         return ReleasedShare(share.x, share.y, salt)
 
     def own_share(self, lane: Lane, entry: Entry) -> tuple[Share, bytes]:
-        """This node's share of a committed key and its salt, unsealed."""
+        """This node's share of a committed key and its salt, unsealed; ``ShareCorrupt`` if it does not open."""
         mine = entry.manifest.holder(self._node)
         if mine is None or not entry.row.sealed:
             raise StaleKey(f"{self._node} holds no share of {entry.row.name!r}")
         context = seal_context(entry.manifest, mine.x, self._node, entry.record.digest)
-        return unseal_share(lane, entry.row.sealed, mine.x, context)
+        try:
+            return unseal_share(lane, entry.row.sealed, mine.x, context)
+        except InvalidTag:
+            # It says nothing of the client's ciphertext, so it must not reach the client as an invalid tag.
+            raise ShareCorrupt(f"{self._node}: its share of {entry.row.name!r} does not open", [self._node]) from None
 
     # --- the end ---
 
@@ -208,7 +221,9 @@ class ShareHolder:
             return None
         if entry is None or entry.row.state == "destroyed":
             return None
-        return self.destroy(Destroy(item.document))
+        if destroy_orders.decode(read_unverified(item.document).payload).key_id != item.key_id:
+            raise ManifestError(f"the destroy order in the registry's entry for {item.key_id.hex()} is for another key")
+        return self.destroy(Destroy(item.document), booked=True)
 
     def _adopt(self, record: KeyRecord, certificate: bytes) -> None:
         """Note a key whose creation this node missed; it can combine it, but holds no share."""
