@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import pytest
+import structlog
 
 from engine import __version__, errors
 from engine.cli import keyops, output
@@ -65,7 +66,9 @@ def keyquorum(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         code = run([str(word) for word in words])
         return Result(code, *capsys.readouterr())
 
-    return call
+    yield call
+    # The command has set up logging to a standard error that is gone after this test.
+    structlog.reset_defaults()
 
 
 def mode_of(path: Path) -> int:
