@@ -157,9 +157,9 @@ class World:
         attempt: int = 1,
         aborts: Sequence[bytes] = (),
         check: bool = True,
-        **changes: Any,
+        manifest: Mapping[str, Any] | None = None,
     ) -> Dealt:
-        """Deal a key. ``changes`` replace fields of the manifest; ``check`` opens it as every member would."""
+        """Deal a key. ``manifest`` replaces fields of the manifest; ``check`` opens it as every member would."""
         algo = ALGORITHMS[algorithm]
         key = key or generate_material(algo)
         key_id = key_id or os.urandom(16)
@@ -185,7 +185,7 @@ class World:
             "order": order,
             "previous": b"",
         }
-        raw = self.signed(key_manifests, "key", KeyManifest(**{**fields, **changes}), dealer)
+        raw = self.signed(key_manifests, "key", KeyManifest(**{**fields, **(manifest or {})}), dealer)
         record = open_key_manifest(raw, self.cluster) if check else KeyRecord(KeyManifest(**fields), bytes(32), "", raw)
         offers = {
             node: SharePrepare(raw, share.x, share.y, salt, list(aborts))

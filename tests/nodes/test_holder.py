@@ -1,0 +1,667 @@
+"""A holder checks everything for itself: with a real token, a real store and signed documents, each refusal once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import (
+    AccessDenied,
+    EngineError,
+    KeyExists,
+    ManifestError,
+    ProtocolError,
+    ShareCorrupt,
+    StaleKey,
+    UnsupportedAlgorithm,
+)
+from engine.protocol.grant import GRANT_LIFETIME_MAX_MS
+from engine.protocol.manifest import CLOCK_SKEW_MS, ORDER_LIFETIME_MAX_MS, open_receipt
+from engine.protocol.requests import Destroy, Empty, ShareCommit, SharePrepare, ShareRelease, SyncEntry
+from engine.sharing import Share, reconstruct_key
+from nodes.catalogue import Catalogue
+from nodes.holder import ShareHolder
+from nodes.store import ShareStore
+from nodes.token import Lane, Token
+
+ME, DEALER, OTHER = "node2", "node1", "node3"
+
+
+class Scene:
+    """One holder, node2, with the world around it."""
+
+    def __init__(self, world: Any, path: Path, lane: Lane, algorithms: tuple[str, ...]) -> None:
+        self.world = world
+        self.path = path
+        self.lane = lane
+        self.algorithms = algorithms
+        self.open()
+
+    def open(self) -> None:
+        """As a start of the node does."""
+        self.store = ShareStore(self.path, ME, self.lane)
+        self.catalogue = Catalogue(self.store.rows())
+        self.holder = ShareHolder(
+            self.world.cluster, self.world.keys[ME], self.store, self.catalogue, self.algorithms, self.world.clock
+        )
+
+    def restart(self) -> None:
+        self.store.close()
+        self.open()
+
+    def member(self, name: str) -> Any:
+        return self.world.cluster.members[name]
+
+    def prepare(self, dealt: Any, sender: str = DEALER, **changes: Any) -> bytes:
+        offer = dealt.offers[ME]
+        fields = {"manifest": offer.manifest, "x": offer.x, "y": offer.y, "salt": offer.salt, "aborts": offer.aborts}
+        body = SharePrepare(**{**fields, **changes})
+        return self.holder.prepare(self.lane, body, self.member(sender)).receipt
+
+    def commit(self, dealt: Any, certificate: bytes | None = None) -> None:
+        told = self.world.certificate(dealt) if certificate is None else certificate
+        assert self.holder.commit(ShareCommit(dealt.key_id, told)) == Empty()
+
+    def committed(self, *arguments: Any, **options: Any) -> Any:
+        dealt = self.world.deal(*arguments, **options)
+        self.prepare(dealt)
+        self.commit(dealt)
+        return dealt
+
+    def release(self, dealt: Any, grant: bytes, sender: str = OTHER, certificate: bytes = b"") -> Any:
+        return self.holder.release(self.lane, ShareRelease(dealt.key_id, grant, certificate), self.member(sender))
+
+    def state(self, dealt: Any) -> str:
+        row = self.store.get(dealt.key_id)
+        return row.state if row else "none"
+
+    def item(self, dealt: Any, state: str = "committed", certificate: bytes = b"", document: bytes = b"") -> SyncEntry:
+        told = certificate or self.world.certificate(dealt)
+        return SyncEntry(dealt.key_id, state, dealt.record.raw, told, document)
+
+
+@pytest.fixture
+def scene(world: Any, tmp_path: Path, lane: Lane, token: Token) -> Iterator[Scene]:
+    made = Scene(world, tmp_path / "shares.db", lane, token.algorithms)
+    yield made
+    made.store.close()
+
+
+def offered(dealt: Any) -> tuple[int, bytes, bytes]:
+    offer = dealt.offers[ME]
+    return offer.x, offer.y, offer.salt
+
+
+def released(answer: Any) -> tuple[int, bytes, bytes]:
+    return answer.x, answer.y, answer.salt
+
+
+# --- prepare ---
+
+
+def test_a_prepared_share_is_sealed_stored_and_receipted(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    receipt = scene.prepare(dealt)
+    assert open_receipt(receipt, dealt.record, scene.world.cluster) == ME
+    row = scene.store.get(dealt.key_id)
+    assert row is not None
+    assert (row.state, row.name, row.manifest, row.manifest_hash) == (
+        "prepared",
+        "orders",
+        dealt.record.raw,
+        dealt.record.digest,
+    )
+    assert dealt.offers[ME].y not in row.sealed
+    assert scene.catalogue.by_name("orders") is None
+    assert scene.catalogue.prepared()[0].row == row
+
+
+def test_to_prepare_the_same_again_gives_another_receipt(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    scene.prepare(dealt)
+    assert open_receipt(scene.prepare(dealt), dealt.record, scene.world.cluster) == ME
+    assert len(scene.store.rows()) == 1
+
+
+def refused(scene: Scene, error: type[EngineError], match: str, dealt: Any, **options: Any) -> None:
+    before = scene.store.rows()
+    with pytest.raises(error, match=match):
+        scene.prepare(dealt, **options)
+    assert scene.store.rows() == before
+
+
+def test_a_share_from_another_than_its_dealer_is_refused(scene: Scene) -> None:
+    refused(scene, AccessDenied, "'node3' sends a share that 'node1' dealt", scene.world.deal(), sender=OTHER)
+
+
+def test_a_share_that_does_not_match_its_commitment_is_refused(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    _, y, _ = offered(dealt)
+    for changes in (
+        {"y": bytes([y[0] ^ 1]) + y[1:]},
+        {"y": y + b"\0"},
+        {"y": y[:-1]},
+        {"salt": bytes(32)},
+        {"y": dealt.offers[OTHER].y, "salt": dealt.offers[OTHER].salt},
+    ):
+        refused(scene, ShareCorrupt, "does not match its commitment", dealt, **changes)
+    with pytest.raises(ShareCorrupt) as caught:
+        scene.prepare(dealt, salt=bytes(32))
+    assert caught.value.holders == (ME,)
+
+
+def test_a_share_of_another_holders_x_is_refused(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    other = dealt.offers[OTHER]
+    refused(scene, ManifestError, "no share with x = 3", dealt, x=other.x, y=other.y, salt=other.salt)
+
+
+def test_a_share_for_a_node_that_holds_none_is_refused(scene: Scene) -> None:
+    dealt = scene.world.deal(holders=("node1", "node3", "node4"))
+    dealt.offers[ME] = dealt.offers[OTHER]
+    refused(scene, ManifestError, "gives 'node2' no share", dealt)
+
+
+def test_an_algorithm_the_token_lacks_is_refused(scene: Scene) -> None:
+    dealt = scene.world.deal("oaep", "rsa-2048-oaep-sha256")
+    refused(scene, UnsupportedAlgorithm, "can't serve 'rsa-2048-oaep-sha256'", dealt)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"name": "others"}, "differs from the client's order"),
+        ({"algorithm": "aes-128-gcm"}, "differs from the client's order"),
+        ({"threshold": 1}, "differs from the client's order"),
+        ({"version": 2}, "must have version 1 and epoch 1"),
+        ({"epoch": 2}, "must have version 1 and epoch 1"),
+        ({"previous": bytes(32)}, "must have version 1 and epoch 1"),
+        ({"public_key": b"x"}, "public key missing or out of place"),
+    ],
+)
+def test_a_manifest_that_is_not_the_clients_order_is_refused(scene: Scene, changes: dict[str, Any], match: str) -> None:
+    refused(scene, ManifestError, match, scene.world.deal(check=False, manifest=changes))
+
+
+@pytest.mark.parametrize("dealer", ["alice", "balancer", "op"])
+def test_a_manifest_dealt_by_no_node_is_refused(scene: Scene, dealer: str) -> None:
+    refused(scene, ManifestError, f"'{dealer}' may not sign this", scene.world.deal(dealer=dealer, check=False))
+
+
+def test_a_forged_manifest_is_refused(scene: Scene) -> None:
+    forged = type(scene.world.stranger)(DEALER, scene.world.stranger._private)
+    refused(scene, ManifestError, "signature of 'node1' is wrong", scene.world.deal(dealer=forged, check=False))
+    dealt = scene.world.deal()
+    raw = bytearray(dealt.record.raw)
+    raw[len(raw) // 2] ^= 1
+    with pytest.raises((ManifestError, ProtocolError)):
+        scene.prepare(dealt, manifest=bytes(raw))
+
+
+@pytest.mark.parametrize("client", ["bob", "carol"])
+def test_an_order_its_client_may_not_give_is_refused(scene: Scene, client: str) -> None:
+    key_id = os.urandom(16)
+    order = scene.world.order("orders", "aes-256-gcm", 2, 3, key_id=key_id, client=client)
+    dealt = scene.world.deal(order=order, key_id=key_id, check=False)
+    refused(scene, AccessDenied, f"'{client}' may not generate the key 'orders'", dealt)
+
+
+@pytest.mark.parametrize("signer", ["node1", "balancer", "op"])
+def test_an_order_of_no_client_is_refused(scene: Scene, signer: str) -> None:
+    key_id = os.urandom(16)
+    order = scene.world.order("orders", "aes-256-gcm", 2, 3, key_id=key_id, client=signer)
+    dealt = scene.world.deal(order=order, key_id=key_id, check=False)
+    refused(scene, ManifestError, f"'{signer}' may not sign this", dealt)
+
+
+def test_an_order_out_of_its_time_is_refused(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    begun = scene.world.now_ms
+    scene.world.now_ms = begun + 60_000 + CLOCK_SKEW_MS + 1
+    refused(scene, ManifestError, "create order: expired", dealt)
+    scene.world.now_ms = begun + 60_000 - ORDER_LIFETIME_MAX_MS - CLOCK_SKEW_MS - 1
+    refused(scene, ManifestError, "create order: expires in", dealt)
+    scene.world.now_ms = begun + 60_000 + CLOCK_SKEW_MS
+    scene.prepare(dealt)
+
+
+def test_another_key_of_a_taken_name_is_refused(scene: Scene) -> None:
+    first = scene.committed()
+    refused(scene, KeyExists, "the key 'orders' exists", scene.world.deal())
+    assert scene.catalogue.by_name("orders").row.key_id == first.key_id
+
+
+def test_two_keys_of_one_name_may_be_prepared_but_one_committed(scene: Scene) -> None:
+    first, second = scene.world.deal(), scene.world.deal()
+    scene.prepare(first)
+    scene.prepare(second)
+    scene.commit(first)
+    with pytest.raises(KeyExists, match="exists with another id"):
+        scene.commit(second)
+    assert (scene.state(first), scene.state(second)) == ("committed", "prepared")
+
+
+def again(scene: Scene, dealt: Any, **options: Any) -> Any:
+    """Another attempt at the same order."""
+    return scene.world.deal(order=dealt.order, key_id=dealt.key_id, attempt=2, **options)
+
+
+def test_an_open_attempt_stands_in_the_way_until_its_abort_notice(scene: Scene) -> None:
+    first = scene.world.deal()
+    scene.prepare(first)
+    refused(scene, ManifestError, "attempt 1 is neither committed nor aborted", again(scene, first))
+    second = again(scene, first, aborts=[scene.world.abort(first.key_id)])
+    scene.prepare(second)
+    row = scene.store.get(first.key_id)
+    assert row is not None
+    assert (row.attempt, row.manifest_hash) == (2, second.record.digest)
+
+
+@pytest.mark.parametrize("signer", ["node1", "alice", "op"])
+def test_an_abort_notice_of_no_balancer_clears_nothing(scene: Scene, signer: str) -> None:
+    first = scene.world.deal()
+    scene.prepare(first)
+    notice = scene.world.abort(first.key_id, signer=signer)
+    refused(scene, ManifestError, f"'{signer}' may not sign this", again(scene, first, aborts=[notice]))
+    with pytest.raises(ManifestError):
+        scene.holder.abort(notice)
+    assert scene.state(first) == "prepared"
+
+
+def test_a_committed_or_destroyed_key_is_never_dealt_again(scene: Scene) -> None:
+    dealt = scene.committed()
+    notice = scene.world.abort(dealt.key_id, attempt=9)
+    refused(scene, KeyExists, "is committed already", again(scene, dealt, aborts=[notice]))
+    refused(scene, KeyExists, "is committed already", dealt)
+    scene.holder.destroy(Destroy(scene.world.destroy_order(dealt.key_id, "orders")))
+    refused(scene, KeyExists, "is destroyed already", again(scene, dealt, aborts=[notice]))
+    refused(scene, KeyExists, "is destroyed already", dealt)
+
+
+# --- commit ---
+
+
+def test_a_certificate_makes_a_share_valid_and_a_restart_keeps_it(scene: Scene) -> None:
+    dealt = scene.committed()
+    scene.restart()
+    entry = scene.catalogue.by_name("orders")
+    assert entry is not None
+    share, salt = scene.holder.own_share(scene.lane, entry)
+    assert (share.x, share.y, salt) == offered(dealt)
+    scene.commit(dealt)  # again is harmless
+
+
+def not_committed(scene: Scene, error: type[EngineError], match: str, dealt: Any, certificate: bytes) -> None:
+    with pytest.raises(error, match=match):
+        scene.commit(dealt, certificate)
+    assert scene.state(dealt) == "prepared"
+    assert scene.catalogue.by_name(dealt.manifest.name) is None
+
+
+def test_each_certificate_that_proves_too_little_is_refused(scene: Scene) -> None:
+    world = scene.world
+    dealt, other = world.deal(), world.deal("other")
+    scene.prepare(dealt)
+    three, two = ("node1", "node2", "node3"), ("node1", "node2")
+    good = [world.receipt(dealt, node) for node in three]
+    for certificate, match in (
+        (world.certificate(dealt, two), "2 receipts, 3 are needed"),
+        (world.certificate(dealt, given=[good[0], good[0], good[1]]), "2 receipts, 3 are needed"),
+        (world.certificate(dealt, given=[*good[:2], world.receipt(other, "node3")]), "not for this manifest"),
+        (world.certificate(dealt, given=[*good[:2], world.receipt(dealt, "node3", x=9)]), "not for this manifest"),
+        (
+            world.certificate(dealt, given=[*good[:2], world.receipt(dealt, "node3", signer="node4")]),
+            "receipt of 'node4': not for this manifest",
+        ),
+        (world.certificate(dealt, given=[*good[:2], world.receipt(dealt, "node3", signer="alice")]), "may not sign"),
+        (world.certificate(other), "not for this manifest"),
+        (world.certificate(dealt, manifest_hash=bytes(32)), "not for this manifest"),
+        (world.certificate(dealt, key_id=bytes(16)), "not for this manifest"),
+        (world.certificate(dealt, signer="node1"), "'node1' may not sign this"),
+        (world.certificate(dealt, signer="alice"), "'alice' may not sign this"),
+        (world.abort(dealt.key_id), "came where a 'certificate' was expected"),
+    ):
+        not_committed(scene, ManifestError, match, dealt, certificate)
+    not_committed(scene, ProtocolError, "signed envelope", dealt, b"\x00")
+    not_committed(scene, ProtocolError, "signed envelope", dealt, b"")
+    scene.commit(dealt)
+
+
+def test_a_certificate_for_nothing_that_is_held_is_stale(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    with pytest.raises(StaleKey, match="has no share of a key"):
+        scene.commit(dealt)
+    held = scene.committed("second")
+    scene.holder.destroy(Destroy(scene.world.destroy_order(held.key_id, "second")))
+    with pytest.raises(StaleKey, match="was destroyed on node2"):
+        scene.commit(held)
+    assert scene.state(held) == "destroyed"
+
+
+# --- abort ---
+
+
+def test_an_abort_notice_deletes_the_prepared_share_and_its_bytes(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    scene.prepare(dealt)
+    sealed = scene.store.get(dealt.key_id).sealed
+    scene.holder.abort(scene.world.abort(dealt.key_id))
+    assert scene.state(dealt) == "none"
+    assert scene.catalogue.by_id(dealt.key_id) is None
+    assert all(sealed[20:60] not in file.read_bytes() for file in scene.path.parent.iterdir())
+
+
+def test_an_abort_of_an_earlier_attempt_or_another_key_deletes_nothing(scene: Scene) -> None:
+    first = scene.world.deal()
+    scene.prepare(again(scene, first))
+    scene.holder.abort(scene.world.abort(first.key_id, attempt=1))
+    scene.holder.abort(scene.world.abort(os.urandom(16)))
+    assert scene.state(first) == "prepared"
+
+
+def test_an_abort_never_deletes_a_committed_share(scene: Scene) -> None:
+    dealt = scene.committed()
+    scene.holder.abort(scene.world.abort(dealt.key_id, attempt=9))
+    assert scene.state(dealt) == "committed"
+
+
+# --- release ---
+
+
+def test_a_share_goes_to_the_combiner_of_the_clients_grant(scene: Scene) -> None:
+    dealt = scene.committed()
+    answer = scene.release(dealt, scene.world.grant(dealt, OTHER))
+    assert released(answer) == offered(dealt)
+    mine = Share(answer.x, answer.y)
+    other = Share(dealt.offers[OTHER].x, dealt.offers[OTHER].y)
+    assert reconstruct_key([mine, other], threshold=2)[:-32] == dealt.key
+
+
+GRANTS: dict[str, tuple[type[EngineError], str, Callable[[Any, Any], bytes]]] = {
+    "wrong combiner": (AccessDenied, "is for the combiner 'node1', 'node3' asks", lambda w, d: w.grant(d, "node1")),
+    "not a holder": (AccessDenied, "is for the combiner 'node5'", lambda w, d: w.grant(d, "node5")),
+    "another key": (StaleKey, "for another key", lambda w, d: w.grant(w.deal("other"), OTHER)),
+    "another key's id": (StaleKey, "for another key", lambda w, d: w.grant(d, OTHER, key_id=bytes(16))),
+    "wrong epoch": (StaleKey, "version 1 epoch 2", lambda w, d: w.grant(d, OTHER, epoch=2)),
+    "wrong version": (StaleKey, "version 0 epoch 1", lambda w, d: w.grant(d, OTHER, version=0)),
+    "not yet valid": (
+        AccessDenied,
+        "begins in",
+        lambda w, d: w.grant(
+            d, OTHER, not_before_ms=w.now_ms + CLOCK_SKEW_MS + 1, expires_ms=w.now_ms + CLOCK_SKEW_MS + 10
+        ),
+    ),
+    "expired": (
+        AccessDenied,
+        "expired",
+        lambda w, d: w.grant(d, OTHER, not_before_ms=w.now_ms - 20_000, expires_ms=w.now_ms - CLOCK_SKEW_MS - 1),
+    ),
+    "too long-lived": (
+        AccessDenied,
+        "lives 30001 ms, at most 30000",
+        lambda w, d: w.grant(d, OTHER, expires_ms=w.now_ms + GRANT_LIFETIME_MAX_MS + 1),
+    ),
+    "unknown client": (
+        ManifestError,
+        "'stranger' may not sign this",
+        lambda w, d: w.grant(d, OTHER, client=w.stranger),
+    ),
+    "client without any right": (AccessDenied, "'bob' may not encrypt", lambda w, d: w.grant(d, OTHER, client="bob")),
+    "client without the right to this key": (
+        AccessDenied,
+        "'carol' may not encrypt",
+        lambda w, d: w.grant(d, OTHER, client="carol"),
+    ),
+    "one operation of two is not allowed": (
+        AccessDenied,
+        "'carol' may not",
+        lambda w, d: w.grant(d, OTHER, client="carol", operations=["encrypt", "decrypt"]),
+    ),
+    "an operation that uses no key": (
+        AccessDenied,
+        "may not destroy with the key",
+        lambda w, d: w.grant(d, OTHER, operations=["destroy"]),
+    ),
+    "any operation": (AccessDenied, "may not \\* with the key", lambda w, d: w.grant(d, OTHER, operations=["*"])),
+    "an unknown operation": (AccessDenied, "may not x with", lambda w, d: w.grant(d, OTHER, operations=["x"])),
+    "no operation": (ProtocolError, "grant", lambda w, d: w.grant(d, OTHER, operations=[])),
+    "balancer-signed": (ManifestError, "may not sign this", lambda w, d: w.grant(d, OTHER, client="balancer")),
+    "node-signed": (ManifestError, "may not sign this", lambda w, d: w.grant(d, OTHER, client=OTHER)),
+    "operator-signed": (ManifestError, "may not sign this", lambda w, d: w.grant(d, OTHER, client="op")),
+    "forged": (
+        ManifestError,
+        "signature of 'alice' is wrong",
+        lambda w, d: w.grant(d, OTHER, client=type(w.stranger)("alice", w.stranger._private)),
+    ),
+    "another document": (ManifestError, "came where a 'grant' was expected", lambda w, d: d.order),
+    "none": (ProtocolError, "signed envelope", lambda w, d: b""),
+    "garbage": (ProtocolError, "signed envelope", lambda w, d: os.urandom(200)),
+}
+
+
+@pytest.mark.parametrize("case", GRANTS)
+def test_each_bad_grant_is_refused(scene: Scene, case: str) -> None:
+    error, match, make = GRANTS[case]
+    dealt = scene.committed()
+    with pytest.raises(error, match=match):
+        scene.release(dealt, make(scene.world, dealt))
+    assert released(scene.release(dealt, scene.world.grant(dealt, OTHER))) == offered(dealt)
+
+
+def test_a_grant_for_a_node_that_is_no_holder_is_refused_to_that_very_node(scene: Scene) -> None:
+    dealt = scene.committed()
+    with pytest.raises(AccessDenied, match="'node5' is no eligible combiner"):
+        scene.release(dealt, scene.world.grant(dealt, "node5"), sender="node5")
+
+
+def test_a_grant_of_the_right_length_is_good_to_its_last_millisecond(scene: Scene) -> None:
+    dealt = scene.committed()
+    begun = scene.world.now_ms
+    grant = scene.world.grant(dealt, OTHER, expires_ms=begun + GRANT_LIFETIME_MAX_MS)
+    for now in (begun - CLOCK_SKEW_MS, begun + GRANT_LIFETIME_MAX_MS + CLOCK_SKEW_MS):
+        scene.world.now_ms = now
+        assert released(scene.release(dealt, grant)) == offered(dealt)
+    for now in (begun - CLOCK_SKEW_MS - 1, begun + GRANT_LIFETIME_MAX_MS + CLOCK_SKEW_MS + 1):
+        scene.world.now_ms = now
+        with pytest.raises(AccessDenied):
+            scene.release(dealt, grant)
+
+
+def test_carol_may_grant_what_the_policy_gives_her(scene: Scene) -> None:
+    dealt = scene.committed("shared/a")
+    assert released(scene.release(dealt, scene.world.grant(dealt, OTHER, client="carol"))) == offered(dealt)
+    with pytest.raises(AccessDenied, match="'carol' may not decrypt"):
+        scene.release(dealt, scene.world.grant(dealt, OTHER, "decrypt", client="carol"))
+
+
+def test_a_prepared_share_is_released_with_its_certificate_alone(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    scene.prepare(dealt)
+    grant = scene.world.grant(dealt, OTHER)
+    with pytest.raises(StaleKey, match="no committed share"):
+        scene.release(dealt, grant)
+    with pytest.raises(ManifestError, match="2 receipts, 3 are needed"):
+        scene.release(dealt, grant, certificate=scene.world.certificate(dealt, ("node1", "node2")))
+    assert scene.state(dealt) == "prepared"
+    assert released(scene.release(dealt, grant, certificate=scene.world.certificate(dealt))) == offered(dealt)
+    assert scene.state(dealt) == "committed"
+
+
+def test_what_is_not_held_or_destroyed_is_not_released(scene: Scene) -> None:
+    unknown = scene.world.deal("unknown")
+    with pytest.raises(StaleKey, match="no committed share"):
+        scene.release(unknown, scene.world.grant(unknown, OTHER), certificate=scene.world.certificate(unknown))
+    dealt = scene.committed()
+    grant = scene.world.grant(dealt, OTHER)
+    scene.holder.destroy(Destroy(scene.world.destroy_order(dealt.key_id, "orders")))
+    with pytest.raises(StaleKey, match="no committed share"):
+        scene.release(dealt, grant, certificate=scene.world.certificate(dealt))
+
+
+def test_a_node_that_only_knows_the_key_has_nothing_to_release(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    scene.holder.catch_up(scene.item(dealt))
+    with pytest.raises(StaleKey, match="holds no share"):
+        scene.release(dealt, scene.world.grant(dealt, OTHER))
+
+
+def test_a_sealed_share_that_does_not_open_is_a_corrupt_share(scene: Scene) -> None:
+    dealt = scene.committed()
+    row = scene.store.get(dealt.key_id)
+    scene.catalogue.put(replace(row, sealed=scene.lane.seal(b"x" * 100, b"another context")))
+    with pytest.raises(ShareCorrupt, match="does not open") as caught:
+        scene.release(dealt, scene.world.grant(dealt, OTHER))
+    assert caught.value.holders == (ME,)
+
+
+# --- destroy ---
+
+
+def test_a_destroyed_share_is_gone_and_its_order_stays(scene: Scene) -> None:
+    dealt = scene.committed()
+    sealed = scene.store.get(dealt.key_id).sealed
+    order = scene.world.destroy_order(dealt.key_id, "orders")
+    assert scene.holder.destroy(Destroy(order)) == dealt.key_id
+    assert scene.holder.destroy(Destroy(order)) == dealt.key_id
+    scene.restart()
+    row = scene.store.get(dealt.key_id)
+    assert (row.state, row.sealed, row.document) == ("destroyed", b"", order)
+    assert scene.catalogue.by_name("orders") is None
+    assert all(sealed[20:60] not in file.read_bytes() for file in scene.path.parent.iterdir())
+
+
+def test_the_name_of_a_destroyed_key_is_free(scene: Scene) -> None:
+    old = scene.committed()
+    scene.holder.destroy(Destroy(scene.world.destroy_order(old.key_id, "orders")))
+    new = scene.committed()
+    assert scene.catalogue.by_name("orders").row.key_id == new.key_id
+    # A repeated order for the old one does not touch the new one.
+    scene.holder.destroy(Destroy(scene.world.destroy_order(old.key_id, "orders")))
+    assert scene.state(new) == "committed"
+
+
+def test_each_bad_destroy_order_is_refused(scene: Scene) -> None:
+    dealt = scene.committed()
+    other = scene.committed("shared/x")
+    world = scene.world
+    for order, error, match in (
+        (world.destroy_order(dealt.key_id, "orders", client="bob"), AccessDenied, "'bob' may not destroy"),
+        (world.destroy_order(other.key_id, "shared/x", client="carol"), AccessDenied, "'carol' may not destroy"),
+        (world.destroy_order(dealt.key_id, "orders", client="node1"), ManifestError, "may not sign"),
+        (world.destroy_order(dealt.key_id, "orders", client="balancer"), ManifestError, "may not sign"),
+        (world.destroy_order(dealt.key_id, "orders", client=world.stranger), ManifestError, "may not sign"),
+        (world.destroy_order(dealt.key_id, "other"), ManifestError, "names 'other', the key is 'orders'"),
+        (world.destroy_order(bytes(16), "orders"), StaleKey, "knows no key"),
+        (dealt.order, ManifestError, "came where a 'order.destroy' was expected"),
+    ):
+        with pytest.raises(error, match=match):
+            scene.holder.destroy(Destroy(order))
+    assert scene.state(dealt) == scene.state(other) == "committed"
+
+
+def test_an_order_that_expired_destroys_only_where_the_registry_booked_it(scene: Scene) -> None:
+    """A holder that was down when the key was destroyed carries it out when it is back."""
+    dealt = scene.committed()
+    order = scene.world.destroy_order(dealt.key_id, "orders")
+    scene.world.now_ms += ORDER_LIFETIME_MAX_MS * 100
+    with pytest.raises(ManifestError, match="destroy order: expired"):
+        scene.holder.destroy(Destroy(order))
+    assert scene.state(dealt) == "committed"
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == dealt.key_id
+    assert scene.state(dealt) == "destroyed"
+
+
+# --- catching up ---
+
+
+def test_a_missed_commit_is_caught_up(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    scene.prepare(dealt)
+    assert scene.holder.catch_up(scene.item(dealt)) is None
+    assert scene.state(dealt) == "committed"
+    assert released(scene.release(dealt, scene.world.grant(dealt, OTHER))) == offered(dealt)
+
+
+def test_a_missed_creation_is_noted_without_a_share(scene: Scene) -> None:
+    dealt = scene.world.deal()
+    assert scene.holder.catch_up(scene.item(dealt)) is None
+    assert scene.state(dealt) == "committed"
+    assert scene.catalogue.share_count() == 0
+    assert scene.catalogue.by_name("orders").row.sealed == b""
+
+
+def test_a_missed_destruction_is_caught_up(scene: Scene) -> None:
+    dealt = scene.committed()
+    order = scene.world.destroy_order(dealt.key_id, "orders")
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == dealt.key_id
+    assert scene.state(dealt) == "destroyed"
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) is None
+
+
+def test_another_attempt_that_was_committed_replaces_the_prepared_one(scene: Scene) -> None:
+    first = scene.world.deal()
+    scene.prepare(first)
+    second = again(scene, first)
+    with pytest.raises(ManifestError):
+        scene.holder.catch_up(scene.item(second, certificate=scene.world.certificate(second, ("node1",))))
+    assert scene.store.get(first.key_id).attempt == 1
+    scene.holder.catch_up(scene.item(second))
+    row = scene.store.get(first.key_id)
+    assert (row.attempt, row.state, row.sealed) == (2, "committed", b"")
+
+
+def test_a_destroyed_key_never_comes_back_from_the_books(scene: Scene) -> None:
+    """A registry that fell back, or lies, can't undo what the client ordered."""
+    dealt = scene.committed()
+    scene.holder.destroy(Destroy(scene.world.destroy_order(dealt.key_id, "orders")))
+    with pytest.raises(StaleKey, match="was destroyed on node2"):
+        scene.holder.catch_up(scene.item(dealt))
+    row = scene.store.get(dealt.key_id)
+    assert (row.state, row.sealed) == ("destroyed", b"")
+    assert scene.catalogue.by_name("orders") is None
+    scene.committed()  # its name stays free
+
+
+def test_each_bad_entry_of_the_books_is_refused(scene: Scene) -> None:
+    world = scene.world
+    held, missed = scene.committed(), world.deal("missed")
+    foreign = world.deal("foreign", holders=("node1", "node3", "node4"))
+    taken = world.deal("orders")
+    prepared = world.deal("prepared")
+    scene.prepare(prepared)
+    before = scene.store.rows()
+    for item, error, match in (
+        (replace_item(scene.item(missed), key_id=held.key_id), ManifestError, "is not this node's"),
+        (scene.item(foreign), ManifestError, "is not this node's"),
+        (scene.item(taken), KeyExists, "exists with another id"),
+        (scene.item(missed, certificate=world.certificate(missed, ("node1",))), ManifestError, "1 receipts"),
+        (scene.item(missed, certificate=world.certificate(missed, signer="node1")), ManifestError, "may not sign"),
+        (scene.item(prepared, certificate=world.certificate(missed)), ManifestError, "not for this manifest"),
+        (scene.item(held, "destroyed", document=world.destroy_order(held.key_id, "orders", client="bob")),
+         AccessDenied, "'bob' may not destroy"),
+        (scene.item(held, "destroyed", document=world.destroy_order(held.key_id, "orders", client="balancer")),
+         ManifestError, "may not sign"),
+        (scene.item(held, "destroyed"), ProtocolError, "signed envelope"),
+        (scene.item(held, "nonsense"), EngineError, "signed envelope"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=match):
+            scene.holder.catch_up(item)
+        assert scene.store.rows() == before
+
+
+def replace_item(item: SyncEntry, **changes: Any) -> SyncEntry:
+    fields = {name: getattr(item, name) for name in item.__struct_fields__}
+    return SyncEntry(**{**fields, **changes})
+
+
+def test_a_destruction_of_one_key_never_rides_on_another(scene: Scene) -> None:
+    first, second = scene.committed("first"), scene.committed("second")
+    order = scene.world.destroy_order(second.key_id, "second")
+    with pytest.raises(ManifestError, match="is for another key"):
+        scene.holder.catch_up(scene.item(first, "destroyed", document=order))
+    assert (scene.state(first), scene.state(second)) == ("committed", "committed")
