@@ -27,7 +27,7 @@ def check_operation(algo: Algorithm, verb: str, body: Operate) -> None:
         raise ValueError(f"{verb} is no operation of {algo.name}; it has {able}")
     if verb != RequestType.DECRYPT and len(body.data) > MAX_DATA:
         raise ValueError(f"{len(body.data)} bytes of data, the limit of one request is {MAX_DATA}")
-    if algo.kind is KeyKind.RSA and body.associated_data:
+    if algo.kind is not KeyKind.AES and body.associated_data:
         raise ValueError(f"{algo.name} takes no associated data")
     if algo.kind is KeyKind.RSA and verb == RequestType.ENCRYPT and len(body.data) > algo.bits // 8 - OAEP_OVERHEAD:
         raise ValueError(f"{len(body.data)} bytes of data, {algo.name} takes {algo.bits // 8 - OAEP_OVERHEAD}")
