@@ -20,7 +20,8 @@ from balancer.loop import ControlLoop, Service, now_ms
 from balancer.publisher import Publisher
 from balancer.registry import SqliteRegistry
 from engine.client.config import LOG_LEVELS, configure_logging
-from engine.client.listener import Gate, Listener, raise_file_limit
+from engine.client.listener import Gate, Listener
+from engine.client.process import harden_process, raise_file_limit
 from engine.errors import ConfigError, EngineError, ManifestError
 
 DRAIN_S = 1.0
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options().parse_args(arguments)
     try:
         configure_logging(options.log_level)
+        harden_process()
         settings = load_settings(options.config)
         if options.check_config:
             sys.stdout.write(f"{options.config}: ok, {settings.identity.name} of {settings.cluster.name}\n")

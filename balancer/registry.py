@@ -47,6 +47,8 @@ from engine.protocol.signed import SigningKey, sign_envelope
 __all__ = ["Registry", "SqliteRegistry"]
 
 MAX_ATTEMPT = 2**31 - 1
+UNKNOWN_ATTEMPT_MAX = 1_000
+"""Attempts above this of a reservation that is not known here are told as pending, so that nobody uses them all up."""
 ABORTS_MAX = 16
 """How many notices on earlier attempts a reservation carries."""
 PAGE_BYTES_MAX = 40 * 1024
@@ -83,8 +85,8 @@ class Registry(Protocol):
     def destroy(self, order: bytes, now_ms: int) -> None:
         """Destroy a key by a client's order, for good."""
 
-    def sync(self, node: str, after: bytes) -> SyncPage:
-        """The keys a node holds a share of, after a key id."""
+    def sync(self, node: str, after: int) -> SyncPage:
+        """The keys a node holds a share of that changed after a change number."""
 
     def count(self) -> int:
         """How many keys are committed."""
@@ -133,14 +135,17 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
            tombstone BLOB NOT NULL, hash BLOB NOT NULL) STRICT, WITHOUT ROWID""",
         "CREATE UNIQUE INDEX live_names ON keys (name) WHERE state IN (1, 2)",
         "CREATE INDEX by_state ON keys (state)",
-        "CREATE TABLE shares (node BLOB, key_id BLOB, PRIMARY KEY (node, key_id)) STRICT, WITHOUT ROWID",
+        """CREATE TABLE shares (node BLOB, key_id BLOB, changed INTEGER NOT NULL,
+           PRIMARY KEY (node, key_id)) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX by_change ON shares (node, changed)",
         "CREATE TABLE refused (key_id BLOB PRIMARY KEY, attempt INTEGER NOT NULL, noted_ms INTEGER NOT NULL) STRICT",
         "CREATE TABLE counters (id INTEGER PRIMARY KEY, value INTEGER NOT NULL, hash BLOB NOT NULL) STRICT",
-        "CREATE TABLE cluster (id INTEGER PRIMARY KEY CHECK (id = 1), pin BLOB NOT NULL) STRICT",
+        """CREATE TABLE cluster (id INTEGER PRIMARY KEY CHECK (id = 1), pin BLOB NOT NULL,
+           serial INTEGER NOT NULL) STRICT""",
     ),
 )
 """Statements that take the schema from version i to i + 1."""
-_FENCING_EPOCH, _SERIAL = 1, 2
+_FENCING_EPOCH, _SERIAL, _CHANGE = 1, 2, 3
 
 
 class SqliteRegistry:
@@ -179,12 +184,19 @@ class SqliteRegistry:
             for statement in (each for step in _MIGRATIONS[version:] for each in step):
                 self._store.execute(statement)
             self._store.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-            self._store.execute("INSERT OR IGNORE INTO cluster VALUES (1, ?)", (self._cluster.pin,))
-            pin = self._store.execute("SELECT pin FROM cluster").fetchone()[0]
+            known = (self._cluster.pin, self._cluster.serial)
+            self._store.execute("INSERT OR IGNORE INTO cluster VALUES (1, ?, ?)", known)
+            pin, serial = self._store.execute("SELECT pin, serial FROM cluster").fetchone()
             if pin != self._cluster.pin:
                 raise ConfigError(
                     f"{self._path}: belongs to the cluster pinned by {pin.hex()}, not {self._cluster.pin.hex()}"
                 )
+            if serial > self._cluster.serial:
+                raise ConfigError(
+                    f"{self._path}: was served under serial {serial} of the cluster manifest, "
+                    f"the one given is older: {self._cluster.serial}"
+                )
+            self._store.execute("UPDATE cluster SET serial = ?", (self._cluster.serial,))
             self._prune(now_ms)
             return self._next(_FENCING_EPOCH)
 
@@ -202,7 +214,7 @@ class SqliteRegistry:
         with self._reading():
             return int(self._store.execute("SELECT COUNT(*) FROM keys WHERE state = 2").fetchone()[0])
 
-    # --- the five verbs ---
+    # --- the verbs ---
 
     def reserve(self, order: bytes, dealer: str, now_ms: int) -> Reserved:
         """Reserve the name for one attempt of ``dealer``; earlier attempts of the order are aborted for good.
@@ -279,9 +291,10 @@ class SqliteRegistry:
                     certificate=certificate,
                 )
             )
+            change = self._next(_CHANGE)
             self._store.executemany(
-                "INSERT OR IGNORE INTO shares VALUES (?, ?)",
-                [(holder.node.encode(), told.key_id) for holder in told.holders],
+                "INSERT OR REPLACE INTO shares VALUES (?, ?, ?)",
+                [(holder.node.encode(), told.key_id, change) for holder in told.holders],
             )
         return certificate
 
@@ -299,7 +312,10 @@ class SqliteRegistry:
                     return OutcomeReply("pending", b"")
                 with self._transaction():
                     self._put(replace(row, state=_State.ABORTED))
-        elif not settled and (row is None or attempt > row.attempt) and not self._refuse(key_id, attempt, now_ms):
+        elif row is not None and attempt > row.attempt:
+            # No node can have prepared it honestly: whoever asks gets nothing signed about what was never given out.
+            return OutcomeReply("pending", b"")
+        elif row is None and (attempt > UNKNOWN_ATTEMPT_MAX or not self._refuse(key_id, attempt, now_ms)):
             return OutcomeReply("pending", b"")
         return OutcomeReply("aborted", self._notice(key_id, attempt))
 
@@ -335,17 +351,20 @@ class SqliteRegistry:
         open_destroy_order(order, self._cluster, now_ms)
         with self._transaction():
             self._put(replace(row, state=_State.DESTROYED, tombstone=order))
+            change = self._next(_CHANGE)
+            self._store.execute("UPDATE shares SET changed = ? WHERE key_id = ?", (change, wanted.key_id))
 
-    def sync(self, node: str, after: bytes) -> SyncPage:
-        """The keys whose manifest lists the node, by key id, at most 256 entries or 40 KiB of documents."""
+    def sync(self, node: str, after: int) -> SyncPage:
+        """The node's keys that changed after a change number, in order, at most 256 entries or 40 KiB of documents."""
         with self._reading():
             found = self._store.execute(
-                "SELECT key_id FROM shares WHERE node = ? AND key_id > ? ORDER BY key_id LIMIT ?",
+                "SELECT key_id, changed FROM shares WHERE node = ? AND changed > ? ORDER BY changed LIMIT ?",
                 (node.encode(), after, PAGE_ENTRIES_MAX + 1),
             ).fetchall()
         entries: list[SyncEntry] = []
         size = 0
-        for (key_id,) in found[:PAGE_ENTRIES_MAX]:
+        last = after
+        for key_id, changed in found[:PAGE_ENTRIES_MAX]:
             row = self._row(key_id)
             if row is None:
                 raise RegistryUnavailable(f"the registry has lost the key {key_id.hex()}")
@@ -354,7 +373,8 @@ class SqliteRegistry:
                 break
             state = "destroyed" if row.state == _State.DESTROYED else "committed"
             entries.append(SyncEntry(key_id, state, row.manifest, row.certificate, row.tombstone))
-        return SyncPage(entries, len(entries) < len(found))
+            last = changed
+        return SyncPage(entries, len(entries) < len(found), last, self._fencing_epoch)
 
     # --- their parts ---
 

@@ -10,9 +10,10 @@ import structlog
 
 from engine._version import __version__
 from engine.client.config import LOG_LEVELS, configure_logging, load_cluster, load_identity
+from engine.client.process import harden_process
 from engine.errors import EngineError
 from nodes.config import load_node_config
-from nodes.server import Server, harden_process
+from nodes.server import Server
 from nodes.token import Token, initialize_token
 
 log = structlog.get_logger()

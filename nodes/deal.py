@@ -66,6 +66,7 @@ from engine.protocol.requests import (
     ShareRelease,
     Sync,
     SyncEntry,
+    SyncPage,
 )
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.sharing import (
@@ -85,7 +86,7 @@ from nodes.catalogue import Entry
 from nodes.gather import Gathering
 from nodes.token import Lane
 
-__all__ = ["Conversation", "Gathered", "Talker"]
+__all__ = ["Conversation", "Cursor", "Gathered", "Talker"]
 
 GRACE_S: Final = 2.0
 """How long a dealer waits for the last holders once enough have confirmed."""
@@ -111,6 +112,14 @@ class Talker:
     def close(self) -> None:
         """Close the channel; the lane lives as long as the process."""
         self.channel.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How far this node has read the registry's books: a change number of one fencing epoch."""
+
+    fencing_epoch: int = 0
+    last: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,17 +441,24 @@ class Conversation:
                 confirmed.append(holder)
         return Destroyed(confirmed, [name for name in holders if name not in confirmed])
 
-    def registry_books(self, talker: Talker) -> list[SyncEntry]:
-        """Everything the registry's books say of this node's keys, destroyed ones first (their names may be reused)."""
+    def registry_books(self, talker: Talker, cursor: Cursor) -> tuple[list[SyncEntry], Cursor]:
+        """What changed in the registry's books of this node's keys since ``cursor``, and the next cursor.
+
+        Destroyed keys come first, since their names may be others' by now. After a restart of the registry everything
+        is asked for again.
+        """
         entries: list[SyncEntry] = []
-        after = b""
         for _ in range(MAX_SYNC_PAGES):
-            page = self._registry(talker.channel, REGISTRY_SYNC, Sync(after), time.monotonic() + REGISTRY_TIMEOUT_S)
+            until_s = time.monotonic() + REGISTRY_TIMEOUT_S
+            page: SyncPage = self._registry(talker.channel, REGISTRY_SYNC, Sync(cursor.last), until_s)
+            if page.fencing_epoch != cursor.fencing_epoch and cursor.last:
+                cursor, entries = Cursor(page.fencing_epoch, 0), []
+                continue
             entries += page.entries
+            cursor = Cursor(page.fencing_epoch, page.last)
             if not page.more or not page.entries:
                 break
-            after = page.entries[-1].key_id
-        return sorted(entries, key=lambda entry: entry.state != "destroyed")
+        return sorted(entries, key=lambda entry: entry.state != "destroyed"), cursor
 
     def outcome(self, talker: Talker, entry: Entry) -> OutcomeReply:
         """What became of a prepared share's key."""

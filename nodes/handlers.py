@@ -28,7 +28,14 @@ from engine.errors import (
 )
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.grant import check_grant
-from engine.protocol.manifest import Cluster, open_create_order, open_destroy_order
+from engine.protocol.manifest import (
+    Cluster,
+    aborts,
+    destroy_orders,
+    open_create_order,
+    open_destroy_order,
+    read_key_manifest,
+)
 from engine.protocol.requests import (
     REPLY_CODECS,
     REQUEST_CODECS,
@@ -57,15 +64,18 @@ from engine.protocol.requests import (
     Prewarm,
     Result,
     ShareCommit,
+    SharePrepare,
+    ShareRelease,
     SyncEntry,
     classify_request,
 )
+from engine.protocol.signed import read_unverified
 from engine.protocol.wire import ErrorBody, Load, Status, error_codec
 from engine.sharing import unblind, wipe
 from nodes.audit import AuditLog, Record
 from nodes.cache import KeyCache
 from nodes.catalogue import Catalogue, Entry
-from nodes.deal import Conversation, Gathered, Talker
+from nodes.deal import Conversation, Cursor, Gathered, Talker
 from nodes.holder import ShareHolder
 from nodes.operations import check_operation, operate
 from nodes.policy import check_key, check_verb
@@ -77,6 +87,10 @@ __all__ = ["Handlers", "Moved", "Replier"]
 MAX_PENDING: Final = 10_000
 """Requests under way in one node; more are answered ``overloaded``."""
 MAX_GROUPS_TOLD: Final = 2048
+MOVED_MAX: Final = 8
+"""How many combiners a ``moved`` reply names."""
+BOOKS_EVERY_S: Final = 5.0
+"""How often the node asks the registry what changed of its keys; a destruction that it missed is carried out then."""
 DURABLE_VERBS: Final = frozenset(
     {RequestType.GENERATE, RequestType.IMPORT, RequestType.DESTROY, SHARE_PREPARE, SHARE_RELEASE, SHARE_DESTROY}
 )
@@ -92,7 +106,7 @@ class Moved(EngineError):
     code = "moved"
 
     def __init__(self, key: str, names: Sequence[str]) -> None:
-        super().__init__(f"{key!r} is served by {', '.join(names)}")
+        super().__init__(f"{key!r} is not on this node; ask those named")
         self.names = tuple(names)
 
 
@@ -187,7 +201,8 @@ class Handlers:
         self._group_counts: dict[int, int] = {}
         self._number = 0
         self.pending = 0
-        self.behind_registry = True
+        self._cursor = Cursor()
+        self._next_books_s = 0.0
         self._catching_up = False
         self._verbs: dict[str, Callable[[_Call, Any], None]] = {
             **dict.fromkeys(OPERATIONS, self._operate),
@@ -300,32 +315,31 @@ class Handlers:
 
     # --- operations ---
 
-    def _entry(self, call: _Call, name: str) -> Entry:
-        """The live key of that name, policy checked."""
+    def _entry(self, call: _Call, name: str, key_id: bytes = b"") -> Entry:
+        """The live key of that name, policy checked; ``key_id`` is the incarnation meant, or empty."""
         call.key = name
         check_key(self._cluster, call.incoming.member, call.verb, name)
         entry = self._catalogue.by_name(name)
         if entry is None:
-            holders = self._cluster.group_holders(self._cluster.group_of(name))
-            if self._node not in holders:
-                raise Moved(name, holders)
+            # A key of n shares is on the first n of its group: if there is one, it is on those before this node.
+            order = self._cluster.group_holders(self._cluster.group_of(name))
+            before = order[: order.index(self._node)] if self._node in order else order
+            if before:
+                raise Moved(name, before[:MOVED_MAX])
             raise KeyNotFound(f"no key {name!r} on {self._node}")
+        if key_id and key_id != entry.row.key_id:
+            raise StaleKey(f"{name!r} has another id than the request says")
+        call.entry = entry
         return entry
 
     def _operate(self, call: _Call, body: Operate) -> None:
-        entry = self._entry(call, body.key)
-        if body.key_id and body.key_id != entry.row.key_id:
-            raise StaleKey(f"{body.key!r} has another id than the request says")
-        call.entry = entry
+        entry = self._entry(call, body.key, body.key_id)
         call.request_class = classify_request(call.verb, entry.algorithm.name)
         check_operation(entry.algorithm, call.verb, body)
         self._with_key(call, entry, body.grant, lambda loaded: self._perform(call, body, loaded))
 
     def _prewarm(self, call: _Call, body: Prewarm) -> None:
-        entry = self._entry(call, body.key)
-        if body.key_id and body.key_id != entry.row.key_id:
-            raise StaleKey(f"{body.key!r} has another id than the request says")
-        call.entry = entry
+        entry = self._entry(call, body.key, body.key_id)
         self._with_key(call, entry, body.grant, lambda loaded: self._answer(call, Empty()))
 
     def _with_key(self, call: _Call, entry: Entry, grant: bytes, use: Callable[[_Loaded], None]) -> None:
@@ -445,9 +459,6 @@ class Handlers:
         def work(talker: Talker) -> KeyDescription:
             try:
                 return self._conversation.create(talker, body.order, body.material, call.deadline_s)
-            except RegistryUnavailable:
-                self.behind_registry = True
-                raise
             finally:
                 call.service_us = int((time.monotonic() - begun) * 1e6)
 
@@ -469,7 +480,6 @@ class Handlers:
 
     def _describe(self, call: _Call, body: Describe) -> None:
         entry = self._entry(call, body.key)
-        call.entry = entry
         self._answer(call, KeyDescription(entry.row.manifest, entry.row.certificate, []))
 
     def _list(self, call: _Call, body: ListKeys) -> None:
@@ -526,25 +536,35 @@ class Handlers:
 
     # --- shares ---
 
-    def _share_prepare(self, call: _Call, body: Any) -> None:
+    def _share_prepare(self, call: _Call, body: SharePrepare) -> None:
+        call.key = read_key_manifest(body.manifest).manifest.name
         self._aside(call, self._local, lambda lane: self._holder.prepare(lane, body, call.incoming.member))
 
-    def _share_commit(self, call: _Call, body: Any) -> None:
+    def _share_commit(self, call: _Call, body: ShareCommit) -> None:
+        call.key = self._name_of(body.key_id)
         self._aside(call, self._local, lambda lane: self._holder.commit(body))
 
     def _share_abort(self, call: _Call, body: Abort) -> None:
+        call.key = self._name_of(aborts.decode(read_unverified(body.notice).payload).key_id)
+
         def work(lane: Lane) -> Empty:
             self._holder.abort(body.notice)
             return Empty()
 
         self._aside(call, self._local, work)
 
-    def _share_release(self, call: _Call, body: Any) -> None:
-        entry = self._catalogue.by_id(body.key_id)
-        call.key = entry.row.name if entry else ""
+    def _share_release(self, call: _Call, body: ShareRelease) -> None:
+        call.key = self._name_of(body.key_id)
         self._aside(call, self._local, lambda lane: self._holder.release(lane, body, call.incoming.member))
 
+    def _name_of(self, key_id: bytes) -> str:
+        """The name for the audit record, if the node knows the key."""
+        entry = self._catalogue.by_id(key_id)
+        return entry.row.name if entry else ""
+
     def _share_destroy(self, call: _Call, body: Destroy) -> None:
+        call.key = self._name_of(destroy_orders.decode(read_unverified(body.order).payload).key_id)
+
         def done(key_id: bytes | None, error: Exception | None) -> None:
             if key_id is None:
                 self._fail(call, error or EngineError("the share could not be erased"))
@@ -557,12 +577,14 @@ class Handlers:
     # --- from time to time ---
 
     def tick(self, settle_after_ms: int) -> None:
-        """Let expired keys go; catch up with the registry after a start, and while prepared shares wait too long."""
-        self._cache.expire(time.monotonic())
+        """Let expired keys go, and every few seconds catch up with the registry's books on this node's keys."""
+        now = time.monotonic()
+        self._cache.expire(now)
+        if self._catching_up or now < self._next_books_s:
+            return
+        self._next_books_s = now + BOOKS_EVERY_S
         oldest = self._now_ms() - settle_after_ms
         stale = [entry for entry in self._catalogue.prepared() if entry.row.changed_ms <= oldest]
-        if self._catching_up or not (self.behind_registry or stale):
-            return
         self._catching_up = True
         try:
             self._talkers.submit(lambda talker: self._ask_registry(talker, stale), self._caught_up)
@@ -571,9 +593,9 @@ class Handlers:
 
     def _ask_registry(
         self, talker: Talker, stale: Sequence[Entry]
-    ) -> tuple[list[SyncEntry], list[tuple[Entry, OutcomeReply]]]:
-        books = self._conversation.registry_books(talker) if self.behind_registry else []
-        return books, [(entry, self._conversation.outcome(talker, entry)) for entry in stale]
+    ) -> tuple[list[SyncEntry], Cursor, list[tuple[Entry, OutcomeReply]]]:
+        books, cursor = self._conversation.registry_books(talker, self._cursor)
+        return books, cursor, [(entry, self._conversation.outcome(talker, entry)) for entry in stale]
 
     def _caught_up(self, told: Any, error: Exception | None) -> None:
         if told is None:
@@ -581,12 +603,21 @@ class Handlers:
             if not isinstance(error, RegistryUnavailable):
                 log.warning("catching up with the registry failed", reason=str(error))
             return
-        books, outcomes = told
-        self.behind_registry = False
+        books, cursor, outcomes = told
+
+        def done(gone: list[bytes] | None, failure: Exception | None) -> None:
+            self._catching_up = False
+            if gone is None:
+                log.error("catching up with the registry failed", reason=str(failure))
+                return
+            self._cursor = cursor
+            for key_id in gone:
+                self._cache.drop(key_id)
+
         try:
-            self._local.submit(lambda lane: self._take_in(books, outcomes), self._taken_in)
+            self._local.submit(lambda lane: self._take_in(books, outcomes), done)
         except Overloaded:
-            self._catching_up, self.behind_registry = False, True
+            self._catching_up = False
 
     def _take_in(self, books: Sequence[SyncEntry], outcomes: Sequence[tuple[Entry, OutcomeReply]]) -> list[bytes]:
         """Carry out what the registry told; the ids of keys destroyed meanwhile. A bad entry does not stop the rest."""
@@ -607,14 +638,6 @@ class Handlers:
             except EngineError as error:
                 log.warning("the registry's outcome was refused", key=entry.row.name, reason=str(error))
         return gone
-
-    def _taken_in(self, gone: list[bytes] | None, error: Exception | None) -> None:
-        self._catching_up = False
-        if gone is None:
-            log.error("catching up with the registry failed", reason=str(error))
-            return
-        for key_id in gone:
-            self._cache.drop(key_id)
 
     def close(self) -> None:
         """Let every loaded key go."""

@@ -135,7 +135,7 @@ class ShareHolder:
     def commit(self, body: ShareCommit) -> Empty:
         """Make a prepared share valid."""
         entry = self._catalogue.by_id(body.key_id)
-        if entry is None or entry.row.state == "destroyed":
+        if entry is None:
             raise StaleKey(f"{self._node} has no share of a key with id {body.key_id.hex()}")
         self._settle(entry, body.certificate)
         return Empty()
@@ -143,6 +143,8 @@ class ShareHolder:
     def _settle(self, entry: Entry, certificate: bytes) -> Entry:
         if entry.row.state == "committed":
             return entry
+        if entry.row.state == "destroyed":
+            raise StaleKey(f"the key {entry.row.name!r} with this id was destroyed on {self._node}")
         open_certificate(certificate, entry.record, self._cluster)
         named = self._catalogue.by_name(entry.row.name)
         if named is not None and named.row.key_id != entry.row.key_id:
@@ -150,10 +152,10 @@ class ShareHolder:
         return self._catalogue.put(self._store.commit(entry.row, certificate, self._now_ms()))
 
     def abort(self, raw: bytes) -> None:
-        """Delete a prepared share that the registry says will never be committed."""
+        """Delete the prepared share of exactly the attempt that the registry says will never be committed."""
         notice = open_abort(raw, self._cluster)
         entry = self._catalogue.by_id(notice.key_id)
-        if entry is not None and entry.row.state == "prepared" and entry.row.attempt <= notice.attempt:
+        if entry is not None and entry.row.state == "prepared" and entry.row.attempt == notice.attempt:
             self._store.delete(entry.row)
             self._catalogue.remove(entry.row.key_id)
             self._store.truncate_log()
@@ -185,9 +187,12 @@ class ShareHolder:
 
     # --- the end ---
 
-    def destroy(self, body: Destroy) -> bytes:
-        """Erase the share on the client's signed order; the key's id. Repeating it is harmless."""
-        order, _ = open_destroy_order(body.order, self._cluster, None)
+    def destroy(self, body: Destroy, *, booked: bool = False) -> bytes:
+        """Erase the share on the client's signed order; the key's id. Repeating it is harmless.
+
+        An expired order counts only where the registry has ``booked`` it, which it did in time.
+        """
+        order, _ = open_destroy_order(body.order, self._cluster, None if booked else self._now_ms())
         entry = self._catalogue.by_id(order.key_id)
         if entry is None:
             raise StaleKey(f"{self._node} knows no key with id {order.key_id.hex()}")
@@ -202,8 +207,10 @@ class ShareHolder:
 
     def catch_up(self, item: SyncEntry) -> bytes | None:
         """Take in what the registry's books say of one key; the key's id if it was destroyed meanwhile."""
-        record = open_key_manifest(item.manifest, self._cluster)
         entry = self._catalogue.by_id(item.key_id)
+        if entry is not None and entry.row.manifest == item.manifest and entry.row.state == item.state:
+            return None
+        record = open_key_manifest(item.manifest, self._cluster)
         if record.manifest.key_id != item.key_id or record.manifest.holder(self._node) is None:
             raise ManifestError(f"the registry's entry for {item.key_id.hex()} is not this node's")
         if item.state == "committed":

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
-import resource
 import signal
 import time
 from typing import Any, Final
@@ -14,9 +12,10 @@ import structlog
 import zmq
 
 from engine.client.config import load_cluster, load_identity
-from engine.client.listener import Gate, Listener, raise_file_limit
+from engine.client.listener import Gate, Listener
+from engine.client.process import raise_file_limit
 from engine.client.transport import Channel
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError
 from engine.protocol.manifest import Cluster
 from nodes.audit import AuditLog
 from nodes.catalogue import Catalogue
@@ -29,7 +28,7 @@ from nodes.store import ShareStore
 from nodes.token import Lane, Token
 from nodes.workers import Mailbox, Worker
 
-__all__ = ["Server", "harden_process"]
+__all__ = ["Server"]
 
 TICK_S: Final = 1.0
 DRAIN_S: Final = 5.0
@@ -38,17 +37,8 @@ SETTLE_AFTER_MS: Final = 30_000
 """A share prepared longer ago than this is asked about at the registry."""
 BATCH: Final = 256
 """Requests taken in before the mailbox is looked at again."""
-PR_SET_DUMPABLE: Final = 4
 
 log = structlog.get_logger()
-
-
-def harden_process() -> None:
-    """No core dump and no ptrace by others of the same user; private files by default."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
-        raise EngineError(f"prctl(PR_SET_DUMPABLE) failed: {os.strerror(ctypes.get_errno())}")
-    os.umask(0o077)
 
 
 def _now_ms() -> int:
@@ -72,6 +62,7 @@ class Server:
         run_self_tests(lane)
         log.info("self tests passed", token=token.description, missing=sorted(token.missing))
         self._store = ShareStore(config.data / "shares.db", identity.name, lane)
+        self._store.note_cluster_serial(cluster.serial)
         catalogue = Catalogue(self._store.rows())
         self._audit = AuditLog(config.data / "audit.jsonl")
         self._mailbox = Mailbox()

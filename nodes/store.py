@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 
-from engine.errors import InvalidTag, TokenError
+from engine.errors import InvalidTag, ManifestError, TokenError
 from engine.protocol.manifest import KeyManifest
 from engine.sharing import Share
 from nodes.token import Lane
@@ -198,6 +198,16 @@ class ShareStore:
                 f"a row of the store of {self._node!r} is not authentic; it can't be read: {type(error).__name__}"
             ) from None
         return [self._row(row) for row in found]
+
+    def note_cluster_serial(self, serial: int) -> None:
+        """Refuse a cluster manifest that is older than one this node has served under, and remember a newer one."""
+        with self._transaction():
+            row = self._db.execute("SELECT value FROM meta WHERE name = 'cluster-serial'").fetchone()
+            if row is not None and int(row[0]) > serial:
+                raise ManifestError(
+                    f"the cluster manifest has serial {serial}; {self._node!r} has served under {row[0]} already"
+                )
+            self._db.execute("INSERT OR REPLACE INTO meta VALUES ('cluster-serial', ?)", (serial,))
 
     # --- reading ---
 

@@ -59,7 +59,7 @@ def test_a_table_is_accepted_by_clients(world: Any) -> None:
     assert opened == made
     assert (tuple(opened.classes), tuple(opened.nodes)) == (CLASSES, tuple(world.cluster.nodes))
     assert [sum(row) for row in opened.weights] == [1000, 1000, 1000]
-    router = Router(world.cluster, Random(1))  # noqa: S311 - a seed
+    router = Router(world.cluster, Random(1))
     assert router.install(opened)
     assert set(router.rank(CLASSES[0], "k", world.nodes, 0.0)) == set(world.nodes)
 

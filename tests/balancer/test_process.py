@@ -334,7 +334,7 @@ def test_a_key_is_registered_and_survives_a_restart(site: Site) -> None:
         stack.enter_context(running(site))
         after = status(stack.enter_context(connected(site, "alice")))
         assert (before.keys, after.keys, after.fencing_epoch) == (1, 1, before.fencing_epoch + 1)
-        again = call(stack.enter_context(connected(site, "node-2")), REGISTRY_SYNC, Sync(b"")).entries
+        again = call(stack.enter_context(connected(site, "node-2")), REGISTRY_SYNC, Sync(0)).entries
         assert [(each.state, each.manifest, each.certificate) for each in again] == [
             ("committed", manifest, certificate)
         ]
@@ -349,7 +349,7 @@ def test_every_request_is_answered(site: Site) -> None:
     """Clients may not use the registry; unknown verbs, malformed bodies and a caller's mistakes have their error."""
     with running(site), connected(site, "alice") as client, connected(site, "node-1") as node:
         with pytest.raises(AccessDenied, match="'alice' is a client"):
-            call(client, REGISTRY_SYNC, Sync(b""))
+            call(client, REGISTRY_SYNC, Sync(0))
         for channel, verb, body, kind, text in (
             (client, "no-such-verb", b"\x90", ProtocolError, "does not answer 'no-such-verb'"),
             (client, STATS, b"\x90", ProtocolError, "does not answer 'stats'"),

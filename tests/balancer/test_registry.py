@@ -20,7 +20,7 @@ from balancer import registry as registry_module
 from balancer.registry import SqliteRegistry
 from engine.errors import AccessDenied, ConfigError, KeyExists, KeyNotFound, ManifestError, RegistryUnavailable
 from engine.protocol.manifest import CLOCK_SKEW_MS, create_orders, open_abort, open_certificate, open_key_manifest
-from engine.protocol.requests import REPLY_CODECS
+from engine.protocol.requests import REPLY_CODECS, OutcomeReply
 from engine.protocol.signed import read_unverified, sign_envelope
 
 
@@ -203,16 +203,16 @@ def test_a_manifest_must_be_the_reserved_one(world: Any, registry: SqliteRegistr
 
 
 def test_outcomes(world: Any, registry: SqliteRegistry) -> None:
-    """Pending, then committed with the certificate; earlier and later attempts of the key are aborted."""
+    """Pending, then committed with the certificate; earlier attempts are aborted, nothing is signed of later ones."""
     order = world.order()
     registry.reserve(order, "node-0", world.now_ms)
     assert registry.outcome(key_id_of(order), 1, world.now_ms).state == "pending"
     manifest = world.commit(registry, order)
     reply = registry.outcome(key_id_of(order), 2, world.now_ms)
     assert (reply.state, reply.document) == ("committed", registry.commit(manifest, [], world.now_ms))
-    for attempt in (1, 3):
-        reply = registry.outcome(key_id_of(order), attempt, world.now_ms)
-        assert (reply.state, open_abort(reply.document, world.cluster).attempt) == ("aborted", attempt)
+    reply = registry.outcome(key_id_of(order), 1, world.now_ms)
+    assert (reply.state, open_abort(reply.document, world.cluster).attempt) == ("aborted", 1)
+    assert registry.outcome(key_id_of(order), 3, world.now_ms) == OutcomeReply("pending", b"")
     with pytest.raises(ValueError, match="attempt 0 is not in"):
         registry.outcome(key_id_of(order), 0, world.now_ms)
 
@@ -244,7 +244,7 @@ def test_a_registry_that_fell_back_never_reuses_an_aborted_attempt(world: Any, p
     reserved = registry.reserve(order, "node-0", world.now_ms)
     assert reserved.attempt == 4
     assert registry.outcome(key_id_of(order), 4, world.now_ms).state == "pending"
-    assert registry.outcome(key_id_of(order), 6, world.now_ms).state == "aborted"
+    assert registry.outcome(key_id_of(order), 6, world.now_ms).state == "pending"
     manifest = world.manifest(order, 4, reserved.holders)
     assert registry.commit(manifest, world.receipts(manifest), world.now_ms)
     registry.close()
@@ -259,6 +259,48 @@ def test_notes_on_unknown_attempts_are_bounded(
     assert states == ["aborted", "aborted", "pending"]
 
 
+def test_nobody_uses_up_the_attempts_of_a_key_to_come(world: Any, registry: SqliteRegistry) -> None:
+    """A question about an absurdly high attempt of an unknown key leaves its numbers to the true dealer."""
+    order = world.order()
+    assert registry.outcome(key_id_of(order), 2**31 - 1, world.now_ms).state == "pending"
+    assert registry.reserve(order, "node-0", world.now_ms).attempt == 1
+
+
+# --- abort ---
+
+
+def test_a_dealer_gives_up_its_attempt(world: Any, registry: SqliteRegistry) -> None:
+    """The name is free at once, the attempt never commits, and the same order may be tried again."""
+    order = world.order("k")
+    reserved = registry.reserve(order, "node-0", world.now_ms)
+    reply = registry.abort(key_id_of(order), reserved.attempt, "node-0")
+    assert (reply.state, open_abort(reply.document, world.cluster).attempt) == ("aborted", 1)
+    assert registry.abort(key_id_of(order), 1, "node-0").state == "aborted"
+    manifest = world.manifest(order, 1, reserved.holders)
+    with pytest.raises(ManifestError, match="attempt 1 is aborted"):
+        registry.commit(manifest, world.receipts(manifest), world.now_ms)
+    assert world.commit(registry, world.order("k"))
+    with pytest.raises(KeyExists):
+        registry.reserve(order, "node-0", world.now_ms)
+
+
+def test_only_the_dealer_gives_up_its_attempt(world: Any, registry: SqliteRegistry) -> None:
+    """Another node, another attempt and an unknown key are refused; a committed key is told by its certificate."""
+    order = world.order("k")
+    registry.reserve(order, "node-0", world.now_ms)
+    for key_id, attempt, dealer in (
+        (key_id_of(order), 1, "node-1"),
+        (key_id_of(order), 2, "node-0"),
+        (bytes(16), 1, "node-0"),
+    ):
+        with pytest.raises(AccessDenied, match="deals no attempt"):
+            registry.abort(key_id, attempt, dealer)
+    manifest = world.commit(registry, order)
+    reply = registry.abort(key_id_of(order), 2, "node-0")
+    assert (reply.state, reply.document) == ("committed", registry.commit(manifest, [], world.now_ms))
+    assert registry.count() == 1
+
+
 # --- destroy and sync ---
 
 
@@ -270,7 +312,7 @@ def test_destroy_is_for_good(world: Any, registry: SqliteRegistry) -> None:
     registry.destroy(tombstone, world.now_ms)
     registry.destroy(world.destroy_order(order, expires_ms=world.now_ms + 1), late(world))
     holder = open_key_manifest(manifest, world.cluster).manifest.holders[0].node
-    entry = registry.sync(holder, b"").entries[0]
+    entry = registry.sync(holder, 0).entries[0]
     assert (entry.state, entry.document, entry.manifest) == ("destroyed", tombstone, manifest)
     with pytest.raises(KeyNotFound, match="was destroyed"):
         registry.reserve(order, "node-0", world.now_ms)
@@ -306,23 +348,41 @@ def test_sync_pages_through_a_nodes_keys(world: Any, registry: SqliteRegistry) -
             held[holder.node].add(manifest.key_id)
     for node in world.nodes:
         seen: list[bytes] = []
-        after, pages, more = b"", 0, True
+        after, pages, more = 0, 0, True
         while more:
             page = registry.sync(node, after)
             assert len(REPLY_CODECS["registry.sync"].encode(page)) < 48 * 1024
             seen += [entry.key_id for entry in page.entries]
-            after, pages, more = seen[-1], pages + 1, page.more
-        assert seen == sorted(held[node])
-    assert registry.sync("stranger", b"").entries == []
+            after, pages, more = page.last, pages + 1, page.more
+        assert len(seen) == len(set(seen))
+        assert set(seen) == held[node]
+        assert registry.sync(node, after).entries == []
+    assert registry.sync("stranger", 0).entries == []
+
+
+def test_sync_tells_what_changed_since(world: Any, registry: SqliteRegistry) -> None:
+    """After the last change number come only newer keys and keys destroyed since, whatever their ids."""
+    orders = [world.order(f"k{number}", shares=6) for number in range(4)]
+    for order in orders[:3]:
+        world.commit(registry, order)
+    page = registry.sync("node-0", 0)
+    assert [entry.key_id for entry in page.entries] == [key_id_of(order) for order in orders[:3]]
+    world.commit(registry, orders[3])
+    registry.destroy(world.destroy_order(orders[0]), world.now_ms)
+    later = registry.sync("node-0", page.last)
+    told = [(entry.key_id, entry.state) for entry in later.entries]
+    assert told == [(key_id_of(orders[3]), "committed"), (key_id_of(orders[0]), "destroyed")]
+    assert later.fencing_epoch == registry.fencing_epoch
+    assert registry.sync("node-0", later.last).entries == []
 
 
 def test_sync_uses_several_pages(world: Any, registry: SqliteRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page ends at its byte limit, but has at least one entry."""
     monkeypatch.setattr(registry_module, "PAGE_BYTES_MAX", 1)
     manifests = [world.commit(registry, world.order(f"k{number}", shares=6)) for number in range(3)]
-    page = registry.sync("node-0", b"")
+    page = registry.sync("node-0", 0)
     assert (len(page.entries), page.more, page.entries[0].manifest) == (1, True, manifests[0])
-    assert registry.sync("node-0", registry.sync("node-0", page.entries[0].key_id).entries[0].key_id).more is False
+    assert registry.sync("node-0", registry.sync("node-0", page.last).last).more is False
 
 
 # --- the store ---
@@ -510,7 +570,7 @@ class RegistryMachine(RuleBasedStateMachine):
             assert key.state in ("committed", "destroyed")
             assert attempt == key.attempt
         else:
-            assert (key.state, attempt) == ("reserved", key.attempt)
+            assert attempt > key.attempt or (key.state, attempt) == ("reserved", key.attempt)
 
     @rule(pick=st.randoms(use_true_random=False))
     def destroy(self, pick: Any) -> None:
@@ -542,7 +602,7 @@ class RegistryMachine(RuleBasedStateMachine):
         live = [each.name for each in self.keys if each.state == "committed"]
         assert len(set(live)) == len(live) == self.registry.count()
         found = {
-            (entry.key_id, entry.state) for node in self.world.nodes for entry in self.registry.sync(node, b"").entries
+            (entry.key_id, entry.state) for node in self.world.nodes for entry in self.registry.sync(node, 0).entries
         }
         assert found == {
             (key_id_of(each.order), each.state) for each in self.keys if each.state in ("committed", "destroyed")

@@ -420,7 +420,7 @@ class TestConfiguration:
 class TestAsync:
     def run(self, world: World, work: Any, **changes: Any) -> Any:
         async def main() -> Any:
-            async with await engine.aio.connect(replace(world.settings(), **changes)) as kq:
+            async with engine.aio.connect(replace(world.settings(), **changes)) as kq:
                 return await work(kq)
 
         return asyncio.run(main())
@@ -492,7 +492,7 @@ class TestAsync:
         nodes.silent |= set(NODES)
 
         async def main() -> None:
-            kq = await engine.aio.connect(world.settings())
+            kq = engine.aio.connect(world.settings())
             busy = asyncio.create_task(kq.encrypt("k", b"", timeout=600.0))
             await asyncio.sleep(0.1)
             await kq.close()

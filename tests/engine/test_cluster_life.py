@@ -302,7 +302,7 @@ def test_the_same_verbs_as_coroutines(cluster: LocalCluster) -> None:
     """engine.aio serves many calls at once over one connection to each node."""
 
     async def work() -> None:
-        async with await _aconnect(cluster) as kq:
+        async with engine.aio.connect(cluster.client_config) as kq:
             await kq.create_key("aio", "aes-256-gcm", threshold=3, shares=5)
             await kq.create_key("aio-sign", "ed25519", threshold=3, shares=5)
             ciphertexts = await asyncio.gather(*(kq.encrypt("aio", bytes([n])) for n in range(100)))
@@ -316,8 +316,3 @@ def test_the_same_verbs_as_coroutines(cluster: LocalCluster) -> None:
                 await kq.encrypt("aio-missing", b"")
 
     asyncio.run(work())
-
-
-async def _aconnect(cluster: LocalCluster) -> engine.aio.AsyncEngine:
-    connected = engine.aio.connect(cluster.client_config)
-    return await connected if asyncio.iscoroutine(connected) else connected

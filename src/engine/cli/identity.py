@@ -63,7 +63,7 @@ timeout_s = 5.0
 """,
     "operator": "",
     "balancer": """\
-# The registry. Back it up; it can also be rebuilt from the nodes.
+# The registry's folder. Back it up: it knows which keys exist.
 data = "data"
 # Where to listen, if not at the endpoints of the manifest (behind a NAT, in a container):
 # bind = "tcp://0.0.0.0:7400"
@@ -97,9 +97,9 @@ acknowledge = "up"
 
 
 def fingerprint(member: Member) -> str:
-    """A member's keys in 16 hex digits, for two people to compare by voice."""
+    """A member's keys in 32 hex digits (128 bits of their SHA-256), for two people to compare by voice."""
     digest = hashlib.sha256(member.sign_public + member.curve_public).hexdigest()
-    return "-".join(digest[start : start + 4] for start in range(0, 16, 4))
+    return "-".join(digest[start : start + 4] for start in range(0, 32, 4))
 
 
 def passphrase_option(command: F) -> F:

@@ -198,8 +198,12 @@ class _Link:
                 future.set_result(None)
 
 
-async def connect(config: str | os.PathLike[str] | ClientSettings) -> AsyncEngine:
-    """An asynchronous client of the cluster that ``config`` names (the path of a ``client.toml``, or settings)."""
+def connect(config: str | os.PathLike[str] | ClientSettings) -> AsyncEngine:
+    """An asynchronous client of the cluster that ``config`` names (the path of a ``client.toml``, or settings).
+
+    Called on a running event loop: ``async with engine.aio.connect("client.toml") as kq: ...``. The first connection is
+    opened by the first call.
+    """
     return AsyncEngine(as_settings(config), asyncio.get_running_loop())
 
 

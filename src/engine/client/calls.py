@@ -560,7 +560,7 @@ class Calls:
         failures = trail.failures
         if not any(isinstance(error, KeyNotFound) for error in failures.values()):
             return
-        silent = [node for node in self.router.holders(name) if not isinstance(failures.get(node), KeyNotFound)]
+        silent = [node for node in self.router.holders(name) if not isinstance(failures.get(node), KeyNotFound | Moved)]
         message = f"no node that answers knows the key {name!r}"
         if silent:
             message += f"; of its placement group could not be asked: {', '.join(silent)}"

@@ -6,7 +6,6 @@ gets in. The ``User-Id`` that ZAP attached is looked up for every single message
 
 from __future__ import annotations
 
-import resource
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +36,6 @@ __all__ = ["IDLE", "Gate", "Incoming", "Listener", "curve_server", "error_body"]
 ZAP_DOMAIN = "keyquorum"
 IDLE = Load(0, 0, False)
 BACKLOG = 1024
-WANTED_FILES = 65_536
 
 log = structlog.get_logger()
 
@@ -78,14 +76,6 @@ def curve_server(socket: zmq.Socket[bytes], identity: CurveIdentity) -> None:
     socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
     socket.backlog = BACKLOG
     socket.linger = 100
-
-
-def raise_file_limit() -> None:
-    """Ask for as many descriptors as the hard limit gives: out of them, libzmq spins and serves nobody."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,6 +146,8 @@ class Cluster:
     rules: tuple[PolicyRule, ...]
     groups: int
     domain_level: int
+    past: Mapping[tuple[str, Role], tuple[bytes, ...]]
+    """Every signing key that a member of a name and role had in any manifest of the chain, today's included."""
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """The members of a role, in the manifest's order."""
@@ -169,6 +171,10 @@ class Cluster:
     def sign_key(self, *roles: Role) -> Mapping[str, bytes]:
         """The Ed25519 public keys of the members of these roles, by name."""
         return {m.name: m.sign_public for m in self.members.values() if m.role in roles}
+
+    def sign_key_ever(self, role: Role) -> Mapping[str, tuple[bytes, ...]]:
+        """The same with all keys of past manifests: for documents that were made under them and still stand."""
+        return {name: keys for (name, its_role), keys in self.past.items() if its_role == role}
 
     def allows(self, identity: str, operation: str, key_name: str) -> bool:
         """Whether the policy lets a client do this to that key; what no rule allows is denied."""
@@ -219,6 +225,10 @@ def _check_members(members: Sequence[Member], quorum: int) -> None:
     for member in members:
         if member.name in names:
             raise ManifestError(f"cluster manifest: the name {member.name!r} appears twice")
+        if member.role == "node" and not all(member.location.split("/")):
+            raise ManifestError(
+                f"cluster manifest: the location {member.location!r} of {member.name!r} has an empty part"
+            )
         own = {member.sign_public} if member.role == "operator" else {member.sign_public, member.curve_public}
         if own & keys:
             raise ManifestError(f"cluster manifest: a key of {member.name!r} belongs to another member too")
@@ -300,6 +310,7 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
     """
     envelopes = _chains.decode(chain).envelopes
     current: tuple[Signed, _ClusterManifest] | None = None
+    past: dict[tuple[str, Role], tuple[bytes, ...]] = {}
     for raw in envelopes:
         unverified = read_unverified(raw)
         manifest = _manifests.decode(unverified.payload)
@@ -322,6 +333,9 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
         _check_members(manifest.members, manifest.quorum)
         _check_rules(manifest.rules)
         current = signed, manifest
+        for member in manifest.members:
+            known = past.get((member.name, member.role), ())
+            past[member.name, member.role] = tuple(dict.fromkeys((*known, member.sign_public)))
     if current is None:  # the decoder refuses an empty chain
         raise ManifestError("cluster manifest: empty")
     signed, manifest = current
@@ -335,6 +349,7 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
         rules=tuple(manifest.rules),
         groups=manifest.groups,
         domain_level=manifest.domain_level,
+        past=MappingProxyType(past),
     )
 
 
@@ -464,9 +479,10 @@ def _check_expiry(what: str, expires_ms: int, now_ms: int) -> None:
 def open_create_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[CreateOrder, Signed]:
     """A create order with its client's signature checked; where it is carried out, its expiry and the policy too.
 
-    ``now_ms`` is None for the order of a key that exists: neither time nor a later policy undoes it.
+    ``now_ms`` is None for the order of a key that exists: neither time nor a later policy or manifest undoes it.
     """
-    signed = verify_envelope(raw, "order.create", cluster.sign_key("client"))
+    clients = cluster.sign_key_ever("client") if now_ms is None else cluster.sign_key("client")
+    signed = verify_envelope(raw, "order.create", clients)
     order = create_orders.decode(signed.payload)
     if order.algorithm not in ALGORITHMS:
         raise ManifestError(f"create order: unknown algorithm {order.algorithm!r}")
@@ -494,9 +510,10 @@ def open_destroy_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tupl
 def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -> KeyRecord:
     """A key's first manifest: signed by a node, and true to the client's order in it.
 
-    The order's expiry is checked where ``now_ms`` is given, that is when the share is first stored.
+    When the share is first stored, ``now_ms`` is given: dealer, client and holders must then be members, and the order
+    is held against time and policy. Later, the members of past manifests count too.
     """
-    signed = verify_envelope(raw, "key", cluster.sign_key("node"))
+    signed = verify_envelope(raw, "key", cluster.sign_key_ever("node") if now_ms is None else cluster.sign_key("node"))
     manifest = key_manifests.decode(signed.payload)
     order, _ = open_create_order(manifest.order, cluster, now_ms)
     told = (manifest.key_id, manifest.name, manifest.algorithm, manifest.threshold, manifest.shares)
@@ -509,7 +526,7 @@ def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -
     if len({holder.x for holder in manifest.holders}) != manifest.shares:
         raise ManifestError(f"key manifest of {manifest.name!r}: two shares have the same x")
     for holder in manifest.holders:
-        if holder.node not in cluster.nodes:
+        if now_ms is not None and holder.node not in cluster.nodes:
             raise ManifestError(
                 f"key manifest of {manifest.name!r}: the holder {holder.node!r} is no node of the cluster"
             )
@@ -526,7 +543,7 @@ def read_key_manifest(raw: bytes) -> KeyRecord:
 
 def open_receipt(raw: bytes, record: KeyRecord, cluster: Cluster) -> str:
     """The holder's name, if the receipt is its own and for this manifest."""
-    signed = verify_envelope(raw, "receipt", cluster.sign_key("node"))
+    signed = verify_envelope(raw, "receipt", cluster.sign_key_ever("node"))
     receipt = receipts.decode(signed.payload)
     holder = record.manifest.holder(signed.issuer)
     if holder is None or (receipt.key_id, receipt.manifest_hash, receipt.x) != (
@@ -540,7 +557,7 @@ def open_receipt(raw: bytes, record: KeyRecord, cluster: Cluster) -> str:
 
 def open_certificate(raw: bytes, record: KeyRecord, cluster: Cluster) -> tuple[str, ...]:
     """The holders whose receipts make the manifest valid; at least t+1 of them (n if fewer), all checked."""
-    signed = verify_envelope(raw, "certificate", cluster.sign_key("balancer"))
+    signed = verify_envelope(raw, "certificate", cluster.sign_key_ever("balancer"))
     certificate = certificates.decode(signed.payload)
     if (certificate.key_id, certificate.manifest_hash) != (record.manifest.key_id, record.digest):
         raise ManifestError(f"commit certificate: not for this manifest of {record.manifest.name!r}")

@@ -242,9 +242,9 @@ class Committed(Message, frozen=True):
 
 
 class Sync(Message, frozen=True):
-    """Node to registry: ``[after]``: the keys this node holds by the registry's books, after a key id (or empty)."""
+    """Node to registry: ``[after]``: what changed of this node's keys after a change number (0: everything)."""
 
-    after: MaybeIdentifier
+    after: UInt
 
 
 class SyncEntry(Message, frozen=True):
@@ -261,10 +261,15 @@ class SyncEntry(Message, frozen=True):
 
 
 class SyncPage(Message, frozen=True):
-    """``[entries, more]``."""
+    """``[entries, more, last, fencing_epoch]``: ``last`` is where the next page begins.
+
+    Change numbers are those of one ``fencing_epoch``: after a new one, a node asks from 0 again.
+    """
 
     entries: Annotated[list[SyncEntry], Meta(max_length=256)]
     more: bool
+    last: UInt
+    fencing_epoch: UInt
 
 
 class Outcome(Message, frozen=True):

@@ -118,14 +118,15 @@ def read_unverified(raw: bytes) -> Signed:
 def verify_envelope(
     raw: bytes,
     kind: str,
-    keys: Mapping[str, bytes] | Callable[[str], bytes | None],
+    keys: Mapping[str, bytes] | Mapping[str, tuple[bytes, ...]] | Callable[[str], bytes | None],
     *,
     threshold: int = 1,
     issuer_signs: bool = True,
 ) -> Signed:
     """The content of an envelope of that kind, after every signature on it was checked.
 
-    ``keys`` gives the 32-byte public key of a signer, or None for a name that may not sign this kind. At least
+    ``keys`` gives the 32-byte public key of a signer (or all that it ever had, any of which will do), and None for a
+    name that may not sign this kind. At least
     ``threshold`` known signers must have signed, the issuer among them unless ``issuer_signs`` is false. A signature
     that does not verify refuses the whole envelope; ``ManifestError`` and ``ProtocolError`` say why.
     """
@@ -138,13 +139,20 @@ def verify_envelope(
         public = lookup(signature.signer)
         if public is None:
             raise ManifestError(f"{kind}: {signature.signer!r} may not sign this")
-        try:
-            Ed25519PublicKey.from_public_bytes(public).verify(signature.value, DOMAIN + envelope.body)
-        except PycaInvalidSignature:
-            raise ManifestError(f"{kind}: the signature of {signature.signer!r} is wrong") from None
+        candidates = (public,) if isinstance(public, bytes) else public
+        if not any(_verifies(each, signature.value, envelope.body) for each in candidates):
+            raise ManifestError(f"{kind}: the signature of {signature.signer!r} is wrong")
         good += 1
     if good < threshold:
         raise ManifestError(f"{kind}: {good} of {threshold} signatures needed")
     if issuer_signs and body.issuer not in signed.signers:
         raise ManifestError(f"{kind}: the issuer {body.issuer!r} did not sign it")
     return signed
+
+
+def _verifies(public: bytes, signature: bytes, body: bytes) -> bool:
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, DOMAIN + body)
+    except PycaInvalidSignature:
+        return False
+    return True

@@ -1,0 +1,30 @@
+"""What every server process does for itself first: no core dumps, private files, enough descriptors."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+
+from engine.errors import EngineError
+
+__all__ = ["harden_process", "raise_file_limit"]
+
+PR_SET_DUMPABLE = 4
+WANTED_FILES = 65_536
+
+
+def harden_process() -> None:
+    """No core dump and no ptrace by others of the same user; private files by default."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise EngineError(f"prctl(PR_SET_DUMPABLE) failed: {os.strerror(ctypes.get_errno())}")
+    os.umask(0o077)
+
+
+def raise_file_limit() -> None:
+    """Ask for as many descriptors as the hard limit gives: out of them, libzmq spins and serves nobody."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
