@@ -147,7 +147,7 @@ class NodeStats(Message, frozen=True):
     uptime_ms: UInt
     queue: UInt
     classes: Annotated[list[ClassCount], Meta(max_length=512)]
-    groups: Annotated[list[tuple[int, int]], Meta(max_length=2048)]
+    groups: Annotated[list[tuple[UInt, UInt]], Meta(max_length=2048)]
 
 
 class NodeStatus(Message, frozen=True):
