@@ -102,7 +102,10 @@ class Gathering:
     def error(self) -> QuorumUnavailable | ShareCorrupt:
         """What to tell the client when the threshold was not reached."""
         have, need = len(self._shares), self._manifest.threshold
-        details = "; ".join(f"{holder}: {why}" for holder, why in self._problems.items()) or "no holder is left"
+        details = (
+            "; ".join(why if why.startswith(holder) else f"{holder}: {why}" for holder, why in self._problems.items())
+            or "no holder is left"
+        )
         text = f"{self._manifest.name!r}: {have} of the {need} shares needed were had ({details})"
         silent = [holder for holder in self._problems if holder not in self._corrupt]
         if self._corrupt and not silent:
