@@ -7,6 +7,7 @@ taken at its word.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from engine.errors import (
     AccessDenied,
@@ -78,22 +79,7 @@ class ShareHolder:
         self._make_room(record, body.aborts)
         manifest = record.manifest
         context = seal_context(manifest, body.x, self._node, record.digest)
-        row = self._store.put(
-            Row(
-                key_id=manifest.key_id,
-                version=manifest.version,
-                epoch=manifest.epoch,
-                attempt=manifest.attempt,
-                name=manifest.name,
-                state="prepared",
-                manifest_hash=record.digest,
-                manifest=record.raw,
-                certificate=b"",
-                document=b"",
-                sealed=seal_share(lane, share, body.salt, context),
-                changed_ms=self._now_ms(),
-            )
-        )
+        row = self._store.put(self._row(record, "prepared", sealed=seal_share(lane, share, body.salt, context)))
         if unseal_share(lane, row.sealed, body.x, context) != (share, body.salt):
             raise ShareCorrupt(f"{self._node}: the stored share is not the one that came", [self._node])
         self._catalogue.put(row)
@@ -239,18 +225,29 @@ class ShareHolder:
         named = self._catalogue.by_name(manifest.name)
         if named is not None:
             raise KeyExists(f"the key {manifest.name!r} exists with another id")
-        row = Row(
+        row = self._row(record, "committed", certificate=certificate)
+        self._catalogue.put(self._store.put(row))
+
+    def _row(
+        self,
+        record: KeyRecord,
+        state: Literal["prepared", "committed"],
+        *,
+        certificate: bytes = b"",
+        sealed: bytes = b"",
+    ) -> Row:
+        manifest = record.manifest
+        return Row(
             key_id=manifest.key_id,
             version=manifest.version,
             epoch=manifest.epoch,
             attempt=manifest.attempt,
             name=manifest.name,
-            state="committed",
+            state=state,
             manifest_hash=record.digest,
             manifest=record.raw,
             certificate=certificate,
             document=b"",
-            sealed=b"",
+            sealed=sealed,
             changed_ms=self._now_ms(),
         )
-        self._catalogue.put(self._store.put(row))

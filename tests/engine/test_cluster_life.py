@@ -14,8 +14,8 @@ import engine
 from engine import Engine, LocalCluster
 from engine.client.config import ClientConfig, create_identity, load_config, load_identity, write_toml
 from engine.client.transport import Channel, ask
-from engine.protocol.manifest import CreateOrder, create_orders, open_key_manifest
-from engine.protocol.requests import Create
+from engine.protocol.manifest import CreateOrder, DestroyOrder, create_orders, destroy_orders, open_key_manifest
+from engine.protocol.requests import Create, Destroy
 from engine.protocol.signed import sign_envelope
 from engine.sharing import check_placement
 
@@ -238,6 +238,30 @@ def test_destroyed_is_destroyed(kq: Engine) -> None:
     kq.create_key("mortal", "aes-256-gcm", threshold=3, shares=5)
     with pytest.raises(engine.InvalidTag):
         kq.decrypt("mortal", ciphertext)
+
+
+def test_nodes_read_the_registrys_books_by_themselves(cluster: LocalCluster, kq: Engine) -> None:
+    """A destruction that no node was told of, only the registry, is carried out by every holder within seconds."""
+    kq.create_key("booked", "aes-256-gcm", threshold=3, shares=5)
+    ciphertext = kq.encrypt("booked", b"x")
+    signing = load_identity(cluster.client_config.parent / "identity.toml").signing
+    now_ms = time.time_ns() // 1_000_000
+    order = DestroyOrder(bytes.fromhex(kq.key_info("booked").key_id), "booked", now_ms + 60_000)
+    raw = sign_envelope("order.destroy", now_ms, destroy_orders.encode(order), signing)
+    node = load_identity(cluster.path / "nodes" / "node1" / "identity.toml")
+    balancers = {member.name: member for member in cluster.cluster.of_role("balancer")}
+    with Channel(node.transport, balancers) as channel:
+        ask(channel, next(iter(balancers)), "registry.destroy", Destroy(raw), 5)
+    until = time.monotonic() + 15
+    while True:
+        try:
+            kq.decrypt("booked", ciphertext)
+        except engine.KeyNotFound:
+            break
+        except engine.QuorumUnavailable:
+            pass  # some holders know already
+        assert time.monotonic() < until, "the nodes never learned of the destruction"
+        time.sleep(0.2)
 
 
 def test_a_recreated_key_is_noticed_by_other_clients(cluster: LocalCluster, kq: Engine) -> None:
