@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import pty
 import re
+import select
 import shlex
 import shutil
 import stat
@@ -659,6 +661,52 @@ def test_the_installed_command_ends_with_its_exit_code(tmp_path: Path) -> None:
     finally:
         os.close(writer)
     assert (done.returncode, done.stderr) == (1, "")
+
+
+def typed(words: list[str | Path], answers: list[bytes], cwd: Path) -> tuple[int, str]:
+    """Run the installed command on a terminal, type each answer at a prompt; its exit code and all it showed."""
+    ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYQUORUM_")}
+    script = Path(sys.executable).with_name("keyquorum")
+    process = subprocess.Popen(
+        [script, *words], stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, env=environment, start_new_session=True
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        # The last prompt's end is ": "; at the end of the process a read fails on Linux.
+        while select.select([ours], [], [], 60.0)[0]:
+            try:
+                shown += os.read(ours, 4096)
+            except OSError:
+                break
+            if answers and shown.endswith(b": "):
+                os.write(ours, answers.pop(0))
+        return process.wait(60.0), shown.decode()
+    finally:
+        process.kill()
+        process.wait(60.0)
+        os.close(ours)
+
+
+def test_a_passphrase_is_asked_for_twice_and_not_shown(tmp_path: Path) -> None:
+    """On a terminal; two that differ are asked for again."""
+    answers = [b"one passphrase\n", b"another one\n", b"one passphrase\n", b"one passphrase\n"]
+    code, shown = typed(["init", "operator", "alice", "--name", "alice"], answers, tmp_path)
+    assert code == 0
+    assert "passphrase: " in shown
+    assert "one passphrase" not in shown
+    assert load_identity(tmp_path / "alice/identity.toml", "one passphrase").role == "operator"
+
+
+def test_what_cannot_be_undone_is_asked_for(tmp_path: Path) -> None:
+    """Anything but yes leaves it undone: exit code 1, before a connection is made."""
+    words: list[str | Path] = ["key", "destroy", "orders", "--config", "none.toml"]
+    code, shown = typed(words, [b"n\n"], tmp_path)
+    assert (code, "Destroy orders for good?" in shown) == (1, True)
+    assert "nothing was done" in shown
+    code, shown = typed(words, [b"y\n"], tmp_path)
+    assert (code, "none.toml: No such file" in shown) == (1, True)
 
 
 # --- documentation --------------------------------------------------------------------------------------------------
