@@ -159,7 +159,10 @@ class Conversation:
         """Reconstruct the key from its holders under the client's grant, by the monotonic ``deadline_s``."""
         own = None
         if entry.row.sealed:
-            own = (self._node, *self._own_share(talker.lane, entry))
+            try:
+                own = (self._node, *self._own_share(talker.lane, entry))
+            except ShareCorrupt as error:  # the others may still suffice
+                log.error("corrupt share", key=entry.row.name, holder=self._node, reason=str(error))
         others = [holder.node for holder in entry.manifest.holders if holder.node != self._node]
         gathering = Gathering(entry.manifest, others, own)
         self._drive(talker.channel, gathering, entry, grant, deadline_s - REPLY_MARGIN_S)
@@ -192,14 +195,11 @@ class Conversation:
                 holder = asked.pop(arrival.token, "")
                 if not holder:
                     continue
-                try:
-                    if arrival.reply is None:
-                        raise arrival.error or DeadlineExceeded("no reply")
-                    raise_for_status(arrival.reply)
-                    released = REPLY_CODECS[SHARE_RELEASE].decode(arrival.reply.body)
+                released = _decoded(SHARE_RELEASE, arrival)
+                if isinstance(released, EngineError):
+                    gathering.failed(holder, str(released))
+                else:
                     gathering.arrived(holder, Share(released.x, released.y), released.salt)
-                except EngineError as error:
-                    gathering.failed(holder, str(error))
         for token in asked:
             channel.abandon(token)
 
