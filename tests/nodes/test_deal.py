@@ -1,0 +1,256 @@
+"""The combiner's gathering over a channel that lies, fails and is slow: one bad holder never spoils it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from engine.client.listener import error_body
+from engine.client.transport import Arrival
+from engine.errors import (
+    AccessDenied,
+    EngineError,
+    NodeUnavailable,
+    QuorumUnavailable,
+    ShareCorrupt,
+    StaleKey,
+    TokenError,
+)
+from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, ReleasedShare
+from engine.protocol.wire import PROTOCOL_VERSION, Load, Reply, Status
+from engine.sharing import Share, check_value, unblind
+from nodes.catalogue import Catalogue, Entry
+from nodes.deal import Conversation, Talker
+from nodes.holder import ShareHolder
+from nodes.store import Row, seal_context, seal_share
+from nodes.token import Lane
+
+ME = "node1"
+HOLDERS = ("node1", "node2", "node3", "node4", "node5")
+Answer = Callable[[], Reply | EngineError | None]
+
+
+class FakeChannel:
+    """Answers at once with what the test scripted for each peer; ``None`` never answers."""
+
+    def __init__(self, answers: Mapping[str, Answer]) -> None:
+        self.answers = answers
+        self.asked: list[str] = []
+        self.abandoned: list[int] = []
+        self._tokens = itertools.count(1)
+        self._ready: list[Arrival] = []
+
+    def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+        self.asked.append(peer)
+        token = next(self._tokens)
+        told = self.answers[peer]()
+        if isinstance(told, NodeUnavailable):
+            raise told
+        if isinstance(told, EngineError):
+            self._ready.append(Arrival(token, peer, verb, None, told, 1.0))
+        elif told is not None:
+            self._ready.append(Arrival(token, peer, verb, told, None, 1.0))
+        return token
+
+    def poll(self, timeout_s: float) -> list[Arrival]:
+        ready, self._ready = self._ready, []
+        if not ready:
+            time.sleep(min(timeout_s, 0.01))
+        return ready
+
+    def abandon(self, token: int) -> None:
+        self.abandoned.append(token)
+
+
+def ok(share: tuple[int, bytes, bytes]) -> Answer:
+    body = REPLY_CODECS["share.release"].encode(ReleasedShare(*share))
+    return lambda: Reply(PROTOCOL_VERSION, 1, Status.OK, body, Load(0, 0, False), {})
+
+
+def refuses(error: Exception) -> Answer:
+    return lambda: Reply(PROTOCOL_VERSION, 1, Status.ERROR, error_body(error), Load(0, 0, False), {})
+
+
+def raw(status: int, body: bytes) -> Answer:
+    return lambda: Reply(PROTOCOL_VERSION, 1, status, body, Load(0, 0, False), {})
+
+
+class Scene:
+    """node1 as the combiner of a 3-of-5 key, of which it holds a share."""
+
+    def __init__(self, world: Any, lane: Lane) -> None:
+        self.world, self.lane = world, lane
+        self.dealt = world.deal("orders", holders=HOLDERS, threshold=3)
+        offer, manifest = self.dealt.offers[ME], self.dealt.manifest
+        self.context = seal_context(manifest, offer.x, ME, self.dealt.record.digest)
+        share = Share(offer.x, offer.y)
+        self.row = Row(
+            key_id=manifest.key_id,
+            version=1,
+            epoch=1,
+            attempt=1,
+            name="orders",
+            state="committed",
+            manifest_hash=self.dealt.record.digest,
+            manifest=self.dealt.record.raw,
+            certificate=b"",
+            document=b"",
+            sealed=seal_share(lane, share, offer.salt, self.context),
+            changed_ms=1,
+        )
+
+    def good(self, node: str) -> Answer:
+        offer = self.dealt.offers[node]
+        return ok((offer.x, offer.y, offer.salt))
+
+    def answers(self, **changes: Answer) -> dict[str, Answer]:
+        return {**{node: self.good(node) for node in HOLDERS}, **changes}
+
+    def gather(self, channel: FakeChannel, *, row: Row | None = None, timeout_s: float = 5.0) -> Any:
+        entry = Catalogue([row or self.row]).by_id(self.dealt.key_id)
+        assert isinstance(entry, Entry)
+        holder = ShareHolder(self.world.cluster, self.world.keys[ME], None, Catalogue([]), (), self.world.clock)  # type: ignore[arg-type]
+        conversation = Conversation(
+            self.world.cluster, self.world.keys[ME], {}, "up", holder.own_share, self.world.clock
+        )
+        talker = Talker(channel, self.lane)  # type: ignore[arg-type]
+        return conversation.gather(talker, entry, b"grant", time.monotonic() + timeout_s)
+
+    def is_key(self, gathered: Any) -> bool:
+        assert check_value(gathered.secret, self.dealt.manifest.context) == self.dealt.manifest.check_value
+        return bytes(unblind(gathered.secret)) == self.dealt.key
+
+
+@pytest.fixture
+def scene(world: Any, lane: Lane) -> Scene:
+    return Scene(world, lane)
+
+
+def test_two_others_and_its_own_share_give_the_key(scene: Scene) -> None:
+    channel = FakeChannel(scene.answers())
+    gathered = scene.gather(channel)
+    assert scene.is_key(gathered)
+    assert channel.asked == ["node2", "node3"]
+    assert gathered.corrupt == ()
+    assert scene.dealt.key.hex() not in repr(gathered)
+    assert repr(scene.dealt.key)[2:-1] not in repr(gathered)
+
+
+def wrong_share(scene: Scene, node: str) -> Answer:
+    offer = scene.dealt.offers[node]
+    return ok((offer.x, bytes([offer.y[0] ^ 1]) + offer.y[1:], offer.salt))
+
+
+BAD: dict[str, Callable[[Scene], Answer]] = {
+    "a wrong share": lambda scene: wrong_share(scene, "node2"),
+    "another's share": lambda scene: scene.good("node4"),
+    "stale": lambda scene: refuses(StaleKey("no share")),
+    "denied": lambda scene: refuses(AccessDenied("no")),
+    "invalid-request": lambda scene: refuses(ValueError("no")),
+    "internal error": lambda scene: refuses(RuntimeError("no")),
+    "its own share corrupt": lambda scene: refuses(ShareCorrupt("no", ["node2"])),
+    "moved": lambda scene: raw(Status.MOVED, error_body(StaleKey("x"))),
+    "garbage in an ok": lambda scene: raw(Status.OK, b"\xc1garbage"),
+    "garbage in an error": lambda scene: raw(Status.ERROR, b"\xc1garbage"),
+    "unreachable": lambda scene: lambda: NodeUnavailable("down"),
+    "broken off": lambda scene: lambda: EngineError("broke"),
+    "silent": lambda scene: lambda: None,
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_one_bad_holder_is_replaced_by_the_next(scene: Scene, what: str) -> None:
+    channel = FakeChannel(scene.answers(node2=BAD[what](scene)))
+    gathered = scene.gather(channel)
+    assert scene.is_key(gathered)
+    assert channel.asked == ["node2", "node3", "node4"]
+    assert gathered.corrupt == (("node2",) if "share" in what and "own" not in what else ())
+
+
+@pytest.mark.parametrize("what", [what for what in BAD if what != "silent"])
+def test_bad_holders_beyond_repair_are_named(scene: Scene, what: str) -> None:
+    bad = {node: BAD[what](scene) for node in ("node2", "node3", "node5")}
+    if what == "another's share":
+        bad = {"node2": scene.good("node3"), "node3": scene.good("node2"), "node5": scene.good("node2")}
+    if what == "a wrong share":
+        bad = {node: wrong_share(scene, node) for node in bad}
+    with pytest.raises((QuorumUnavailable, ShareCorrupt), match="2 of the 3 shares needed") as caught:
+        scene.gather(FakeChannel(scene.answers(**bad)))
+    named = getattr(caught.value, "missing", ()) or getattr(caught.value, "holders", ())
+    assert set(named) == {"node2", "node3", "node5"}
+    assert isinstance(caught.value, ShareCorrupt) == (what in ("a wrong share", "another's share"))
+
+
+def test_silence_ends_with_the_deadline_and_is_abandoned(scene: Scene) -> None:
+    channel = FakeChannel(dict.fromkeys(HOLDERS, lambda: None))
+    with pytest.raises(QuorumUnavailable, match="no answer in time") as caught:
+        scene.gather(channel, timeout_s=0.4)
+    assert set(caught.value.missing) == set(HOLDERS[1:])
+    assert sorted(channel.abandoned) == [1, 2, 3, 4]
+
+
+def test_an_own_share_that_does_not_open_is_left_out(scene: Scene) -> None:
+    row = replace(scene.row, sealed=scene.lane.seal(b"x" * 100, b"another context"))
+    channel = FakeChannel(scene.answers())
+    assert scene.is_key(scene.gather(channel, row=row))
+    assert channel.asked == ["node2", "node3", "node4"]
+
+
+def test_an_own_share_that_does_not_match_is_left_out_and_named(scene: Scene) -> None:
+    offer = scene.dealt.offers[ME]
+    wrong = seal_share(scene.lane, Share(offer.x, bytes(len(offer.y))), offer.salt, scene.context)
+    channel = FakeChannel(scene.answers())
+    gathered = scene.gather(channel, row=replace(scene.row, sealed=wrong))
+    assert scene.is_key(gathered)
+    assert gathered.corrupt == (ME,)
+
+
+def test_a_node_without_a_share_asks_t_others(scene: Scene) -> None:
+    channel = FakeChannel(scene.answers())
+    assert scene.is_key(scene.gather(channel, row=replace(scene.row, sealed=b"")))
+    assert channel.asked == ["node2", "node3", "node4"]
+
+
+def test_a_sick_token_is_no_corrupt_share(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sick(self: Lane, sealed: bytes, context: bytes) -> bytes:
+        raise TokenError("the token's KEK does not answer")
+
+    monkeypatch.setattr(Lane, "unseal", sick)
+    with pytest.raises(TokenError, match="does not answer"):
+        scene.gather(FakeChannel(scene.answers()))
+
+
+def test_a_dealer_that_committed_to_other_shares_is_found_by_the_check_value(scene: Scene) -> None:
+    wrong = scene.world.deal("orders", holders=HOLDERS, threshold=3, manifest={"check_value": bytes(32)})
+    scene.dealt = wrong
+    offer = wrong.offers[ME]
+    context = seal_context(wrong.manifest, offer.x, ME, wrong.record.digest)
+    sealed = seal_share(scene.lane, Share(offer.x, offer.y), offer.salt, context)
+    row = replace(
+        scene.row,
+        key_id=wrong.key_id,
+        manifest=wrong.record.raw,
+        manifest_hash=wrong.record.digest,
+        sealed=sealed,
+    )
+    with pytest.raises(ShareCorrupt, match="another key than the manifest's check value"):
+        scene.gather(FakeChannel(scene.answers()), row=row)
+
+
+def test_what_is_sent_names_the_key_and_carries_grant_and_certificate(scene: Scene) -> None:
+    sent: list[bytes] = []
+
+    class Listening(FakeChannel):
+        def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+            assert verb == "share.release"
+            sent.append(body)
+            return super().start(peer, verb, body, timeout_s)
+
+    scene.gather(Listening(scene.answers()), row=replace(scene.row, certificate=b"certificate"))
+    told = REQUEST_CODECS["share.release"].decode(sent[0])
+    assert (told.key_id, told.grant, told.certificate) == (scene.dealt.key_id, b"grant", b"certificate")
