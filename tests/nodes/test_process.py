@@ -176,7 +176,8 @@ def mangled() -> dict[str, bytes]:
 @pytest.mark.parametrize("what", mangled())
 def test_garbage_is_refused_and_the_next_request_is_served(raw: zmq.Socket[bytes], what: str) -> None:
     raw.send(mangled()[what])
-    assert told(raw.recv())[:2] == (0, "protocol-error")
+    number = 1 if what.startswith("version") else 0  # a request of another version is still one that can be read
+    assert told(raw.recv())[:2] == (number, "protocol-error")
     raw.send(request(number=7))
     answer = reply_codec.decode(raw.recv())
     assert (answer.id, answer.status) == (7, 0)

@@ -125,14 +125,16 @@ class Listener:
         if member is None:
             log.warning("message refused", reason="its connection's key is no member's")
             return None
+        request_id = 0
         try:
             if len(frames) != 2:
                 raise ProtocolError(f"a request has 1 frame, this one {len(frames) - 1}")
             request = request_codec.decode(last.bytes)
+            request_id = request.id
             check_version(request.version)
         except ProtocolError as error:
             log.warning("message refused", member=member.name, reason=str(error))
-            self._send(route, Reply(PROTOCOL_VERSION, 0, Status.ERROR, error_body(error), IDLE, {}))
+            self._send(route, Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}))
             return None
         return Incoming(route, member, request)
 
