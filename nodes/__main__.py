@@ -9,11 +9,11 @@ import click
 import structlog
 
 from engine._version import __version__
-from engine.client.config import LOG_LEVELS, configure_logging, load_cluster, load_identity
+from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.process import harden_process
 from engine.errors import EngineError
 from nodes.config import load_node_config
-from nodes.server import Server
+from nodes.server import Server, load_membership
 from nodes.token import Token, initialize_token
 
 log = structlog.get_logger()
@@ -43,8 +43,7 @@ def main(
     harden_process()
     config = load_node_config(config_path)
     if check_config:
-        identity = load_identity(config.identity)
-        cluster = load_cluster(config.manifest, config.manifest_pin)
+        identity, cluster = load_membership(config)
         config.token.pin.read()
         click.echo(f"{config_path}: good; node {identity.name!r} of cluster {cluster.name!r}, serial {cluster.serial}")
         return

@@ -11,7 +11,7 @@ from typing import Any, Final
 import structlog
 import zmq
 
-from engine.client.config import load_cluster, load_identity
+from engine.client.config import Identity, load_cluster, load_identity
 from engine.client.listener import Gate, Listener
 from engine.client.process import raise_file_limit
 from engine.client.transport import Channel
@@ -28,7 +28,7 @@ from nodes.store import ShareStore
 from nodes.token import Lane, Token
 from nodes.workers import Mailbox, Worker
 
-__all__ = ["Server"]
+__all__ = ["Server", "load_membership"]
 
 TICK_S: Final = 1.0
 DRAIN_S: Final = 5.0
@@ -45,15 +45,25 @@ def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def load_membership(config: NodeConfig) -> tuple[Identity, Cluster]:
+    """Who this node is, and the cluster whose manifest names it with these very keys."""
+    identity = load_identity(config.identity)
+    if identity.role != "node":
+        raise ConfigError(f"{config.identity}: the identity of a {identity.role}, not of a node")
+    cluster = load_cluster(config.manifest, config.manifest_pin)
+    member, own = cluster.nodes.get(identity.name), identity.member()
+    if member is None or (member.sign_public, member.curve_public) != (own.sign_public, own.curve_public):
+        raise ConfigError(
+            f"the cluster manifest (serial {cluster.serial}) has no node {identity.name!r} with these keys"
+        )
+    return identity, cluster
+
+
 class Server:
     """A node ready to run. Making it opens everything and runs the self tests; ``EngineError`` says what failed."""
 
     def __init__(self, config: NodeConfig, lifeline: int | None = None) -> None:
-        identity = load_identity(config.identity)
-        if identity.role != "node":
-            raise ConfigError(f"{config.identity}: the identity of a {identity.role}, not of a node")
-        cluster = load_cluster(config.manifest, config.manifest_pin)
-        self._check_member(cluster, identity.name, identity.member().sign_public, identity.member().curve_public)
+        identity, cluster = load_membership(config)
         self._lifeline = lifeline
         self._stopping_s = 0.0
         config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -104,12 +114,6 @@ class Server:
             cache_ttl_s=config.cache_ttl_s,
             now_ms=_now_ms,
         )
-
-    @staticmethod
-    def _check_member(cluster: Cluster, name: str, sign_public: bytes, curve_public: bytes) -> None:
-        member = cluster.nodes.get(name)
-        if member is None or (member.sign_public, member.curve_public) != (sign_public, curve_public):
-            raise ConfigError(f"the cluster manifest (serial {cluster.serial}) has no node {name!r} with these keys")
 
     def stop(self) -> None:
         """Begin to stop: no new requests, those under way get up to 5 s. Safe in a signal handler."""
