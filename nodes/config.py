@@ -25,10 +25,12 @@ MODULE_PATHS = (
     "/usr/local/lib/softhsm/libsofthsm2.so",
 )
 MAX_PIN_BYTES = 255
+MAX_LABEL_BYTES = 32
+"""PKCS#11 v2.40, 3.2: a label is 32 bytes, not characters."""
 
 
 class _Token(Struct, frozen=True, forbid_unknown_fields=True):
-    label: Annotated[str, Meta(min_length=1, max_length=32)] = ""
+    label: Annotated[str, Meta(min_length=1, max_length=MAX_LABEL_BYTES)] = ""
     pin: str = ""
     module: str = ""
     uri: str = ""
@@ -66,12 +68,16 @@ class PinSource:
     def read(self) -> str:
         """The PIN. ``ConfigError`` names the place, never the PIN."""
         if self.kind == "env":
-            pin = os.environ.get(self.place, "")
+            data = os.fsencode(os.environ.get(self.place, ""))
         else:
             path = Path(self.place)
             check_private(path)
-            pin = path.read_text(encoding="utf-8").strip()
-        if not pin or len(pin.encode()) > MAX_PIN_BYTES:
+            data = path.read_bytes().strip()
+        try:
+            pin = data.decode("utf-8")
+        except UnicodeDecodeError:
+            pin = ""
+        if not pin or len(data) > MAX_PIN_BYTES:
             raise ConfigError(f"{self}: no PIN of 1..{MAX_PIN_BYTES} bytes there")
         return pin
 
@@ -137,6 +143,8 @@ def _token(path: str | os.PathLike[str], file: _File) -> TokenConfig:
             told[key] = value
     if not told["label"]:
         raise ConfigError(f"{path}: token.label is missing")
+    if len(told["label"].encode()) > MAX_LABEL_BYTES:
+        raise ConfigError(f"{path}: token.label has {len(told['label'].encode())} bytes, at most {MAX_LABEL_BYTES}")
     if not told["pin"]:
         raise ConfigError(f"{path}: token.pin is missing: file:PATH or env:NAME")
     return TokenConfig(_module(told["module"]), told["label"], _pin_source(path, told["pin"]))
@@ -147,7 +155,7 @@ def _pin_source(path: str | os.PathLike[str], text: str) -> PinSource:
     if not colon:
         kind, place = "file", text  # RFC 7512, 2.4: a pin-source may be a plain path
     if kind == "file" and place:
-        return PinSource("file", str(resolve(path, unquote(place.removeprefix("//")))))
+        return PinSource("file", str(resolve(path, place.removeprefix("//"))))
     if kind == "env" and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", place):
         return PinSource("env", place)
     raise ConfigError(f"{path}: a PIN comes from file:PATH or env:NAME, not from {kind!r}")
@@ -183,5 +191,7 @@ def parse_uri(uri: str) -> Mapping[str, str]:
             raise ConfigError("token.uri: pin-value is refused; use pin-source")
         if name not in known or not equals:
             raise ConfigError(f"token.uri: {name!r} is not understood; known are {', '.join(known)}")
+        if known[name] in found:
+            raise ConfigError(f"token.uri: {name!r} is told twice")
         found[known[name]] = unquote(value)
     return found

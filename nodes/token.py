@@ -43,6 +43,8 @@ NONCE_BYTES: Final = 12
 TAG_BYTES: Final = 16
 PIN_BYTES: Final = 20
 """160 random bits: SoftHSM's derivation is weak, so the PIN itself must carry the strength."""
+PIN_CHARACTERS_MIN: Final = 32
+"""Of a PIN that comes from elsewhere: 128 bits if it is random and in hex."""
 SLOW_US: Final = 300
 """An operation expected to take longer runs beside the loop that serves the quick ones."""
 
@@ -148,7 +150,8 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
     """Make the token, its random PIN and the KEK, durably.
 
     The PIN goes to the configured file, which must not exist yet and must lie outside ``data`` (an ``env:`` source must
-    already hold it). The KEK is an AES-256 key that encrypts and decrypts only, sensitive and never extractable.
+    already hold one of at least 32 characters). The KEK is an AES-256 key that encrypts and decrypts only, sensitive
+    and never extractable.
     SoftHSM never syncs its files, so they are synced here.
     """
     _check_pin_place(config, data)
@@ -186,6 +189,8 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
 
 def _check_pin_place(config: TokenConfig, data: Path) -> None:
     if config.pin.kind == "env":
+        if len(config.pin.read()) < PIN_CHARACTERS_MIN:
+            raise ConfigError(f"{config.pin}: a new token's PIN needs at least {PIN_CHARACTERS_MIN} characters")
         return
     path = Path(config.pin.place)
     if path.is_relative_to(data):
