@@ -18,6 +18,7 @@ import structlog
 from engine._version import __version__
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
+    AccessDenied,
     DeadlineExceeded,
     EngineError,
     KeyNotFound,
@@ -499,10 +500,10 @@ class Handlers:
         self._answer(call, KeyList(found, False))
 
     def _flush(self, call: _Call, body: Flush) -> None:
-        call.key = body.key
-        if not self._cluster.allows(call.incoming.member.name, call.verb, body.key or "*"):
-            check_key(self._cluster, call.incoming.member, call.verb, body.key or "*")
+        member = call.incoming.member.name
         if not body.key:
+            if not self._cluster.allows_every_key(member, call.verb):
+                raise AccessDenied(f"{member!r} may not {call.verb} every key")
             self._answer(call, Flushed(self._cache.clear()))
             return
         entry = self._entry(call, body.key)

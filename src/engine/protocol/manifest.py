@@ -192,6 +192,15 @@ class Cluster:
             for rule in self.rules
         )
 
+    def allows_every_key(self, identity: str, operation: str) -> bool:
+        """Whether the policy lets a client do this to all keys: by a rule for ``*``, and no narrower one."""
+        return any(
+            rule.keys == "*"
+            and _matches(rule.identity, identity)
+            and ("*" in rule.operations or operation in rule.operations)
+            for rule in self.rules
+        )
+
     def group_of(self, key_name: str) -> int:
         """The placement group of a key."""
         return placement_group(key_name, self.groups)
