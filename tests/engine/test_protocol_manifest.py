@@ -289,6 +289,14 @@ def test_what_a_rule_allows(rule: tuple[str, str, list[str]], asked: tuple[str, 
     assert not with_rules().allows(*asked)
 
 
+@pytest.mark.parametrize("pattern", ["?", "?*", "[*]", "**", "a*", "k"])
+def test_a_right_to_every_key_is_a_rule_for_the_star_alone(pattern: str) -> None:
+    assert with_rules(PolicyRule("a*", "*", ["flush"])).allows_every_key("alice", "flush")
+    assert not with_rules(PolicyRule("a*", "*", ["flush"])).allows_every_key("alice", "sign")
+    assert not with_rules(PolicyRule("a*", "*", ["flush"])).allows_every_key("bob", "flush")
+    assert not with_rules(PolicyRule("alice", pattern, ["*"])).allows_every_key("alice", "flush")
+
+
 def test_a_right_to_some_key_is_a_right_to_any() -> None:
     cluster = with_rules(PolicyRule("a*", "x", ["list"]))
     assert cluster.allows_any_key("alice", "list")

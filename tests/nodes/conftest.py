@@ -63,6 +63,7 @@ ROLES = {"op": "operator", "alice": "client", "bob": "client", "carol": "client"
 RULES = (
     PolicyRule("alice", "*", ["*"]),
     PolicyRule("carol", "shared/*", ["encrypt", "generate"]),
+    PolicyRule("carol", "?", ["flush"]),
 )
 HOUR_MS = 3_600_000
 
