@@ -86,7 +86,7 @@ from nodes.catalogue import Entry
 from nodes.gather import Gathering
 from nodes.token import Lane
 
-__all__ = ["Conversation", "Cursor", "Gathered", "Talker"]
+__all__ = ["REPLY_MARGIN_S", "Conversation", "Cursor", "Gathered", "Talker"]
 
 GRACE_S: Final = 2.0
 """How long a dealer waits for the last holders once enough have confirmed."""

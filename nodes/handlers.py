@@ -76,7 +76,7 @@ from engine.sharing import unblind, wipe
 from nodes.audit import AuditLog, Record
 from nodes.cache import KeyCache
 from nodes.catalogue import Catalogue, Entry
-from nodes.deal import Conversation, Cursor, Gathered, Talker
+from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
 from nodes.holder import ShareHolder
 from nodes.operations import check_operation, operate
 from nodes.policy import check_key, check_verb
@@ -144,11 +144,12 @@ class _Loaded:
     slow: bool
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    """A request that waits for a gathering, and what to do with the key then."""
+    """A request that waits for a gathering, its client's grant, and what to do with the key then."""
 
     call: _Call
+    grant: bytes
     use: Callable[[_Loaded], None]
 
 
@@ -198,6 +199,7 @@ class Handlers:
         self._started_s = time.monotonic()
         self._cache: KeyCache[_Loaded] = KeyCache(cache_max_keys, cache_ttl_s, self._unload)
         self._gathering: dict[bytes, list[_Waiting]] = {}
+        self._unloading: list[_Loaded] = []
         self._counts: dict[str, _Count] = {}
         self._group_counts: dict[int, int] = {}
         self._number = 0
@@ -352,13 +354,18 @@ class Handlers:
         self._admit(call, grant, entry)
         waiting = self._gathering.get(entry.row.key_id)
         if waiting is not None:
-            waiting.append(_Waiting(call, use))
+            waiting.append(_Waiting(call, grant, use))
             return
-        self._gathering[entry.row.key_id] = [_Waiting(call, use)]
+        self._gather(entry, [_Waiting(call, grant, use)])
+
+    def _gather(self, entry: Entry, waiting: list[_Waiting]) -> None:
+        """Have the key gathered for all who wait, under the grant and by the deadline of the one with the most time."""
+        leader = max(waiting, key=lambda each: each.call.deadline_s)
+        self._gathering[entry.row.key_id] = waiting
         try:
             self._talkers.submit(
-                lambda talker: self._conversation.gather(talker, entry, grant, call.deadline_s),
-                lambda gathered, error: self._gathered(entry, gathered, error),
+                lambda talker: self._conversation.gather(talker, entry, leader.grant, leader.call.deadline_s),
+                lambda gathered, error: self._gathered(entry, leader, gathered, error),
             )
         except Overloaded:
             del self._gathering[entry.row.key_id]
@@ -374,10 +381,10 @@ class Handlers:
         if call.verb != RequestType.PREWARM and call.verb not in grant.operations:
             raise NeedGrant(f"the grant is for {', '.join(grant.operations)}, not for {call.verb}")
 
-    def _gathered(self, entry: Entry, gathered: Gathered | None, error: Exception | None) -> None:
+    def _gathered(self, entry: Entry, leader: _Waiting, gathered: Gathered | None, error: Exception | None) -> None:
         """The gathering ended: load the key on its lane, then serve who waited."""
         if gathered is None:
-            self._release_waiting(entry, None, error)
+            self._not_gathered(entry, leader, error)
             return
         if not is_slow(entry.algorithm):
             try:
@@ -395,6 +402,23 @@ class Handlers:
         except Overloaded as failure:
             wipe(gathered.secret)
             self._release_waiting(entry, None, failure)
+
+    def _not_gathered(self, entry: Entry, leader: _Waiting, error: Exception | None) -> None:
+        """Tell who waited; if the leader's time was too short, those who came later with more of it try again."""
+        waiting = self._gathering[entry.row.key_id]
+        now = time.monotonic()
+        rest = []
+        if now >= leader.call.deadline_s - REPLY_MARGIN_S:
+            rest = [each for each in waiting if each.call.deadline_s - REPLY_MARGIN_S > now]
+            self._gathering[entry.row.key_id] = [each for each in waiting if each not in rest]
+        self._release_waiting(entry, None, error)
+        if not rest:
+            return
+        try:
+            self._gather(entry, rest)
+        except Overloaded as failure:
+            for each in rest:
+                self._fail(each.call, failure)
 
     @staticmethod
     def _load_key(lane: Lane, entry: Entry, gathered: Gathered) -> LoadedKey:
@@ -444,6 +468,7 @@ class Handlers:
             self._local.submit(lambda lane: loaded.key.destroy(), _ignore)
         except Overloaded:
             log.warning("a loaded key outlives its time", reason="the local worker's queue is full")
+            self._unloading.append(loaded)
 
     # --- the life of a key ---
 
@@ -581,6 +606,9 @@ class Handlers:
         """Let expired keys go, and every few seconds catch up with the registry's books on this node's keys."""
         now = time.monotonic()
         self._cache.expire(now)
+        overdue, self._unloading = self._unloading, []
+        for each in overdue:
+            self._unload(each)
         if self._catching_up or now < self._next_books_s:
             return
         self._next_books_s = now + BOOKS_EVERY_S
