@@ -1,0 +1,366 @@
+"""The loop's decisions without sockets or threads: who waits for a gathering, who is answered, what is let go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pkcs11 import Attribute
+
+from engine.client.listener import IDLE, Incoming
+from engine.errors import (
+    DeadlineExceeded,
+    EngineError,
+    KeyNotFound,
+    NeedGrant,
+    Overloaded,
+    QuorumUnavailable,
+    TokenError,
+)
+from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Destroy, Flush, Operate, Prewarm
+from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
+from engine.sharing import blind
+from nodes.catalogue import Catalogue
+from nodes.deal import Gathered
+from nodes.handlers import Handlers
+from nodes.holder import ShareHolder
+from nodes.store import Row, ShareStore
+from nodes.token import Lane, LoadedKey
+
+ME = "node1"
+
+
+class FakeWorker:
+    """A queue that runs when the test says so; ``full`` makes it refuse."""
+
+    def __init__(self, state: Any) -> None:
+        self.state = state
+        self.jobs: list[tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = []
+        self.full = False
+
+    def submit(self, work: Callable[[Any], Any], done: Callable[[Any, Any], None]) -> None:
+        if self.full:
+            raise Overloaded("full")
+        self.jobs.append((work, done))
+
+    def run(self) -> int:
+        """Run what waits, and what comes of it."""
+        count = 0
+        while self.jobs:
+            work, done = self.jobs.pop(0)
+            count += 1
+            try:
+                result = work(self.state)
+            except Exception as error:
+                done(None, error)
+            else:
+                done(result, None)
+        return count
+
+
+class Scene:
+    """Handlers of node1 with one committed key, a scripted gathering and recorded answers."""
+
+    def __init__(self, world: Any, lane: Lane, store: ShareStore, algorithm: str = "aes-256-gcm") -> None:
+        self.world, self.lane = world, lane
+        self.dealt = world.deal("orders", algorithm)
+        manifest = self.dealt.manifest
+        row = Row(
+            manifest.key_id, 1, 1, 1, "orders", "committed", self.dealt.record.digest, self.dealt.record.raw,
+            world.certificate(self.dealt), b"", b"sealed", world.now_ms,
+        )  # fmt: skip
+        self.catalogue = Catalogue([store.put(row)])
+        self.local, self.talkers = FakeWorker(lane), FakeWorker(None)
+        self.answers: dict[int, tuple[str, Any, Load]] = {}
+        self.records: list[Any] = []
+        self.gatherings: list[tuple[bytes, float]] = []
+        self.secrets: list[bytearray] = []
+        self.failure: EngineError | None = None
+        self.clock_s = 0.0
+        self._number = 0
+        holder = ShareHolder(world.cluster, world.keys[ME], store, self.catalogue, (algorithm,), world.clock)
+        self.handlers = Handlers(
+            node=ME,
+            boot=bytes(16),
+            cluster=world.cluster,
+            token=SimpleNamespace(missing={}, algorithms=(algorithm,), description="token"),  # type: ignore[arg-type]
+            lane=lane,
+            catalogue=self.catalogue,
+            holder=holder,
+            conversation=SimpleNamespace(gather=self._gather),  # type: ignore[arg-type]
+            audit=SimpleNamespace(write=lambda record, durable=False: self.records.append(record)),  # type: ignore[arg-type]
+            local=self.local,  # type: ignore[arg-type]
+            talkers=self.talkers,  # type: ignore[arg-type]
+            replier=self,
+            cache_max_keys=4,
+            cache_ttl_s=300.0,
+            now_ms=world.clock,
+        )
+
+    def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float) -> Gathered:
+        self.gatherings.append((grant, deadline_s))
+        if self.failure is not None:
+            raise self.failure
+        if time.monotonic() >= deadline_s:
+            raise QuorumUnavailable("no answer in time")
+        self.secrets.append(blind(self.dealt.key))
+        return Gathered(self.secrets[-1], ())
+
+    # --- the replier ---
+
+    def reply(self, incoming: Incoming, status: int, body: bytes, load: Load = IDLE) -> None:
+        assert incoming.request.id not in self.answers, "answered twice"
+        code = {Status.OK: "ok", Status.MOVED: "moved"}[status]  # type: ignore[index]
+        self.answers[incoming.request.id] = (code, body, load)
+
+    def fail(self, incoming: Incoming, error: Exception, load: Load = IDLE) -> None:
+        assert incoming.request.id not in self.answers, "answered twice"
+        self.answers[incoming.request.id] = (type(error).__name__, error, load)
+
+    # --- requests ---
+
+    def send(self, verb: str, message: Any, *, client: str = "alice", timeout_ms: int = 60_000) -> int:
+        self._number += 1
+        request = Request(PROTOCOL_VERSION, self._number, verb, timeout_ms, REQUEST_CODECS[verb].encode(message), {})
+        self.handlers.handle(Incoming(b"route", self.world.cluster.members[client], request))
+        return self._number
+
+    def encrypt(self, *, grant: bool = True, verb: str = "encrypt", timeout_ms: int = 60_000) -> int:
+        permit = self.world.grant(self.dealt, ME, verb) if grant else b""
+        return self.send(verb, Operate("orders", b"", b"data", b"", b"", False, permit), timeout_ms=timeout_ms)
+
+    def outcome(self, number: int) -> str:
+        return self.answers[number][0] if number in self.answers else "waits"
+
+    def objects(self) -> int:
+        """Session objects in the lane's token."""
+        return len(list(self.lane._session.get_objects({Attribute.TOKEN: False})))
+
+
+@pytest.fixture
+def store(tmp_path: Any, lane: Lane) -> Any:
+    opened = ShareStore(tmp_path / "shares.db", ME, lane)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def scene(world: Any, lane: Lane, store: ShareStore) -> Any:
+    made = Scene(world, lane, store)
+    yield made
+    made.handlers.close()
+    made.local.full = False
+    made.local.run()
+    made.handlers.tick(10**12)
+    made.local.run()
+
+
+@pytest.fixture
+def slow(world: Any, lane: Lane, store: ShareStore) -> Any:
+    made = Scene(world, lane, store, "ecdsa-p384-sha384")
+    yield made
+    made.handlers.close()
+    made.local.full = False
+    made.local.run()
+    made.handlers.tick(10**12)
+    made.local.run()
+
+
+def test_many_requests_wait_for_one_gathering(scene: Scene) -> None:
+    numbers = [scene.encrypt() for _ in range(5)]
+    assert [scene.outcome(number) for number in numbers] == ["waits"] * 5
+    assert scene.talkers.run() == 1
+    assert [scene.outcome(number) for number in numbers] == ["ok"] * 5
+    assert len(scene.gatherings) == 1
+    assert scene.outcome(scene.encrypt(grant=False)) == "ok"
+    assert scene.handlers.pending == 0
+
+
+def test_the_secret_is_wiped_when_it_is_loaded_or_refused(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.encrypt()
+    scene.talkers.run()
+    assert scene.secrets == [bytearray(64)]
+    scene.send("flush", Flush("orders"))
+
+    def refuse(*_: object) -> None:
+        raise TokenError("full")
+
+    monkeypatch.setattr(Lane, "load", refuse)
+    number = scene.encrypt()
+    scene.talkers.run()
+    assert scene.outcome(number) == "TokenError"
+    assert scene.secrets[1] == bytearray(64)
+
+
+def test_the_secret_of_a_slow_key_is_wiped_when_the_worker_is_full(slow: Scene) -> None:
+    number = slow.encrypt(verb="sign")
+    slow.local.full = True
+    slow.talkers.run()
+    assert slow.outcome(number) == "Overloaded"
+    assert slow.secrets == [bytearray(len(slow.secrets[0]))]
+
+
+def test_each_request_needs_a_grant_of_its_own_while_the_key_is_cold(scene: Scene) -> None:
+    first, second = scene.encrypt(), scene.encrypt(grant=False)
+    assert scene.outcome(second) == "NeedGrant"
+    wrong = scene.world.grant(scene.dealt, ME, "decrypt")
+    third = scene.send("encrypt", Operate("orders", b"", b"data", b"", b"", False, wrong))
+    assert isinstance(scene.answers[third][1], NeedGrant)
+    scene.talkers.run()
+    assert scene.outcome(first) == "ok"
+
+
+def test_a_failed_gathering_is_told_to_all_who_waited_and_can_be_tried_again(scene: Scene) -> None:
+    scene.failure = QuorumUnavailable("1 of 2", ["node2"])
+    numbers = [scene.encrypt() for _ in range(3)]
+    scene.talkers.run()
+    assert [scene.outcome(number) for number in numbers] == ["QuorumUnavailable"] * 3
+    scene.failure = None
+    again = scene.encrypt()
+    scene.talkers.run()
+    assert scene.outcome(again) == "ok"
+
+
+def test_the_short_deadline_of_one_client_is_not_the_others(scene: Scene) -> None:
+    hurried = scene.encrypt(timeout_ms=1)
+    patient = [scene.encrypt(), scene.encrypt(timeout_ms=30_000)]
+    time.sleep(0.01)  # the hurried one's deadline passes while the gathering waits
+    scene.talkers.run()
+    assert scene.outcome(hurried) in ("QuorumUnavailable", "DeadlineExceeded")
+    assert [scene.outcome(number) for number in patient] == ["ok", "ok"]
+    assert len(scene.gatherings) == 2
+    assert scene.gatherings[1][0] != scene.gatherings[0][0]  # under a patient one's own grant
+    assert scene.handlers.pending == 0
+
+
+def test_a_gathering_is_not_repeated_for_requests_that_are_all_over(scene: Scene) -> None:
+    numbers = [scene.encrypt(timeout_ms=1) for _ in range(3)]
+    time.sleep(0.01)
+    scene.talkers.run()
+    assert {scene.outcome(number) for number in numbers} <= {"QuorumUnavailable", "DeadlineExceeded"}
+    assert len(scene.gatherings) == 1
+
+
+def test_full_talkers_are_overloaded_and_leave_nothing_behind(scene: Scene) -> None:
+    scene.talkers.full = True
+    assert scene.outcome(scene.encrypt()) == "Overloaded"
+    scene.talkers.full = False
+    number = scene.encrypt()
+    scene.talkers.run()
+    assert scene.outcome(number) == "ok"
+
+
+def test_a_key_that_was_destroyed_meanwhile_is_not_used(scene: Scene) -> None:
+    before = scene.objects()
+    number = scene.encrypt()
+    destroyed = scene.send(
+        "share.destroy", Destroy(scene.world.destroy_order(scene.dealt.key_id, "orders")), client="node2"
+    )
+    scene.local.run()
+    assert scene.outcome(destroyed) == "ok"
+    scene.talkers.run()
+    assert isinstance(scene.answers[number][1], KeyNotFound)
+    assert scene.objects() == before
+
+
+def test_a_destroyed_or_flushed_key_leaves_the_token(scene: Scene) -> None:
+    before = scene.objects()
+    for _ in range(2):
+        scene.encrypt()
+        scene.talkers.run()
+        assert scene.objects() == before + 1
+        assert REPLY_CODECS["flush"].decode(scene.answers[scene.send("flush", Flush("orders"))][1]).dropped == 1
+        assert scene.objects() == before
+    scene.encrypt()
+    scene.talkers.run()
+    scene.send("share.destroy", Destroy(scene.world.destroy_order(scene.dealt.key_id, "orders")), client="node2")
+    scene.local.run()
+    assert scene.objects() == before
+
+
+def test_a_slow_key_lives_and_ends_on_the_local_worker(slow: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = slow.objects()
+    number = slow.encrypt(verb="sign")
+    slow.talkers.run()
+    assert slow.outcome(number) == "waits"
+    slow.local.run()
+    assert slow.outcome(number) == "ok"
+    assert slow.objects() == before + 2
+    slow.send("flush", Flush(""))
+    assert slow.objects() == before + 2
+    slow.local.run()
+    assert slow.objects() == before
+
+
+def test_a_slow_key_does_not_outlive_its_time_because_the_worker_is_busy(slow: Scene) -> None:
+    before = slow.objects()
+    slow.encrypt(verb="sign")
+    slow.talkers.run()
+    slow.local.run()
+    slow.local.full = True
+    slow.send("flush", Flush(""))
+    slow.local.full = False
+    slow.handlers.tick(10**12)
+    slow.local.run()
+    assert slow.objects() == before
+
+
+def test_a_request_whose_deadline_passed_in_the_queue_is_not_begun(
+    slow: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow.encrypt(verb="sign")
+    slow.talkers.run()
+    slow.local.run()
+    signed: list[LoadedKey] = []
+    monkeypatch.setattr(Lane, "sign", lambda self, key, data: signed.append(key))
+    number = slow.encrypt(verb="sign", grant=False, timeout_ms=1)
+    time.sleep(0.01)
+    slow.local.run()
+    assert isinstance(slow.answers[number][1], DeadlineExceeded)
+    assert signed == []
+
+
+def test_prewarming_loads_and_answers(scene: Scene) -> None:
+    grant = scene.world.grant(scene.dealt, ME, "encrypt")
+    number = scene.send("prewarm", Prewarm("orders", b"", grant))
+    scene.talkers.run()
+    assert scene.outcome(number) == "ok"
+    assert scene.answers[number][2].loaded
+    assert scene.outcome(scene.encrypt(grant=False)) == "ok"
+
+
+def test_too_many_requests_are_overloaded(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodes.handlers.MAX_PENDING", 3)
+    numbers = [scene.encrypt() for _ in range(5)]
+    assert [scene.outcome(number) for number in numbers] == ["waits"] * 3 + ["Overloaded"] * 2
+    scene.talkers.run()
+    assert scene.handlers.pending == 0
+
+
+def test_an_unforeseen_error_is_told_without_details_and_recorded(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a secret detail")
+
+    monkeypatch.setattr("nodes.handlers.log", SimpleNamespace(error=lambda *_, **__: None))
+    scene.encrypt()
+    scene.talkers.run()
+    monkeypatch.setattr(Lane, "encrypt", fail)
+    number = scene.encrypt(grant=False)
+    assert scene.outcome(number) == "RuntimeError"  # the listener makes "internal error" of it
+    last = scene.records[-1]
+    assert (last.event, last.outcome, last.detail) == ("reply", "error", "RuntimeError")
+
+
+def test_every_request_and_every_reply_has_its_record(scene: Scene) -> None:
+    scene.encrypt()
+    scene.encrypt(grant=False)
+    scene.send("flush", Flush("no-such-key"))
+    scene.talkers.run()
+    events = [(record.event, record.request) for record in scene.records]
+    assert sorted(events) == sorted([("request", n) for n in (1, 2, 3)] + [("reply", n) for n in (1, 2, 3)])
+    assert all(record.member == "alice" for record in scene.records)
