@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import structlog
 from engine._version import __version__
 from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.process import harden_process
-from engine.errors import EngineError
+from engine.errors import EngineError, TokenError
 from nodes.config import load_node_config
 from nodes.server import Server, load_membership
 from nodes.token import Token, initialize_token
+
+CHECK_TIMEOUT_S = 60
 
 log = structlog.get_logger()
 
@@ -63,6 +66,11 @@ def init(config_path: Path, log_level: str | None) -> None:
     config = load_node_config(config_path)
     config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     initialize_token(config.token, config.data)
+    # A process of its own sees what is on the disk, not what this one's module remembers.
+    command = [sys.executable, "-P", "-m", "nodes", "check-token", "--config", str(config_path)]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
+    if checked.returncode != 0:
+        raise TokenError(f"the new token does not work: {checked.stderr.strip()[-500:]}")
     click.echo(f"token {config.token.label!r} made; its PIN is at {config.token.pin}")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import structlog
 import zmq
 
-from engine.client.config import Identity, load_cluster, load_identity
+from engine.client.config import Identity, load_cluster, load_identity, sync_folder
 from engine.client.listener import Gate, Listener
 from engine.client.process import raise_file_limit
 from engine.client.transport import Channel
@@ -75,6 +75,7 @@ class Server:
         self._store.note_cluster_serial(cluster.serial)
         catalogue = Catalogue(self._store.rows())
         self._audit = AuditLog(config.data / "audit.jsonl")
+        sync_folder(config.data)  # the names of the store and the log, if they are new
         self._mailbox = Mailbox()
         self._context: zmq.Context[Any] = zmq.Context()
         self._gate = Gate(self._context, cluster)

@@ -42,12 +42,18 @@ from engine.client.client import (
     pair_items,
 )
 from engine.client.config import CurveIdentity
-from engine.client.transport import CONNECT_TIMEOUT_S, REDIAL_TIMEOUT_S, check_zmq_version, connect_options, watch
+from engine.client.transport import (
+    CONNECT_TIMEOUT_S,
+    FRAME_MAX,
+    REDIAL_TIMEOUT_S,
+    check_zmq_version,
+    connect_options,
+    watch,
+)
 from engine.errors import AccessDenied, DeadlineExceeded, EngineError, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member
 from engine.protocol.routing import RoutingTable
 from engine.protocol.wire import (
-    MAX_MESSAGE,
     MAX_TIMEOUT_MS,
     PROTOCOL_VERSION,
     Reply,
@@ -84,7 +90,7 @@ class _Link:
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
         connect_options(self._socket, identity, member)
         self._socket.immediate = 1
-        self._socket.maxmsgsize = MAX_MESSAGE
+        self._socket.maxmsgsize = FRAME_MAX
         self._monitor = watch(context, self._socket, EVENTS)
         for socket in (self._socket, self._monitor):
             loop.add_reader(int(socket.get(zmq.FD)), self._drain)

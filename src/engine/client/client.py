@@ -383,7 +383,7 @@ class TableFollower:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
         connect_options(socket, self._settings.identity.transport, balancer)
         socket.rcvhwm = TABLE_QUEUE
-        socket.maxmsgsize = MAX_ENVELOPE
+        socket.maxmsgsize = MAX_ENVELOPE + 64
         # A balancer that vanished without a word is noticed, and dialled again.
         socket.heartbeat_ivl = 2_000
         socket.heartbeat_timeout = 6_000

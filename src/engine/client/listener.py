@@ -6,19 +6,20 @@ gets in. The ``User-Id`` that ZAP attached is looked up for every single message
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 import zmq
+from msgspec.structs import replace
 from zmq.auth.thread import ThreadAuthenticator
 
 from engine.client.config import CurveIdentity
-from engine.client.transport import HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
+from engine.client.transport import FRAME_MAX, HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
 from engine.errors import EngineError, ProtocolError
 from engine.protocol.manifest import Cluster, Member
 from engine.protocol.wire import (
-    MAX_MESSAGE,
     PROTOCOL_VERSION,
     ErrorBody,
     Load,
@@ -36,6 +37,7 @@ __all__ = ["IDLE", "Gate", "Incoming", "Listener", "curve_server", "error_body"]
 ZAP_DOMAIN = "keyquorum"
 IDLE = Load(0, 0, False)
 BACKLOG = 1024
+GARBAGE_IN_A_ROW = 256
 
 log = structlog.get_logger()
 
@@ -71,7 +73,7 @@ def curve_server(socket: zmq.Socket[bytes], identity: CurveIdentity) -> None:
     socket.curve_publickey = identity.public
     socket.zap_domain = ZAP_DOMAIN.encode()
     socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-    socket.maxmsgsize = MAX_MESSAGE
+    socket.maxmsgsize = FRAME_MAX
     socket.handshake_ivl = HANDSHAKE_MS
     socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
     socket.backlog = BACKLOG
@@ -93,6 +95,7 @@ class Listener:
     def __init__(self, context: zmq.Context[Any], identity: CurveIdentity, endpoint: str, cluster: Cluster) -> None:
         self._cluster = cluster
         self.refused = 0
+        self._next_warning_s = 0.0
         self.undeliverable = 0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
         try:
@@ -108,8 +111,11 @@ class Listener:
         self.socket.close()
 
     def receive(self) -> Incoming | None:
-        """The next request, or None when there is none now. Garbage is answered where it can be, and counted."""
-        while True:
+        """The next request, or None when there is none now. Garbage is answered where it can be, and counted.
+
+        None too after much garbage in a row, so that its sender can't keep the caller here.
+        """
+        for _ in range(GARBAGE_IN_A_ROW):
             try:
                 frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
@@ -118,12 +124,13 @@ class Listener:
             if incoming is not None:
                 return incoming
             self.refused += 1
+        return None
 
     def _open(self, frames: list[Any]) -> Incoming | None:
         route, last = frames[0].bytes, frames[-1]
         member = self._cluster.by_curve.get(_user_id(last))
         if member is None:
-            log.warning("message refused", reason="its connection's key is no member's")
+            self._tell("", "its connection's key is no member's")
             return None
         request_id = 0
         try:
@@ -133,10 +140,17 @@ class Listener:
             request_id = request.id
             check_version(request.version)
         except ProtocolError as error:
-            log.warning("message refused", member=member.name, reason=str(error))
+            self._tell(member.name, str(error))
             self._send(route, Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}))
             return None
         return Incoming(route, member, request)
+
+    def _tell(self, member: str, reason: str) -> None:
+        """Log a refused message, once a second at most: who sends garbage shall not fill the disk with it."""
+        now = time.monotonic()
+        if now >= self._next_warning_s:
+            self._next_warning_s = now + 1.0
+            log.warning("message refused", member=member, reason=reason, refused_so_far=self.refused + 1)
 
     def reply(self, incoming: Incoming, status: int, body: bytes, load: Load = IDLE) -> None:
         """Answer a request."""
@@ -148,7 +162,11 @@ class Listener:
 
     def _send(self, route: bytes, reply: Reply) -> None:
         try:
-            self.socket.send_multipart([route, reply_codec.encode(reply)], zmq.DONTWAIT)
+            data = reply_codec.encode(reply)
+        except ValueError as error:  # longer than a message may be
+            data = reply_codec.encode(replace(reply, status=Status.ERROR, body=error_body(ProtocolError(str(error)))))
+        try:
+            self.socket.send_multipart([route, data], zmq.DONTWAIT)
         except (zmq.Again, zmq.ZMQError):
             # Again: its queue is full; EHOSTUNREACH: it went away. Either way only that client waits.
             self.undeliverable += 1

@@ -43,6 +43,8 @@ RECONNECT_MS = 5
 RECONNECT_MAX_MS = 200
 HANDSHAKE_MS = 2_000
 HIGH_WATER_MARK = 1_000
+FRAME_MAX = MAX_MESSAGE + 64
+"""ZMQ_MAXMSGSIZE of the sockets for messages: it counts the 33 bytes that CURVE adds to each frame too."""
 MIN_ZMQ = (4, 3, 5)
 
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
@@ -246,7 +248,7 @@ class Channel:
         socket = self._context.socket(zmq.DEALER)
         connect_options(socket, self._identity, member)
         socket.immediate = 1
-        socket.maxmsgsize = MAX_MESSAGE
+        socket.maxmsgsize = FRAME_MAX
         monitor = watch(self._context, socket, _FIRST_EVENTS if first else _EVENTS)
         connection = _Connection(socket, monitor, time.monotonic(), first=first)
         self._connections[peer] = connection

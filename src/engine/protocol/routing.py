@@ -30,6 +30,8 @@ COLD_CHARGE_US = 3_000
 """What gathering the shares of a cold key is taken to cost."""
 MAX_LOADED = 65_536
 """How many (key, node) pairs the router remembers as loaded."""
+TABLE_LIFETIME_MAX_MS = 3_600_000
+"""The longest time a routing table may be good for."""
 DOWN_S = 1.0
 """How long a node that failed is tried last."""
 
@@ -77,6 +79,11 @@ def open_table(raw: bytes, cluster: Cluster, now_ms: int, newest: RoutingTable |
     table = table_codec.decode(verify_envelope(raw, "table", cluster.sign_key("balancer")).payload)
     if table.expires_ms + CLOCK_SKEW_MS < now_ms:
         raise ManifestError(f"routing table {table.order}: expired {now_ms - table.expires_ms} ms ago")
+    if table.expires_ms > now_ms + TABLE_LIFETIME_MAX_MS + CLOCK_SKEW_MS:
+        raise ManifestError(
+            f"routing table {table.order}: expires in {table.expires_ms - now_ms} ms, "
+            f"the limit is {TABLE_LIFETIME_MAX_MS}"
+        )
     if newest is not None and table.order <= newest.order:
         raise ManifestError(f"routing table {table.order}: {newest.order} is in force")
     rows, columns = len(table.classes), len(table.nodes)
