@@ -35,6 +35,14 @@ class AuditLog:
     def __init__(self, path: Path) -> None:
         flags: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self._descriptor = os.open(path, flags, 0o600)
+        size = os.fstat(self._descriptor).st_size
+        if size:
+            with path.open("rb") as whole:
+                whole.seek(size - 1)
+                if whole.read(1) != b"\n":
+                    os.write(
+                        self._descriptor, b"\n"
+                    )  # an earlier start ended inside a record: it stays, alone on its line
         self._encode = msgspec.json.Encoder().encode
         self._lock = threading.Lock()
 

@@ -1,8 +1,9 @@
 """The verbs of a node: what happens to a request from its arrival to its reply. It owns no socket and no thread.
 
-Quick work (an operation with a loaded key, a look-up) is done at once on the loop's own lane. Work that writes,
-releases or takes long goes to the ``local`` worker, work that waits for peers to the ``talkers``; neither blocks the
-loop. Requests for a key that is being gathered wait for that one gathering.
+Quick work (an operation with a loaded key, a look-up) is done at once on the loop's own lane. What writes or releases
+shares goes to the ``local`` worker, slow token operations to ``slow``, gathering to the ``talkers``, and what makes or
+destroys keys to the ``dealer``: none blocks the loop, and none keeps another kind waiting. Requests for a key that is
+being gathered wait for that one gathering.
 """
 
 from __future__ import annotations
@@ -134,11 +135,13 @@ class _Call:
     request_class: str = ""
     entry: Entry | None = None
     service_us: int = 0
+    detail: str = ""
+    recorded: bool = False
 
 
 @dataclass(slots=True)
 class _Loaded:
-    """A loaded key and whether it lives on the local worker's lane."""
+    """A loaded key and whether it lives on the slow worker's lane."""
 
     key: LoadedKey
     slow: bool
@@ -176,7 +179,9 @@ class Handlers:
         conversation: Conversation,
         audit: AuditLog,
         local: Worker[Lane],
+        slow: Worker[Lane],
         talkers: Worker[Talker],
+        dealer: Worker[Talker],
         replier: Replier,
         cache_max_keys: int,
         cache_ttl_s: float,
@@ -193,7 +198,9 @@ class Handlers:
         self._conversation = conversation
         self._audit = audit
         self._local = local
+        self._slow = slow
         self._talkers = talkers
+        self._dealer = dealer
         self._replier = replier
         self._now_ms = now_ms
         self._started_s = time.monotonic()
@@ -277,9 +284,10 @@ class Handlers:
             count.busy_us += call.service_us
             group = self._cluster.group_of(call.key)
             self._group_counts[group] = self._group_counts.get(group, 0) + 1
-        self._record(call, "reply", outcome, detail)
+        if not call.recorded:
+            self._record(call, "reply", outcome, detail or call.detail)
 
-    def _record(self, call: _Call, event: str, outcome: str = "", detail: str = "") -> None:
+    def _record(self, call: _Call, event: str, outcome: str = "", detail: str = "", *, durable: bool = False) -> None:
         elapsed_us = int((time.monotonic() - call.started_s) * 1e6) if event == "reply" else 0
         record = Record(
             time_ms=self._now_ms(),
@@ -294,23 +302,37 @@ class Handlers:
             detail=detail,
             elapsed_us=elapsed_us,
         )
-        self._audit.write(record, durable=event == "reply" and outcome == "ok" and call.verb in DURABLE_VERBS)
+        self._audit.write(record, durable=durable)
 
     def _load(self, call: _Call) -> Load:
         loaded = call.entry is not None and self._cache.contains(call.entry.row.key_id, time.monotonic())
         return Load(self.pending, call.service_us, loaded)
 
-    def _aside(self, call: _Call, worker: Worker[Any], work: Callable[[Any], Any]) -> None:
-        """Have a worker make the reply's message, unless the client's deadline is over by then."""
+    def _aside(
+        self,
+        call: _Call,
+        worker: Worker[Any],
+        work: Callable[[Any], Any],
+        then: Callable[[Any], Any] = lambda message: message,
+    ) -> None:
+        """Have a worker make the reply's message, unless the client's deadline is over by then.
+
+        A record that must be on the disk before the reply is synced by the worker too, so that the loop never waits for
+        a disk. ``then`` is called by the loop and makes the message of what the worker gave.
+        """
 
         def job(state: Any) -> Any:
             if time.monotonic() >= call.deadline_s:
                 raise DeadlineExceeded(f"{self._node}: the deadline passed while the request waited")
-            return work(state)
+            result = work(state)
+            if call.verb in DURABLE_VERBS:
+                self._record(call, "reply", "ok", call.detail, durable=True)
+                call.recorded = True
+            return result
 
-        def done(message: Any, error: Exception | None) -> None:
+        def done(result: Any, error: Exception | None) -> None:
             if error is None:
-                self._answer(call, message)
+                self._answer(call, then(result))
             else:
                 self._fail(call, error)
 
@@ -395,7 +417,7 @@ class Handlers:
             self._release_waiting(entry, _Loaded(key, slow=False), None)
             return
         try:
-            self._local.submit(
+            self._slow.submit(
                 lambda lane: self._load_key(lane, entry, gathered),
                 lambda key, failure: self._release_waiting(entry, key and _Loaded(key, slow=True), failure),
             )
@@ -455,7 +477,7 @@ class Handlers:
                 call.service_us = max(1, (time.perf_counter_ns() - begun) // 1000)
 
         if loaded.slow:
-            self._aside(call, self._local, timed)
+            self._aside(call, self._slow, timed)
         else:
             self._answer(call, timed(self._lane))
 
@@ -465,9 +487,9 @@ class Handlers:
             loaded.key.destroy()
             return
         try:
-            self._local.submit(lambda lane: loaded.key.destroy(), _ignore)
+            self._slow.submit(lambda lane: loaded.key.destroy(), _ignore)
         except Overloaded:
-            log.warning("a loaded key outlives its time", reason="the local worker's queue is full")
+            log.warning("a loaded key outlives its time", reason="the slow worker's queue is full")
             self._unloading.append(loaded)
 
     # --- the life of a key ---
@@ -488,7 +510,7 @@ class Handlers:
             finally:
                 call.service_us = int((time.monotonic() - begun) * 1e6)
 
-        self._aside(call, self._talkers, work)
+        self._aside(call, self._dealer, work)
 
     def _destroy(self, call: _Call, body: Destroy) -> None:
         order, signed = open_destroy_order(body.order, self._cluster, self._now_ms())
@@ -500,7 +522,7 @@ class Handlers:
             raise KeyNotFound(f"no key {order.name!r} with id {order.key_id.hex()} on {self._node}")
         self._aside(
             call,
-            self._talkers,
+            self._dealer,
             lambda talker: self._conversation.destroy(talker, body.order, entry, call.deadline_s),
         )
 
@@ -513,9 +535,9 @@ class Handlers:
         found: list[KeyEntry] = []
         for name in self._catalogue.names():
             entry = self._catalogue.by_name(name)
-            if entry is None or name <= body.after or not fnmatchcase(name, body.pattern):
+            if entry is None or name <= body.after or not self._cluster.allows(member, call.verb, name):
                 continue
-            if not self._cluster.allows(member, call.verb, name):
+            if not fnmatchcase(name, body.pattern):
                 continue
             if len(found) == body.limit:
                 self._answer(call, KeyList(found, True))
@@ -531,7 +553,11 @@ class Handlers:
                 raise AccessDenied(f"{member!r} may not {call.verb} every key")
             self._answer(call, Flushed(self._cache.clear()))
             return
-        entry = self._entry(call, body.key)
+        call.key = body.key
+        check_key(self._cluster, call.incoming.member, call.verb, body.key)
+        entry = self._catalogue.by_name(body.key)
+        if entry is None:
+            raise KeyNotFound(f"no key {body.key!r} on {self._node}")
         self._answer(call, Flushed(int(self._cache.drop(entry.row.key_id))))
 
     def _status(self, call: _Call, body: Empty) -> None:
@@ -581,6 +607,8 @@ class Handlers:
 
     def _share_release(self, call: _Call, body: ShareRelease) -> None:
         call.key = self._name_of(body.key_id)
+        grant = read_unverified(body.grant)  # checked before the share leaves
+        call.detail = f"by the grant {grant.digest.hex()[:16]} of {grant.issuer}"
         self._aside(call, self._local, lambda lane: self._holder.release(lane, body, call.incoming.member))
 
     def _name_of(self, key_id: bytes) -> str:
@@ -591,14 +619,11 @@ class Handlers:
     def _share_destroy(self, call: _Call, body: Destroy) -> None:
         call.key = self._name_of(destroy_orders.decode(read_unverified(body.order).payload).key_id)
 
-        def done(key_id: bytes | None, error: Exception | None) -> None:
-            if key_id is None:
-                self._fail(call, error or EngineError("the share could not be erased"))
-                return
+        def forget(key_id: bytes) -> Empty:
             self._cache.drop(key_id)
-            self._answer(call, Empty())
+            return Empty()
 
-        self._local.submit(lambda lane: self._holder.destroy(body), done)
+        self._aside(call, self._local, lambda lane: self._holder.destroy(body), forget)
 
     # --- from time to time ---
 
@@ -616,7 +641,7 @@ class Handlers:
         stale = [entry for entry in self._catalogue.prepared() if entry.row.changed_ms <= oldest]
         self._catching_up = True
         try:
-            self._talkers.submit(lambda talker: self._ask_registry(talker, stale), self._caught_up)
+            self._dealer.submit(lambda talker: self._ask_registry(talker, stale), self._caught_up)
         except Overloaded:
             self._catching_up = False
 
@@ -634,12 +659,14 @@ class Handlers:
             return
         books, cursor, outcomes = told
 
-        def done(gone: list[bytes] | None, failure: Exception | None) -> None:
+        def done(taken: tuple[list[bytes], bool] | None, failure: Exception | None) -> None:
             self._catching_up = False
-            if gone is None:
+            if taken is None:
                 log.error("catching up with the registry failed", reason=str(failure))
                 return
-            self._cursor = cursor
+            gone, well = taken
+            if well:  # else what was refused is asked for again
+                self._cursor = cursor
             for key_id in gone:
                 self._cache.drop(key_id)
 
@@ -648,14 +675,25 @@ class Handlers:
         except Overloaded:
             self._catching_up = False
 
-    def _take_in(self, books: Sequence[SyncEntry], outcomes: Sequence[tuple[Entry, OutcomeReply]]) -> list[bytes]:
-        """Carry out what the registry told; the ids of keys destroyed meanwhile. A bad entry does not stop the rest."""
+    def _take_in(
+        self, books: Sequence[SyncEntry], outcomes: Sequence[tuple[Entry, OutcomeReply]]
+    ) -> tuple[list[bytes], bool]:
+        """Carry out what the registry told: the ids of keys destroyed meanwhile, and whether all went well.
+
+        A bad entry does not stop the rest.
+        """
         gone: list[bytes] = []
+        well = True
+        try:
+            self._holder.tidy()
+        except EngineError as error:
+            log.warning("an erasure is not finished yet", reason=str(error))
         for item in books:
             try:
                 key_id = self._holder.catch_up(item)
             except EngineError as error:
                 log.warning("the registry's entry was refused", key_id=item.key_id.hex(), reason=str(error))
+                well = False
                 continue
             gone += [key_id] if key_id else []
         for entry, outcome in outcomes:
@@ -666,7 +704,7 @@ class Handlers:
                     self._holder.abort(outcome.document)
             except EngineError as error:
                 log.warning("the registry's outcome was refused", key=entry.row.name, reason=str(error))
-        return gone
+        return gone, well
 
     def close(self) -> None:
         """Let every loaded key go."""

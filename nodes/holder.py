@@ -69,6 +69,7 @@ class ShareHolder:
         self._catalogue = catalogue
         self._algorithms = frozenset(algorithms)
         self._now_ms = now_ms
+        self._untidy = True  # an earlier start may have ended before it could
 
     # --- creation ---
 
@@ -144,7 +145,7 @@ class ShareHolder:
         if entry is not None and entry.row.state == "prepared" and entry.row.attempt == notice.attempt:
             self._store.delete(entry.row)
             self._catalogue.remove(entry.row.key_id)
-            self._store.truncate_log()
+            self._erase_traces()
 
     # --- use ---
 
@@ -186,8 +187,19 @@ class ShareHolder:
             raise ManifestError(f"the destroy order names {order.name!r}, the key is {entry.row.name!r}")
         if entry.row.state != "destroyed":
             self._catalogue.put(self._store.destroy(entry.row, body.order, self._now_ms()))
-        self._store.truncate_log()
+        self._erase_traces()
         return order.key_id
+
+    def _erase_traces(self) -> None:
+        """Empty the store's log of what was erased; if that can't be done now, ``tidy`` does it later."""
+        self._untidy = True
+        self._store.truncate_log()
+        self._untidy = False
+
+    def tidy(self) -> None:
+        """Finish an erasure that the store's readers were in the way of."""
+        if self._untidy:
+            self._erase_traces()
 
     # --- catching up ---
 
@@ -205,7 +217,7 @@ class ShareHolder:
                 open_certificate(item.certificate, record, self._cluster)
                 self._store.delete(entry.row)
                 self._catalogue.remove(item.key_id)
-                self._store.truncate_log()
+                self._erase_traces()
                 entry = None
             if entry is None:
                 self._adopt(record, item.certificate)

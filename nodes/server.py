@@ -13,7 +13,7 @@ import zmq
 
 from engine.client.config import Identity, load_cluster, load_identity, sync_folder
 from engine.client.listener import Gate, Listener
-from engine.client.process import raise_file_limit
+from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
 from engine.errors import ConfigError
 from engine.protocol.manifest import Cluster
@@ -35,6 +35,7 @@ DRAIN_S: Final = 5.0
 """How long a stopping node goes on for the requests under way."""
 SETTLE_AFTER_MS: Final = 30_000
 """A share prepared longer ago than this is asked about at the registry."""
+MAX_CREATIONS_WAITING: Final = 64
 BATCH: Final = 256
 """Requests taken in before the mailbox is looked at again."""
 
@@ -67,6 +68,7 @@ class Server:
         self._lifeline = lifeline
         self._stopping_s = 0.0
         config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._data_lock = lock_folder(config.data)
         token = Token(config.token, config.data)
         lane = token.lane()
         run_self_tests(lane)
@@ -98,6 +100,11 @@ class Server:
         self._talkers = [
             Worker(f"talker-{i}", self._mailbox, make_talker, Talker.close, jobs) for i in range(config.workers)
         ]
+        self._slow: Worker[Lane] = Worker("slow", self._mailbox, token.lane, lambda state: None)
+        # One creation at a time, and few that wait: making keys must not keep the node from using them.
+        self._dealer: Worker[Talker] = Worker(
+            "dealer", self._mailbox, make_talker, Talker.close, queue.Queue(MAX_CREATIONS_WAITING)
+        )
         self._handlers = Handlers(
             node=identity.name,
             boot=os.urandom(16),
@@ -109,7 +116,9 @@ class Server:
             conversation=conversation,
             audit=self._audit,
             local=self._local,
+            slow=self._slow,
             talkers=self._talkers[0],
+            dealer=self._dealer,
             replier=self._listener,
             cache_max_keys=config.cache_max_keys,
             cache_ttl_s=config.cache_ttl_s,
@@ -171,7 +180,7 @@ class Server:
 
     def _close(self) -> None:
         self._handlers.close()
-        workers: tuple[Worker[Any], ...] = (self._local, *self._talkers)
+        workers: tuple[Worker[Any], ...] = (self._local, self._slow, self._dealer, *self._talkers)
         for worker in workers:
             worker.finish()
         for worker in workers:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 import sqlite3
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import engine
-from engine import Engine, LocalCluster
+from engine import Engine, LocalCluster, PolicyRule
+from engine.client.config import load_identity
+from engine.protocol.manifest import issue_cluster_manifest
 
 DEADLINE_S = 5.0
 
@@ -119,7 +123,7 @@ def test_a_node_that_missed_a_destruction_carries_it_out(own_cluster: LocalClust
         while _shares_of(kq, late) != 0:
             assert time.monotonic() < until, "the node kept the share of a destroyed key"
     own_cluster.stop_node(late)
-    with sqlite3.connect(own_cluster.data_folder(late) / "shares.db") as store:
+    with contextlib.closing(sqlite3.connect(own_cluster.data_folder(late) / "shares.db")) as store:
         assert store.execute("SELECT state, length(sealed) FROM keys").fetchall() == [("destroyed", 0)]
 
 
@@ -192,10 +196,99 @@ def test_a_damaged_store_is_told_and_survived(own_cluster: LocalCluster) -> None
     with engine.connect(own_cluster.client_config) as kq:
         _make_keys(kq)
         own_cluster.stop_node(victim)
-        with sqlite3.connect(own_cluster.data_folder(victim) / "shares.db") as store:
+        with contextlib.closing(sqlite3.connect(own_cluster.data_folder(victim) / "shares.db")) as store:
             (sealed,) = store.execute("SELECT sealed FROM keys WHERE name = 'data'").fetchone()
             flipped = sealed[:40] + bytes([sealed[40] ^ 4]) + sealed[41:]
             store.execute("UPDATE keys SET sealed = ? WHERE name = 'data'", (flipped,))
+            store.commit()
         with pytest.raises(engine.ClusterError, match="not authentic"):
             own_cluster.start_node(victim)
         _use(kq)
+
+
+def test_keys_outlive_the_members_that_made_them(own_cluster: LocalCluster) -> None:
+    """A holder, and the client that ordered a key, leave the manifest: the key serves the others as before."""
+    config = own_cluster.add_client("passing", [PolicyRule("passing", "*", ["*"])])
+    with engine.connect(config) as passing:
+        passing.create_key("legacy", "aes-256-gcm", threshold=3, shares=5)
+        ciphertext = passing.encrypt("legacy", b"still here")
+    leaver = own_cluster.nodes[4]
+    _sign_without(own_cluster, {"passing", leaver})
+    own_cluster.stop()
+    own_cluster.start_balancer()
+    for name in own_cluster.nodes[:4]:
+        own_cluster.start_node(name)
+    with engine.connect(own_cluster.client_config) as kq:
+        kq.flush()
+        assert kq.decrypt("legacy", ciphertext) == b"still here"
+        assert kq.key_info("legacy").holders
+        kq.create_key("fresh", "aes-256-gcm", threshold=2, shares=4)
+        assert kq.decrypt("fresh", kq.encrypt("fresh", b"x")) == b"x"
+    with pytest.raises(engine.EngineError), engine.connect(config) as gone:
+        gone.decrypt("legacy", ciphertext)
+
+
+def _sign_without(cluster: LocalCluster, names: set[str]) -> None:
+    passphrase = (cluster.path / "secrets" / "operator.passphrase").read_text(encoding="ascii").strip()
+    operator = load_identity(cluster.path / "operator" / "identity.toml", passphrase)
+    manifest = cluster.path / "cluster.manifest"
+    now = cluster.cluster
+    chain = issue_cluster_manifest(
+        name=now.name,
+        members=[member for name, member in now.members.items() if name not in names],
+        rules=[rule for rule in now.rules if rule.identity not in names],
+        operators=[operator.signing],
+        groups=now.groups,
+        domain_level=now.domain_level,
+        chain=manifest.read_bytes(),
+    )
+    manifest.write_bytes(chain)
+
+
+def test_a_destruction_outlives_the_client_that_ordered_it(own_cluster: LocalCluster) -> None:
+    """A holder that was down erases its share although the client has left the manifest meanwhile."""
+    config = own_cluster.add_client("passing", [PolicyRule("passing", "*", ["*"])])
+    late = own_cluster.nodes[1]
+    with engine.connect(config) as passing:
+        passing.create_key("gone", "aes-256-gcm", threshold=2, shares=5)
+        own_cluster.kill(late)
+        assert passing.destroy_key("gone").pending == (late,)
+    _sign_without(own_cluster, {"passing"})
+    own_cluster.stop()
+    own_cluster.start()
+    with engine.connect(own_cluster.client_config) as kq:
+        until = time.monotonic() + 15
+        while _shares_of(kq, late) != 0:
+            assert time.monotonic() < until, "the node kept the share of a destroyed key"
+            time.sleep(0.1)
+        with pytest.raises(engine.KeyNotFound):
+            kq.key_info("gone")
+
+
+def test_making_keys_does_not_keep_cold_keys_waiting(own_cluster: LocalCluster) -> None:
+    """While every node has a queue of RSA keys to make, another key is gathered and used inside its deadline."""
+    with engine.connect(own_cluster.client_config) as kq:
+        _make_keys(kq)
+        with ThreadPoolExecutor(20) as pool:
+            making = [
+                pool.submit(kq.create_key, f"slow/{number}", "rsa-4096-pss-sha256", threshold=3, shares=5, timeout=120)
+                for number in range(20)
+            ]
+            for _ in range(10):
+                kq.flush("data")
+                assert kq.decrypt("data", kq.encrypt("data", b"x", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"x"
+            assert not all(each.done() for each in making), "the creations were over too soon to show anything"
+            for each in making:
+                assert each.result().algorithm == "rsa-4096-pss-sha256"
+
+
+def test_a_flush_of_one_key_asks_its_holders(own_cluster: LocalCluster) -> None:
+    """A key on three of five nodes is flushed on those; an unknown one is KeyNotFound."""
+    with engine.connect(own_cluster.client_config) as kq:
+        kq.create_key("small", "aes-256-gcm", threshold=2, shares=3)
+        loaded = kq.prewarm("small")
+        assert len(loaded) == 3
+        assert kq.flush("small") == 3
+        assert kq.flush("small") == 0
+        with pytest.raises(engine.KeyNotFound):
+            kq.flush("unknown")

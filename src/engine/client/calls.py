@@ -964,7 +964,8 @@ def answered_by_any(outcomes: Mapping[str, T | Exception]) -> list[T]:
     results = [each for each in outcomes.values() if not isinstance(each, Exception)]
     lost = (NodeUnavailable, DeadlineExceeded, ProtocolError, Overloaded)
     # One node that refuses this client (it may know an older manifest) does not hide what the others say.
-    passed_over = (*lost, AccessDenied) if results else lost
+    # And a node that does not hold a key has nothing of it to tell, as long as another one has.
+    passed_over = (*lost, AccessDenied, KeyNotFound) if results else lost
     for error in outcomes.values():
         if isinstance(error, Exception) and not isinstance(error, passed_over):
             raise error

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,8 +43,9 @@ from engine.client.config import (
     write_private,
     write_toml,
 )
+from engine.client.process import lock_folder
 from engine.client.transport import Channel
-from engine.errors import ClusterError, EngineError
+from engine.errors import ClusterError, ConfigError, EngineError
 from engine.keys import RequestType
 from engine.protocol.manifest import (
     Cluster,
@@ -68,6 +69,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 8.0
 KILL_TIMEOUT_S = 5.0
 PROBE_S = 0.5
+LOCK_NAME = "lock"
 LOG_TAIL = 2_000
 BALANCER = "balancer"
 OPERATOR = "operator"
@@ -116,6 +118,7 @@ class _Process:
         self._pid_file = run / f"{name}.pid"
         self._child: subprocess.Popen[bytes] | None = None
         self._stamp: _Stamp | None = None
+        self._log_start = 0
 
     def attach(self) -> None:
         """Take over a process that an earlier one of us started, if it still runs."""
@@ -147,6 +150,7 @@ class _Process:
         if lifeline is not None:
             command += ["--lifeline", str(lifeline)]
             kept = (lifeline,)
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
         with _private_log(self.log) as log:
             # A session of its own: Ctrl-C in the terminal reaches us, and we stop it in order.
             self._child = subprocess.Popen(
@@ -191,10 +195,10 @@ class _Process:
         return True
 
     def tail(self) -> str:
-        """The end of its log."""
+        """The end of what it logged since its last start."""
         try:
             with self.log.open("rb") as stream:
-                stream.seek(max(0, self.log.stat().st_size - LOG_TAIL))
+                stream.seek(max(self._log_start, self.log.stat().st_size - LOG_TAIL))
                 return stream.read().decode("utf-8", errors="replace").strip()
         except OSError:
             return "(no log)"
@@ -231,26 +235,54 @@ class LocalCluster:
         self._temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="keyquorum-") if path is None else path).resolve()
         self._set_up(detached, start_timeout_s, on_event)
-        existing = (self.path / "cluster.toml").exists()
         try:
-            for attempt in range(1, CREATE_TRIES + 1):
-                if not existing:
-                    self._create(_Plan(nodes, threshold, count, domains, tuple(clients), rules))
-                self._load()
-                self._check_same(nodes, threshold, shares)
-                try:
-                    self.start()
-                    break
-                except ClusterError as error:
-                    taken = any(text in str(error) for text in PORT_TAKEN)
-                    if existing or attempt == CREATE_TRIES or not taken:
-                        raise
-                    self._tell("a port was taken meanwhile; making the cluster again")
-                    _remove_parts(self.path)
+            self._check_free(_folder(self.path))
+            with self._alone():
+                self._create_and_start(_Plan(nodes, threshold, count, domains, tuple(clients), rules), shares)
         except BaseException:
             # What was started has been ended; what ran before us is not ours to end.
             self._release()
             raise
+
+    @staticmethod
+    def _check_free(folder: Path) -> None:
+        """Refuse a folder that is somebody else's."""
+        names = sorted(each.name for each in folder.iterdir() if each.name != LOCK_NAME)
+        if names and "cluster.toml" not in names:
+            told = ", ".join(names)[:200]
+            raise ConfigError(
+                f"{folder} is not empty and holds no cluster ({told}); take another folder, or remove it if an earlier "
+                "start was cut off in it"
+            )
+
+    def _create_and_start(self, plan: _Plan, shares: int | None) -> None:
+        existing = (self.path / "cluster.toml").exists()
+        for attempt in range(1, CREATE_TRIES + 1):
+            if not existing:
+                self._create(plan)
+            self._load()
+            self._check_same(plan.nodes, plan.threshold, shares)
+            try:
+                self._start()
+                break
+            except ClusterError as error:
+                taken = any(text in str(error) for text in PORT_TAKEN)
+                if existing or attempt == CREATE_TRIES or not taken:
+                    raise
+                self._tell("a port was taken meanwhile; making the cluster again")
+                _remove_parts(self.path)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Make and start in this folder alone: a second ``up`` at the same time is refused."""
+        descriptor = lock_folder(self.path)
+        try:
+            for process in self._processes.values():
+                if not process.running:
+                    process.attach()  # another one may have started it meanwhile
+            yield
+        finally:
+            os.close(descriptor)
 
     @classmethod
     def open(
@@ -267,7 +299,7 @@ class LocalCluster:
         self.path = Path(path).resolve()
         self._set_up(detached, start_timeout_s, on_event)
         if not (self.path / "cluster.toml").exists():
-            raise ClusterError(f"{self.path} holds no cluster (it has no cluster.toml)")
+            raise ConfigError(f"{self.path} holds no cluster (it has no cluster.toml)")
         self._load()
         return self
 
@@ -341,6 +373,10 @@ class LocalCluster:
 
     def start(self) -> None:
         """Start what does not run, all at once, and wait until every process answers."""
+        with self._alone():
+            self._start()
+
+    def _start(self) -> None:
         idle = [process for process in self._processes.values() if not process.running]
         if len(idle) < len(self._processes) and not self._detached:
             busy = ", ".join(process.name for process in self._processes.values() if process.running)
@@ -376,9 +412,10 @@ class LocalCluster:
     def start_node(self, node: str) -> None:
         """Start a node (or the balancer) that does not run, and wait until it answers."""
         process = self._named(node)
-        if process.running:
-            raise ClusterError(f"{node} runs already")
-        self._launch([process])
+        with self._alone():
+            if process.running:
+                raise ClusterError(f"{node} runs already")
+            self._launch([process])
 
     def stop_node(self, node: str) -> None:
         """End one process in order."""
@@ -432,6 +469,8 @@ class LocalCluster:
                                 f"{process.name} did not answer within {self._start_timeout_s:g} s; "
                                 f"its log ends:\n{process.tail()}"
                             )
+                    # The answer may be another process's, on the same port.
+                    self._check_alive(processes)
                     self._tell(f"{process.name} serves at {members[process.name].endpoint}")
         finally:
             context.destroy(linger=0)
@@ -523,12 +562,15 @@ class LocalCluster:
 
     def _create(self, plan: _Plan) -> None:
         """Make every identity, token and file; ``cluster.toml`` comes last and says that all is there."""
-        _folder(self.path)
-        left = sorted(each.name for each in self.path.iterdir())
-        if left:
-            raise ClusterError(f"{self.path} is not empty and holds no cluster ({', '.join(left)[:200]})")
         self.path.chmod(0o700)
         self._tell(f"making a cluster of {plan.nodes} nodes in {self.path}")
+        try:
+            self._make_parts(plan)
+        except BaseException:  # Ctrl-C too: half a cluster would be in the way of the next try
+            _remove_parts(self.path)
+            raise
+
+    def _make_parts(self, plan: _Plan) -> None:
         with contextlib.ExitStack() as held:
             ports = [_free_port(held) for _ in range(plan.nodes + 2)]
             names = [f"node{number}" for number in range(1, plan.nodes + 1)]

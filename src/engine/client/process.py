@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import resource
+from pathlib import Path
 
-from engine.errors import EngineError
+from engine.errors import ClusterError, EngineError
 
-__all__ = ["harden_process", "raise_file_limit"]
+__all__ = ["harden_process", "lock_folder", "raise_file_limit"]
 
 PR_SET_DUMPABLE = 4
 WANTED_FILES = 65_536
@@ -28,3 +30,17 @@ def raise_file_limit() -> None:
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def lock_folder(path: Path) -> int:
+    """Have the folder to oneself until the returned descriptor is closed, or the process ends.
+
+    ``ClusterError`` if another process has it. The descriptor is not inherited.
+    """
+    descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ClusterError(f"{path} is in use by another process") from None
+    return descriptor

@@ -148,6 +148,8 @@ class Cluster:
     domain_level: int
     past: Mapping[tuple[str, Role], tuple[bytes, ...]]
     """Every signing key that a member of a name and role had in any manifest of the chain, today's included."""
+    past_rules: tuple[PolicyRule, ...]
+    """Every rule of any manifest of the chain, today's included."""
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """The members of a role, in the manifest's order."""
@@ -178,12 +180,7 @@ class Cluster:
 
     def allows(self, identity: str, operation: str, key_name: str) -> bool:
         """Whether the policy lets a client do this to that key; what no rule allows is denied."""
-        return any(
-            _matches(rule.identity, identity)
-            and _matches(rule.keys, key_name)
-            and ("*" in rule.operations or operation in rule.operations)
-            for rule in self.rules
-        )
+        return _allowed(self.rules, identity, operation, key_name)
 
     def allows_any_key(self, identity: str, operation: str) -> bool:
         """Whether the policy lets a client do this to at least one conceivable key."""
@@ -222,6 +219,15 @@ class Cluster:
 @lru_cache(maxsize=4096)
 def _pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(translate(pattern))
+
+
+def _allowed(rules: Iterable[PolicyRule], identity: str, operation: str, key_name: str) -> bool:
+    return any(
+        _matches(rule.identity, identity)
+        and _matches(rule.keys, key_name)
+        and ("*" in rule.operations or operation in rule.operations)
+        for rule in rules
+    )
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -320,6 +326,7 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
     envelopes = _chains.decode(chain).envelopes
     current: tuple[Signed, _ClusterManifest] | None = None
     past: dict[tuple[str, Role], tuple[bytes, ...]] = {}
+    past_rules: list[PolicyRule] = []
     for raw in envelopes:
         unverified = read_unverified(raw)
         manifest = _manifests.decode(unverified.payload)
@@ -342,6 +349,7 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
         _check_members(manifest.members, manifest.quorum)
         _check_rules(manifest.rules)
         current = signed, manifest
+        past_rules += manifest.rules
         for member in manifest.members:
             known = past.get((member.name, member.role), ())
             past[member.name, member.role] = tuple(dict.fromkeys((*known, member.sign_public)))
@@ -359,6 +367,7 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
         groups=manifest.groups,
         domain_level=manifest.domain_level,
         past=MappingProxyType(past),
+        past_rules=tuple(past_rules),
     )
 
 
@@ -506,12 +515,18 @@ def open_create_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple
 
 
 def open_destroy_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[DestroyOrder, Signed]:
-    """A destroy order, its client's signature, the policy and (unless ``now_ms`` is None) its expiry checked."""
-    signed = verify_envelope(raw, "order.destroy", cluster.sign_key("client"))
+    """A destroy order with its client's signature checked; where it is given, its expiry and the policy too.
+
+    ``now_ms`` is None for an order that the registry has booked: neither time nor a later manifest undoes that, but
+    some manifest of the chain must have allowed it.
+    """
+    clients = cluster.sign_key_ever("client") if now_ms is None else cluster.sign_key("client")
+    signed = verify_envelope(raw, "order.destroy", clients)
     order = destroy_orders.decode(signed.payload)
     if now_ms is not None:
         _check_expiry("destroy order", order.expires_ms, now_ms)
-    if not cluster.allows(signed.issuer, RequestType.DESTROY, order.name):
+    rules = cluster.past_rules if now_ms is None else cluster.rules
+    if not _allowed(rules, signed.issuer, RequestType.DESTROY, order.name):
         raise AccessDenied(f"{signed.issuer!r} may not destroy the key {order.name!r}")
     return order, signed
 
