@@ -33,7 +33,10 @@ log = structlog.get_logger()
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a balancer until SIGTERM, SIGINT or the lifeline's end. 0 done, 1 wrong configuration, 2 could not serve."""
-    options = _options().parse_args(arguments)
+    try:
+        options = _options().parse_args(arguments)
+    except SystemExit as stop:
+        return 1 if stop.code else 0  # argparse would make a wrong option 2, which here means that it could not serve
     try:
         configure_logging(options.log_level)
         harden_process()
