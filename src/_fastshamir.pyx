@@ -216,3 +216,70 @@ try:
 except ValueError as error:
     # An operator who forces a kernel must not silently get another one.
     raise ImportError(f"KEYQUORUM_KERNEL: {error}") from None
+
+
+# --- Sums and dot products of rows, for work on shares; see row_sums.h ------------------------------------------------
+
+cdef extern from "row_sums.h" nogil:
+    const int ROW_SUMS_WEIGHTS_MAX
+    void row_sum(const uint8_t *const *inputs, size_t count, size_t length, uint8_t *out) noexcept
+    void row_dot(const uint8_t *row, size_t length, const uint8_t *const *weights, size_t count,
+                 uint8_t *out) noexcept
+
+
+cdef class _Rows:
+    """Some buffers of one length, held open; every one is released with the object, also after an error."""
+
+    cdef Py_buffer[255] views
+    cdef const uint8_t *rows[255]
+    cdef int count
+    cdef Py_ssize_t length
+
+    def __cinit__(self, object buffers, str what):
+        cdef tuple items = tuple(buffers)
+        self.count = 0
+        if not 1 <= len(items) <= GF256_SHARES_MAX:
+            raise ValueError(f"{len(items)} {what}s were given, but 1..{GF256_SHARES_MAX} are allowed")
+        for item in items:
+            _open(item, &self.views[self.count], PyBUF_SIMPLE, f"a {what}")
+            self.rows[self.count] = <const uint8_t *>self.views[self.count].buf
+            self.count += 1
+            if self.views[self.count - 1].len != self.views[0].len:
+                raise ValueError(f"a {what} has {self.views[self.count - 1].len} bytes, but the first one has "
+                                 f"{self.views[0].len}")
+        self.length = self.views[0].len
+
+    def __dealloc__(self):
+        for j in range(self.count):
+            PyBuffer_Release(&self.views[j])
+
+
+def add(ys):
+    """Add rows byte by byte; see _fastshamir.pyi."""
+    cdef _Rows rows = _Rows(ys, "row")
+    cdef bytes result = PyBytes_FromStringAndSize(NULL, rows.length)
+    cdef uint8_t *sink = <uint8_t *>PyBytes_AS_STRING(result)
+    with nogil:
+        row_sum(rows.rows, rows.count, rows.length, sink)
+    return result
+
+
+def dot(ys, weights):
+    """Dot products of rows and weights; see _fastshamir.pyi."""
+    cdef _Rows rows = _Rows(ys, "row")
+    cdef _Rows scales = _Rows(weights, "weight")
+    cdef list results = []
+    cdef bytes result
+    cdef uint8_t *sink
+    cdef int j
+    if scales.count > ROW_SUMS_WEIGHTS_MAX:
+        raise ValueError(f"{scales.count} weights were given, but at most {ROW_SUMS_WEIGHTS_MAX} are allowed")
+    if scales.length != rows.length:
+        raise ValueError(f"the weights have {scales.length} bytes, but the rows have {rows.length}")
+    for j in range(rows.count):
+        result = PyBytes_FromStringAndSize(NULL, scales.count)
+        sink = <uint8_t *>PyBytes_AS_STRING(result)
+        with nogil:
+            row_dot(rows.rows[j], rows.length, scales.rows, scales.count, sink)
+        results.append(result)
+    return results

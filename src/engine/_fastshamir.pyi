@@ -46,3 +46,19 @@ def use_kernel(name: str | None = None) -> str:
 
     Raises ValueError for a name that is not among ``available_kernels()``.
     """
+
+# --- Sums and dot products of rows, for work on shares ---
+
+def add(ys: Sequence[Buffer]) -> bytes:
+    """The sum of 1..255 rows of one length, byte by byte, in the field: exclusive or. Its time depends on sizes alone.
+
+    Raises ValueError for another number of rows and for different lengths, TypeError for other types.
+    """
+
+def dot(ys: Sequence[Buffer], weights: Sequence[Buffer]) -> list[bytes]:
+    """For each row of ``ys`` its dot products with the ``weights``, over 0x11B: ``(len(ys), len(weights)) uint8``.
+
+    All rows and weights have one length. Its time depends on sizes alone, not on rows or weights.
+
+    Raises ValueError for no row, more than 255 rows or 32 weights, and different lengths; TypeError for other types.
+    """
