@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from engine._fastshamir import combine
 from engine.errors import ShareCorrupt
-from engine.sharing.share import SALT_BYTES, Share, commitment, wipe
+from engine.sharing.share import SALT_BYTES, Share, commitment, distinct, wipe
 
 __all__ = ["find_corrupt", "reconstruct_into", "reconstruct_key"]
 
@@ -55,7 +55,7 @@ def reconstruct_into(
     right, or when shares without commitments disagree. Raises ValueError for no share, one index twice, fewer shares
     than ``threshold`` (none of them wrong), different lengths, and commitments without salts.
     """
-    given = _distinct(share_set)
+    given = distinct(share_set)
     needed = len(given) if threshold is None else threshold
     if not 1 <= needed <= 255:
         raise ValueError(f"the threshold is {needed}, but must be in 1..255")
@@ -98,20 +98,6 @@ def find_corrupt(
         ):
             corrupt.append(share.x)
     return corrupt
-
-
-def _distinct(share_set: Iterable[Share]) -> list[Share]:
-    given = list(share_set)
-    if not given:
-        raise ValueError("0 shares were given, but at least 1 is needed")
-    seen: set[int] = set()
-    for share in given:
-        if not isinstance(share, Share):
-            raise TypeError(f"a share must be a Share, not {type(share).__name__}")
-        if share.x in seen:
-            raise ValueError(f"two shares have the index x = {share.x}, but each must be given once")
-        seen.add(share.x)
-    return given
 
 
 def _without_corrupt(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
-__all__ = ["SALT_BYTES", "Share", "check_value", "commitment", "new_salt", "wipe"]
+__all__ = ["SALT_BYTES", "Share", "check_value", "commitment", "distinct", "new_salt", "wipe"]
 
 SALT_BYTES = 32
 
@@ -51,6 +52,21 @@ class Share:
 
     def __hash__(self) -> int:
         return hash((Share, self.x, len(self.y)))
+
+
+def distinct(share_set: Iterable[Share]) -> list[Share]:
+    """The shares as a list: at least one, each index once; ValueError or TypeError otherwise."""
+    given = list(share_set)
+    if not given:
+        raise ValueError("0 shares were given, but at least 1 is needed")
+    seen: set[int] = set()
+    for share in given:
+        if not isinstance(share, Share):
+            raise TypeError(f"a share must be a Share, not {type(share).__name__}")
+        if share.x in seen:
+            raise ValueError(f"two shares have the index x = {share.x}, but each must be given once")
+        seen.add(share.x)
+    return given
 
 
 def new_salt() -> bytes:
