@@ -71,6 +71,7 @@ from engine.protocol.requests import (
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.sharing import (
     NodeLocation,
+    SecretBuffer,
     Share,
     blind,
     check_placement,
@@ -80,7 +81,6 @@ from engine.sharing import (
     generate_shares,
     new_salt,
     reconstruct_into,
-    wipe,
 )
 from nodes.catalogue import Entry
 from nodes.gather import Gathering
@@ -124,9 +124,9 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """A reconstructed secret (key || blinding), to be wiped by whoever loads it, and the holders that lied."""
+    """A reconstructed secret (key || blinding), to be closed by whoever loads it, and the holders that lied."""
 
-    secret: bytearray
+    secret: SecretBuffer
     corrupt: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -169,7 +169,7 @@ class Conversation:
             raise gathering.error()
         secret = reconstruct_into(gathering.shares, threshold=entry.manifest.threshold)
         if check_value(secret, entry.manifest.context) != entry.manifest.check_value:
-            wipe(secret)
+            secret.close()
             raise ShareCorrupt(f"{entry.row.name!r}: the shares give another key than the manifest's check value")
         return Gathered(secret, gathering.corrupt)
 
@@ -231,7 +231,7 @@ class Conversation:
         try:
             record, offers = self._deal(order, raw_order, reserved, secret, public_key_der(algo, key))
         finally:
-            wipe(secret)
+            secret.close()
         try:
             receipts = self._prepare(talker.channel, record, offers, deadline_s)
             certificate: bytes = self._registry(
@@ -293,7 +293,7 @@ class Conversation:
         return list(offered)
 
     def _deal(
-        self, order: CreateOrder, raw_order: bytes, reserved: Reserved, secret: bytearray, public_key: bytes
+        self, order: CreateOrder, raw_order: bytes, reserved: Reserved, secret: SecretBuffer, public_key: bytes
     ) -> tuple[KeyRecord, dict[str, SharePrepare]]:
         """Split the secret, give each holder its share, and sign the manifest."""
         level = self._cluster.domain_level

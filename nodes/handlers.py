@@ -71,7 +71,7 @@ from engine.protocol.requests import (
 )
 from engine.protocol.signed import read_unverified
 from engine.protocol.wire import ErrorBody, Load, Status, error_codec
-from engine.sharing import unblind, wipe
+from engine.sharing import unblind
 from nodes.audit import AuditLog, Record
 from nodes.cache import KeyCache
 from nodes.catalogue import Catalogue, Entry
@@ -392,7 +392,7 @@ class Handlers:
                 lambda key, failure: self._release_waiting(entry, key and _Loaded(key, slow=True), failure),
             )
         except Overloaded as failure:
-            wipe(gathered.secret)
+            gathered.secret.close()
             self._release_waiting(entry, None, failure)
 
     @staticmethod
@@ -400,7 +400,7 @@ class Handlers:
         try:
             return lane.load(entry.algorithm, bytes(unblind(gathered.secret)))
         finally:
-            wipe(gathered.secret)
+            gathered.secret.close()
 
     def _release_waiting(self, entry: Entry, loaded: _Loaded | None, error: Exception | None) -> None:
         waiting = self._gathering.pop(entry.row.key_id, [])

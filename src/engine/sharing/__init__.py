@@ -6,7 +6,7 @@ This is the one room that touches the native core: everyone else gets at it thro
 from engine._fastshamir import available_kernels, kernel_name, use_kernel
 from engine.sharing.combiner import find_corrupt, reconstruct_into, reconstruct_key
 from engine.sharing.correction import Correction, correct_shares
-from engine.sharing.dealer import BLINDING_BYTES, blind, generate_shares, unblind
+from engine.sharing.dealer import BLINDING_BYTES, blind, fresh_secret, generate_shares, unblind
 from engine.sharing.placement import (
     Distribution,
     NodeLocation,
@@ -27,7 +27,8 @@ from engine.sharing.renewal import (
     reshare,
     sum_recovery_parts,
 )
-from engine.sharing.share import SALT_BYTES, Share, check_value, commitment, new_salt, wipe
+from engine.sharing.secret import SecretBuffer, secret_memory, take, wipe
+from engine.sharing.share import SALT_BYTES, Share, check_value, commitment, new_salt
 
 __all__ = [
     "BLINDING_BYTES",
@@ -35,6 +36,7 @@ __all__ = [
     "Correction",
     "Distribution",
     "NodeLocation",
+    "SecretBuffer",
     "Share",
     "available_kernels",
     "blind",
@@ -47,6 +49,7 @@ __all__ = [
     "distribute_shares",
     "find_corrupt",
     "finish_recovery",
+    "fresh_secret",
     "generate_shares",
     "kernel_name",
     "merge_sub_shares",
@@ -60,7 +63,9 @@ __all__ = [
     "refresh_share",
     "refresh_shares",
     "reshare",
+    "secret_memory",
     "sum_recovery_parts",
+    "take",
     "unblind",
     "use_kernel",
     "wipe",

@@ -15,7 +15,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 
 from engine._fastshamir import add, combine, split
-from engine.sharing.share import Share, distinct, wipe
+from engine.sharing.secret import wipe
+from engine.sharing.share import Share, distinct
 
 __all__ = [
     "deal_sub_shares",

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
-__all__ = ["SALT_BYTES", "Share", "check_value", "commitment", "distinct", "new_salt", "wipe"]
+from engine.sharing.secret import SecretBuffer
+
+__all__ = ["SALT_BYTES", "Share", "check_value", "commitment", "distinct", "new_salt"]
 
 SALT_BYTES = 32
 
@@ -91,7 +93,7 @@ def commitment(salt: bytes, context: bytes, share: Share) -> bytes:
     return state.digest()
 
 
-def check_value(secret: bytes | bytearray | memoryview, context: bytes) -> bytes:
+def check_value(secret: bytes | bytearray | memoryview | SecretBuffer, context: bytes) -> bytes:
     """The 32-byte check value of a shared secret: SHA-256(label, |context|, context, secret).
 
     It tells a right reconstruction from a wrong one. ``secret`` is key || 32 random bytes (``dealer.blind``): without
@@ -102,9 +104,3 @@ def check_value(secret: bytes | bytearray | memoryview, context: bytes) -> bytes
     state.update(context)
     state.update(secret)
     return state.digest()
-
-
-def wipe(buffer: bytearray | memoryview) -> None:
-    """Overwrite a buffer with zeros in place. (``bytes`` can't be wiped: keep secrets in a bytearray.)"""
-    # A slice assignment of the same length is one memcpy into the same memory, also while views of it are open.
-    buffer[:] = bytes(len(buffer))
