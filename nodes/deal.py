@@ -78,6 +78,7 @@ from engine.sharing import (
     check_value,
     commitment,
     distribute_shares,
+    fresh_secret,
     generate_shares,
     new_salt,
     reconstruct_into,
@@ -218,20 +219,16 @@ class Conversation:
                 f"{order.algorithm!r} can't be served: the token of {self._node!r} lacks {lacking}"
             )
         if order.operation == "import":
-            key = check_material(algo, material)
+            check_material(algo, material)
         elif material:
             raise ValueError("a generate request carries no material")
         reserved = self._registry(talker.channel, REGISTRY_RESERVE, Reserve(raw_order), deadline_s)
         if reserved.attempt == 0:
             return self._already(talker, reserved)
         warnings = self._check_holders(order, reserved.holders)
-        if order.operation == "generate":
-            key = generate_material(algo, talker.lane.random(algo.bits // 8) if not algo.asymmetric else b"")
-        secret = blind(key)
-        try:
-            record, offers = self._deal(order, raw_order, reserved, secret, public_key_der(algo, key))
-        finally:
-            secret.close()
+        secret, public_key = self._secret(talker.lane, order, material)
+        with secret:
+            record, offers = self._deal(order, raw_order, reserved, secret, public_key)
         try:
             receipts = self._prepare(talker.channel, record, offers, deadline_s)
             certificate: bytes = self._registry(
@@ -246,6 +243,22 @@ class Conversation:
         if absent:
             warnings = [*warnings, f"{', '.join(absent)} did not store a share; {len(receipts)} of {order.shares} did"]
         return KeyDescription(record.raw, certificate, warnings[:16])
+
+    @staticmethod
+    def _secret(lane: Lane, order: CreateOrder, material: bytes) -> tuple[SecretBuffer, bytes]:
+        """The secret to be shared, and its public key.
+
+        A generated symmetric key is made in locked memory, with the token's random bytes mixed in, and is never
+        ``bytes``. pyca/cryptography makes the others, and an imported one came in a message: those leave copies behind.
+        """
+        algo = algorithm(order.algorithm)
+        if order.operation == "import":
+            return blind(material), public_key_der(algo, material)
+        if not algo.asymmetric:
+            length = algo.bits // 8
+            return fresh_secret(length, lane.random(length)), b""
+        key = generate_material(algo)
+        return blind(key), public_key_der(algo, key)
 
     def _give_up(self, channel: Channel, record: KeyRecord, error: EngineError) -> bytes:
         """Have the registry abort this attempt, so that its name is free again, and raise the error that ended it.

@@ -398,7 +398,7 @@ class Handlers:
     @staticmethod
     def _load_key(lane: Lane, entry: Entry, gathered: Gathered) -> LoadedKey:
         try:
-            return lane.load(entry.algorithm, bytes(unblind(gathered.secret)))
+            return lane.load(entry.algorithm, unblind(gathered.secret), entry.manifest.public_key)
         finally:
             gathered.secret.close()
 
