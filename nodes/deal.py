@@ -71,16 +71,17 @@ from engine.protocol.requests import (
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.sharing import (
     NodeLocation,
+    SecretBuffer,
     Share,
     blind,
     check_placement,
     check_value,
     commitment,
     distribute_shares,
+    fresh_secret,
     generate_shares,
     new_salt,
     reconstruct_into,
-    wipe,
 )
 from nodes.catalogue import Entry
 from nodes.gather import Gathering
@@ -124,9 +125,9 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """A reconstructed secret (key || blinding), to be wiped by whoever loads it, and the holders that lied."""
+    """A reconstructed secret (key || blinding), to be closed by whoever loads it, and the holders that lied."""
 
-    secret: bytearray
+    secret: SecretBuffer
     corrupt: tuple[str, ...]
 
     def __repr__(self) -> str:
@@ -172,7 +173,7 @@ class Conversation:
             raise gathering.error()
         secret = reconstruct_into(gathering.shares, threshold=entry.manifest.threshold)
         if check_value(secret, entry.manifest.context) != entry.manifest.check_value:
-            wipe(secret)
+            secret.close()
             raise ShareCorrupt(f"{entry.row.name!r}: the shares give another key than the manifest's check value")
         return Gathered(secret, gathering.corrupt)
 
@@ -218,20 +219,16 @@ class Conversation:
                 f"{order.algorithm!r} can't be served: the token of {self._node!r} lacks {lacking}"
             )
         if order.operation == "import":
-            key = check_material(algo, material)
+            check_material(algo, material)
         elif material:
             raise ValueError("a generate request carries no material")
         reserved = self._registry(talker.channel, REGISTRY_RESERVE, Reserve(raw_order), deadline_s)
         if reserved.attempt == 0:
             return self._already(talker, reserved)
         warnings = self._check_holders(order, reserved.holders)
-        if order.operation == "generate":
-            key = generate_material(algo, talker.lane.random(algo.bits // 8) if not algo.asymmetric else b"")
-        secret = blind(key)
-        try:
-            record, offers = self._deal(order, raw_order, reserved, secret, public_key_der(algo, key))
-        finally:
-            wipe(secret)
+        secret, public_key = self._secret(talker.lane, order, material)
+        with secret:
+            record, offers = self._deal(order, raw_order, reserved, secret, public_key)
         try:
             receipts = self._prepare(talker.channel, record, offers, deadline_s)
             certificate: bytes = self._registry(
@@ -246,6 +243,22 @@ class Conversation:
         if absent:
             warnings = [*warnings, f"{', '.join(absent)} did not store a share; {len(receipts)} of {order.shares} did"]
         return KeyDescription(record.raw, certificate, warnings[:16])
+
+    @staticmethod
+    def _secret(lane: Lane, order: CreateOrder, material: bytes) -> tuple[SecretBuffer, bytes]:
+        """The secret to be shared, and its public key.
+
+        A generated symmetric key is made in locked memory, with the token's random bytes mixed in, and is never
+        ``bytes``. pyca/cryptography makes the others, and an imported one came in a message: those leave copies behind.
+        """
+        algo = algorithm(order.algorithm)
+        if order.operation == "import":
+            return blind(material), public_key_der(algo, material)
+        if not algo.asymmetric:
+            length = algo.bits // 8
+            return fresh_secret(length, lane.random(length)), b""
+        key = generate_material(algo)
+        return blind(key), public_key_der(algo, key)
 
     def _give_up(self, channel: Channel, record: KeyRecord, error: EngineError) -> bytes:
         """Have the registry abort this attempt, so that its name is free again, and raise the error that ended it.
@@ -293,7 +306,7 @@ class Conversation:
         return list(offered)
 
     def _deal(
-        self, order: CreateOrder, raw_order: bytes, reserved: Reserved, secret: bytearray, public_key: bytes
+        self, order: CreateOrder, raw_order: bytes, reserved: Reserved, secret: SecretBuffer, public_key: bytes
     ) -> tuple[KeyRecord, dict[str, SharePrepare]]:
         """Split the secret, give each holder its share, and sign the manifest."""
         level = self._cluster.domain_level

@@ -73,7 +73,7 @@ from engine.protocol.requests import (
 )
 from engine.protocol.signed import read_unverified
 from engine.protocol.wire import ErrorBody, Load, Status, error_codec
-from engine.sharing import unblind, wipe
+from engine.sharing import unblind
 from nodes.audit import AuditLog, Record
 from nodes.cache import KeyCache
 from nodes.catalogue import Catalogue, Entry
@@ -422,7 +422,7 @@ class Handlers:
                 lambda key, failure: self._release_waiting(entry, key and _Loaded(key, slow=True), failure),
             )
         except Overloaded as failure:
-            wipe(gathered.secret)
+            gathered.secret.close()
             self._release_waiting(entry, None, failure)
 
     def _not_gathered(self, entry: Entry, leader: _Waiting, error: Exception | None) -> None:
@@ -445,9 +445,9 @@ class Handlers:
     @staticmethod
     def _load_key(lane: Lane, entry: Entry, gathered: Gathered) -> LoadedKey:
         try:
-            return lane.load(entry.algorithm, bytes(unblind(gathered.secret)))
+            return lane.load(entry.algorithm, unblind(gathered.secret), entry.manifest.public_key)
         finally:
-            wipe(gathered.secret)
+            gathered.secret.close()
 
     def _release_waiting(self, entry: Entry, loaded: _Loaded | None, error: Exception | None) -> None:
         waiting = self._gathering.pop(entry.row.key_id, [])

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, utils
 
 from engine.errors import EngineError, InvalidSignature, InvalidTag, TokenError
 from engine.keys import ALGORITHMS, load_private_key
-from engine.sharing import Share, reconstruct_key
+from engine.sharing import SecretBuffer, Share, reconstruct_key
 from nodes.token import Lane
 
 __all__ = ["run_self_tests"]
@@ -23,6 +23,9 @@ SHAMIR_SHARES: Final = {
     255: bytes.fromhex("a6b630daa9"),
 }
 """The polynomial with coefficients 00a71f0e91 and e4005b77c3 at x = 1, 7 and 255, over 0x11B (worked out by hand)."""
+
+GATHERED_BYTES_MAX: Final = 4096
+"""More than the largest secret, an RSA-4096 key with its blinding: about 2.4 KiB."""
 
 GCM_KEY: Final = bytes.fromhex("feffe9928665731c6d6a8f9467308308") * 2
 GCM_AAD: Final = bytes.fromhex("feedfacedeadbeeffeedfacedeadbeefabaddad2")
@@ -50,6 +53,7 @@ ECDSA_SIGNATURE: Final = utils.encode_dss_signature(
 def run_self_tests(lane: Lane) -> None:
     """Run them all; ``TokenError`` names the one that failed. A node whose self test fails must not serve."""
     for name, test in (
+        ("locked memory", _locked_memory),
         ("Shamir core", _shamir),
         ("KEK", lane.check_kek),
         ("AES-GCM in the token", lambda: _gcm(lane)),
@@ -59,6 +63,16 @@ def run_self_tests(lane: Lane) -> None:
             test()
         except EngineError as error:
             raise TokenError(f"self test failed: {name}: {error}") from None
+
+
+def _locked_memory() -> None:
+    """A node that may not lock memory must fail at its start, not at its first cold key."""
+    try:
+        with SecretBuffer.random(GATHERED_BYTES_MAX) as one, SecretBuffer.copy_of(one) as other:
+            if one != other or one == bytes(len(one)):
+                raise TokenError("locked memory gives back other bytes")
+    except OSError as error:
+        raise TokenError(str(error.strerror)) from None
 
 
 def _shamir() -> None:

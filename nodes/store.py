@@ -98,10 +98,10 @@ def seal_share(lane: Lane, share: Share, salt: bytes, context: bytes) -> bytes:
 
 def unseal_share(lane: Lane, sealed: bytes, x: int, context: bytes) -> tuple[Share, bytes]:
     """The share and its salt; ``InvalidTag`` if the blob is not the one that ``context`` names."""
-    plain = lane.unseal(sealed, context)
-    if len(plain) <= SALT_BYTES:
-        raise InvalidTag(f"a sealed share of {len(plain)} bytes is too short")
-    return Share(x, plain[SALT_BYTES:]), plain[:SALT_BYTES]
+    with lane.unseal_secret(sealed, context) as plain, memoryview(plain) as view:
+        if len(view) <= SALT_BYTES:
+            raise InvalidTag(f"a sealed share of {len(view)} bytes is too short")
+        return Share(x, bytes(view[SALT_BYTES:])), bytes(view[:SALT_BYTES])
 
 
 class ShareStore:

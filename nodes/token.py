@@ -3,6 +3,9 @@
 Nothing else in the node touches PKCS#11. It knows no policy, no store and no socket. A ``Lane`` is one session used by
 one thread; objects belong to the lane that made them. The session that logged in stays open as long as the process:
 closing it would log the whole process out (PKCS#11 v2.40, 5.6).
+
+python-pkcs11 takes and gives ``bytes``, which can't be wiped, and copies them into memory that it does not wipe. So
+where whole keys go in and shares come out the module's own functions are called, on locked memory (``_Module``).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import ctypes
 import hashlib
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +22,7 @@ from typing import Any, Final
 import pkcs11
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, utils
-from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
+from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, _pkcs11
 from pkcs11.exceptions import (
     KeyHandleInvalid,
     ObjectHandleInvalid,
@@ -33,7 +36,8 @@ from pkcs11.util.ec import encode_named_curve_parameters
 
 from engine.client.config import sync_folder, write_private
 from engine.errors import ConfigError, EngineError, InvalidSignature, InvalidTag, TokenError
-from engine.keys import ALGORITHMS, Algorithm, KeyKind, PrivateKey, RequestType, load_private_key
+from engine.keys import ALGORITHMS, Algorithm, KeyKind, RequestType, generate_material, public_key_der
+from engine.sharing import SecretBuffer
 from nodes.config import TokenConfig
 
 __all__ = ["Lane", "LoadedKey", "Token", "initialize_token", "is_slow"]
@@ -102,7 +106,148 @@ class _InitializeArgs(ctypes.Structure):
     )
 
 
+class _CkAttribute(ctypes.Structure):
+    """CK_ATTRIBUTE (PKCS#11 v2.40, 3.4)."""
+
+    _fields_ = (("type", ctypes.c_ulong), ("value", ctypes.c_void_p), ("length", ctypes.c_ulong))
+
+
+class _CkMechanism(ctypes.Structure):
+    """CK_MECHANISM (PKCS#11 v2.40, 3.5)."""
+
+    _fields_ = (("mechanism", ctypes.c_ulong), ("parameter", ctypes.c_void_p), ("length", ctypes.c_ulong))
+
+
+class _CkGcmParams(ctypes.Structure):
+    """CK_GCM_PARAMS (PKCS#11 v2.40 mechanisms, 2.11.3)."""
+
+    _fields_ = (
+        ("iv", ctypes.c_void_p),
+        ("iv_bytes", ctypes.c_ulong),
+        ("iv_bits", ctypes.c_ulong),
+        ("associated_data", ctypes.c_void_p),
+        ("associated_bytes", ctypes.c_ulong),
+        ("tag_bits", ctypes.c_ulong),
+    )
+
+
+class _CkFunctionList(ctypes.Structure):
+    """The beginning of CK_FUNCTION_LIST (PKCS#11 v2.40, 3.6): pointers in the order of the standard's pkcs11f.h."""
+
+    _fields_ = (("version", ctypes.c_ubyte * 2), ("functions", ctypes.c_void_p * 35))
+
+
 CKF_OS_LOCKING_OK: Final = 2
+CKM_AES_GCM: Final = 0x1087
+CKR_OK: Final = 0
+CKR_GONE: Final = frozenset({0x60, 0x82, 0xB0, 0xB3, 0x101})
+"""The codes of the errors in ``_GONE``."""
+
+AttributeValue = bool | int | bytes | memoryview
+
+
+class _ModuleError(Exception):
+    """A function of the module did not return CKR_OK."""
+
+    def __init__(self, function: str, code: int) -> None:
+        super().__init__(f"{function} returned 0x{code:08x}")
+        self.code = code
+
+
+class _Module:
+    """The functions of the PKCS#11 module that secrets go through, on memory that the caller owns and wipes."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        unsigned, pointer = ctypes.c_ulong, ctypes.c_void_p
+        table = ctypes.POINTER(_CkFunctionList)()
+        code = library.C_GetFunctionList(ctypes.byref(table))  # the one function that a module has to export
+        if code != CKR_OK:
+            raise TokenError(f"C_GetFunctionList returned 0x{code:08x}")
+        self._functions = {
+            name: ctypes.CFUNCTYPE(unsigned, *arguments)(table.contents.functions[place])
+            for name, place, arguments in (
+                ("C_CreateObject", 20, (unsigned, pointer, unsigned, pointer)),
+                ("C_DecryptInit", 33, (unsigned, pointer, unsigned)),
+                ("C_Decrypt", 34, (unsigned, ctypes.c_char_p, unsigned, pointer, pointer)),
+            )
+        }
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = self._functions[name](*arguments)  # without the interpreter's lock
+        if code != CKR_OK:
+            raise _ModuleError(name, code)
+
+    def create_object(self, session: int, template: Mapping[Attribute, AttributeValue]) -> int:
+        """C_CreateObject: the new object's handle. A memoryview (writable) is passed in place, never copied."""
+        values = [_c_value(value) for value in template.values()]
+        attributes = (_CkAttribute * len(values))(
+            *(
+                _CkAttribute(kind, ctypes.addressof(value), ctypes.sizeof(value))
+                for kind, value in zip(template, values, strict=True)
+            )
+        )
+        handle = ctypes.c_ulong()
+        try:
+            self._call("C_CreateObject", session, attributes, len(values), ctypes.byref(handle))
+        finally:
+            values.clear()  # an error's traceback must not keep a view of a secret open
+        return handle.value
+
+    def decrypt_gcm(self, session: int, key: int, nonce: bytes, associated_data: bytes, data: bytes) -> SecretBuffer:
+        """AES-GCM by C_DecryptInit and C_Decrypt, into locked memory. ``data`` ends in the tag and has more than it."""
+        iv, associated = ctypes.create_string_buffer(nonce), ctypes.create_string_buffer(associated_data)
+        parameters = _CkGcmParams(
+            ctypes.addressof(iv), len(nonce), len(nonce) * 8, ctypes.addressof(associated), len(associated_data), 128
+        )
+        mechanism = _CkMechanism(CKM_AES_GCM, ctypes.addressof(parameters), ctypes.sizeof(parameters))
+        # SoftHSM asks for as much room as there is ciphertext with its tag.
+        with SecretBuffer(len(data)) as room:
+            length = ctypes.c_ulong(len(data))
+            self._call("C_DecryptInit", session, ctypes.byref(mechanism), key)
+            sink = _c_value(memoryview(room))
+            try:
+                self._call("C_Decrypt", session, data, len(data), ctypes.addressof(sink), ctypes.byref(length))
+            finally:
+                del sink
+            return SecretBuffer.copy_of(memoryview(room)[: length.value])
+
+
+def _c_value(value: AttributeValue) -> Any:
+    """The C object of an attribute's value; that of a memoryview is the view's own memory."""
+    if isinstance(value, memoryview):
+        return (ctypes.c_char * len(value)).from_buffer(value)
+    if isinstance(value, bool):
+        return ctypes.c_ubyte(value)
+    if isinstance(value, int):
+        return ctypes.c_ulong(value)
+    return (ctypes.c_char * len(value)).from_buffer_copy(value)
+
+
+class _Made:
+    """Stands in for python-pkcs11's wrapper of a handle that it did not make; see ``_wrapped``."""
+
+    def __init__(self, session: Any, handle: int) -> None:
+        self.session = session
+        self._handle = handle
+
+    def copy(self, attributes: object) -> int:
+        """The handle, where a wrapper gives that of a copy."""
+        return self._handle
+
+
+def _wrapped(session: Any, handle: int) -> Any:
+    """python-pkcs11's object of a handle that was made without it.
+
+    It has no function for that, but ``Object.copy`` asks its wrapper for the handle of a copy and makes an object of
+    that handle. (Searching for the object would do as well, but SoftHSM then goes through all of them.)
+    """
+    kind: Any = _pkcs11.Object  # type: ignore[attr-defined] # its stubs leave it out
+    finder = kind.__new__(kind)
+    finder.wrapper = _Made(session, handle)
+    found = finder.copy({})
+    if found.handle != handle:
+        raise TokenError("python-pkcs11 made an object of another handle than it was given")
+    return found
 
 
 def _softhsm_environment(config: TokenConfig, data: Path) -> None:
@@ -143,6 +288,8 @@ def _load(config: TokenConfig, data: Path) -> tuple[Any, ctypes.CDLL]:
 def describe(error: BaseException) -> str:
     """A PKCS#11 error as text: python-pkcs11 gives its name alone."""
     text = str(error)
+    if isinstance(error, _ModuleError):
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -254,8 +401,9 @@ class LoadedKey:
 class Lane:
     """One session of the token, for one thread."""
 
-    def __init__(self, session: Any) -> None:
+    def __init__(self, session: Any, module: _Module) -> None:
         self._session = session
+        self._module = module
         self._kek = _one_kek(session)
 
     # --- the KEK ---
@@ -276,6 +424,19 @@ class Lane:
             raise TokenError(f"the token's KEK does not answer: {describe(error)}") from None
         except PKCS11Error:
             # SoftHSM answers a wrong tag with CKR_GENERAL_ERROR: the canary tells it from a sick token.
+            self.check_kek()
+            raise InvalidTag("a sealed blob does not open under this token's KEK") from None
+
+    def unseal_secret(self, sealed: bytes, associated_data: bytes) -> SecretBuffer:
+        """As ``unseal``, into locked memory, which the caller closes. What is sealed has one byte at least."""
+        nonce, rest = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
+        if len(rest) <= TAG_BYTES:
+            raise InvalidTag(f"a sealed blob of {len(sealed)} bytes is too short")
+        try:
+            return self._module.decrypt_gcm(self._session.handle, self._kek.handle, nonce, associated_data, rest)
+        except _ModuleError as error:
+            if error.code in CKR_GONE:
+                raise TokenError(f"the token's KEK does not answer: {error}") from None
             self.check_kek()
             raise InvalidTag("a sealed blob does not open under this token's KEK") from None
 
@@ -302,46 +463,72 @@ class Lane:
 
     # --- loaded keys ---
 
-    def load(self, algo: Algorithm, material: bytes | bytearray) -> LoadedKey:
+    def load(
+        self, algo: Algorithm, material: bytes | bytearray | memoryview | SecretBuffer, public_key: bytes = b""
+    ) -> LoadedKey:
         """Put canonical key material (``engine.keys``) into the token by C_CreateObject, as session objects.
+
+        The token reads it from where it is, if it is writable; ``bytes`` are copied into locked memory first. No part
+        of it becomes an object of Python. ``public_key`` is the SubjectPublicKeyInfo that belongs to it; without one,
+        that of an EC or Ed25519 key is worked out by pyca/cryptography, which does leave copies behind.
 
         ``TokenError`` if the token refuses it or it is none of this algorithm (SoftHSM takes AES keys of any length).
         """
         try:
-            if algo.kind is KeyKind.AES:
-                if len(material) != algo.bits // 8:
-                    raise ValueError(f"{len(material)} bytes, {algo.bits // 8} are needed")
-                usage = {Attribute.ENCRYPT: True, Attribute.DECRYPT: True}
-                return LoadedKey(algo, self._secret(KeyType.AES, bytes(material), usage))
-            if algo.kind is KeyKind.HMAC:
-                # Zero padding to the block changes no MAC (RFC 2104, 2) and satisfies tokens that refuse short keys.
-                padded = bytes(material).ljust(_HMAC_BLOCK[algo.hash_name], b"\0")
-                usage = {Attribute.SIGN: True, Attribute.VERIFY: True}
-                return LoadedKey(algo, self._secret(KeyType.GENERIC_SECRET, padded, usage))
-            return self._pair(algo, load_private_key(algo, material))
-        except PKCS11Error as error:
+            _check_length(algo, len(material))
+            if isinstance(material, bytes):
+                with SecretBuffer.copy_of(material) as copied:
+                    return self._load(algo, memoryview(copied), public_key)
+            with memoryview(material) as view:
+                return self._load(algo, view, public_key)
+        except (PKCS11Error, _ModuleError) as error:
             raise TokenError(f"the token refused a key of {algo.name}: {describe(error)}") from None
         except ValueError as error:
             raise TokenError(f"what was combined is no key of {algo.name}: {error}") from None
 
-    def _secret(self, kind: KeyType, value: bytes, usage: Mapping[Attribute, bool]) -> Any:
-        return self._session.create_object(
-            {
-                Attribute.CLASS: ObjectClass.SECRET_KEY,
-                Attribute.KEY_TYPE: kind,
-                Attribute.VALUE: value,
-                **_SESSION_SECRET,
-                **_NO_SECRET_USE,
-                **usage,
-            }
+    def _load(self, algo: Algorithm, material: memoryview, public_key: bytes) -> LoadedKey:
+        if algo.kind is KeyKind.AES:
+            return self._secret(algo, KeyType.AES, material, (Attribute.ENCRYPT, Attribute.DECRYPT))
+        if algo.kind is KeyKind.HMAC:
+            # Zero padding to the block changes no MAC (RFC 2104, 2) and satisfies tokens that refuse short keys.
+            with SecretBuffer(max(len(material), _HMAC_BLOCK[algo.hash_name])) as padded:
+                padded.add(material)
+                view = memoryview(padded)
+                return self._secret(algo, KeyType.GENERIC_SECRET, view, (Attribute.SIGN, Attribute.VERIFY))
+        if algo.kind is KeyKind.RSA:
+            return self._pair(algo, *_rsa_attributes(material, algo.bits))
+        return self._pair(algo, *_curve_attributes(algo, material, public_key or public_key_der(algo, bytes(material))))
+
+    def try_rsa(self, algo: Algorithm, material: bytearray) -> LoadedKey:
+        """As ``load``, with a throw-away RSA key of PROBE_RSA_BITS."""
+        try:
+            return self._pair(algo, *_rsa_attributes(memoryview(material), PROBE_RSA_BITS))
+        except _ModuleError as error:
+            raise TokenError(f"the token refused a key of {algo.name}: {error}") from None
+
+    def _create(self, template: Mapping[Attribute, AttributeValue]) -> Any:
+        return _wrapped(self._session, self._module.create_object(self._session.handle, template))
+
+    def _secret(self, algo: Algorithm, kind: KeyType, value: memoryview, usage: Sequence[Attribute]) -> LoadedKey:
+        return LoadedKey(
+            algo,
+            self._create(
+                {
+                    Attribute.CLASS: ObjectClass.SECRET_KEY,
+                    Attribute.KEY_TYPE: kind,
+                    Attribute.VALUE: value,
+                    **_SESSION_SECRET,
+                    **_NO_SECRET_USE,
+                    **dict.fromkeys(usage, True),
+                }
+            ),
         )
 
-    def _pair(self, algo: Algorithm, private: PrivateKey) -> LoadedKey:
-        kind, secret, public = _components(algo, private)
+    def _pair(self, algo: Algorithm, kind: KeyType, secret: Parts, public: Parts) -> LoadedKey:
         encrypts = RequestType.ENCRYPT in algo.operations
         made = LoadedKey(
             algo,
-            self._session.create_object(
+            self._create(
                 {
                     Attribute.CLASS: ObjectClass.PRIVATE_KEY,
                     Attribute.KEY_TYPE: kind,
@@ -353,7 +540,7 @@ class Lane:
             ),
         )
         try:
-            made.public = self._session.create_object(
+            made.public = self._create(
                 {
                     Attribute.CLASS: ObjectClass.PUBLIC_KEY,
                     Attribute.KEY_TYPE: kind,
@@ -363,7 +550,7 @@ class Lane:
                     (Attribute.ENCRYPT if encrypts else Attribute.VERIFY): True,
                 }
             )
-        except PKCS11Error:
+        except (PKCS11Error, _ModuleError):
             made.destroy()
             raise
         return made
@@ -451,40 +638,76 @@ def _one_kek(session: Any) -> Any:
     return found[0]
 
 
-def _components(algo: Algorithm, private: PrivateKey) -> tuple[KeyType, dict[Attribute, Any], dict[Attribute, Any]]:
-    """Key type, secret attributes and public attributes of a key pair (PKCS#11 v2.40 mechanisms, 2.1.3, 2.3.4)."""
-    if isinstance(private, rsa.RSAPrivateKey):
-        numbers = private.private_numbers()
-        public = {
-            Attribute.MODULUS: _big(numbers.public_numbers.n),
-            Attribute.PUBLIC_EXPONENT: _big(numbers.public_numbers.e),
-        }
-        secret = {
-            **public,
-            Attribute.PRIVATE_EXPONENT: _big(numbers.d),
-            Attribute.PRIME_1: _big(numbers.p),
-            Attribute.PRIME_2: _big(numbers.q),
-            Attribute.EXPONENT_1: _big(numbers.dmp1),
-            Attribute.EXPONENT_2: _big(numbers.dmq1),
-            Attribute.COEFFICIENT: _big(numbers.iqmp),
-        }
-        return KeyType.RSA, secret, public
-    if isinstance(private, ed25519.Ed25519PrivateKey):
-        point, parameters, value = private.public_key().public_bytes_raw(), _EDWARDS25519, private.private_bytes_raw()
-        kind = KeyType.EC_EDWARDS
+Parts = dict[Attribute, AttributeValue]
+
+
+def _check_length(algo: Algorithm, length: int) -> None:
+    needed = algo.bits // 8
+    if algo.kind is KeyKind.RSA or (algo.kind is KeyKind.HMAC and length):
+        return
+    if length != needed:
+        raise ValueError(f"{length} bytes, {needed} are needed")
+
+
+def _curve_attributes(algo: Algorithm, material: memoryview, public_key: bytes) -> tuple[KeyType, Parts, Parts]:
+    """Key type, secret and public attributes of an EC or Edwards key (PKCS#11 v2.40 mechanisms, 2.3.4)."""
+    public = serialization.load_der_public_key(public_key)
+    if algo.kind is KeyKind.ED25519:
+        if not isinstance(public, ed25519.Ed25519PublicKey):
+            raise ValueError("its public key is none of Ed25519")
+        kind, parameters, point = KeyType.EC_EDWARDS, _EDWARDS25519, public.public_bytes_raw()
     else:
-        kind, parameters = KeyType.EC, encode_named_curve_parameters(_CURVE_NAMES[algo.bits])
-        value = private.private_numbers().private_value.to_bytes(algo.bits // 8, "big")
-        point = private.public_key().public_bytes(
-            serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint
-        )
-    secret = {Attribute.EC_PARAMS: parameters, Attribute.VALUE: value}
+        curve = _CURVE_NAMES[algo.bits]
+        if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != curve:
+            raise ValueError(f"its public key is none on {curve}")
+        kind, parameters = KeyType.EC, encode_named_curve_parameters(curve)
+        point = public.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint)
     octets = b"\x04" + bytes([len(point)]) + point  # CKA_EC_POINT is a DER OCTET STRING; all are shorter than 128 bytes
-    return kind, secret, {Attribute.EC_PARAMS: parameters, Attribute.EC_POINT: octets}
+    common: Parts = {Attribute.EC_PARAMS: parameters}
+    return kind, {**common, Attribute.VALUE: material}, {**common, Attribute.EC_POINT: octets}
 
 
-def _big(number: int) -> bytes:
-    return number.to_bytes((number.bit_length() + 7) // 8, "big")
+_RSA_PARTS: Final = (
+    Attribute.MODULUS,
+    Attribute.PUBLIC_EXPONENT,
+    Attribute.PRIVATE_EXPONENT,
+    Attribute.PRIME_1,
+    Attribute.PRIME_2,
+    Attribute.EXPONENT_1,
+    Attribute.EXPONENT_2,
+    Attribute.COEFFICIENT,
+)
+"""The order of the integers in an RSAPrivateKey, after its version."""
+
+
+def _rsa_attributes(material: memoryview, bits: int) -> tuple[KeyType, Parts, Parts]:
+    """Key type, secret and public attributes of a DER RSAPrivateKey (RFC 8017, A.1.2), as views of it.
+
+    The primes were tested when the key was made or imported, and its hash is checked whenever it is combined.
+    """
+    body, rest = _der_value(material, 0x30)
+    numbers: list[memoryview] = []
+    while body and len(numbers) <= len(_RSA_PARTS):
+        number, body = _der_value(body, 0x02)
+        numbers.append(number[1:] if len(number) > 1 and number[0] == 0 else number)  # the sign's octet is no part
+    if body or rest or len(numbers) != 1 + len(_RSA_PARTS) or bytes(numbers[0]) != b"\0" or not all(map(len, numbers)):
+        raise ValueError("it is no DER RSAPrivateKey of two primes")
+    secret: Parts = dict(zip(_RSA_PARTS, numbers[1:], strict=True))
+    if len(numbers[1]) * 8 != bits or not numbers[1][0] & 0x80:
+        raise ValueError(f"its modulus has not {bits} bits")
+    return KeyType.RSA, secret, {kind: secret[kind] for kind in _RSA_PARTS[:2]}
+
+
+def _der_value(data: memoryview, tag: int) -> tuple[memoryview, memoryview]:
+    """The value of the first DER element (X.690, 8.1), which has this tag, and what follows it, as views."""
+    length_bytes = data[1] & 0x7F if len(data) > 1 and data[1] & 0x80 else 0
+    if len(data) < 2 + length_bytes or data[0] != tag or length_bytes > 2:
+        raise ValueError("it is no DER RSAPrivateKey")
+    length = int.from_bytes(data[2 : 2 + length_bytes], "big") if length_bytes else data[1]
+    value = data[2 + length_bytes :]
+    if length > len(value):
+        raise ValueError("it is no DER RSAPrivateKey")
+    return value[:length], value[length:]
 
 
 def _signing(algo: Algorithm, data: bytes) -> tuple[Mechanism, Any, bytes]:
@@ -514,7 +737,8 @@ class Token:
 
     def __init__(self, config: TokenConfig, data: Path) -> None:
         self._pin = config.pin.read()
-        library, _ = _load(config, data)
+        library, native = _load(config, data)
+        self._module = _Module(native)
         self._token = _find(library, config.label)
         try:
             self._login = self._token.open(user_pin=self._pin)
@@ -529,13 +753,13 @@ class Token:
     def lane(self) -> Lane:
         """A new session for the calling thread; the login of the process covers it."""
         try:
-            return Lane(self._token.open())
+            return Lane(self._token.open(), self._module)
         except PKCS11Error as error:
             raise TokenError(f"the token gives no further session: {describe(error)}") from None
 
     def _probe(self) -> Mapping[str, str]:
         """Algorithm -> what the token lacks for it, found by doing, with throw-away keys."""
-        lane = Lane(self._login)
+        lane = Lane(self._login, self._module)
         missing: dict[str, str] = {}
         for algo in ALGORITHMS.values():
             lacking = self._size_problem(algo)
@@ -588,14 +812,14 @@ PROBE_RSA_BITS: Final = 1024
 
 def try_algorithm(lane: Lane, algo: Algorithm) -> None:
     """Use the algorithm once, there and back, with a throw-away key."""
-    private: PrivateKey | None = None
     if algo.kind is KeyKind.RSA:
         private = rsa.generate_private_key(public_exponent=65537, key_size=PROBE_RSA_BITS)
-    elif algo.kind is KeyKind.EC:
-        private = ec.generate_private_key(ec.SECP256R1() if algo.bits == 256 else ec.SECP384R1())
-    elif algo.kind is KeyKind.ED25519:
-        private = ed25519.Ed25519PrivateKey.generate()
-    key = lane.load(algo, os.urandom(algo.bits // 8)) if private is None else lane._pair(algo, private)
+        der = private.private_bytes(
+            serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+        )
+        key = lane.try_rsa(algo, bytearray(der))
+    else:
+        key = lane.load(algo, generate_material(algo))
     try:
         if RequestType.ENCRYPT in algo.operations:
             sealed = lane.encrypt(key, b"probe", b"")

@@ -216,3 +216,273 @@ try:
 except ValueError as error:
     # An operator who forces a kernel must not silently get another one.
     raise ImportError(f"KEYQUORUM_KERNEL: {error}") from None
+
+
+# --- Sums and dot products of rows, for work on shares; see row_sums.h ------------------------------------------------
+
+cimport cython
+
+cdef extern from "row_sums.h" nogil:
+    const int ROW_SUMS_WEIGHTS_MAX
+    void row_sum(const uint8_t *const *inputs, size_t count, size_t length, uint8_t *out) noexcept
+    void row_dot(const uint8_t *row, size_t length, const uint8_t *const *weights, size_t count,
+                 uint8_t *out) noexcept
+
+
+@cython.auto_pickle(False)
+cdef class _Rows:
+    """Some buffers of one length, held open; every one is released with the object, also after an error."""
+
+    cdef Py_buffer[255] views
+    cdef const uint8_t *rows[255]
+    cdef int count
+    cdef Py_ssize_t length
+
+    def __cinit__(self, object buffers, str what):
+        cdef tuple items = tuple(buffers)
+        self.count = 0
+        if not 1 <= len(items) <= GF256_SHARES_MAX:
+            raise ValueError(f"{len(items)} {what}s were given, but 1..{GF256_SHARES_MAX} are allowed")
+        for item in items:
+            _open(item, &self.views[self.count], PyBUF_SIMPLE, f"a {what}")
+            self.rows[self.count] = <const uint8_t *>self.views[self.count].buf
+            self.count += 1
+            if self.views[self.count - 1].len != self.views[0].len:
+                raise ValueError(f"a {what} has {self.views[self.count - 1].len} bytes, but the first one has "
+                                 f"{self.views[0].len}")
+        self.length = self.views[0].len
+
+    def __dealloc__(self):
+        for j in range(self.count):
+            PyBuffer_Release(&self.views[j])
+
+
+def add(ys):
+    """Add rows byte by byte; see _fastshamir.pyi."""
+    cdef _Rows rows = _Rows(ys, "row")
+    cdef bytes result = PyBytes_FromStringAndSize(NULL, rows.length)
+    cdef uint8_t *sink = <uint8_t *>PyBytes_AS_STRING(result)
+    with nogil:
+        row_sum(rows.rows, rows.count, rows.length, sink)
+    return result
+
+
+def dot(ys, weights):
+    """Dot products of rows and weights; see _fastshamir.pyi."""
+    cdef _Rows rows = _Rows(ys, "row")
+    cdef _Rows scales = _Rows(weights, "weight")
+    cdef list results = []
+    cdef bytes result
+    cdef uint8_t *sink
+    cdef int j
+    if scales.count > ROW_SUMS_WEIGHTS_MAX:
+        raise ValueError(f"{scales.count} weights were given, but at most {ROW_SUMS_WEIGHTS_MAX} are allowed")
+    if scales.length != rows.length:
+        raise ValueError(f"the weights have {scales.length} bytes, but the rows have {rows.length}")
+    for j in range(rows.count):
+        result = PyBytes_FromStringAndSize(NULL, scales.count)
+        sink = <uint8_t *>PyBytes_AS_STRING(result)
+        with nogil:
+            row_dot(rows.rows[j], rows.length, scales.rows, scales.count, sink)
+        results.append(result)
+    return results
+
+
+# --- Memory for secrets; see secret_arena.h ---------------------------------------------------------------------------
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.string cimport memcpy
+
+
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
+
+
+cdef extern from "secret_arena.h" nogil:
+    ctypedef struct secret_piece:
+        uint8_t *bytes
+        size_t length
+        unsigned generation
+    int secret_allocate(size_t length, secret_piece *piece, const char **failed_call) noexcept
+    void secret_release(const secret_piece *piece) noexcept
+    int secret_is_own(const secret_piece *piece) noexcept
+    void secret_wipe(uint8_t *bytes, size_t length) noexcept
+    int secret_equal(const uint8_t *a, const uint8_t *b, size_t length) noexcept
+    int secret_random(uint8_t *bytes, size_t length) noexcept
+    void secret_usage(size_t *locked, size_t *used) noexcept
+
+
+cdef str _why_no_memory(int error, str call, size_t length):
+    text = f"no locked memory for {length} bytes of a secret: {call} failed: {os.strerror(error)}"
+    if call == "mlock":
+        import resource
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        told = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit} bytes"
+        text += (f". This process may lock {told}; raise it with LimitMEMLOCK= in a systemd unit, --ulimit memlock= in "
+                 "a container, or memlock in /etc/security/limits.conf")
+    return text
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class SecretBuffer:
+    """A writable buffer in locked memory; see _fastshamir.pyi."""
+
+    cdef secret_piece piece
+    cdef Py_ssize_t exports
+    cdef bint held      # the piece has not been given back yet
+    cdef bint is_closed
+
+    def __cinit__(self, length, /):
+        cdef const char *call = NULL
+        cdef int error
+        cdef Py_ssize_t size
+        if not isinstance(length, int) or isinstance(length, bool):
+            raise TypeError(f"the length must be an int, not {type(length).__name__}")
+        if not 1 <= length <= PY_SSIZE_T_MAX // 2:
+            raise ValueError(f"the length is {length}, but must be in 1..{PY_SSIZE_T_MAX // 2}")
+        size = length
+        with nogil:
+            error = secret_allocate(size, &self.piece, &call)
+        if error:
+            raise OSError(error, _why_no_memory(error, call.decode("ascii"), size))
+        self.held = True
+
+    def __dealloc__(self):
+        if self.held:
+            secret_release(&self.piece)
+
+    cdef int _check(self) except -1:
+        if self.is_closed:
+            raise ValueError("the secret buffer is closed")
+        if not secret_is_own(&self.piece):
+            raise ValueError("the secret buffer is that of the process this one was forked from, and empty here")
+        return 0
+
+    @staticmethod
+    def copy_of(data, /):
+        """A new buffer with a copy of the bytes."""
+        cdef Py_buffer view
+        cdef SecretBuffer made
+        _open(data, &view, PyBUF_SIMPLE, "the secret")
+        try:
+            made = SecretBuffer(view.len)
+            memcpy(made.piece.bytes, view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+        return made
+
+    @staticmethod
+    def random(length, /):
+        """A new buffer of random bytes."""
+        cdef SecretBuffer made = SecretBuffer(length)
+        cdef int error
+        with nogil:
+            error = secret_random(made.piece.bytes, made.piece.length)
+        if error:
+            raise OSError(error, f"getrandom gave no random bytes: {os.strerror(error)}")
+        return made
+
+    def add(self, data, /):
+        """Add bytes to the contents."""
+        cdef Py_buffer view
+        cdef const uint8_t *pair[2]
+        self._check()
+        _open(data, &view, PyBUF_SIMPLE, "what is added")
+        try:
+            if <size_t>view.len > self.piece.length:
+                raise ValueError(f"{view.len} bytes can't be added to {self.piece.length}")
+            if (<uint8_t *>view.buf < self.piece.bytes + self.piece.length
+                    and self.piece.bytes < <uint8_t *>view.buf + view.len):
+                raise ValueError("what is added overlaps the secret buffer, but must be apart from it")
+            pair[0] = self.piece.bytes
+            pair[1] = <const uint8_t *>view.buf
+            if view.len:
+                row_sum(pair, 2, view.len, self.piece.bytes)
+        finally:
+            PyBuffer_Release(&view)
+
+    def wipe(self):
+        """Overwrite with zeros."""
+        self._check()
+        secret_wipe(self.piece.bytes, self.piece.length)
+
+    def close(self):
+        """Overwrite with zeros and give the memory back."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self.exports:
+            secret_wipe(self.piece.bytes, self.piece.length)
+        else:
+            self.held = False
+            secret_release(&self.piece)
+
+    @property
+    def closed(self):
+        """Whether it was closed."""
+        return bool(self.is_closed)
+
+    def __enter__(self):
+        self._check()
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def __len__(self):
+        return <Py_ssize_t>self.piece.length
+
+    def __repr__(self):
+        return f"SecretBuffer({self.piece.length} bytes{', closed' if self.is_closed else ''})"
+
+    def __eq__(self, other):
+        cdef Py_buffer view
+        cdef bint equal
+        if self is other:
+            return True
+        self._check()
+        try:
+            PyObject_GetBuffer(other, &view, PyBUF_SIMPLE)
+        except (TypeError, BufferError):
+            return NotImplemented
+        equal = (<size_t>view.len == self.piece.length
+                 and secret_equal(self.piece.bytes, <const uint8_t *>view.buf, self.piece.length))
+        PyBuffer_Release(&view)
+        return bool(equal)
+
+    __hash__ = None
+
+    def __copy__(self):
+        raise TypeError("a SecretBuffer is not copied by chance; copy_of does it")
+
+    def __deepcopy__(self, memo):
+        raise TypeError("a SecretBuffer is not copied by chance; copy_of does it")
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a SecretBuffer is never pickled")
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        self._check()
+        PyBuffer_FillInfo(view, self, self.piece.bytes, <Py_ssize_t>self.piece.length, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.exports -= 1
+        if self.is_closed and self.held and self.exports == 0:
+            self.held = False
+            secret_release(&self.piece)
+
+    # PEP 688, which Python 3.12 derives from the two above and 3.11 does not know.
+    def __buffer__(self, flags, /):
+        return memoryview(self)
+
+    def __release_buffer__(self, buffer, /):
+        buffer.release()
+
+
+def secret_memory():
+    """Locked and used bytes of the arena; see _fastshamir.pyi."""
+    cdef size_t locked, used
+    secret_usage(&locked, &used)
+    return locked, used

@@ -5,7 +5,7 @@ that neither a branch nor an address depends on a secret or a share's value; ind
 """
 
 from collections.abc import Sequence
-from typing import overload
+from typing import ClassVar, NoReturn, Self, SupportsIndex, final, overload
 
 from typing_extensions import Buffer
 
@@ -46,3 +46,78 @@ def use_kernel(name: str | None = None) -> str:
 
     Raises ValueError for a name that is not among ``available_kernels()``.
     """
+
+# --- Sums and dot products of rows, for work on shares ---
+
+def add(ys: Sequence[Buffer]) -> bytes:
+    """The sum of 1..255 rows of one length, byte by byte, in the field: exclusive or. Its time depends on sizes alone.
+
+    Raises ValueError for another number of rows and for different lengths, TypeError for other types.
+    """
+
+def dot(ys: Sequence[Buffer], weights: Sequence[Buffer]) -> list[bytes]:
+    """For each row of ``ys`` its dot products with the ``weights``, over 0x11B: ``(len(ys), len(weights)) uint8``.
+
+    All rows and weights have one length. Its time depends on sizes alone, not on rows or weights.
+
+    Raises ValueError for no row, more than 255 rows or 32 weights, and different lengths; TypeError for other types.
+    """
+
+# --- Memory for secrets ---
+
+@final
+class SecretBuffer:
+    """A writable buffer (``(length,) uint8``, C-contiguous) in memory made for secrets, zero at first.
+
+    Its pages are locked (never swapped), left out of core dumps, empty in a forked child, and fenced by pages that
+    fault. They are overwritten when the buffer is closed or collected, and when the process ends by itself. A process
+    that is killed, or ends by ``os._exit``, leaves that to the kernel, which clears pages before it gives them away.
+
+    It is for keys: 64 bytes to some KiB. All buffers count against RLIMIT_MEMLOCK, shared 32 KiB at a time; one above
+    8 KiB has pages of its own. Where the limit is too low, or the kernel refuses any of the above, OSError says so, and
+    there is no buffer: no secret ever lies in memory that is not locked.
+
+    ``len``, ``memoryview(buffer)`` and everything that takes bytes-like objects work. Comparison with any bytes-like
+    object takes a time that depends on the length alone. The repr shows the length. It has no hash, and copying and
+    pickling it is a TypeError. Used as a context manager it closes at the end.
+    """
+
+    def __new__(cls, length: int, /) -> Self: ...
+    @staticmethod
+    def copy_of(data: Buffer, /) -> SecretBuffer:
+        """A new buffer with a copy of the bytes; wiping the original is the caller's."""
+
+    @staticmethod
+    def random(length: int, /) -> SecretBuffer:
+        """A new buffer of ``length`` bytes of getrandom(2). OSError if that fails."""
+
+    def add(self, data: Buffer, /) -> None:
+        """Add (exclusive or) ``data`` to the first bytes; ValueError if it is longer, or overlaps the buffer."""
+
+    def wipe(self) -> None:
+        """Overwrite with zeros."""
+
+    def close(self) -> None:
+        """Overwrite with zeros and give the memory back, when the last view of it is released. Harmless again.
+
+        After it every use is a ValueError, and views made before show zeros. The same goes for a buffer that a forked
+        child has from its parent: it would read as zeros, which nobody must take for a key.
+        """
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+
+    def __len__(self) -> int: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: object) -> None: ...
+    def __eq__(self, other: object, /) -> bool: ...
+    __hash__: ClassVar[None]  # type: ignore[assignment]
+    def __copy__(self) -> NoReturn: ...
+    def __deepcopy__(self, memo: object) -> NoReturn: ...
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __release_buffer__(self, buffer: memoryview, /) -> None: ...
+
+def secret_memory() -> tuple[int, int]:
+    """(bytes locked for secrets in this process, bytes of them given out)."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import FrozenInstanceError
 from hashlib import sha256
 from itertools import combinations
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -17,11 +18,14 @@ from engine.errors import ShareCorrupt
 from engine.sharing import (
     BLINDING_BYTES,
     SALT_BYTES,
+    SecretBuffer,
     Share,
     blind,
     check_value,
     commitment,
+    dealer,
     find_corrupt,
+    fresh_secret,
     generate_shares,
     new_salt,
     reconstruct_into,
@@ -174,13 +178,13 @@ def test_every_way_to_be_wrong(what: str) -> None:
     assert caught.value.holders == ("x=2",)
 
 
-def test_reconstruct_into_gives_a_wipeable_buffer() -> None:
+def test_reconstruct_into_gives_locked_memory() -> None:
     shares = generate_shares(b"secret key", threshold=2, shares=2)
-    secret = reconstruct_into(shares)
-    assert isinstance(secret, bytearray)
-    assert secret == b"secret key"
-    wipe(secret)
-    assert secret == bytes(10)
+    with reconstruct_into(shares) as secret:
+        assert isinstance(secret, SecretBuffer)
+        assert secret == b"secret key"
+        wipe(secret)
+        assert secret == bytes(10)
 
 
 SHARES = [Share(1, b"abcd"), Share(2, b"efgh"), Share(3, b"ijkl")]
@@ -202,6 +206,7 @@ VALUE_ERRORS: list[tuple[Call, str]] = [
     (lambda: reconstruct_key([*SHARES, Share(4, b"m")], threshold=3), "x = 4 has 1 bytes, but that of x = 1 has 4"),
     (lambda: reconstruct_key(SHARES, commitments={}), "commitments were given without their salts"),
     (lambda: commitment(b"short", b"", SHARES[0]), "salt has 5 bytes, but must have 32"),
+    (lambda: fresh_secret(0), "the key has 0 bytes, but needs at least 1"),
     (lambda: blind(b""), "the key has 0 bytes, but needs at least 1"),
     (lambda: unblind(bytearray(32)), "the secret has 32 bytes, but a blinded key has more than 32"),
 ]
@@ -296,11 +301,33 @@ def test_salts_are_fresh() -> None:
 @relaxed
 @given(secrets)
 def test_blinding_ends_in_32_random_bytes(key: bytes) -> None:
-    one, two = blind(key), blind(bytearray(key))
+    with blind(key) as first, blind(bytearray(key)) as second:
+        one, two = bytes(first), bytes(second)
+        assert unblind(first) == key
     assert one[:-BLINDING_BYTES] == two[:-BLINDING_BYTES] == key
     assert len(one) == len(key) + 32
     assert one[-32:] != two[-32:]
-    assert unblind(one) == key
+
+
+@relaxed
+@given(st.integers(1, 100), st.binary(max_size=120))
+def test_a_fresh_secret_is_random_and_mixed(length: int, mixed: bytes) -> None:
+    """Two are never alike, with nothing, the same or zeros mixed in; too few bytes to mix are refused."""
+    if mixed and len(mixed) < length:
+        with pytest.raises(ValueError, match=f"{len(mixed)} random bytes were given for a key of {length}"):
+            fresh_secret(length, mixed)
+        return
+    with fresh_secret(length, mixed) as one, fresh_secret(length, mixed) as two:
+        assert len(one) == length + BLINDING_BYTES
+        assert one != two
+        assert bytes(one)[length:] != bytes(two)[length:]
+
+
+def test_what_is_mixed_in_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key is the sum of both generators' bytes; the blinding is the system's alone."""
+    known = SecretBuffer.copy_of(bytes(range(40)))
+    monkeypatch.setattr(dealer, "SecretBuffer", SimpleNamespace(random=lambda length: known))
+    assert fresh_secret(8, b"\xff" * 9) == bytes(255 - each for each in range(8)) + bytes(range(8, 40))
 
 
 def test_wiping_the_secret_wipes_the_key_inside() -> None:

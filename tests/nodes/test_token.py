@@ -7,6 +7,8 @@ import hmac
 import os
 import re
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from pkcs11 import Attribute
 
 from engine.errors import ConfigError, EngineError, InvalidSignature, InvalidTag, TokenError
-from engine.keys import ALGORITHMS, Algorithm, KeyKind, PrivateKey, generate_material, load_private_key
+from engine.keys import ALGORITHMS, Algorithm, KeyKind, PrivateKey, generate_material, load_private_key, public_key_der
+from engine.sharing import SecretBuffer, secret_memory
 from nodes.config import PinSource, TokenConfig
 from nodes.token import KEK_LABEL, Lane, LoadedKey, Token, initialize_token, is_slow
 
@@ -344,6 +347,164 @@ def test_material_of_another_algorithm_is_a_token_error_that_does_not_show_it(la
             lane.load(ALGORITHMS[name], material)
         assert "a5a5" not in str(caught.value)
         assert "\\xa5" not in str(caught.value)
+
+
+# --- secrets go in and out without a copy ---
+
+
+@pytest.mark.parametrize("given_public", [True, False])
+@pytest.mark.parametrize("name", [*AES, *HMAC, *SIGNING])
+def test_a_key_is_loaded_from_locked_memory(lane: Lane, name: str, given_public: bool) -> None:
+    """The token reads it in place, and can use it after the buffer is gone; the buffer itself is left as it was."""
+    algo = ALGORITHMS[name]
+    material = generate_material(algo)
+    public = public_key_der(algo, material) if given_public else b""
+    with SecretBuffer.copy_of(material + b"blinding") as secret:
+        handle = lane.load(algo, memoryview(secret)[: -len(b"blinding")], public)
+        assert secret == material + b"blinding"
+    assert secret.closed
+    with loaded(lane, algo, material) as other:
+        if algo.kind is KeyKind.AES:
+            assert lane.decrypt(other, lane.encrypt(handle, MESSAGE, b"a"), b"a") == MESSAGE
+        elif algo.kind is KeyKind.HMAC:
+            assert lane.mac(handle, MESSAGE) == lane.mac(other, MESSAGE)
+        else:
+            lane.verify(other, digest(algo, MESSAGE), lane.sign(handle, digest(algo, MESSAGE)))
+            lane.verify(handle, digest(algo, MESSAGE), lane.sign(other, digest(algo, MESSAGE)))
+    handle.destroy()
+
+
+@pytest.mark.parametrize("name", ["ecdsa-p256-sha256", "ed25519"])
+def test_a_public_key_of_another_kind_is_refused(lane: Lane, name: str) -> None:
+    algo, other = ALGORITHMS[name], ALGORITHMS["ecdsa-p384-sha384"]
+    wrong = public_key_der(other, generate_material(other))
+    for public in (wrong, b"\x30\x00"):
+        with pytest.raises(TokenError, match=f"no key of {name}"):
+            lane.load(algo, generate_material(algo), public)
+
+
+def test_a_damaged_rsa_key_is_refused(lane: Lane) -> None:
+    """Every shortening and each changed tag or length of the outer parts; the error shows no number of it."""
+    algo = ALGORITHMS["rsa-2048-pss-sha256"]
+    der = generate_material(algo)
+    damaged = [der[:cut] for cut in (1, 2, 3, 4, 5, 8, 300, len(der) - 1)] + [der + b"\0"]
+    damaged += [der[:place] + bytes([der[place] ^ 0x81]) + der[place + 1 :] for place in (0, 1, 3, 4, 5, 6, 7, 8, 9)]
+    damaged.append(generate_material(ALGORITHMS["rsa-3072-pss-sha256"]))
+    for each in damaged:
+        with pytest.raises(TokenError, match="no key of rsa-2048-pss-sha256: it"):
+            lane.load(algo, each)
+
+
+def test_a_refusal_of_the_token_keeps_no_view_of_the_key(token: Token) -> None:
+    """On a session that is closed; the error is held, and the memory is given back all the same."""
+    lane = token.lane()
+    lane._session.close()
+    _, before = secret_memory()
+    secret = SecretBuffer.random(32)
+    with pytest.raises(TokenError, match="refused a key of aes-256-gcm: C_CreateObject returned 0x") as _:
+        lane.load(ALGORITHMS["aes-256-gcm"], secret)
+    secret.close()
+    assert secret_memory()[1] == before
+
+
+@pytest.mark.parametrize("size", [1, 33, 8192])
+def test_what_was_sealed_is_unsealed_into_locked_memory(lane: Lane, size: int) -> None:
+    plain = os.urandom(size)
+    with lane.unseal_secret(lane.seal(plain, b"context"), b"context") as secret:
+        assert secret == plain
+
+
+def test_a_changed_blob_is_not_unsealed_into_locked_memory(lane: Lane) -> None:
+    sealed = lane.seal(b"share", b"context")
+    _, before = secret_memory()
+    for position in range(len(sealed)):
+        changed = bytearray(sealed)
+        changed[position] ^= 1 << position % 8
+        with pytest.raises(InvalidTag):
+            lane.unseal_secret(bytes(changed), b"context")
+    for length in range(len(sealed)):
+        with pytest.raises(InvalidTag):
+            lane.unseal_secret(sealed[:length], b"context")
+    with pytest.raises(InvalidTag):
+        lane.unseal_secret(lane.seal(b"", b"context"), b"context")
+    assert secret_memory()[1] == before
+
+
+def test_a_session_that_is_gone_is_a_token_fault_when_unsealing(lane: Lane, token: Token) -> None:
+    other = token.lane()
+    sealed = lane.seal(b"share", b"")
+    other._session.close()
+    with pytest.raises(TokenError, match="KEK does not answer: C_DecryptInit returned 0x"):
+        other.unseal_secret(sealed, b"")
+
+
+LOAD_AND_WAIT = """
+import os, sys
+from pathlib import Path
+from engine.keys import ALGORITHMS
+from engine.sharing import SecretBuffer
+from nodes.config import PinSource, TokenConfig
+from nodes.token import Token, initialize_token
+module, folder, name, public, length, copy = sys.argv[1:]
+config = TokenConfig(Path(module), "scan", PinSource("file", folder + "/pin"))
+initialize_token(config, Path(folder) / "data")
+lane = Token(config, Path(folder) / "data").lane()
+secret = SecretBuffer(int(length))
+print("ready", flush=True)
+assert os.readv(0, [secret]) == int(length)
+kept = bytes(secret) if copy == "copy" else b""
+loaded = lane.load(ALGORITHMS[name], secret, bytes.fromhex(public))
+secret.close()
+print("loaded", flush=True)
+os.read(0, 1)
+"""
+
+
+def occurrences(pid: int, needle: bytes) -> int:
+    """How often it stands in the memory of a process."""
+    found = 0
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            begin, end = (int(each, 16) for each in line.split()[0].split("-"))
+            if line.split()[1].startswith("rw") and "[vvar" not in line:
+                try:
+                    found += os.pread(memory.fileno(), end - begin, begin).count(needle)
+                except OSError:
+                    continue  # a guard page or a device
+    return found
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", ["aes-256-gcm", "hmac-sha512", "ecdsa-p256-sha256", "ed25519", "rsa-2048-pss-sha256"])
+def test_loading_leaves_no_copy_in_the_process(
+    token_config: TokenConfig, tmp_path: Path, name: str, copied: bool
+) -> None:
+    """The whole memory of another process is searched; with one ``bytes`` of the key kept, the search finds that one.
+
+    For RSA it looks for a prime: the whole encoding is nobody's secret form.
+    """
+    algo = ALGORITHMS[name]
+    material = generate_material(algo)
+    needle = material
+    if algo.kind is KeyKind.RSA:
+        private = load_private_key(algo, material)
+        needle = private.private_numbers().p.to_bytes(128, "big")  # type: ignore[union-attr]
+    arguments = (token_config.module, tmp_path, name, public_key_der(algo, material).hex(), len(material))
+    with subprocess.Popen(
+        [sys.executable, "-c", LOAD_AND_WAIT, *map(str, arguments), "copy" if copied else "none"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"ready\n"
+            process.stdin.write(material)
+            assert process.stdout.readline() == b"loaded\n"
+            assert occurrences(process.pid, needle) == (1 if copied else 0)
+        finally:
+            process.kill()
 
 
 # --- sealing ---

@@ -5,7 +5,8 @@ This is the one room that touches the native core: everyone else gets at it thro
 
 from engine._fastshamir import available_kernels, kernel_name, use_kernel
 from engine.sharing.combiner import find_corrupt, reconstruct_into, reconstruct_key
-from engine.sharing.dealer import BLINDING_BYTES, blind, generate_shares, unblind
+from engine.sharing.correction import Correction, correct_shares
+from engine.sharing.dealer import BLINDING_BYTES, blind, fresh_secret, generate_shares, unblind
 from engine.sharing.placement import (
     Distribution,
     NodeLocation,
@@ -14,28 +15,57 @@ from engine.sharing.placement import (
     order_holders,
     placement_group,
 )
-from engine.sharing.share import SALT_BYTES, Share, check_value, commitment, new_salt, wipe
+from engine.sharing.renewal import (
+    deal_sub_shares,
+    deal_zero,
+    finish_recovery,
+    merge_sub_shares,
+    recover_share,
+    recovery_parts,
+    refresh_share,
+    refresh_shares,
+    reshare,
+    sum_recovery_parts,
+)
+from engine.sharing.secret import SecretBuffer, secret_memory, take, wipe
+from engine.sharing.share import SALT_BYTES, Share, check_value, commitment, new_salt
 
 __all__ = [
     "BLINDING_BYTES",
     "SALT_BYTES",
+    "Correction",
     "Distribution",
     "NodeLocation",
+    "SecretBuffer",
     "Share",
     "available_kernels",
     "blind",
     "check_placement",
     "check_value",
     "commitment",
+    "correct_shares",
+    "deal_sub_shares",
+    "deal_zero",
     "distribute_shares",
     "find_corrupt",
+    "finish_recovery",
+    "fresh_secret",
     "generate_shares",
     "kernel_name",
+    "merge_sub_shares",
     "new_salt",
     "order_holders",
     "placement_group",
     "reconstruct_into",
     "reconstruct_key",
+    "recover_share",
+    "recovery_parts",
+    "refresh_share",
+    "refresh_shares",
+    "reshare",
+    "secret_memory",
+    "sum_recovery_parts",
+    "take",
     "unblind",
     "use_kernel",
     "wipe",

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from engine._fastshamir import combine
 from engine.errors import ShareCorrupt
-from engine.sharing.share import SALT_BYTES, Share, commitment, wipe
+from engine.sharing.secret import SecretBuffer, wipe
+from engine.sharing.share import SALT_BYTES, Share, commitment, distinct
 
 __all__ = ["find_corrupt", "reconstruct_into", "reconstruct_key"]
 
@@ -26,13 +27,8 @@ def reconstruct_key(
     names: Mapping[int, str] | None = None,
 ) -> bytes:
     """Reconstruct the secret as ``bytes``, which cannot be wiped; see ``reconstruct_into`` for the contract."""
-    secret = reconstruct_into(
-        share_set, threshold=threshold, commitments=commitments, salts=salts, context=context, names=names
-    )
-    try:
-        return bytes(secret)
-    finally:
-        wipe(secret)
+    used = _checked(share_set, threshold, commitments, salts, context, names)
+    return combine([share.x for share in used], [share.y for share in used])
 
 
 def reconstruct_into(
@@ -43,8 +39,8 @@ def reconstruct_into(
     salts: Mapping[int, bytes] | None = None,
     context: bytes = b"",
     names: Mapping[int, str] | None = None,
-) -> bytearray:
-    """Reconstruct the secret into a bytearray, which the caller wipes.
+) -> SecretBuffer:
+    """Reconstruct the secret into locked memory, which the caller closes.
 
     ``threshold`` is the t of the key; without it every share given is used. ``commitments`` and ``salts`` map x to the
     32-byte commitment and its salt, ``context`` is what the commitments were made with, ``names`` maps x to the node
@@ -53,9 +49,29 @@ def reconstruct_into(
 
     Raises ShareCorrupt, with the holders of the wrong shares, when fewer than ``threshold`` (without it: not all) are
     right, or when shares without commitments disagree. Raises ValueError for no share, one index twice, fewer shares
-    than ``threshold`` (none of them wrong), different lengths, and commitments without salts.
+    than ``threshold`` (none of them wrong), different lengths, and commitments without salts; OSError when there is no
+    locked memory (only here: ``reconstruct_key`` needs none).
     """
-    given = _distinct(share_set)
+    used = _checked(share_set, threshold, commitments, salts, context, names)
+    secret = SecretBuffer(len(used[0].y))
+    try:
+        combine([share.x for share in used], [share.y for share in used], out=secret)
+    except BaseException:
+        secret.close()
+        raise
+    return secret
+
+
+def _checked(
+    share_set: Iterable[Share],
+    threshold: int | None,
+    commitments: Mapping[int, bytes] | None,
+    salts: Mapping[int, bytes] | None,
+    context: bytes,
+    names: Mapping[int, str] | None,
+) -> list[Share]:
+    """As many shares as are needed, of those that passed the checks."""
+    given = distinct(share_set)
     needed = len(given) if threshold is None else threshold
     if not 1 <= needed <= 255:
         raise ValueError(f"the threshold is {needed}, but must be in 1..255")
@@ -70,9 +86,7 @@ def reconstruct_into(
     used = good[:needed]
     if commitments is None:
         _check_agreement(used, good[needed:], names or {})
-    secret = bytearray(len(used[0].y))
-    combine([share.x for share in used], [share.y for share in used], out=secret)
-    return secret
+    return used
 
 
 def find_corrupt(
@@ -98,20 +112,6 @@ def find_corrupt(
         ):
             corrupt.append(share.x)
     return corrupt
-
-
-def _distinct(share_set: Iterable[Share]) -> list[Share]:
-    given = list(share_set)
-    if not given:
-        raise ValueError("0 shares were given, but at least 1 is needed")
-    seen: set[int] = set()
-    for share in given:
-        if not isinstance(share, Share):
-            raise TypeError(f"a share must be a Share, not {type(share).__name__}")
-        if share.x in seen:
-            raise ValueError(f"two shares have the index x = {share.x}, but each must be given once")
-        seen.add(share.x)
-    return given
 
 
 def _without_corrupt(

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 
-__all__ = ["SALT_BYTES", "Share", "check_value", "commitment", "new_salt", "wipe"]
+from engine.sharing.secret import SecretBuffer
+
+__all__ = ["SALT_BYTES", "Share", "check_value", "commitment", "distinct", "new_salt"]
 
 SALT_BYTES = 32
 
@@ -53,6 +56,21 @@ class Share:
         return hash((Share, self.x, len(self.y)))
 
 
+def distinct(share_set: Iterable[Share]) -> list[Share]:
+    """The shares as a list: at least one, each index once; ValueError or TypeError otherwise."""
+    given = list(share_set)
+    if not given:
+        raise ValueError("0 shares were given, but at least 1 is needed")
+    seen: set[int] = set()
+    for share in given:
+        if not isinstance(share, Share):
+            raise TypeError(f"a share must be a Share, not {type(share).__name__}")
+        if share.x in seen:
+            raise ValueError(f"two shares have the index x = {share.x}, but each must be given once")
+        seen.add(share.x)
+    return given
+
+
 def new_salt() -> bytes:
     """A fresh random commitment salt of ``SALT_BYTES`` bytes, one for each share."""
     return os.urandom(SALT_BYTES)
@@ -75,7 +93,7 @@ def commitment(salt: bytes, context: bytes, share: Share) -> bytes:
     return state.digest()
 
 
-def check_value(secret: bytes | bytearray | memoryview, context: bytes) -> bytes:
+def check_value(secret: bytes | bytearray | memoryview | SecretBuffer, context: bytes) -> bytes:
     """The 32-byte check value of a shared secret: SHA-256(label, |context|, context, secret).
 
     It tells a right reconstruction from a wrong one. ``secret`` is key || 32 random bytes (``dealer.blind``): without
@@ -86,9 +104,3 @@ def check_value(secret: bytes | bytearray | memoryview, context: bytes) -> bytes
     state.update(context)
     state.update(secret)
     return state.digest()
-
-
-def wipe(buffer: bytearray | memoryview) -> None:
-    """Overwrite a buffer with zeros in place. (``bytes`` can't be wiped: keep secrets in a bytearray.)"""
-    # A slice assignment of the same length is one memcpy into the same memory, also while views of it are open.
-    buffer[:] = bytes(len(buffer))
