@@ -44,10 +44,10 @@ static void write_recipe(recipe *steps, const uint8_t *scalars, unsigned input_c
 }
 
 /* Times x. The arithmetic shift spreads the top bit into a mask, so there is neither a branch nor a table. */
-static inline vector doubled(vector v)
+static inline vector doubled(vector v, vector remainder)
 {
     const vector carry = (vector)((signed_vector)v >> 7);
-    return (v + v) ^ (carry & 0x1B);
+    return (v + v) ^ (carry & remainder);
 }
 
 static inline vector load(const uint8_t *from)
@@ -58,7 +58,7 @@ static inline vector load(const uint8_t *from)
 }
 
 /* STRIDE_BYTES at `offset` of one output row. All scalars together share the seven doublings (Horner over bits). */
-static inline void cook_stride(const recipe *steps, const uint8_t *const *inputs, uint8_t *output, size_t offset)
+static inline void cook_stride(const recipe *steps, vector remainder, const uint8_t *const *inputs, uint8_t *output, size_t offset)
 {
     vector sum[LANES] = {{0}};
     unsigned next = 0;
@@ -71,14 +71,14 @@ static inline void cook_stride(const recipe *steps, const uint8_t *const *inputs
         if (bit == 0)
             break;
         for (unsigned lane = 0; lane < LANES; lane++)
-            sum[lane] = doubled(sum[lane]);
+            sum[lane] = doubled(sum[lane], remainder);
     }
     for (unsigned lane = 0; lane < LANES; lane++)
         memcpy(output + offset + VECTOR_BYTES * lane, &sum[lane], VECTOR_BYTES);
 }
 
 /* `width` <= VECTOR_BYTES bytes at `offset` of one output row; reads and writes no byte beyond them. */
-static inline void cook_vector(const recipe *steps, const uint8_t *const *inputs, uint8_t *output, size_t offset,
+static inline void cook_vector(const recipe *steps, vector remainder, const uint8_t *const *inputs, uint8_t *output, size_t offset,
                                size_t width, vector *scratch)
 {
     vector sum = {0};
@@ -95,7 +95,7 @@ static inline void cook_vector(const recipe *steps, const uint8_t *const *inputs
         }
         if (bit == 0)
             break;
-        sum = doubled(sum);
+        sum = doubled(sum, remainder);
     }
     if (width == VECTOR_BYTES) {
         memcpy(output + offset, &sum, VECTOR_BYTES);
@@ -105,21 +105,24 @@ static inline void cook_vector(const recipe *steps, const uint8_t *const *inputs
     }
 }
 
-void gf256_multiply_portable(const uint8_t *matrix, unsigned output_count, unsigned input_count,
-                             const uint8_t *const *inputs, uint8_t *const *outputs, size_t length)
+void gf256_multiply_portable(const gf256_field *field, const uint8_t *matrix, unsigned output_count,
+                             unsigned input_count, const uint8_t *const *inputs, uint8_t *const *outputs,
+                             size_t length, int bypass)
 {
+    const vector remainder = (vector){0} + (uint8_t)field->polynomial; /* what x^8 is */
     const size_t whole = length - length % VECTOR_BYTES, strides = length - length % STRIDE_BYTES;
     recipe steps;
     vector scratch = {0};
+    (void)bypass; /* C has no way to write around the caches */
     for (unsigned o = 0; o < output_count; o++) {
         size_t offset = 0;
         write_recipe(&steps, matrix + (size_t)o * input_count, input_count);
         for (; offset < strides; offset += STRIDE_BYTES)
-            cook_stride(&steps, inputs, outputs[o], offset);
+            cook_stride(&steps, remainder, inputs, outputs[o], offset);
         for (; offset < whole; offset += VECTOR_BYTES)
-            cook_vector(&steps, inputs, outputs[o], offset, VECTOR_BYTES, &scratch);
+            cook_vector(&steps, remainder, inputs, outputs[o], offset, VECTOR_BYTES, &scratch);
         if (offset < length)
-            cook_vector(&steps, inputs, outputs[o], offset, length - offset, &scratch);
+            cook_vector(&steps, remainder, inputs, outputs[o], offset, length - offset, &scratch);
     }
     if (whole != length)
         explicit_bzero(&scratch, sizeof scratch);
