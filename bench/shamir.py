@@ -85,8 +85,8 @@ class Work(ctypes.Structure):
 
     _fields_ = (
         ("operation", ctypes.c_int),
-        ("kernel", ctypes.c_uint),
-        ("polynomial", ctypes.c_uint),
+        ("kernel", ctypes.c_void_p),
+        ("field", ctypes.c_void_p),
         ("input_count", ctypes.c_uint),
         ("output_count", ctypes.c_uint),
         ("length", ctypes.c_size_t),
@@ -121,7 +121,8 @@ class Rivals:
         self.harness = ctypes.CDLL(str(build_harness()))
         self.harness.rivals_time.restype = ctypes.c_int64
         self.harness.rivals_time.argtypes = (ctypes.POINTER(Work), ctypes.c_uint)
-        self.harness.rivals_kernel_name.restype = ctypes.c_char_p
+        self.harness.rivals_kernel.restype = ctypes.c_void_p
+        self.harness.rivals_field.restype = ctypes.c_void_p
         self.harness.rivals_work_bytes.restype = ctypes.c_size_t
         assert self.harness.rivals_work_bytes() == ctypes.sizeof(Work)
         self.harness.rivals_init()
@@ -135,13 +136,13 @@ class Rivals:
         for name in ("gfshare_ctx_init_enc", "gfshare_ctx_init_dec"):
             getattr(self.gfshare, name).restype = ctypes.c_void_p
 
-    def kernel(self, name: str) -> int:
-        """The position of a kernel of ours."""
-        for position in range(8):
-            found = self.harness.rivals_kernel_name(position)
-            if found is not None and found.decode() == name:
-                return position
-        raise click.ClickException(f"this machine has no kernel {name}")
+    def take(self, work: Work, kernel: str, poly: int = 0x11B) -> Work:
+        """Make an operation one of ours, by the name of the kernel."""
+        work.kernel = self.harness.rivals_kernel(kernel.encode())
+        work.field = self.harness.rivals_field(poly)
+        if not work.kernel:
+            raise click.ClickException(f"this machine has no kernel {kernel}")
+        return work
 
 
 class Rows:
@@ -165,7 +166,6 @@ class Rows:
     def work(self, operation: int, inputs: int, outputs: int) -> Work:
         """The first rows of each kind, for an operation whose other fields the caller fills in."""
         made = Work(operation=operation, input_count=inputs, output_count=outputs, length=self.length)
-        made.polynomial = 0x11B
         for j in range(inputs):
             made.inputs[j] = self.inputs[j].ctypes.data
         for j in range(outputs):
@@ -176,18 +176,16 @@ class Rows:
 def ours_split(rivals: Rivals, rows: Rows, threshold: int, shares: int, kernel: str, poly: int = 0x11B) -> Work:
     """The shares behind the random ones from the secret and the random stream, which is the first t - 1 shares."""
     made = rows.work(INTERPOLATE, threshold, shares - threshold + 1)
-    made.kernel, made.polynomial = rivals.kernel(kernel), poly
     made.xs[:threshold] = range(threshold)
     made.targets[: shares - threshold + 1] = range(threshold, shares + 1)
-    return made
+    return rivals.take(made, kernel, poly)
 
 
 def ours_combine(rivals: Rivals, rows: Rows, threshold: int, kernel: str, poly: int = 0x11B) -> Work:
     """The secret from the shares at t indices that are no special case (1, 2, 3 would need no multiplication)."""
     made = rows.work(INTERPOLATE, threshold, 1)
-    made.kernel, made.polynomial = rivals.kernel(kernel), poly
     made.xs[:threshold] = range(3, threshold + 3)
-    return made
+    return rivals.take(made, kernel, poly)
 
 
 def isal(library: ctypes.CDLL, rows: Rows, matrix: list[list[int]], entry: str = "ec_encode_data") -> Work:
@@ -389,8 +387,8 @@ def native_rows(rivals: Rivals, quick: bool) -> Iterator[Row]:
     yield Row.speed("split 3-of-5, 64 MiB", "ISA-L 2.32", spent, rows.length, None)
 
     rows = Rows(1, 5, MIB)
-    whole = rows.work(SPLIT, 1, 5)
-    whole.input_count, whole.kernel = 3, rivals.kernel(best)
+    whole = rivals.take(rows.work(SPLIT, 1, 5), best)
+    whole.input_count = 3
     whole.targets[:5] = range(1, 6)
     spent = measure([native(rivals, whole), native(rivals, rows.work(COPY, 1, 5))], rounds, 2_000_000)
     yield Row.cost("whole split 3-of-5, 1 MiB", "5 memcpys into warm buffers", spent, 1.0)

@@ -20,7 +20,8 @@ typedef void gfshare_extract_fn(void *context, unsigned char *secret);
 /* One operation on one set of rows. Fields that an operation does not use are 0. */
 typedef struct {
     int operation;
-    unsigned kernel, polynomial;            /* ours */
+    const gf256_kernel *kernel;             /* ours */
+    const gf256_field *field;
     unsigned input_count, output_count;     /* rows; a split has the secret as input 0 */
     size_t length;
     uint8_t xs[256], targets[256];
@@ -46,10 +47,18 @@ size_t rivals_work_bytes(void)
     return sizeof(work);
 }
 
-const char *rivals_kernel_name(unsigned position)
+const gf256_kernel *rivals_kernel(const char *name)
 {
-    const gf256_kernel *kernel = gf256_kernel_at(position);
-    return kernel == NULL ? NULL : kernel->name;
+    const gf256_kernel *kernel;
+    for (unsigned position = 0; (kernel = gf256_kernel_at(position)) != NULL; position++)
+        if (strcmp(kernel->name, name) == 0)
+            break;
+    return kernel;
+}
+
+const gf256_field *rivals_field(unsigned polynomial)
+{
+    return gf256_field_of(polynomial);
 }
 
 /* For libgfshare: whoever measures gives both ends ready randomness, so its own generator does nothing. */
@@ -63,13 +72,12 @@ static int once(work *w)
 {
     switch (w->operation) {
     case INTERPOLATE:
-        gf256_interpolate(gf256_kernel_at(w->kernel), gf256_field_of(w->polynomial), w->xs, w->input_count,
-                          (const uint8_t *const *)w->inputs, w->targets, w->output_count, w->outputs, w->length);
+        gf256_interpolate(w->kernel, w->field, w->xs, w->input_count, (const uint8_t *const *)w->inputs, w->targets,
+                          w->output_count, w->outputs, w->length);
         return 0;
     case SPLIT: /* the whole of it; input_count is the threshold */
-        return gf256_split(gf256_kernel_at(w->kernel), gf256_generator_of(gf256_kernel_at(w->kernel)),
-                           gf256_field_of(w->polynomial), w->inputs[0], w->length, w->input_count, w->output_count,
-                           w->targets, w->outputs);
+        return gf256_split(w->kernel, gf256_generator_of(w->kernel), w->field, w->inputs[0], w->length, w->input_count,
+                           w->output_count, w->targets, w->outputs);
     case ISAL:
         w->encode((int)w->length, (int)w->input_count, (int)w->output_count, w->tables, w->inputs, w->outputs);
         return 0;

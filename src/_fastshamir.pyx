@@ -1,4 +1,5 @@
 # cython: boundscheck=False, wraparound=False, initializedcheck=False
+# cython: binding=False, embedsignature=True, embedsignature.format=clinic
 """Owns the Python face of the GF(2^8) core: it checks arguments and owns buffers. It knows nothing of keys or nodes.
 
 The arithmetic, its constant-time claim and the randomness are in src/gf256 (gf256.h states them). The contracts of the
@@ -6,7 +7,7 @@ functions are in _fastshamir.pyi. Error texts name indices, lengths and limits; 
 """
 
 from cpython.buffer cimport PyBUF_ND, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.list cimport PyList_CheckExact, PyList_New, PyList_SET_ITEM
 from cpython.long cimport PyLong_CheckExact
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
@@ -46,9 +47,14 @@ cdef extern from "gf256.h" nogil:
 
 cdef extern from "Python.h":
     long PyLong_AsLongAndOverflow(object value, int *overflow) except? -1
-    # Borrowed, and of both lists and tuples.
+    # Of lists and tuples alike. The items are borrowed; plain pointers spare the counting of references.
     Py_ssize_t PySequence_Fast_GET_SIZE(object sequence) noexcept
-    PyObject *PySequence_Fast_GET_ITEM(object sequence, Py_ssize_t position) noexcept
+    PyObject **PySequence_Fast_ITEMS(object sequence) noexcept
+    bint is_plain_int "PyLong_CheckExact"(PyObject *value) noexcept
+    long long_of "PyLong_AsLongAndOverflow"(PyObject *value, int *overflow) noexcept
+    bint is_plain_bytes "PyBytes_CheckExact"(PyObject *value) noexcept
+    Py_ssize_t size_of "PyBytes_GET_SIZE"(PyObject *value) noexcept
+    char *start_of "PyBytes_AS_STRING"(PyObject *value) noexcept
 
 
 cdef extern from "string.h" nogil:
@@ -63,6 +69,7 @@ cdef enum:
 cdef const gf256_kernel *_active = NULL
 cdef const gf256_generator *_generator = NULL
 cdef const gf256_field *_aes_field = NULL
+cdef object _DEFAULT_POLY = 0x11B  # the very object that is the default below
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------------
@@ -71,6 +78,10 @@ cdef const gf256_field *_aes_field = NULL
 cdef int _small_int(object value, str what, int low, int high) except -1:
     cdef int overflow = 0
     cdef long number
+    if PyLong_CheckExact(value):  # can't fail, and so needs no handler
+        number = PyLong_AsLongAndOverflow(value, &overflow)
+        if low <= number <= high and not overflow:
+            return <int>number
     try:
         number = PyLong_AsLongAndOverflow(value, &overflow)
     except TypeError:
@@ -81,6 +92,12 @@ cdef int _small_int(object value, str what, int low, int high) except -1:
 
 
 cdef int _read_threshold(object threshold, int shares) except -1:
+    cdef int overflow = 0
+    cdef long number
+    if PyLong_CheckExact(threshold):
+        number = PyLong_AsLongAndOverflow(threshold, &overflow)
+        if 1 <= number <= shares and not overflow:
+            return <int>number
     try:
         return _small_int(threshold, "the threshold", 1, shares)
     except ValueError:
@@ -90,6 +107,7 @@ cdef int _read_threshold(object threshold, int shares) except -1:
 cdef int _read_plain_xs(object xs, uint8_t *numbers) noexcept:
     """As _read_xs for a list or tuple of right plain ints, which can't run code of the caller; -1 for anything else."""
     cdef Py_ssize_t count, j
+    cdef PyObject **items
     cdef uint64_t[4] seen
     cdef uint64_t bit
     cdef int overflow = 0
@@ -97,13 +115,14 @@ cdef int _read_plain_xs(object xs, uint8_t *numbers) noexcept:
     if not (PyList_CheckExact(xs) or PyTuple_CheckExact(xs)):
         return -1
     count = PySequence_Fast_GET_SIZE(xs)
+    items = PySequence_Fast_ITEMS(xs)
     if count > GF256_SHARES_MAX:
         return -1
     seen[0] = seen[1] = seen[2] = seen[3] = 0
     for j in range(count):
-        if not PyLong_CheckExact(<object>PySequence_Fast_GET_ITEM(xs, j)):
+        if not is_plain_int(items[j]):
             return -1
-        x = PyLong_AsLongAndOverflow(<object>PySequence_Fast_GET_ITEM(xs, j), &overflow)
+        x = long_of(items[j], &overflow)
         bit = <uint64_t>1 << (x & 63)
         if overflow or x < 1 or x > GF256_SHARES_MAX or seen[x >> 6] & bit:
             return -1
@@ -153,12 +172,12 @@ cdef const gf256_field *_read_poly(object poly) except NULL:
     cdef const gf256_field *field = NULL
     cdef int overflow = 0
     cdef long number
+    if poly is _DEFAULT_POLY:
+        return _aes_field
     try:
         number = PyLong_AsLongAndOverflow(poly, &overflow)
     except TypeError:
         raise TypeError(f"poly must be an int, not {type(poly).__name__}") from None
-    if number == AES_POLY:
-        return _aes_field
     if not overflow and number > 0:
         field = gf256_field_of(<unsigned>number) if number < 0x200 else NULL
     if field == NULL:
@@ -259,7 +278,7 @@ cdef list _split_rows(const gf256_field *field, const uint8_t *secret, Py_ssize_
     return None
 
 
-def split(secret, threshold, shares, xs=None, *, out=None, poly=AES_POLY):
+def split(secret, threshold, shares, xs=None, *, out=None, poly=0x11B):
     """Split a secret into shares; see _fastshamir.pyi."""
     cdef uint8_t[255] numbers
     cdef int n = _small_int(shares, "the number of shares", 1, GF256_SHARES_MAX)
@@ -312,7 +331,7 @@ cdef uint8_t *_gather(object secrets, Py_ssize_t *count, Py_ssize_t *length) exc
     return room
 
 
-def split_many(secrets, threshold, shares, xs=None, *, out=None, poly=AES_POLY):
+def split_many(secrets, threshold, shares, xs=None, *, out=None, poly=0x11B):
     """Split equally long secrets in one go; see _fastshamir.pyi."""
     cdef uint8_t[255] numbers
     cdef int n = _small_int(shares, "the number of shares", 1, GF256_SHARES_MAX)
@@ -358,21 +377,22 @@ cdef bytes _combine_plain(const gf256_field *field, const uint8_t *xs, int count
     The values are borrowed from the caller's list: nothing here runs Python code or gives the lock away.
     """
     cdef const uint8_t *rows[255]
-    cdef Py_ssize_t length = 0, j
+    cdef PyObject **items
+    cdef Py_ssize_t length, j
     cdef uint8_t *result
     cdef bytes fresh
     if not (PyList_CheckExact(ys) or PyTuple_CheckExact(ys)) or PySequence_Fast_GET_SIZE(ys) != count:
         return None
+    items = PySequence_Fast_ITEMS(ys)
+    if not is_plain_bytes(items[0]):
+        return None
+    length = size_of(items[0])
+    if length == 0 or length * (count + 1) >= NOGIL_BYTES_MIN:
+        return None
     for j in range(count):
-        if not PyBytes_CheckExact(<object>PySequence_Fast_GET_ITEM(ys, j)):
+        if not is_plain_bytes(items[j]) or size_of(items[j]) != length:
             return None
-        if j == 0:
-            length = PyBytes_GET_SIZE(<object>PySequence_Fast_GET_ITEM(ys, 0))
-            if length == 0 or length * (count + 1) >= NOGIL_BYTES_MIN:
-                return None
-        elif PyBytes_GET_SIZE(<object>PySequence_Fast_GET_ITEM(ys, j)) != length:
-            return None
-        rows[j] = <const uint8_t *>PyBytes_AS_STRING(<object>PySequence_Fast_GET_ITEM(ys, j))
+        rows[j] = <const uint8_t *>start_of(items[j])
     fresh = PyBytes_FromStringAndSize(NULL, length)
     result = <uint8_t *>PyBytes_AS_STRING(fresh)
     gf256_interpolate(_active, field, xs, count, rows, &target, 1, &result, length)
@@ -450,7 +470,7 @@ cdef int _open_flat(object out, Py_buffer *view, Py_ssize_t length) except -1:
     return 0
 
 
-def combine(xs, ys, target=0, *, out=None, poly=AES_POLY):
+def combine(xs, ys, target=0, *, out=None, poly=0x11B):
     """Interpolate at `target`; see _fastshamir.pyi."""
     cdef uint8_t[255] numbers
     cdef int t = _read_xs(xs, numbers)
@@ -465,7 +485,7 @@ def combine(xs, ys, target=0, *, out=None, poly=AES_POLY):
     return None if made is None else made[0]
 
 
-def combine_many(xs, ys, count, target=0, *, out=None, poly=AES_POLY):
+def combine_many(xs, ys, count, target=0, *, out=None, poly=0x11B):
     """Interpolate a batch at `target`; see _fastshamir.pyi."""
     cdef uint8_t[255] numbers
     cdef int t = _read_xs(xs, numbers)
@@ -475,7 +495,7 @@ def combine_many(xs, ys, count, target=0, *, out=None, poly=AES_POLY):
     return _interpolate(field, numbers, t, tuple(ys), &at, 1, out, parts)
 
 
-def interpolate(xs, ys, targets, *, out=None, poly=AES_POLY):
+def interpolate(xs, ys, targets, *, out=None, poly=0x11B):
     """Interpolate at several targets; see _fastshamir.pyi."""
     cdef uint8_t[255] numbers
     cdef uint8_t[256] at

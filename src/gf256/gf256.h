@@ -23,10 +23,17 @@
 
 enum {
     GF256_SHARES_MAX = 255,   /* the non-zero elements of the field; 0 is where the secret lies */
-    GF256_BLOCK_BYTES = 4096, /* of each row at a time, so that the random rows stay in the first-level cache */
+    GF256_BLOCK_BYTES = 4096, /* of each row at a time, so that rows which are read again are in the first-level cache */
     GF256_SEED_BYTES = 32,    /* of the generator: a 256-bit key */
-    GF256_DIRECT_BYTES = 256  /* up to so many random bytes the system's generator is quicker than seeding our own */
+    GF256_SMALL_BYTES = 512   /* of random rows: so few are drawn in one piece */
 };
+
+/* For short loops over public bytes, which gcc would turn into long vector code that costs more than it saves. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define GF256_NO_VECTORS __attribute__((optimize("no-tree-vectorize")))
+#else
+#define GF256_NO_VECTORS
+#endif
 
 /* Everything that multiplication by a *public* scalar needs. A row is never looked up in it. */
 typedef struct gf256_field {
@@ -38,26 +45,47 @@ typedef struct gf256_field {
 } gf256_field;
 
 /*
- * The one operation that an instruction set has to offer: outputs = matrix * inputs.
+ * What an instruction set has to offer: outputs = matrix * inputs for a few outputs at a time,
  *
- *   outputs[o][i] = sum over k of matrix[o * input_count + k] * inputs[k][i],  0 <= i < length
+ *   outputs[o][i] = sum over k of matrix[o * count + k] * inputs[k][i],  offset <= i < length
  *
- * Public: field, matrix, counts, length, the addresses. Secret: the contents of inputs and outputs.
- * Rows need no alignment. Outputs overlap neither inputs nor each other. Exactly `length` bytes of each output are
- * written, nothing is read beyond a row, and length 0 and output_count 0 are allowed. input_count is 1..255.
- * With `bypass` the outputs are too large for the caches, and a kernel may write around them.
- * Copies of rows that a kernel makes in memory are wiped before it returns.
+ * in two steps: `list` writes what the loops need of each scalar, in their order, and `run` does the work, any number of
+ * times. `add` is the sum of 1..4 inputs alone, offset <= i < length; it is NULL where that is no quicker than a product.
+ *
+ * Public: field, matrix, list, counts, offset, length, the addresses. Secret: the contents of inputs and outputs.
+ * Rows need no alignment. Outputs overlap neither inputs nor each other. 1 <= rows <= rows_max, 1 <= count <= 255,
+ * offset < length. No byte of an output from `length` on is written and none of an input read; those before `offset`
+ * are valid, and a kernel may compute them again. With `bypass` the outputs are too large for the caches and a kernel may
+ * write around them; outputs + offset then lie on vectors. Copies of rows that a kernel makes in memory are wiped.
  */
-typedef void gf256_multiply_fn(const gf256_field *field, const uint8_t *matrix, unsigned output_count,
-                               unsigned input_count, const uint8_t *const *inputs, uint8_t *const *outputs,
-                               size_t length, int bypass);
+typedef void gf256_list_fn(void *list, const gf256_field *field, const uint8_t *matrix, unsigned rows, unsigned count);
+typedef void gf256_run_fn(const void *list, unsigned rows, unsigned count, const uint8_t *const *inputs,
+                          uint8_t *const *outputs, size_t offset, size_t length, int bypass);
+typedef void gf256_add_fn(unsigned count, const uint8_t *const *inputs, uint8_t *output, size_t offset, size_t length);
 
-/* One per file gf256_<name>.c. They know nothing of CPUs: calling one that the CPU has not is a crash. */
-gf256_multiply_fn gf256_multiply_gfni512;
-gf256_multiply_fn gf256_multiply_gfni256;
-gf256_multiply_fn gf256_multiply_avx2;
-gf256_multiply_fn gf256_multiply_neon;
-gf256_multiply_fn gf256_multiply_portable;
+typedef struct gf256_kernel {
+    const char *name;
+    int (*supported)(void); /* whether this CPU and operating system can run it */
+    unsigned rows_max;      /* outputs at a time */
+    unsigned scalar_bytes;  /* of the list for each scalar */
+    unsigned vector_bytes;  /* what bypass aligns to */
+    unsigned block_bytes;   /* of each row at a time while random rows are drawn: small, where that is quick */
+    gf256_list_fn *list;
+    gf256_run_fn *run;
+    gf256_add_fn *add;
+    const char *generators; /* names of those that fit it, best first, each ended by a space */
+} gf256_kernel;
+
+/* One set per file gf256_<name>.c. They know nothing of CPUs: calling one that the CPU has not is a crash. */
+#define GF256_DECLARE(name)                                                                                           \
+    gf256_list_fn gf256_list_##name;                                                                                  \
+    gf256_run_fn gf256_run_##name;                                                                                    \
+    gf256_add_fn gf256_add_##name
+GF256_DECLARE(gfni512);
+GF256_DECLARE(gfni256);
+GF256_DECLARE(avx2);
+GF256_DECLARE(neon);
+GF256_DECLARE(portable);
 
 /* A cipher in counter mode under a key that is used for one call and then wiped: a generator without kept state. */
 typedef struct gf256_stream {
@@ -83,13 +111,6 @@ void gf256_aes_fill_vaes256(gf256_stream *stream, uint8_t *out, size_t length);
 void gf256_aes_fill_aesni(gf256_stream *stream, uint8_t *out, size_t length);
 void gf256_chacha20_start(gf256_stream *stream, const uint8_t *seed);
 void gf256_chacha20_fill(gf256_stream *stream, uint8_t *out, size_t length);
-
-typedef struct gf256_kernel {
-    const char *name;
-    int (*supported)(void); /* whether this CPU and operating system can run it */
-    gf256_multiply_fn *multiply;
-    const char *generators; /* names of those that fit it, best first, each ended by a space */
-} gf256_kernel;
 
 /* Builds the tables for public elements. Call once, before anything else here; calling it again is harmless. */
 void gf256_init(void);

@@ -50,74 +50,73 @@ __attribute__((target("aes,ssse3"))) void gf256_aes_start(gf256_stream *stream, 
 }
 
 /*
- * One key stream for each width of vector: BLOCKS cipher blocks to a vector, LANES vectors in flight to hide the
- * latency of a round. Counters are kept as numbers and turned into big-endian blocks by a shuffle.
+ * One key stream for each width of vector: 8 vectors in flight hide the latency of a round. Counters are kept as
+ * numbers and turned into big-endian blocks by a shuffle. The barrier makes the compiler read the round keys anew from
+ * the stream, which is wiped, where it would otherwise spill copies of them to the stack, which is not.
  */
-#define FILL(NAME, TARGET, VECTOR, BLOCKS, LANES, BROADCAST_KEY, SET_COUNTERS, ADD, SHUFFLE, XOR, ROUND, LAST, STORE,    \
-             LOAD_ORDER, STEP)                                                                                        \
-    INLINE TARGET void NAME##_lanes(const VECTOR *keys, VECTOR *counters, VECTOR order, unsigned lanes, VECTOR *out)  \
+#define FILL(NAME, TARGET, VECTOR, BROADCAST_KEY, COUNTERS, ADD, SHUFFLE, XOR, ROUND, LAST, STORE, ORDER, STEP)          \
+    INLINE TARGET void NAME##_lanes(const gf256_stream *stream, VECTOR *counters, unsigned lanes, VECTOR *out)        \
     {                                                                                                                 \
+        const __m128i *const keys = (const __m128i *)stream->keys;                                                    \
+        VECTOR key;                                                                                                   \
+        __asm__ volatile("" ::: "memory");                                                                            \
+        key = BROADCAST_KEY(keys[0]);                                                                                 \
         _Pragma("GCC unroll 8") for (unsigned lane = 0; lane < lanes; lane++)                                         \
         {                                                                                                             \
-            out[lane] = XOR(SHUFFLE(*counters, order), keys[0]);                                                      \
+            out[lane] = XOR(SHUFFLE(*counters, ORDER), key);                                                          \
             *counters = ADD(*counters, STEP);                                                                         \
         }                                                                                                             \
         _Pragma("GCC unroll 14") for (unsigned round = 1; round < ROUNDS; round++)                                    \
+        {                                                                                                             \
+            key = BROADCAST_KEY(keys[round]);                                                                         \
             _Pragma("GCC unroll 8") for (unsigned lane = 0; lane < lanes; lane++)                                     \
-                out[lane] = ROUND(out[lane], keys[round]);                                                            \
+                out[lane] = ROUND(out[lane], key);                                                                    \
+        }                                                                                                             \
+        key = BROADCAST_KEY(keys[ROUNDS]);                                                                            \
         _Pragma("GCC unroll 8") for (unsigned lane = 0; lane < lanes; lane++)                                         \
-            out[lane] = LAST(out[lane], keys[ROUNDS]);                                                                \
+            out[lane] = LAST(out[lane], key);                                                                         \
     }                                                                                                                 \
     TARGET void NAME(gf256_stream *stream, uint8_t *out, size_t length)                                               \
     {                                                                                                                 \
-        const __m128i *const stored = (const __m128i *)stream->keys;                                                  \
-        const VECTOR order = LOAD_ORDER;                                                                              \
-        VECTOR counters = SET_COUNTERS(stream->block);                                                                \
-        VECTOR keys[ROUNDS + 1], block[LANES];                                                                        \
+        VECTOR counters = COUNTERS(stream->block), block[8];                                                          \
         stream->block += length / BLOCK_BYTES + (length % BLOCK_BYTES != 0);                                          \
-        _Pragma("GCC unroll 15") for (unsigned round = 0; round <= ROUNDS; round++)                                   \
-            keys[round] = BROADCAST_KEY(stored[round]);                                                               \
         for (; length >= sizeof block; length -= sizeof block, out += sizeof block) {                                 \
-            NAME##_lanes(keys, &counters, order, LANES, block);                                                       \
-            _Pragma("GCC unroll 8") for (unsigned lane = 0; lane < LANES; lane++)                                     \
+            NAME##_lanes(stream, &counters, 8, block);                                                                \
+            _Pragma("GCC unroll 8") for (unsigned lane = 0; lane < 8; lane++)                                         \
                 STORE((void *)(out + sizeof(VECTOR) * lane), block[lane]);                                            \
         }                                                                                                             \
-        while (length > 0) {                                                                                          \
+        for (; length >= sizeof(VECTOR); length -= sizeof(VECTOR), out += sizeof(VECTOR)) {                           \
+            NAME##_lanes(stream, &counters, 1, block);                                                                \
+            STORE((void *)out, block[0]);                                                                             \
+        }                                                                                                             \
+        if (length > 0) {                                                                                             \
             uint8_t rest[sizeof(VECTOR)];                                                                             \
-            NAME##_lanes(keys, &counters, order, 1, block);                                                           \
-            if (length >= sizeof rest) {                                                                              \
-                STORE((void *)out, block[0]);                                                                         \
-                length -= sizeof rest;                                                                                \
-                out += sizeof rest;                                                                                   \
-            } else {                                                                                                  \
-                STORE((void *)rest, block[0]);                                                                        \
-                memcpy(out, rest, length);                                                                            \
-                explicit_bzero(rest, sizeof rest);                                                                    \
-                length = 0;                                                                                           \
-            }                                                                                                         \
+            NAME##_lanes(stream, &counters, 1, block);                                                                \
+            STORE((void *)rest, block[0]);                                                                            \
+            memcpy(out, rest, length);                                                                                \
+            explicit_bzero(rest, sizeof rest);                                                                        \
         }                                                                                                             \
     }
 
-#define ORDER_128 _mm_set_epi8(0, 1, 2, 3, 4, 5, 6, 7, 15, 14, 13, 12, 11, 10, 9, 8)
+#define ORDER_128 _mm_set_epi8(8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)
 #define COUNTERS_128(n) _mm_set_epi64x((long long)(n), 0)
 #define SAME_128(key) (key)
-FILL(gf256_aes_fill_aesni, __attribute__((target("aes,ssse3"))), __m128i, 1, 8, SAME_128, COUNTERS_128, _mm_add_epi64,
+FILL(gf256_aes_fill_aesni, __attribute__((target("aes,ssse3"))), __m128i, SAME_128, COUNTERS_128, _mm_add_epi64,
      _mm_shuffle_epi8, _mm_xor_si128, _mm_aesenc_si128, _mm_aesenclast_si128, _mm_storeu_si128, ORDER_128,
      _mm_set_epi64x(1, 0))
 
 #define ORDER_256 _mm256_broadcastsi128_si256(ORDER_128)
 #define COUNTERS_256(n) _mm256_set_epi64x((long long)((n) + 1), 0, (long long)(n), 0)
-FILL(gf256_aes_fill_vaes256, __attribute__((target("avx2,aes,vaes"))), __m256i, 2, 8, _mm256_broadcastsi128_si256,
+FILL(gf256_aes_fill_vaes256, __attribute__((target("avx2,aes,vaes"))), __m256i, _mm256_broadcastsi128_si256,
      COUNTERS_256, _mm256_add_epi64, _mm256_shuffle_epi8, _mm256_xor_si256, _mm256_aesenc_epi128,
      _mm256_aesenclast_epi128, _mm256_storeu_si256, ORDER_256, _mm256_set_epi64x(2, 0, 2, 0))
 
 #define ORDER_512 _mm512_broadcast_i32x4(ORDER_128)
 #define COUNTERS_512(n)                                                                                               \
     _mm512_set_epi64((long long)((n) + 3), 0, (long long)((n) + 2), 0, (long long)((n) + 1), 0, (long long)(n), 0)
-FILL(gf256_aes_fill_vaes512, __attribute__((target("avx512f,avx512bw,aes,vaes"))), __m512i, 4, 8,
-     _mm512_broadcast_i32x4, COUNTERS_512, _mm512_add_epi64, _mm512_shuffle_epi8, _mm512_xor_si512,
-     _mm512_aesenc_epi128, _mm512_aesenclast_epi128, _mm512_storeu_si512, ORDER_512,
-     _mm512_set_epi64(4, 0, 4, 0, 4, 0, 4, 0))
+FILL(gf256_aes_fill_vaes512, __attribute__((target("avx512f,avx512bw,aes,vaes"))), __m512i, _mm512_broadcast_i32x4,
+     COUNTERS_512, _mm512_add_epi64, _mm512_shuffle_epi8, _mm512_xor_si512, _mm512_aesenc_epi128,
+     _mm512_aesenclast_epi128, _mm512_storeu_si512, ORDER_512, _mm512_set_epi64(4, 0, 4, 0, 4, 0, 4, 0))
 
 #else
 typedef int gf256_aes_is_for_x86_64;

@@ -16,7 +16,7 @@
 #define TARGET __attribute__((target("avx2")))
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
-enum { VECTOR_BYTES = 32, GROUP_MAX = 4, TABLE_BYTES = 32 };
+enum { VECTOR_BYTES = 32, ROWS_MAX = 4, TABLE_BYTES = 32 };
 
 INLINE __m256i table(const uint8_t *from)
 {
@@ -36,7 +36,7 @@ INLINE void step(const uint8_t *tables, unsigned rows, unsigned count, unsigned 
                  uint8_t *const *outputs, size_t offset, int bypass)
 {
     const __m256i mask = _mm256_set1_epi8(15);
-    __m256i sum[GROUP_MAX][4];
+    __m256i sum[ROWS_MAX][4];
 #pragma GCC unroll 4
     for (unsigned r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -96,7 +96,7 @@ ROWS(3, 2)
 ROWS(4, 2)
 
 typedef void rows_fn(const uint8_t *, unsigned, const uint8_t *const *, uint8_t *const *, size_t, size_t, int);
-static rows_fn *const GROUPS[GROUP_MAX + 1] = {NULL, rows_1, rows_2, rows_3, rows_4};
+static rows_fn *const GROUPS[ROWS_MAX + 1] = {NULL, rows_1, rows_2, rows_3, rows_4};
 
 /* Rows below one vector go through copies of one vector each. */
 static TARGET void short_rows(const uint8_t *tables, unsigned rows, unsigned count, const uint8_t *const *inputs,
@@ -104,7 +104,7 @@ static TARGET void short_rows(const uint8_t *tables, unsigned rows, unsigned cou
 {
     const __m256i mask = _mm256_set1_epi8(15);
     uint8_t copy[VECTOR_BYTES] = {0};
-    __m256i sum[GROUP_MAX];
+    __m256i sum[ROWS_MAX];
     for (unsigned r = 0; r < rows; r++)
         sum[r] = _mm256_setzero_si256();
     for (unsigned k = 0; k < count; k++) {
@@ -126,37 +126,59 @@ static TARGET void short_rows(const uint8_t *tables, unsigned rows, unsigned cou
     explicit_bzero(sum, sizeof sum);
 }
 
-TARGET void gf256_multiply_avx2(const gf256_field *field, const uint8_t *matrix, unsigned output_count,
-                                unsigned input_count, const uint8_t *const *inputs, uint8_t *const *outputs,
-                                size_t length, int bypass)
+void gf256_list_avx2(void *list, const gf256_field *field, const uint8_t *matrix, unsigned rows, unsigned count)
 {
-    uint8_t tables[GROUP_MAX * GF256_SHARES_MAX * TABLE_BYTES]; /* public */
-    if (length == 0)
-        return;
-    while (output_count > 0) {
-        const unsigned rest = (output_count + GROUP_MAX - 1) / GROUP_MAX; /* groups to go: keep them alike in size */
-        const unsigned rows = (output_count + rest - 1) / rest;
-        for (unsigned k = 0; k < input_count; k++)
-            for (unsigned r = 0; r < rows; r++)
-                memcpy(tables + (size_t)TABLE_BYTES * (k * rows + r), field->nibbles[matrix[r * input_count + k]],
-                       TABLE_BYTES);
-        if (length < VECTOR_BYTES) {
-            short_rows(tables, rows, input_count, inputs, outputs, length);
-        } else {
-            const size_t head = -(uintptr_t)outputs[0] % VECTOR_BYTES;
-            int aligned = bypass && head + VECTOR_BYTES <= length;
-            for (unsigned r = 1; r < rows; r++)
-                aligned &= -(uintptr_t)outputs[r] % VECTOR_BYTES == head;
-            if (aligned) /* the first vector covers the bytes before the first aligned one */
-                GROUPS[rows](tables, input_count, inputs, outputs, 0, VECTOR_BYTES, 0);
-            GROUPS[rows](tables, input_count, inputs, outputs, aligned ? head : 0, length, aligned);
-        }
-        matrix += (size_t)rows * input_count;
-        outputs += rows;
-        output_count -= rows;
+    uint8_t *const tables = list;
+    for (unsigned r = 0; r < rows; r++)
+        for (unsigned k = 0; k < count; k++)
+            memcpy(tables + (size_t)TABLE_BYTES * (k * rows + r), field->nibbles[*matrix++], TABLE_BYTES);
+}
+
+TARGET void gf256_run_avx2(const void *list, unsigned rows, unsigned count, const uint8_t *const *inputs,
+                           uint8_t *const *outputs, size_t offset, size_t length, int bypass)
+{
+    if (length < VECTOR_BYTES)
+        short_rows(list, rows, count, inputs, outputs, length);
+    else
+        GROUPS[rows](list, count, inputs, outputs, offset, length, bypass);
+}
+
+/* With a constant count the addresses stay in registers, whatever the compiler must think of the output. */
+INLINE void add_some(unsigned count, const uint8_t *const *inputs, uint8_t *output, size_t offset, size_t length)
+{
+    const uint8_t *terms[4];
+    for (unsigned k = 0; k < count; k++)
+        terms[k] = inputs[k];
+    for (; offset + VECTOR_BYTES <= length; offset += VECTOR_BYTES) {
+        __m256i sum = _mm256_loadu_si256((const __m256i *)(terms[0] + offset));
+        for (unsigned k = 1; k < count; k++)
+            sum = _mm256_xor_si256(sum, _mm256_loadu_si256((const __m256i *)(terms[k] + offset)));
+        _mm256_storeu_si256((__m256i *)(output + offset), sum);
     }
-    if (bypass)
-        _mm_sfence();
+    for (; offset < length; offset++) {
+        uint8_t sum = terms[0][offset];
+        for (unsigned k = 1; k < count; k++)
+            sum ^= terms[k][offset];
+        output[offset] = sum;
+    }
+}
+
+TARGET void gf256_add_avx2(unsigned count, const uint8_t *const *inputs, uint8_t *output, size_t offset, size_t length)
+{
+    switch (count) {
+    case 1:
+        add_some(1, inputs, output, offset, length);
+        break;
+    case 2:
+        add_some(2, inputs, output, offset, length);
+        break;
+    case 3:
+        add_some(3, inputs, output, offset, length);
+        break;
+    case 4:
+        add_some(4, inputs, output, offset, length);
+        break;
+    }
 }
 
 #else

@@ -18,7 +18,7 @@
 #define TARGET __attribute__((target("avx2,gfni")))
 #endif
 
-enum { VECTOR_BYTES = 32, GROUP_MAX = 5 };
+enum { VECTOR_BYTES = 32, ROWS_MAX = 5 };
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
@@ -34,7 +34,7 @@ INLINE void store(uint8_t *to, __m256i value, int bypass)
 INLINE void step(const uint64_t *scalars, unsigned rows, unsigned count, unsigned lanes, const uint8_t *const *inputs,
                  uint8_t *const *outputs, size_t offset, int bypass)
 {
-    __m256i sum[GROUP_MAX][4];
+    __m256i sum[ROWS_MAX][4];
 #pragma GCC unroll 5
     for (unsigned r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -89,20 +89,20 @@ ROWS(4, 2)
 ROWS(5, 2)
 
 typedef void rows_fn(const uint64_t *, unsigned, const uint8_t *const *, uint8_t *const *, size_t, size_t, int);
-static rows_fn *const GROUPS[GROUP_MAX + 1] = {NULL, rows_1, rows_2, rows_3, rows_4, rows_5};
+static rows_fn *const GROUPS[ROWS_MAX + 1] = {NULL, rows_1, rows_2, rows_3, rows_4, rows_5};
 
 /* Rows below one vector go through copies of one vector each. */
 static TARGET void short_rows(const uint64_t *scalars, unsigned rows, unsigned count, const uint8_t *const *inputs,
                               uint8_t *const *outputs, size_t length)
 {
-    uint8_t copy[GROUP_MAX + 1][VECTOR_BYTES] = {{0}};
-    __m256i sum[GROUP_MAX];
+    uint8_t copy[ROWS_MAX + 1][VECTOR_BYTES] = {{0}};
+    __m256i sum[ROWS_MAX];
     for (unsigned r = 0; r < rows; r++)
         sum[r] = _mm256_setzero_si256();
     for (unsigned k = 0; k < count; k++) {
         __m256i row;
-        memcpy(copy[GROUP_MAX], inputs[k], length);
-        row = _mm256_loadu_si256((const __m256i *)copy[GROUP_MAX]);
+        memcpy(copy[ROWS_MAX], inputs[k], length);
+        row = _mm256_loadu_si256((const __m256i *)copy[ROWS_MAX]);
         for (unsigned r = 0; r < rows; r++)
             sum[r] = _mm256_xor_si256(
                 sum[r], _mm256_gf2p8affine_epi64_epi8(row, _mm256_set1_epi64x((long long)scalars[k * rows + r]), 0));
@@ -116,36 +116,22 @@ static TARGET void short_rows(const uint64_t *scalars, unsigned rows, unsigned c
     explicit_bzero(sum, sizeof sum);
 }
 
-TARGET void gf256_multiply_gfni256(const gf256_field *field, const uint8_t *matrix, unsigned output_count,
-                                   unsigned input_count, const uint8_t *const *inputs, uint8_t *const *outputs,
-                                   size_t length, int bypass)
+GF256_NO_VECTORS void gf256_list_gfni256(void *list, const gf256_field *field, const uint8_t *matrix, unsigned rows,
+                                      unsigned count)
 {
-    uint64_t scalars[GROUP_MAX * GF256_SHARES_MAX]; /* public */
-    if (length == 0)
-        return;
-    while (output_count > 0) {
-        const unsigned rest = (output_count + GROUP_MAX - 1) / GROUP_MAX; /* groups to go: keep them alike in size */
-        const unsigned rows = (output_count + rest - 1) / rest;
-        for (unsigned k = 0; k < input_count; k++)
-            for (unsigned r = 0; r < rows; r++)
-                scalars[k * rows + r] = field->affine[matrix[r * input_count + k]];
-        if (length < VECTOR_BYTES) {
-            short_rows(scalars, rows, input_count, inputs, outputs, length);
-        } else {
-            const size_t head = -(uintptr_t)outputs[0] % VECTOR_BYTES;
-            int aligned = bypass && head + VECTOR_BYTES <= length;
-            for (unsigned r = 1; r < rows; r++)
-                aligned &= -(uintptr_t)outputs[r] % VECTOR_BYTES == head;
-            if (aligned) /* the first vector covers the bytes before the first aligned one */
-                GROUPS[rows](scalars, input_count, inputs, outputs, 0, VECTOR_BYTES, 0);
-            GROUPS[rows](scalars, input_count, inputs, outputs, aligned ? head : 0, length, aligned);
-        }
-        matrix += (size_t)rows * input_count;
-        outputs += rows;
-        output_count -= rows;
-    }
-    if (bypass)
-        _mm_sfence();
+    uint64_t *const scalars = list;
+    for (unsigned r = 0; r < rows; r++)
+        for (unsigned k = 0; k < count; k++)
+            scalars[k * rows + r] = field->affine[*matrix++];
+}
+
+TARGET void gf256_run_gfni256(const void *list, unsigned rows, unsigned count, const uint8_t *const *inputs,
+                              uint8_t *const *outputs, size_t offset, size_t length, int bypass)
+{
+    if (length < VECTOR_BYTES)
+        short_rows(list, rows, count, inputs, outputs, length);
+    else
+        GROUPS[rows](list, count, inputs, outputs, offset, length, bypass);
 }
 
 #else

@@ -15,13 +15,23 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,gfni")))
 #endif
 
-enum { VECTOR_BYTES = 64, GROUP_MAX = 8 };
+enum { VECTOR_BYTES = 64, ROWS_MAX = 8 };
 
 #define INLINE static inline __attribute__((always_inline)) TARGET
 
 INLINE __m512i product(__m512i row, __m512i scalar)
 {
     return _mm512_gf2p8affine_epi64_epi8(row, scalar, 0);
+}
+
+INLINE __m512i broadcast(uint64_t scalar)
+{
+    return _mm512_set1_epi64((long long)scalar);
+}
+
+INLINE __m512i sum_of_three(__m512i a, __m512i b, __m512i c)
+{
+    return _mm512_ternarylogic_epi64(a, b, c, 0x96);
 }
 
 INLINE __m512i load(const uint8_t *from, __mmask64 mask, int whole)
@@ -40,14 +50,13 @@ INLINE void store(uint8_t *to, __m512i value, __mmask64 mask, int whole, int byp
 }
 
 /*
- * `lanes` vectors at `offset` of `rows` outputs. All of rows, lanes, whole and bypass are constants where this is
- * inlined, and so is `count` when the scalars shall stay in registers.
+ * Any number of inputs: `lanes` vectors at `offset` of `rows` outputs, with the scalars broadcast from memory. All of
+ * rows, lanes, whole and bypass are constants where this is inlined.
  */
-INLINE void step(const uint64_t *scalars, unsigned rows, unsigned count, unsigned lanes, const uint8_t *const *inputs,
+INLINE void step(const uint64_t *scalar, unsigned rows, unsigned count, unsigned lanes, const uint8_t *const *inputs,
                  uint8_t *const *outputs, size_t offset, __mmask64 mask, int whole, int bypass)
 {
-    __m512i sum[GROUP_MAX][4];
-    const uint64_t *scalar = scalars;
+    __m512i sum[ROWS_MAX][4];
     unsigned k = 0;
 #pragma GCC unroll 8
     for (unsigned r = 0; r < rows; r++)
@@ -55,7 +64,6 @@ INLINE void step(const uint64_t *scalars, unsigned rows, unsigned count, unsigne
         for (unsigned lane = 0; lane < lanes; lane++)
             sum[r][lane] = _mm512_setzero_si512();
     /* Two inputs at a time: a three-way exclusive or adds both products. */
-#pragma GCC unroll 4
     for (; k + 2 <= count; k += 2, scalar += 2 * rows) {
         __m512i one[4], other[4];
 #pragma GCC unroll 4
@@ -65,11 +73,10 @@ INLINE void step(const uint64_t *scalars, unsigned rows, unsigned count, unsigne
         }
 #pragma GCC unroll 8
         for (unsigned r = 0; r < rows; r++) {
-            const __m512i a = _mm512_set1_epi64((long long)scalar[r]);
-            const __m512i b = _mm512_set1_epi64((long long)scalar[rows + r]);
+            const __m512i a = broadcast(scalar[r]), b = broadcast(scalar[rows + r]);
 #pragma GCC unroll 4
             for (unsigned lane = 0; lane < lanes; lane++)
-                sum[r][lane] = _mm512_ternarylogic_epi64(sum[r][lane], product(one[lane], a), product(other[lane], b), 0x96);
+                sum[r][lane] = sum_of_three(sum[r][lane], product(one[lane], a), product(other[lane], b));
         }
     }
     if (k < count) {
@@ -78,7 +85,7 @@ INLINE void step(const uint64_t *scalars, unsigned rows, unsigned count, unsigne
             const __m512i one = load(inputs[k] + offset + VECTOR_BYTES * lane, mask, whole);
 #pragma GCC unroll 8
             for (unsigned r = 0; r < rows; r++)
-                sum[r][lane] = _mm512_xor_si512(sum[r][lane], product(one, _mm512_set1_epi64((long long)scalar[r])));
+                sum[r][lane] = _mm512_xor_si512(sum[r][lane], product(one, broadcast(scalar[r])));
         }
     }
 #pragma GCC unroll 8
@@ -98,6 +105,58 @@ INLINE void run(const uint64_t *scalars, unsigned rows, unsigned count, unsigned
         step(scalars, rows, count, 1, inputs, outputs, offset, 0, 1, 0);
     if (offset < length)
         step(scalars, rows, count, 1, inputs, outputs, offset, ~0ull >> (VECTOR_BYTES - (length - offset)), 0, 0);
+}
+
+enum { FEW_MAX = 5 };
+
+/* The same for a small constant `count`: scalars and addresses, read once, stay in registers. */
+INLINE void few_step(__m512i scalar[4][FEW_MAX], unsigned rows, unsigned count, unsigned lanes,
+                     const uint8_t *const in[FEW_MAX], uint8_t *const out[4], size_t offset, __mmask64 mask, int whole,
+                     int bypass)
+{
+#pragma GCC unroll 4
+    for (unsigned lane = 0; lane < lanes; lane++) {
+        __m512i row[FEW_MAX];
+#pragma GCC unroll 5
+        for (unsigned k = 0; k < count; k++)
+            row[k] = load(in[k] + offset + VECTOR_BYTES * lane, mask, whole);
+#pragma GCC unroll 4
+        for (unsigned r = 0; r < rows; r++) {
+            __m512i sum = product(row[0], scalar[r][0]);
+            unsigned k = 1;
+#pragma GCC unroll 2
+            for (; k + 2 <= count; k += 2)
+                sum = sum_of_three(sum, product(row[k], scalar[r][k]), product(row[k + 1], scalar[r][k + 1]));
+            if (k < count)
+                sum = _mm512_xor_si512(sum, product(row[k], scalar[r][k]));
+            store(out[r] + offset + VECTOR_BYTES * lane, sum, mask, whole, bypass);
+        }
+    }
+}
+
+INLINE void few_run(const uint64_t *scalars, unsigned rows, unsigned count, unsigned lanes,
+                    const uint8_t *const *inputs, uint8_t *const *outputs, size_t offset, size_t length, int bypass)
+{
+    const size_t stride = (size_t)VECTOR_BYTES * lanes;
+    __m512i scalar[4][FEW_MAX];
+    const uint8_t *in[FEW_MAX];
+    uint8_t *out[4];
+#pragma GCC unroll 5
+    for (unsigned k = 0; k < count; k++) {
+        in[k] = inputs[k];
+#pragma GCC unroll 4
+        for (unsigned r = 0; r < rows; r++)
+            scalar[r][k] = broadcast(scalars[k * rows + r]);
+    }
+#pragma GCC unroll 4
+    for (unsigned r = 0; r < rows; r++)
+        out[r] = outputs[r];
+    for (; offset + stride <= length; offset += stride)
+        few_step(scalar, rows, count, lanes, in, out, offset, 0, 1, bypass);
+    for (; offset + VECTOR_BYTES <= length; offset += VECTOR_BYTES)
+        few_step(scalar, rows, count, 1, in, out, offset, 0, 1, 0);
+    if (offset < length)
+        few_step(scalar, rows, count, 1, in, out, offset, ~0ull >> (VECTOR_BYTES - (length - offset)), 0, 0);
 }
 
 #define ARGUMENTS                                                                                                     \
@@ -120,9 +179,9 @@ INLINE void run(const uint64_t *scalars, unsigned rows, unsigned count, unsigned
     {                                                                                                                 \
         (void)count;                                                                                                  \
         if (bypass)                                                                                                   \
-            run(scalars, rows, inputs_, lanes, inputs, outputs, offset, length, 1);                                   \
+            few_run(scalars, rows, inputs_, lanes, inputs, outputs, offset, length, 1);                               \
         else                                                                                                          \
-            run(scalars, rows, inputs_, lanes, inputs, outputs, offset, length, 0);                                   \
+            few_run(scalars, rows, inputs_, lanes, inputs, outputs, offset, length, 0);                               \
     }
 
 ANY(1, 4)
@@ -145,7 +204,7 @@ FEW(4, 2, 2)
 FEW(4, 3, 2)
 
 typedef void group_fn(ARGUMENTS);
-static group_fn *const ANY_ROWS[GROUP_MAX + 1] = {NULL, any_1, any_2, any_3, any_4, any_5, any_6, any_7, any_8};
+static group_fn *const ANY_ROWS[ROWS_MAX + 1] = {NULL, any_1, any_2, any_3, any_4, any_5, any_6, any_7, any_8};
 static group_fn *const FEW_ROWS[5][6] = {
     {NULL},
     {NULL, NULL, few_1_2, few_1_3, few_1_4, few_1_5},
@@ -154,38 +213,22 @@ static group_fn *const FEW_ROWS[5][6] = {
     {NULL, NULL, few_4_2, few_4_3},
 };
 
-TARGET void gf256_multiply_gfni512(const gf256_field *field, const uint8_t *matrix, unsigned output_count,
-                                   unsigned input_count, const uint8_t *const *inputs, uint8_t *const *outputs,
-                                   size_t length, int bypass)
+GF256_NO_VECTORS void gf256_list_gfni512(void *list, const gf256_field *field, const uint8_t *matrix, unsigned rows,
+                                      unsigned count)
 {
-    uint64_t scalars[GROUP_MAX * GF256_SHARES_MAX]; /* public */
-    while (output_count > 0) {
-        const unsigned rest = (output_count + GROUP_MAX - 1) / GROUP_MAX; /* groups to go: keep them alike in size */
-        const unsigned rows = (output_count + rest - 1) / rest;
-        size_t offset = 0;
-        int aligned = bypass;
-        group_fn *group = ANY_ROWS[rows];
-        if (rows < 5 && input_count < 6 && FEW_ROWS[rows][input_count] != NULL)
-            group = FEW_ROWS[rows][input_count];
-        for (unsigned k = 0; k < input_count; k++)
-            for (unsigned r = 0; r < rows; r++)
-                scalars[k * rows + r] = field->affine[matrix[r * input_count + k]];
-        if (bypass) { /* needs outputs on whole cache lines; they get there together or not at all */
-            const size_t head = -(uintptr_t)outputs[0] % VECTOR_BYTES;
-            for (unsigned r = 1; r < rows; r++)
-                aligned &= -(uintptr_t)outputs[r] % VECTOR_BYTES == head;
-            if (aligned && head < length) {
-                group(scalars, input_count, inputs, outputs, 0, head, 0);
-                offset = head;
-            }
-        }
-        group(scalars, input_count, inputs, outputs, offset, length, aligned);
-        matrix += (size_t)rows * input_count;
-        outputs += rows;
-        output_count -= rows;
-    }
-    if (bypass)
-        _mm_sfence();
+    uint64_t *const scalars = list;
+    for (unsigned r = 0; r < rows; r++)
+        for (unsigned k = 0; k < count; k++)
+            scalars[k * rows + r] = field->affine[*matrix++];
+}
+
+TARGET void gf256_run_gfni512(const void *list, unsigned rows, unsigned count, const uint8_t *const *inputs,
+                              uint8_t *const *outputs, size_t offset, size_t length, int bypass)
+{
+    group_fn *group = ANY_ROWS[rows];
+    if (rows < 5 && count < 6 && FEW_ROWS[rows][count] != NULL)
+        group = FEW_ROWS[rows][count];
+    group(list, count, inputs, outputs, offset, length, bypass);
 }
 
 #else

@@ -14,13 +14,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { VECTOR_BYTES = 16, GROUP_MAX = 4, TABLE_BYTES = 32 };
+enum { VECTOR_BYTES = 16, ROWS_MAX = 4, TABLE_BYTES = 32 };
 
 /* `lanes` vectors at `offset` of `rows` outputs; rows and lanes are constants where this is inlined. */
 INLINE void step(const uint8_t *tables, unsigned rows, unsigned count, unsigned lanes, const uint8_t *const *inputs,
                  uint8_t *const *outputs, size_t offset)
 {
-    uint8x16_t sum[GROUP_MAX][4];
+    uint8x16_t sum[ROWS_MAX][4];
 #pragma GCC unroll 4
     for (unsigned r = 0; r < rows; r++)
 #pragma GCC unroll 4
@@ -54,10 +54,9 @@ INLINE void step(const uint8_t *tables, unsigned rows, unsigned count, unsigned 
 
 #define ROWS(rows, lanes)                                                                                             \
     static void rows_##rows(const uint8_t *tables, unsigned count, const uint8_t *const *inputs,                      \
-                            uint8_t *const *outputs, size_t length)                                                   \
+                            uint8_t *const *outputs, size_t offset, size_t length)                                    \
     {                                                                                                                 \
         const size_t stride = (size_t)VECTOR_BYTES * lanes;                                                           \
-        size_t offset = 0;                                                                                            \
         for (; offset + stride <= length; offset += stride)                                                           \
             step(tables, rows, count, lanes, inputs, outputs, offset);                                                \
         for (; offset + VECTOR_BYTES <= length; offset += VECTOR_BYTES)                                               \
@@ -71,15 +70,15 @@ ROWS(2, 4)
 ROWS(3, 4)
 ROWS(4, 2)
 
-typedef void rows_fn(const uint8_t *, unsigned, const uint8_t *const *, uint8_t *const *, size_t);
-static rows_fn *const GROUPS[GROUP_MAX + 1] = {NULL, rows_1, rows_2, rows_3, rows_4};
+typedef void rows_fn(const uint8_t *, unsigned, const uint8_t *const *, uint8_t *const *, size_t, size_t);
+static rows_fn *const GROUPS[ROWS_MAX + 1] = {NULL, rows_1, rows_2, rows_3, rows_4};
 
 /* Rows below one vector go through copies of one vector each. */
 static void short_rows(const uint8_t *tables, unsigned rows, unsigned count, const uint8_t *const *inputs,
                        uint8_t *const *outputs, size_t length)
 {
     uint8_t copy[VECTOR_BYTES] = {0};
-    uint8x16_t sum[GROUP_MAX];
+    uint8x16_t sum[ROWS_MAX];
     for (unsigned r = 0; r < rows; r++)
         sum[r] = vdupq_n_u8(0);
     for (unsigned k = 0; k < count; k++) {
@@ -99,27 +98,59 @@ static void short_rows(const uint8_t *tables, unsigned rows, unsigned count, con
     explicit_bzero(sum, sizeof sum);
 }
 
-void gf256_multiply_neon(const gf256_field *field, const uint8_t *matrix, unsigned output_count, unsigned input_count,
-                         const uint8_t *const *inputs, uint8_t *const *outputs, size_t length, int bypass)
+void gf256_list_neon(void *list, const gf256_field *field, const uint8_t *matrix, unsigned rows, unsigned count)
 {
-    uint8_t tables[GROUP_MAX * GF256_SHARES_MAX * TABLE_BYTES]; /* public */
+    uint8_t *const tables = list;
+    for (unsigned r = 0; r < rows; r++)
+        for (unsigned k = 0; k < count; k++)
+            memcpy(tables + (size_t)TABLE_BYTES * (k * rows + r), field->nibbles[*matrix++], TABLE_BYTES);
+}
+
+void gf256_run_neon(const void *list, unsigned rows, unsigned count, const uint8_t *const *inputs,
+                    uint8_t *const *outputs, size_t offset, size_t length, int bypass)
+{
     (void)bypass; /* there is no store around the caches that compilers would emit for sure */
-    if (length == 0)
-        return;
-    while (output_count > 0) {
-        const unsigned rest = (output_count + GROUP_MAX - 1) / GROUP_MAX; /* groups to go: keep them alike in size */
-        const unsigned rows = (output_count + rest - 1) / rest;
-        for (unsigned k = 0; k < input_count; k++)
-            for (unsigned r = 0; r < rows; r++)
-                memcpy(tables + (size_t)TABLE_BYTES * (k * rows + r), field->nibbles[matrix[r * input_count + k]],
-                       TABLE_BYTES);
-        if (length < VECTOR_BYTES)
-            short_rows(tables, rows, input_count, inputs, outputs, length);
-        else
-            GROUPS[rows](tables, input_count, inputs, outputs, length);
-        matrix += (size_t)rows * input_count;
-        outputs += rows;
-        output_count -= rows;
+    if (length < VECTOR_BYTES)
+        short_rows(list, rows, count, inputs, outputs, length);
+    else
+        GROUPS[rows](list, count, inputs, outputs, offset, length);
+}
+
+/* With a constant count the addresses stay in registers, whatever the compiler must think of the output. */
+INLINE void add_some(unsigned count, const uint8_t *const *inputs, uint8_t *output, size_t offset, size_t length)
+{
+    const uint8_t *terms[4];
+    for (unsigned k = 0; k < count; k++)
+        terms[k] = inputs[k];
+    for (; offset + VECTOR_BYTES <= length; offset += VECTOR_BYTES) {
+        uint8x16_t sum = vld1q_u8(terms[0] + offset);
+        for (unsigned k = 1; k < count; k++)
+            sum = veorq_u8(sum, vld1q_u8(terms[k] + offset));
+        vst1q_u8(output + offset, sum);
+    }
+    for (; offset < length; offset++) {
+        uint8_t sum = terms[0][offset];
+        for (unsigned k = 1; k < count; k++)
+            sum ^= terms[k][offset];
+        output[offset] = sum;
+    }
+}
+
+void gf256_add_neon(unsigned count, const uint8_t *const *inputs, uint8_t *output, size_t offset, size_t length)
+{
+    switch (count) {
+    case 1:
+        add_some(1, inputs, output, offset, length);
+        break;
+    case 2:
+        add_some(2, inputs, output, offset, length);
+        break;
+    case 3:
+        add_some(3, inputs, output, offset, length);
+        break;
+    case 4:
+        add_some(4, inputs, output, offset, length);
+        break;
     }
 }
 
