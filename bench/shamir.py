@@ -41,7 +41,7 @@ ISAL_DEBIAN = "libisal.so.2"
 GFSHARE_DEBIAN = "libgfshare.so.2"
 
 
-# --- the rivals --------------------------------------------------------------------------------------------------------
+# --- the rivals ------------------------------------------------------------------------------------------------------
 
 
 def run(*words: str | Path, cwd: Path | None = None) -> None:
@@ -253,7 +253,7 @@ def gfshare_combine(rivals: Rivals, rows: Rows, threshold: int) -> Work:
     return made
 
 
-# --- measuring ---------------------------------------------------------------------------------------------------------
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 Timer = Callable[[int], float]
 """Nanoseconds that so many repetitions take."""
@@ -331,7 +331,7 @@ class Row:
         return cls(name, ours, "ns", peer, theirs, ratio, f"<= {at_most:g}x", ratio <= at_most)
 
 
-# --- what is compared --------------------------------------------------------------------------------------------------
+# --- what is compared ------------------------------------------------------------------------------------------------
 
 
 def check_against_isal(rivals: Rivals) -> None:
@@ -409,7 +409,7 @@ def five(bytes given):
 
 
 def bare_calls() -> Any:
-    """A module of two functions that do nothing but make bytes objects: the floor of any extension written in Cython."""
+    """A module of two functions that only make bytes objects: the floor of any extension written in Cython."""
     import importlib.util
 
     folder = PLACE / "bare"

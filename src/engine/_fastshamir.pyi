@@ -57,8 +57,8 @@ def split_many(
 ) -> None:
     """Split ``count`` secrets of one ``length`` in one go: a buffer of shape ``(count, length)``, or a list of them.
 
-    The result is one row of ``count * length`` bytes for each holder, in the order of ``xs``: the share of secret i lies
-    at ``[i * length : (i + 1) * length]``. ``out`` has the shape ``(shares, count, length)``. Errors as of ``split``,
+    The result is one row of ``count * length`` bytes for each holder, in the order of ``xs``: the share of secret i
+    lies at ``[i * length : (i + 1) * length]``. ``out`` has the shape ``(shares, count, length)``. Errors as of ``split``,
     and ValueError for no secret and different lengths.
     """
 
@@ -86,10 +86,10 @@ def combine_many(
 def combine_many(
     xs: Sequence[int], ys: Sequence[Buffer], count: int, target: int = 0, *, out: Buffer, poly: int = 0x11B
 ) -> None:
-    """Interpolate ``count`` polynomials at once: the rows that ``split_many`` made, of which the result is the secrets.
+    """Interpolate ``count`` polynomials at once: from rows that ``split_many`` made to the list of the secrets.
 
-    Each of ``ys`` has ``count * length`` bytes; ``out`` has the shape ``(count, length)``. Errors as of ``combine``, and
-    ValueError for rows that can't be cut into ``count`` equal parts.
+    Each of ``ys`` has ``count * length`` bytes; ``out`` has the shape ``(count, length)``. Errors as of ``combine``,
+    and ValueError for rows that can't be cut into ``count`` equal parts.
     """
 
 @overload
@@ -124,7 +124,7 @@ def available_generators() -> tuple[str, ...]:
     """The generators that this machine can run, fastest first; the last is ``chacha20``."""
 
 def key_stream(name: str, seed: Buffer, length: int, block: int = 0) -> bytes:
-    """``length`` bytes of the stream of a generator under a seed of 32 bytes, from cipher block ``block`` on. For tests.
+    """``length`` bytes of a generator's stream under a seed of 32 bytes, from cipher block ``block`` on. For tests.
 
     Cipher blocks are 16 bytes of AES-256-CTR from counter 0, or 64 of ChaCha20 with nonce 0.
     """

@@ -23,8 +23,8 @@ from engine._fastshamir import (
     combine_many,
     generator_name,
     interpolate,
-    key_stream,
     kernel_name,
+    key_stream,
     split,
     split_many,
     use_kernel,
@@ -211,7 +211,7 @@ VALUE_ERRORS: list[tuple[Call, str]] = [
     (lambda: combine([1], [b"s"], poly=2**80), f"poly is {2**80}, but"),
     (
         lambda: split(b"ab", 1, 2, out=bytearray(3)),
-        r"out has 3 bytes, but needs 4 bytes or the shape \(2, 2\) of bytes",
+        r"out has 3 bytes, but needs 4 bytes or the shape \(2, 2\)",
     ),
     (lambda: split(b"ab", 1, 2, out=memoryview(bytearray(4)).cast("B", (4, 1))), r"out has the shape \(4, 1\), but"),
     (lambda: split(b"abcd", 1, 2, out=np.zeros(2, np.uint32)), r"of items of 4 bytes"),  # type: ignore[call-overload]
