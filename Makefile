@@ -14,6 +14,7 @@ export PYTHON
 BIN := .venv/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .PHONY: help
 help: ## list the targets
@@ -46,6 +47,16 @@ bench: ## run the benchmarks and save them as build/bench/latest.json
 bench-compare: ## compare the ratios to their floors with the committed baseline
 	@.ci/setup test,lint
 	@$(BIN)/python bench/compare.py
+
+.PHONY: bench-shamir
+bench-shamir: ## measure the Shamir core beside its rivals (needs nasm, libisal2, libgfshare2); build/bench/shamir.json
+	@.ci/setup test,bench
+	@$(BIN)/python bench/shamir.py $(BENCH_ARGS)
+
+.PHONY: assurance
+assurance: ## the long proofs of the Shamir core: valgrind, timing, instruction counts, sanitizers
+	@.ci/setup test,lint
+	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance $(PYTEST_ARGS)
 
 .PHONY: dist
 dist: ## build the sdist and the wheel into dist/

@@ -12,7 +12,7 @@ HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "src" / "gf256"
 
 # KEYQUORUM_SANITIZE=address,undefined builds the core for the sanitizers (the tests then need LD_PRELOAD of libasan).
 SANITIZE = os.environ.get("KEYQUORUM_SANITIZE", "")
-COMPILE = ["-O3", "-std=c11", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"]
+COMPILE = ["-O3", "-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"]
 LINK: list[str] = []
 if SANITIZE:
     COMPILE += [f"-fsanitize={SANITIZE}", "-g", "-fno-omit-frame-pointer"]

@@ -156,7 +156,7 @@ def test_split_of_every_length(threshold: int, shares: int) -> None:
 @pytest.mark.parametrize("length", [4095, 4096, 4097, 8191, 8192, 5 * 4096 + 13])
 @pytest.mark.parametrize(("threshold", "shares"), [(1, 2), (3, 5), (10, 16), (40, 255)])
 def test_split_across_blocks(length: int, threshold: int, shares: int) -> None:
-    """The core works in blocks of 4096 bytes; the seams show nowhere, and each block has coefficients of its own."""
+    """The core works in blocks; the seams show nowhere, and each block has randomness of its own."""
     secret = bytes(length)
     ys = split(secret, threshold, shares)
     for start in (0, shares - threshold):
@@ -247,29 +247,32 @@ FAILING_SPLIT = """
 import ctypes, sys
 from engine._fastshamir import split
 control = ctypes.c_int.in_dll(ctypes.CDLL(sys.argv[1]), "calls_until_failure")
-control.value = int(sys.argv[2])
+length = int(sys.argv[2])
+out = bytearray(b"x" * 5 * length)
+control.value = 0
 try:
-    split(bytes(3 * 4096), 2, 3)
+    split(b"s" * length, 3, 5, out=out)
 except OSError as error:
     outcome = repr((error.errno, str(error)))
 else:
     outcome = repr("split succeeded")
 control.value = -1
+assert out == bytes(5 * length)
 print(outcome)
 """
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler for the failing getrandom")
-@pytest.mark.parametrize("calls", [0, 2])
-def test_without_randomness_there_is_no_share(tmp_path: Path, kernel: str, calls: int) -> None:
-    """A getrandom that fails, at once or after some blocks, ends the split: there is no second source."""
+@pytest.mark.parametrize("length", [1, 32, 300, 3 * 4096])
+def test_without_randomness_there_is_no_share(tmp_path: Path, kernel: str, length: int) -> None:
+    """A getrandom that fails ends the split and leaves zeros: there is no second source."""
     library = tmp_path / "shim.so"
     (tmp_path / "shim.c").write_text(SHIM)
     compiler = ["cc", "-shared", "-fPIC", "-o", str(library), str(tmp_path / "shim.c"), "-ldl"]
     subprocess.run(compiler, check=True, timeout=60)
     preload = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), str(library)]))
     done = subprocess.run(
-        [sys.executable, "-c", FAILING_SPLIT, str(library), str(calls)],
+        [sys.executable, "-c", FAILING_SPLIT, str(library), str(length)],
         env={**os.environ, "LD_PRELOAD": preload, "KEYQUORUM_KERNEL": kernel},
         capture_output=True,
         text=True,

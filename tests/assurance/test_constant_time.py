@@ -1,0 +1,138 @@
+"""Owns the proof that no kernel and no generator decides anything on a secret: by valgrind, in machine code, by time.
+
+Every check runs a kernel that leaks as its control; where the control is not found out, the check proves nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine._fastshamir import available_generators, available_kernels
+
+VALGRIND = ("--quiet", "--error-exitcode=9")
+NATIVE = [name for name in available_kernels() if not name.startswith("gfni")]
+STREAMS = [name for name in available_generators() if "vaes" not in name]
+
+
+# valgrind 3.19 knows neither AVX-512 nor GFNI nor VAES; the GFNI kernels run there with emulated instructions.
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(name, marks=pytest.mark.long) for name in NATIVE])
+def test_memcheck_finds_no_decision_on_secret_rows(native: Any, valgrind: str, kernel: str) -> None:
+    native.command(valgrind, *VALGRIND, native.build("ctgrind"), kernel)
+
+
+@pytest.mark.parametrize("kernel", NATIVE)
+def test_memcheck_finds_no_decision_in_a_whole_split(native: Any, valgrind: str, kernel: str) -> None:
+    """From the secret seed through generator, products and sums to the secret again."""
+    native.command(valgrind, *VALGRIND, native.build("ctgrind"), "split", kernel)
+
+
+@pytest.mark.parametrize("generator", STREAMS)
+def test_memcheck_finds_no_decision_on_a_seed(native: Any, valgrind: str, generator: str) -> None:
+    native.command(valgrind, *VALGRIND, native.build("ctgrind"), "stream", generator)
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("x86")
+@pytest.mark.parametrize("kernel", ["gfni512", "gfni256"])
+def test_memcheck_finds_no_decision_in_the_emulated_kernels(native: Any, valgrind: str, kernel: str) -> None:
+    """The very source of the GFNI kernels, which also computes the right products this way."""
+    native.command(valgrind, *VALGRIND, native.build("ctgrind", emulated=True), kernel)
+
+
+def test_memcheck_finds_the_kernel_that_leaks(native: Any, valgrind: str) -> None:
+    found = native.command(valgrind, *VALGRIND, native.build("ctgrind"), "table", status=9)
+    assert "Use of uninitialised value" in found.stderr
+    assert "table_run" in found.stderr
+
+
+# In machine code: a secret can leave the vector registers by few instructions, and none of them is there.
+
+LEAVING = re.compile(
+    r"gather|scatter"  # addresses from vectors
+    r"|pmovmskb|movmskp|pextr|extractps"  # bits or parts of vectors into general registers
+    r"|v?mov[dq]\s+%[xyz]mm\d+,\s*%[re]"
+    r"|ptest|pcmp|vpmov[bwdq]2m|kmov[bwdq]\s+%k\d,\s*%[re]|kortest|ktest"  # comparisons of vectors
+    r"|comis|cvt"
+)
+CONTROL = """
+#include <immintrin.h>
+__attribute__((target("avx2"))) int leak(const void *row, const int *table)
+{
+    __m256i v = _mm256_loadu_si256(row);
+    return _mm256_movemask_epi8(v) + _mm256_extract_epi32(_mm256_i32gather_epi32(table, v, 4), 3);
+}
+"""
+
+
+def instructions(native: Any, source: Path, folder: Path) -> list[str]:
+    """What the compiler makes of a source with the flags of the extension, one instruction a line."""
+    target = folder / f"{source.stem}.o"
+    native.command("cc", *native.flags, "-fPIC", "-c", "-o", target, source)
+    lines = native.command("objdump", "-d", "--no-show-raw-insn", target).stdout.splitlines()
+    return [line.split(":", 1)[1].strip() for line in lines if re.match(r"\s+[0-9a-f]+:", line)]
+
+
+def is_a_spill(line: str, code: list[str]) -> bool:
+    """Whether a move out of a vector register brings back a pointer or counter, as gcc keeps them where room is.
+
+    Then nothing in the whole file but moves from general registers ever writes that register.
+    """
+    register = re.match(r"vmovq\s+%xmm(\d+),%r", line)
+    if register is None:
+        return False
+    writes = [each for each in code if re.search(rf",%[xyz]mm{register[1]}(\{{|$)", each)]
+    return bool(writes) and all(re.match(r"vmovq\s+%r", each) for each in writes)
+
+
+@pytest.mark.usefixtures("x86")
+@pytest.mark.parametrize("name", ["gfni512", "gfni256", "avx2", "aes"])
+def test_no_secret_leaves_the_vector_registers(native: Any, name: str, tmp_path: Path) -> None:
+    """So no branch and no address can depend on one; the lengths, counts and pointers that steer are public."""
+    found = instructions(native, native.sources / f"gf256_{name}.c", tmp_path)
+    wanted = {"gfni512": "vgf2p8affineqb", "gfni256": "vgf2p8affineqb", "avx2": "vpshufb", "aes": "vaesenc"}[name]
+    assert any(line.startswith(wanted) for line in found)
+    assert [line for line in found if LEAVING.search(line) and not is_a_spill(line, found)] == []
+
+
+@pytest.mark.usefixtures("x86")
+def test_the_search_finds_the_instructions_that_leak(native: Any, tmp_path: Path) -> None:
+    (tmp_path / "control.c").write_text(CONTROL)
+    found = [line for line in instructions(native, tmp_path / "control.c", tmp_path) if LEAVING.search(line)]
+    assert any("gather" in line for line in found)
+    assert any("movmskb" in line for line in found)
+
+
+@pytest.mark.usefixtures("x86")
+def test_round_keys_are_not_spilled(native: Any, tmp_path: Path) -> None:
+    """Outside the key expansion no vector is stored to the stack but the last block, which is wiped."""
+    target = tmp_path / "aes.o"
+    native.command("cc", *native.flags, "-fPIC", "-c", "-o", target, native.sources / "gf256_aes.c")
+    for name in ("gf256_aes_fill_vaes512", "gf256_aes_fill_vaes256", "gf256_aes_fill_aesni"):
+        code = native.command("objdump", "-d", "--no-show-raw-insn", f"--disassemble={name}", target).stdout
+        stores = re.findall(r"v?mov[adu]\w+\s+%[xyz]mm\d+,-?(?:0x[0-9a-f]+)?\(%r[sb]p\)", code)
+        assert len(stores) <= 1, stores
+
+
+# By time (dudect). The bounds leave room for a noisy machine; a leak of a table is far beyond them.
+
+
+def largest_t(native: Any, kernel: str) -> float:
+    """The best of three runs: a real leak shows in each."""
+    return min(float(native.command(native.build("dudect"), kernel).stdout) for _ in range(3))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kernel", available_kernels())
+def test_random_and_fixed_rows_take_the_same_time(native: Any, kernel: str) -> None:
+    assert largest_t(native, kernel) < 4.5
+
+
+@pytest.mark.long
+def test_the_time_of_the_kernel_that_leaks_tells(native: Any) -> None:
+    assert largest_t(native, "table") > 8

@@ -1,0 +1,48 @@
+"""Owns the run of the core's whole suite on a build with the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.long
+def test_the_core_suite_under_the_sanitizers(native: Any, tmp_path: Path) -> None:
+    """Every kernel, batch, buffer and error path; the first finding ends the run."""
+    libraries = [
+        native.command("cc", f"-print-file-name=lib{name}.so").stdout.strip() for name in ("asan", "ubsan", "stdc++")
+    ]
+    if not all(Path(each).is_absolute() for each in libraries):
+        pytest.skip("needs the compiler's sanitizer libraries")
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for room in ("nodes", "balancer"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").touch()
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    environment = {**os.environ, "KEYQUORUM_SANITIZE": "address,undefined"}
+    subprocess.run(build, cwd=tmp_path, env=environment, check=True, timeout=300, capture_output=True)
+    environment |= {
+        "LD_PRELOAD": " ".join(libraries),
+        "PYTHONMALLOC": "malloc",
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "PYTHONPATH": str(tmp_path / "src"),
+    }
+    tests = sorted(map(str, (ROOT / "tests" / "engine").glob("test_fastshamir*.py")))
+    check = "import engine._fastshamir as core, sys; sys.exit(not core.__file__.startswith(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", check, str(tmp_path)], env=environment, check=True, timeout=60)
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini=addopts=", *tests]
+    run += ["--import-mode=importlib", "--rootdir", str(tmp_path)]
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert "runtime error" not in done.stderr
