@@ -191,6 +191,7 @@ class SecretBuffer:
 
 def secret_memory() -> tuple[int, int]:
     """(bytes locked for secrets in this process, bytes of them given out)."""
+
 def generator_name() -> str:
     """The generator that stretches the seed of a split; it comes with the kernel."""
 
