@@ -193,6 +193,8 @@ cdef int _open(object buffer, Py_buffer *view, int flags, str what) except -1:
     try:
         PyObject_GetBuffer(buffer, view, flags)
     except (TypeError, BufferError, ValueError):  # numpy says ValueError
+        if isinstance(buffer, SecretBuffer):
+            raise  # it is closed, and says so
         raise TypeError(f"{what} must be a C-contiguous {'writable ' if flags & PyBUF_WRITABLE else ''}bytes-like "
                         f"object, not {type(buffer).__name__}") from None
     return 0

@@ -42,7 +42,8 @@ def reconstruct_into(
 ) -> SecretBuffer:
     """Reconstruct the secret into locked memory, which the caller closes.
 
-    ``threshold`` is the t of the key; without it every share given is used. ``commitments`` and ``salts`` map x to the
+    ``threshold`` is the t of the key; without it every share given is used, which must be at least as many as the
+    shares know to be needed. ``commitments`` and ``salts`` map x to the
     32-byte commitment and its salt, ``context`` is what the commitments were made with, ``names`` maps x to the node
     that gave the share (for errors). With commitments a wrong share is left out and another one taken; without them,
     shares beyond ``threshold`` must agree with the first ones.
@@ -72,7 +73,7 @@ def _checked(
 ) -> list[Share]:
     """As many shares as are needed, of those that passed the checks."""
     given = distinct(share_set)
-    needed = len(given) if threshold is None else threshold
+    needed = max(len(given), *(share.threshold for share in given)) if threshold is None else threshold
     if not 1 <= needed <= 255:
         raise ValueError(f"the threshold is {needed}, but must be in 1..255")
     if commitments is None:

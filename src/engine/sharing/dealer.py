@@ -20,7 +20,7 @@ def generate_shares(secret: Secret, *, threshold: int, shares: int) -> list[Shar
     1 <= threshold <= shares <= 255, else ValueError; OSError when the system's random generator fails.
     """
     values = split(secret, threshold, shares)
-    return [Share(x, y) for x, y in enumerate(values, start=1)]
+    return [Share(x, y, threshold) for x, y in enumerate(values, start=1)]
 
 
 def blind(key: Secret) -> SecretBuffer:

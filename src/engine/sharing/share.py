@@ -29,10 +29,13 @@ class Share:
 
     ``x`` is the index in 1..255 (0 is where the secret lies and is refused), ``y`` the value: as many bytes as the
     secret, at least one. The value is secret: the repr hides it and comparison takes a time that does not depend on it.
+    ``threshold`` is how many shares give the secret back, where that is known (else 0); it is public and no part of the
+    share's identity.
     """
 
     x: int
     y: bytes
+    threshold: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.x, int):
@@ -41,6 +44,8 @@ class Share:
             raise TypeError(f"the share's value y must be bytes, not {type(self.y).__name__}")
         if not 1 <= self.x <= 255:
             raise ValueError(f"the share index x is {self.x}, but must be in 1..255")
+        if not 0 <= self.threshold <= 255:
+            raise ValueError(f"the threshold of the share of x = {self.x} is {self.threshold}, but must be in 0..255")
         if not self.y:
             raise ValueError(f"the share of x = {self.x} has 0 bytes, but needs at least 1")
 
