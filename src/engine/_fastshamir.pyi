@@ -58,8 +58,8 @@ def split_many(
     """Split ``count`` secrets of one ``length`` in one go: a buffer of shape ``(count, length)``, or a list of them.
 
     The result is one row of ``count * length`` bytes for each holder, in the order of ``xs``: the share of secret i
-    lies at ``[i * length : (i + 1) * length]``. ``out`` has the shape ``(shares, count, length)``. Errors as of ``split``,
-    and ValueError for no secret and different lengths.
+    lies at ``[i * length : (i + 1) * length]``. ``out`` has the shape ``(shares, count, length)``. Errors as of
+    ``split``, and ValueError for no secret and different lengths.
     """
 
 @overload
