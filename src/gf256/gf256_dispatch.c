@@ -64,7 +64,7 @@ enum { PORTABLE_SCALAR_BYTES = 32 };
 /* Fastest first; the portable one is last and runs everywhere. */
 static const gf256_kernel KERNELS[] = {
 #if defined(__x86_64__)
-    {"gfni512", has_gfni512, 8, 8, 64, 512, gf256_list_gfni512, gf256_run_gfni512, NULL,
+    {"gfni512", has_gfni512, 8, 8, 64, 1024, gf256_list_gfni512, gf256_run_gfni512, NULL,
      "aes256ctr-vaes512 aes256ctr-vaes256 aes256ctr-aesni "},
     {"gfni256", has_gfni256, 5, 8, 32, 512, gf256_list_gfni256, gf256_run_gfni256, NULL,
      "aes256ctr-vaes256 aes256ctr-aesni "},
