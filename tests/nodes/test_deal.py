@@ -220,7 +220,7 @@ def test_a_sick_token_is_no_corrupt_share(scene: Scene, monkeypatch: pytest.Monk
     def sick(self: Lane, sealed: bytes, context: bytes) -> bytes:
         raise TokenError("the token's KEK does not answer")
 
-    monkeypatch.setattr(Lane, "unseal", sick)
+    monkeypatch.setattr(Lane, "unseal_secret", sick)
     with pytest.raises(TokenError, match="does not answer"):
         scene.gather(FakeChannel(scene.answers()))
 

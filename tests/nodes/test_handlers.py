@@ -22,7 +22,7 @@ from engine.errors import (
 )
 from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Destroy, Flush, Operate, Prewarm
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
-from engine.sharing import blind
+from engine.sharing import SecretBuffer, blind
 from nodes.catalogue import Catalogue
 from nodes.deal import Gathered
 from nodes.handlers import Handlers
@@ -77,7 +77,7 @@ class Scene:
         self.answers: dict[int, tuple[str, Any, Load]] = {}
         self.records: list[Any] = []
         self.gatherings: list[tuple[bytes, float]] = []
-        self.secrets: list[bytearray] = []
+        self.secrets: list[SecretBuffer] = []
         self.failure: EngineError | None = None
         self.clock_s = 0.0
         self._number = 0
@@ -93,7 +93,9 @@ class Scene:
             conversation=SimpleNamespace(gather=self._gather),  # type: ignore[arg-type]
             audit=SimpleNamespace(write=lambda record, durable=False: self.records.append(record)),  # type: ignore[arg-type]
             local=self.local,  # type: ignore[arg-type]
+            slow=self.local,  # type: ignore[arg-type]
             talkers=self.talkers,  # type: ignore[arg-type]
+            dealer=self.talkers,  # type: ignore[arg-type]
             replier=self,
             cache_max_keys=4,
             cache_ttl_s=300.0,
@@ -182,7 +184,7 @@ def test_many_requests_wait_for_one_gathering(scene: Scene) -> None:
 def test_the_secret_is_wiped_when_it_is_loaded_or_refused(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene.encrypt()
     scene.talkers.run()
-    assert scene.secrets == [bytearray(64)]
+    assert [secret.closed for secret in scene.secrets] == [True]
     scene.send("flush", Flush("orders"))
 
     def refuse(*_: object) -> None:
@@ -192,7 +194,7 @@ def test_the_secret_is_wiped_when_it_is_loaded_or_refused(scene: Scene, monkeypa
     number = scene.encrypt()
     scene.talkers.run()
     assert scene.outcome(number) == "TokenError"
-    assert scene.secrets[1] == bytearray(64)
+    assert [secret.closed for secret in scene.secrets] == [True, True]
 
 
 def test_the_secret_of_a_slow_key_is_wiped_when_the_worker_is_full(slow: Scene) -> None:
@@ -200,7 +202,7 @@ def test_the_secret_of_a_slow_key_is_wiped_when_the_worker_is_full(slow: Scene) 
     slow.local.full = True
     slow.talkers.run()
     assert slow.outcome(number) == "Overloaded"
-    assert slow.secrets == [bytearray(len(slow.secrets[0]))]
+    assert [secret.closed for secret in slow.secrets] == [True]
 
 
 def test_each_request_needs_a_grant_of_its_own_while_the_key_is_cold(scene: Scene) -> None:
