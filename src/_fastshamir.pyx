@@ -69,7 +69,9 @@ cdef enum:
 cdef const gf256_kernel *_active = NULL
 cdef const gf256_generator *_generator = NULL
 cdef const gf256_field *_aes_field = NULL
-cdef object _DEFAULT_POLY = 0x11B  # the very object that is the default below
+# The very objects that are the defaults below: usual calls need no conversion of them.
+cdef object _DEFAULT_POLY = 0x11B
+cdef object _DEFAULT_TARGET = 0
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------------
@@ -472,11 +474,17 @@ cdef int _open_flat(object out, Py_buffer *view, Py_ssize_t length) except -1:
     return 0
 
 
+cdef int _read_target(object target) except -1:
+    if target is _DEFAULT_TARGET:
+        return 0
+    return _small_int(target, "the target x", 0, GF256_SHARES_MAX)
+
+
 def combine(xs, ys, target=0, *, out=None, poly=0x11B):
     """Interpolate at `target`; see _fastshamir.pyi."""
     cdef uint8_t[255] numbers
     cdef int t = _read_xs(xs, numbers)
-    cdef uint8_t at = <uint8_t>_small_int(target, "the target x", 0, GF256_SHARES_MAX)
+    cdef uint8_t at = <uint8_t>_read_target(target)
     cdef const gf256_field *field = _read_poly(poly)
     cdef bytes result
     if out is None and t > 0:
@@ -491,7 +499,7 @@ def combine_many(xs, ys, count, target=0, *, out=None, poly=0x11B):
     """Interpolate a batch at `target`; see _fastshamir.pyi."""
     cdef uint8_t[255] numbers
     cdef int t = _read_xs(xs, numbers)
-    cdef uint8_t at = <uint8_t>_small_int(target, "the target x", 0, GF256_SHARES_MAX)
+    cdef uint8_t at = <uint8_t>_read_target(target)
     cdef const gf256_field *field = _read_poly(poly)
     cdef int parts = _small_int(count, "the number of secrets", 1, 2**31 - 1)
     return _interpolate(field, numbers, t, tuple(ys), &at, 1, out, parts)

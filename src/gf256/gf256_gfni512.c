@@ -163,12 +163,15 @@ INLINE void few_run(const uint64_t *scalars, unsigned rows, unsigned count, unsi
     const uint64_t *scalars, unsigned count, const uint8_t *const *inputs, uint8_t *const *outputs, size_t offset,     \
         size_t length, int bypass
 
-/* Any number of inputs: the scalars are broadcast from memory. */
+/*
+ * Any number of inputs: the scalars are broadcast from memory. Beside the caches short steps through each of many rows
+ * suit the memory better than long ones: 1.15 times the speed for a combine of 10.
+ */
 #define ANY(rows, lanes)                                                                                              \
     static TARGET void any_##rows(ARGUMENTS)                                                                          \
     {                                                                                                                 \
         if (bypass)                                                                                                   \
-            run(scalars, rows, count, lanes, inputs, outputs, offset, length, 1);                                     \
+            run(scalars, rows, count, 2, inputs, outputs, offset, length, 1);                                         \
         else                                                                                                          \
             run(scalars, rows, count, lanes, inputs, outputs, offset, length, 0);                                     \
     }
@@ -187,10 +190,10 @@ INLINE void few_run(const uint64_t *scalars, unsigned rows, unsigned count, unsi
 ANY(1, 4)
 ANY(2, 4)
 ANY(3, 4)
-ANY(4, 2)
-ANY(5, 2)
-ANY(6, 2)
-ANY(7, 2)
+ANY(4, 4)
+ANY(5, 3)
+ANY(6, 3)
+ANY(7, 3)
 ANY(8, 2)
 FEW(1, 2, 4)
 FEW(1, 3, 4)
