@@ -15,9 +15,9 @@ import matplotlib as mpl
 import numpy as np
 
 mpl.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402 # the backend is chosen first
+from matplotlib import pyplot as plt  # the backend is chosen first
 
-from engine._fastshamir import available_kernels, combine, generator_name, split, use_kernel  # noqa: E402
+from engine._fastshamir import available_kernels, combine, generator_name, split, use_kernel
 
 TARGET = Path(__file__).parents[1] / "docs" / "shamir-kernels.svg"
 SIZES = [1 << bits for bits in range(5, 27)]
