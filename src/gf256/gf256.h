@@ -105,6 +105,14 @@ typedef struct gf256_generator {
     void (*fill)(gf256_stream *stream, uint8_t *out, size_t length);
 } gf256_generator;
 
+/*
+ * Fills random rows and multiplies them in one go, as far as whole steps go, from the front of the rows on: the number of
+ * bytes done, which is 0 for counts that it has no loop for. `list` is of gf256_list_gfni512 for one group of `rows`;
+ * inputs are the secret and the `count` - 1 random rows.
+ */
+size_t gf256_draw_vaes512(const void *list, unsigned rows, unsigned count, const uint8_t *secret,
+                          uint8_t *const *randoms, uint8_t *const *outputs, gf256_stream *stream, size_t length);
+
 void gf256_aes_start(gf256_stream *stream, const uint8_t *seed);
 void gf256_aes_fill_vaes512(gf256_stream *stream, uint8_t *out, size_t length);
 void gf256_aes_fill_vaes256(gf256_stream *stream, uint8_t *out, size_t length);

@@ -332,6 +332,12 @@ static void run_product(const product *p, size_t length, int bypass)
             offset = (size_t)head;
         }
     }
+#if defined(__x86_64__)
+    if (p->source != NULL && !bypass && offset == 0 && p->output_count <= p->kernel->rows_max &&
+        p->kernel->run == gf256_run_gfni512 && p->source->generator->fill == gf256_aes_fill_vaes512)
+        offset = gf256_draw_vaes512(lists, p->output_count, p->input_count, p->inputs[0], p->source->rows, p->outputs,
+                                    p->source->stream, length);
+#endif
     while (offset < length) {
         const size_t end = length - offset < step ? length : offset + step;
         run_block(p, lists, ready, offset, end, bypass);

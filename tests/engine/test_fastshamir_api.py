@@ -115,6 +115,21 @@ def test_shares_that_are_sums_of_others(threshold: int, length: int) -> None:
     assert slow_combine(xs, ys[:threshold], 0, 0x11B) == secret
 
 
+@pytest.mark.parametrize("threshold", [2, 3, 4])
+@pytest.mark.parametrize("others", range(1, 10))
+def test_few_shares_of_every_length_around_the_steps(threshold: int, others: int) -> None:
+    """The loops that draw and multiply at once, for each small number of computed shares, and their rests."""
+    shares = threshold - 1 + others
+    xs = list(range(shares + 1, 1, -1))
+    for length in (255, 256, 257, 511, 512, 513, 1023, 1025, 3000):
+        secret = os.urandom(length)
+        ys = split(secret, threshold, shares, xs)
+        points = [0, *xs[: threshold - 1]], [secret, *ys[: threshold - 1]]
+        assert len({y[-8:] for y in ys[: threshold - 1]}) == threshold - 1
+        for j in range(threshold - 1, shares):
+            assert ys[j] == slow_combine(*points, xs[j], 0x11B)
+
+
 def test_all_255_shares_with_the_largest_matrix() -> None:
     secret = os.urandom(5000)
     ys = split(secret, 128, 255)
@@ -321,8 +336,15 @@ for length in (1, 16, 17, 32, 250, 600, 5000):
     elif 2 * length <= 512:
         assert ys[0] + ys[1] == key_stream(generator_name(), seed, 2 * length)
     else:
-        assert ys[0][:512] == key_stream(generator_name(), seed, 512)
+        assert ys[0][:256] == key_stream(generator_name(), seed, 256)
     assert combine([3, 4, 5], ys[2:]) == secret
+
+def blocks(stream):
+    return sorted(stream[i : i + 16] for i in range(0, len(stream), 16))
+
+for t in (2, 3, 4):  # each piece of the stream is used, once
+    drawn = b"".join(split(bytes(8192), t, t)[: t - 1])
+    assert blocks(drawn) == blocks(key_stream(generator_name(), seed, len(drawn)))
 print("done")
 """
 
