@@ -26,7 +26,7 @@ OUTPUT = HERE.parent / "build" / "bench"
 KERNELS = ("gfni512", "gfni256", "avx2", "neon")
 """Kernels that not every CPU has, as they stand in the names of benchmarks."""
 TOLERANCE = 2.0
-"""A ratio more than this many times the baseline's is a regression: runs of the same code differed by up to 1.6 here."""
+"""A ratio more than this many times the baseline's is a regression: runs of the same code differed by up to 1.6."""
 
 
 def measure(selection: str) -> dict[str, Any]:
