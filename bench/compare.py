@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from engine.sharing import available_kernels
@@ -92,7 +93,7 @@ def show(found: list[dict[str, Any]], baseline: dict[str, float]) -> None:
         before = baseline.get(row["name"])
         verdict = "new" if before is None else "ok" if row["met"] else "[red]slower[/red]"
         numbers = (f"{row['value']:.2f}", f"{row['peer_value']:.2f}", f"{row['ratio']:.2f}")
-        table.add_row(row["name"], *numbers, "-" if before is None else f"{before:.2f}", verdict)
+        table.add_row(escape(row["name"]), *numbers, "-" if before is None else f"{before:.2f}", verdict)
     Console(width=160).print(table)
 
 
