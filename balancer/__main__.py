@@ -23,6 +23,7 @@ from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.listener import Gate, Listener
 from engine.client.process import harden_process, raise_file_limit
 from engine.errors import ConfigError, EngineError, ManifestError
+from engine.failpoints import arm_from_environment
 
 DRAIN_S = 1.0
 """How long requests that already arrived are answered after a signal to stop."""
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1 if stop.code else 0  # argparse would make a wrong option 2, which here means that it could not serve
     try:
         configure_logging(options.log_level)
+        arm_from_environment()
         harden_process()
         settings = load_settings(options.config)
         if options.check_config:

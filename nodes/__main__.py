@@ -13,6 +13,7 @@ from engine._version import __version__
 from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.process import harden_process
 from engine.errors import EngineError, TokenError
+from engine.failpoints import arm_from_environment
 from nodes.config import load_node_config
 from nodes.server import Server, load_membership
 from nodes.token import Token, initialize_token
@@ -39,6 +40,7 @@ def main(
 ) -> None:
     """Run a Keyquorum node: one PKCS#11 token that holds shares and serves operations."""
     configure_logging(log_level or "")
+    arm_from_environment()
     if context.invoked_subcommand is not None:
         return
     if config_path is None:

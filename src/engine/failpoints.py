@@ -1,0 +1,173 @@
+"""Named places where a test has a process die, fail or wait: off unless ``KEYQUORUM_FAILPOINTS`` is set.
+
+The variable holds ``name=action`` pairs, parted by semicolons::
+
+    KEYQUORUM_FAILPOINTS="dealer.create.reserved=kill; holder.commit.written=kill@3; registry.commit.before=delay:200"
+
+``kill`` ends the process by SIGKILL, ``error`` raises ``EngineError``, ``delay:MS`` waits. ``@N`` means at the N-th
+passing alone; without it, at each one. It knows no more of the process than that.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+import structlog
+
+from engine.errors import ConfigError, EngineError
+
+__all__ = ["POINTS", "VARIABLE", "arm", "arm_from_environment", "failpoint"]
+
+VARIABLE: Final = "KEYQUORUM_FAILPOINTS"
+MAX_DELAY_MS: Final = 60_000
+MAX_PASSING: Final = 1_000_000
+
+POINTS: Final[Mapping[str, str]] = {
+    "dealer.create.reserved": "the registry reserved the name; nothing is dealt",
+    "dealer.create.dealt": "the shares are made, none is sent",
+    "dealer.create.prepared-first": "the first receipt came",
+    "dealer.create.prepared": "all receipts that are waited for came; the registry is not told",
+    "dealer.create.committed": "the registry committed; no holder is told",
+    "dealer.create.announced": "the holders were told of the commit",
+    "dealer.create.recorded": "the audit record is durable; the client has no reply",
+    "dealer.create.answered": "the reply was handed to the socket",
+    "dealer.abort.before": "the creation failed; the registry is not told",
+    "dealer.abort.booked": "the registry aborted; no holder is told",
+    "dealer.abort.told": "the holders were told of the abort",
+    "dealer.destroy.before": "the order is checked; the registry is not told",
+    "dealer.destroy.booked": "the registry has the tombstone; no holder is told",
+    "dealer.destroy.told": "the holders were told to destroy",
+    "dealer.destroy.recorded": "the audit record is durable; the client has no reply",
+    "dealer.destroy.answered": "the reply was handed to the socket",
+    "holder.prepare.checked": "the offer is good; nothing is written",
+    "holder.prepare.sealed": "the share is sealed; nothing is written",
+    "holder.prepare.written": "the share is durable in the store; it is not read back",
+    "holder.prepare.read-back": "the stored share was unsealed and compared; there is no receipt",
+    "holder.prepare.signed": "the receipt is signed",
+    "holder.prepare.recorded": "the audit record is durable; the dealer has no reply",
+    "holder.prepare.answered": "the receipt was handed to the socket",
+    "holder.commit.checked": "the certificate is good; nothing is written",
+    "holder.commit.written": "the commit is durable",
+    "holder.commit.answered": "the reply was handed to the socket",
+    "holder.abort.checked": "the notice is good; nothing is deleted",
+    "holder.abort.deleted": "the row is deleted; the log still has it",
+    "holder.abort.erased": "the log is truncated",
+    "holder.abort.answered": "the reply was handed to the socket",
+    "holder.destroy.checked": "the order is good; nothing is erased",
+    "holder.destroy.written": "the share is out of the store; the log still has it",
+    "holder.destroy.erased": "the log is truncated",
+    "holder.destroy.recorded": "the audit record is durable; the dealer has no reply",
+    "holder.destroy.answered": "the reply was handed to the socket",
+    "holder.release.checked": "the grant is good; the share is sealed",
+    "holder.release.unsealed": "the share is open",
+    "holder.release.recorded": "the audit record is durable; the combiner has no reply",
+    "holder.release.answered": "the share was handed to the socket",
+    "store.write.begun": "a transaction of the node's store is open, nothing is changed",
+    "store.write.changed": "a transaction of the node's store has made its changes, before COMMIT",
+    "store.write.durable": "a transaction of the node's store is durable; nobody knows it",
+    "combiner.gather.begun": "a cold key's holders are about to be asked",
+    "combiner.gather.gathered": "the shares are combined",
+    "combiner.gather.loaded": "the key is a session object of the token; nobody has used it",
+    "combiner.operate.answered": "the reply of an operation was handed to the socket",
+    "registry.reserve.before": "the order is checked; no transaction is open",
+    "registry.reserve.changed": "the reservation is written, before COMMIT",
+    "registry.reserve.durable": "the reservation is durable; the dealer has no reply",
+    "registry.commit.before": "manifest and receipts are checked; no transaction is open",
+    "registry.commit.changed": "the commit is written, before COMMIT",
+    "registry.commit.durable": "the commit is durable; the dealer has no reply",
+    "registry.abort.before": "the abort is checked; no transaction is open",
+    "registry.abort.changed": "the abort is written, before COMMIT",
+    "registry.abort.durable": "the abort is durable; the dealer has no notice",
+    "registry.destroy.before": "the order is checked; no transaction is open",
+    "registry.destroy.changed": "the tombstone is written, before COMMIT",
+    "registry.destroy.durable": "the tombstone is durable; the dealer has no reply",
+}
+"""Every name, and what is so when it is passed. The crash tests go through all of them."""
+
+_PAIR: Final = re.compile(r"\s*([a-z0-9.-]+)\s*=\s*(kill|error|delay:([0-9]{1,5}))(?:@([0-9]{1,7}))?\s*", re.ASCII)
+_armed: dict[str, Callable[[], None]] = {}
+
+log = structlog.get_logger()
+
+
+def failpoint(name: str) -> None:
+    """Do what is set for this place; by default nothing."""
+    action = _armed.get(name)
+    if action is not None:
+        action()
+
+
+def arm_from_environment() -> None:
+    """Set what ``KEYQUORUM_FAILPOINTS`` says, once, at a process's start; ``ConfigError`` names a bad part."""
+    text = os.environ.get(VARIABLE, "")
+    if text:
+        arm({})
+        _armed.update(parse(text))
+        log.warning("failpoints are set: this process will fail on purpose", failpoints=text)
+
+
+def arm(actions: Mapping[str, Callable[[], None]]) -> None:
+    """Set exactly these actions; an unknown name is a ``ConfigError``. With none, all are off."""
+    for name in actions:
+        _check_name(name)
+    _armed.clear()
+    _armed.update(actions)
+
+
+def parse(text: str) -> dict[str, Callable[[], None]]:
+    """The actions of a list of ``name=action`` pairs."""
+    found: dict[str, Callable[[], None]] = {}
+    for part in text.split(";"):
+        if not part.strip():
+            continue
+        match = _PAIR.fullmatch(part)
+        if match is None:
+            raise ConfigError(
+                f"{VARIABLE}: {part.strip()!r} is not name=kill, name=error or name=delay:MS, with @N or not"
+            )
+        name, action, delay, passing = match.groups()
+        _check_name(name)
+        if name in found:
+            raise ConfigError(f"{VARIABLE}: {name!r} is set twice")
+        if delay is not None and int(delay) > MAX_DELAY_MS:
+            raise ConfigError(f"{VARIABLE}: {name!r} waits {delay} ms, at most {MAX_DELAY_MS}")
+        if passing is not None and not 1 <= int(passing) <= MAX_PASSING:
+            raise ConfigError(f"{VARIABLE}: {name!r} has @{passing}, not in 1..{MAX_PASSING}")
+        found[name] = _at(int(passing or 0), _action(name, action, int(delay or 0)))
+    return found
+
+
+def _check_name(name: str) -> None:
+    if name not in POINTS:
+        raise ConfigError(f"{VARIABLE}: no failpoint is called {name!r}")
+
+
+def _action(name: str, action: str, delay_ms: int) -> Callable[[], None]:
+    if action == "kill":
+        return lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if action == "error":
+        return lambda: _fail(name)
+    return lambda: time.sleep(delay_ms / 1000)
+
+
+def _fail(name: str) -> None:
+    raise EngineError(f"the failpoint {name} is set to fail")
+
+
+def _at(passing: int, action: Callable[[], None]) -> Callable[[], None]:
+    """The action at the given passing alone, counted over all threads; 0: at each."""
+    if not passing:
+        return action
+    counter: Iterator[int] = itertools.count(1)
+
+    def counted() -> None:
+        if next(counter) == passing:
+            action()
+
+    return counted
