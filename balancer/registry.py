@@ -26,6 +26,7 @@ from typing import Protocol
 import msgspec
 
 from engine.errors import AccessDenied, ConfigError, KeyExists, KeyNotFound, ManifestError, RegistryUnavailable
+from engine.failpoints import failpoint
 from engine.protocol.manifest import (
     CLOCK_SKEW_MS,
     AbortNotice,
@@ -180,7 +181,7 @@ class SqliteRegistry:
         version = self._store.execute("PRAGMA user_version").fetchone()[0]
         if not 0 <= version <= len(_MIGRATIONS):
             raise ConfigError(f"{self._path}: schema version {version}; this software knows 1 to {len(_MIGRATIONS)}")
-        with self._transaction():
+        with self._transaction("open"):
             for statement in (each for step in _MIGRATIONS[version:] for each in step):
                 self._store.execute(statement)
             self._store.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
@@ -236,7 +237,7 @@ class SqliteRegistry:
         if dealer not in self._cluster.nodes:
             raise AccessDenied(f"{dealer!r} is no node and can't deal a key")
         holders = self._holders(wanted)
-        with self._transaction():
+        with self._transaction("reserve"):
             self._free_name(wanted, now_ms)
             attempt = max(row.attempt if row else 0, self._refused(wanted.key_id)) + 1
             if attempt > MAX_ATTEMPT:
@@ -280,7 +281,7 @@ class SqliteRegistry:
         if len(found) < needed:
             raise ManifestError(f"{told.name!r} has receipts of {len(found)} holders, {needed} are needed")
         payload = certificates.encode(CommitCertificate(told.key_id, record.digest, list(found.values())))
-        with self._transaction():
+        with self._transaction("commit"):
             certificate = sign_envelope("certificate", self._next(_SERIAL), payload, self._signing)
             self._put(
                 replace(
@@ -310,7 +311,7 @@ class SqliteRegistry:
             if row.state == _State.RESERVED:
                 if not row.expired(now_ms):
                     return OutcomeReply("pending", b"")
-                with self._transaction():
+                with self._transaction("expire"):
                     self._put(replace(row, state=_State.ABORTED))
         elif row is not None and attempt > row.attempt:
             # No node can have prepared it honestly: whoever asks gets nothing signed about what was never given out.
@@ -330,7 +331,7 @@ class SqliteRegistry:
         if row.state in (_State.COMMITTED, _State.DESTROYED):
             return OutcomeReply("committed", row.certificate)
         if row.state == _State.RESERVED:
-            with self._transaction():
+            with self._transaction("abort"):
                 self._put(replace(row, state=_State.ABORTED))
         return OutcomeReply("aborted", self._notice(key_id, attempt))
 
@@ -349,7 +350,7 @@ class SqliteRegistry:
         if row.state == _State.DESTROYED:
             return
         open_destroy_order(order, self._cluster, now_ms)
-        with self._transaction():
+        with self._transaction("destroy"):
             self._put(replace(row, state=_State.DESTROYED, tombstone=order))
             change = self._next(_CHANGE)
             self._store.execute("UPDATE shares SET changed = ? WHERE key_id = ?", (change, wanted.key_id))
@@ -424,7 +425,7 @@ class SqliteRegistry:
 
     def _refuse(self, key_id: bytes, attempt: int, now_ms: int) -> bool:
         """Note durably that attempts up to this one of an unknown reservation will never be given out."""
-        with self._transaction():
+        with self._transaction("refuse"):
             if self._refused(key_id) >= attempt:
                 return True
             if self._store.execute("SELECT COUNT(*) FROM refused").fetchone()[0] >= REFUSED_MAX:
@@ -446,17 +447,20 @@ class SqliteRegistry:
             raise RegistryUnavailable(f"the registry's store failed: {error}") from None
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """All or nothing; durable when it returns."""
+    def _transaction(self, step: str) -> Iterator[None]:
+        """All or nothing; durable when it returns. ``step`` names its failpoints."""
+        failpoint(f"registry.{step}.before")
         with self._reading():
             self._store.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                failpoint(f"registry.{step}.changed")
                 self._store.execute("COMMIT")
             except BaseException:
                 if self._store.in_transaction:
                     self._store.execute("ROLLBACK")
                 raise
+        failpoint(f"registry.{step}.durable")
 
     def _row(self, key_id: bytes) -> _Row | None:
         with self._reading():

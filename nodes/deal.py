@@ -24,6 +24,7 @@ from engine.errors import (
     ShareCorrupt,
     UnsupportedAlgorithm,
 )
+from engine.failpoints import failpoint
 from engine.keys import algorithm, check_material, generate_material, public_key_der
 from engine.protocol.manifest import (
     Cluster,
@@ -158,6 +159,7 @@ class Conversation:
 
     def gather(self, talker: Talker, entry: Entry, grant: bytes, deadline_s: float) -> Gathered:
         """Reconstruct the key from its holders under the client's grant, by the monotonic ``deadline_s``."""
+        failpoint("combiner.gather.begun")
         own = None
         if entry.row.sealed:
             try:
@@ -175,6 +177,7 @@ class Conversation:
         if check_value(secret, entry.manifest.context) != entry.manifest.check_value:
             secret.close()
             raise ShareCorrupt(f"{entry.row.name!r}: the shares give another key than the manifest's check value")
+        failpoint("combiner.gather.gathered")
         return Gathered(secret, gathering.corrupt)
 
     def _drive(self, channel: Channel, gathering: Gathering, entry: Entry, grant: bytes, until_s: float) -> None:
@@ -223,6 +226,7 @@ class Conversation:
         elif material:
             raise ValueError("a generate request carries no material")
         reserved = self._registry(talker.channel, REGISTRY_RESERVE, Reserve(raw_order), deadline_s)
+        failpoint("dealer.create.reserved")
         if reserved.attempt == 0:
             return self._already(talker, reserved)
         warnings = self._check_holders(order, reserved.holders)
@@ -230,15 +234,19 @@ class Conversation:
         with secret:
             record, offers = self._deal(order, raw_order, reserved, secret, public_key)
         try:
+            failpoint("dealer.create.dealt")
             receipts = self._prepare(talker.channel, record, offers, deadline_s)
+            failpoint("dealer.create.prepared")
             certificate: bytes = self._registry(
                 talker.channel, REGISTRY_COMMIT, Commit(record.raw, list(receipts.values())), deadline_s
             ).certificate
         except EngineError as error:
             certificate = self._give_up(talker.channel, record, error)
             receipts = dict.fromkeys(open_certificate(certificate, record, self._cluster), b"")
+        failpoint("dealer.create.committed")
         open_certificate(certificate, record, self._cluster)
         self._announce(talker.channel, record, certificate, list(receipts), deadline_s)
+        failpoint("dealer.create.announced")
         absent = [holder.node for holder in record.manifest.holders if holder.node not in receipts]
         if absent:
             warnings = [*warnings, f"{', '.join(absent)} did not store a share; {len(receipts)} of {order.shares} did"]
@@ -265,6 +273,7 @@ class Conversation:
 
         If only the registry's reply was lost, the key is there: then its certificate is returned.
         """
+        failpoint("dealer.abort.before")
         manifest = record.manifest
         until_s = time.monotonic() + REGISTRY_TIMEOUT_S
         try:
@@ -276,11 +285,13 @@ class Conversation:
             raise error from None
         if told.state == "committed":
             return bytes(told.document)
+        failpoint("dealer.abort.booked")
         body = REQUEST_CODECS[SHARE_ABORT].encode(Abort(told.document))
         holders = [holder.node for holder in manifest.holders]
         for holder, reply in self._all(channel, SHARE_ABORT, dict.fromkeys(holders, body), until_s, None):
             if isinstance(reply, EngineError):
                 log.info("abort not taken in yet", key=manifest.name, holder=holder, reason=str(reply))
+        failpoint("dealer.abort.told")
         raise error
 
     def _already(self, talker: Talker, reserved: Reserved) -> KeyDescription:
@@ -362,6 +373,7 @@ class Conversation:
                 if open_receipt(reply.receipt, record, self._cluster) != holder:
                     raise ManifestError(f"{holder} sent the receipt of another")
                 receipts[holder] = reply.receipt
+                failpoint("dealer.create.prepared-one")
             except EngineError as error:
                 problems[holder] = error
         if len(receipts) >= needed:
@@ -443,7 +455,9 @@ class Conversation:
 
     def destroy(self, talker: Talker, raw_order: bytes, entry: Entry, deadline_s: float) -> Destroyed:
         """Have the registry and every holder carry out the client's destroy order."""
+        failpoint("dealer.destroy.before")
         self._registry(talker.channel, REGISTRY_DESTROY, Destroy(raw_order), deadline_s)
+        failpoint("dealer.destroy.booked")
         body = REQUEST_CODECS[SHARE_DESTROY].encode(Destroy(raw_order))
         holders = [holder.node for holder in entry.manifest.holders]
         confirmed = []
@@ -452,6 +466,7 @@ class Conversation:
                 log.warning("destruction pending", key=entry.row.name, holder=holder, reason=str(reply))
             else:
                 confirmed.append(holder)
+        failpoint("dealer.destroy.told")
         return Destroyed(confirmed, [name for name in holders if name not in confirmed])
 
     def registry_books(self, talker: Talker, cursor: Cursor) -> tuple[list[SyncEntry], Cursor]:

@@ -28,6 +28,7 @@ from engine.errors import (
     RegistryUnavailable,
     StaleKey,
 )
+from engine.failpoints import failpoint
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.grant import check_grant
 from engine.protocol.manifest import (
@@ -98,6 +99,20 @@ DURABLE_VERBS: Final = frozenset(
 )
 """Verbs whose audit record is on the disk before the reply goes out."""
 MAX_ERROR_DETAIL: Final = 200
+STEPS: Final[dict[str, str]] = {
+    **dict.fromkeys(OPERATIONS, "combiner.operate"),
+    RequestType.GENERATE: "dealer.create",
+    RequestType.IMPORT: "dealer.create",
+    RequestType.DESTROY: "dealer.destroy",
+    SHARE_PREPARE: "holder.prepare",
+    SHARE_COMMIT: "holder.commit",
+    SHARE_ABORT: "holder.abort",
+    SHARE_RELEASE: "holder.release",
+    SHARE_DESTROY: "holder.destroy",
+}
+"""Verb -> the failpoints of its end: ``.recorded`` once the audit record is durable, ``.answered`` after the reply."""
+RECORDED: Final = {verb: f"{step}.recorded" for verb, step in STEPS.items()}
+ANSWERED: Final = {verb: f"{step}.answered" for verb, step in STEPS.items()}
 
 log = structlog.get_logger()
 
@@ -260,6 +275,7 @@ class Handlers:
             self._fail(call, error)
             return
         self._replier.reply(call.incoming, Status.OK, body, self._load(call))
+        failpoint(ANSWERED.get(call.verb, ""))
 
     def _fail(self, call: _Call, error: Exception) -> None:
         """Reply with an error; one that nobody foresaw is logged and told without details."""
@@ -328,6 +344,7 @@ class Handlers:
             if call.verb in DURABLE_VERBS:
                 self._record(call, "reply", "ok", call.detail, durable=True)
                 call.recorded = True
+                failpoint(RECORDED[call.verb])
             return result
 
         def done(result: Any, error: Exception | None) -> None:
@@ -414,6 +431,7 @@ class Handlers:
             except Exception as failure:
                 self._release_waiting(entry, None, failure)
                 return
+            failpoint("combiner.gather.loaded")
             self._release_waiting(entry, _Loaded(key, slow=False), None)
             return
         try:

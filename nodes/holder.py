@@ -18,6 +18,7 @@ from engine.errors import (
     StaleKey,
     UnsupportedAlgorithm,
 )
+from engine.failpoints import failpoint
 from engine.protocol.grant import check_grant
 from engine.protocol.manifest import (
     Cluster,
@@ -80,11 +81,18 @@ class ShareHolder:
         self._make_room(record, body.aborts)
         manifest = record.manifest
         context = seal_context(manifest, body.x, self._node, record.digest)
-        row = self._store.put(self._row(record, "prepared", sealed=seal_share(lane, share, body.salt, context)))
+        failpoint("holder.prepare.checked")
+        row = self._row(record, "prepared", sealed=seal_share(lane, share, body.salt, context))
+        failpoint("holder.prepare.sealed")
+        row = self._store.put(row)
+        failpoint("holder.prepare.written")
         if unseal_share(lane, row.sealed, body.x, context) != (share, body.salt):
             raise ShareCorrupt(f"{self._node}: the stored share is not the one that came", [self._node])
+        failpoint("holder.prepare.read-back")
         self._catalogue.put(row)
-        return Prepared(self._receipt(record, body.x))
+        receipt = self._receipt(record, body.x)
+        failpoint("holder.prepare.signed")
+        return Prepared(receipt)
 
     def _check_offer(self, record: KeyRecord, body: SharePrepare, sender: Member) -> Share:
         manifest = record.manifest
@@ -136,16 +144,22 @@ class ShareHolder:
         named = self._catalogue.by_name(entry.row.name)
         if named is not None and named.row.key_id != entry.row.key_id:
             raise KeyExists(f"the key {entry.row.name!r} exists with another id")
-        return self._catalogue.put(self._store.commit(entry.row, certificate, self._now_ms()))
+        failpoint("holder.commit.checked")
+        row = self._store.commit(entry.row, certificate, self._now_ms())
+        failpoint("holder.commit.written")
+        return self._catalogue.put(row)
 
     def abort(self, raw: bytes) -> None:
         """Delete the prepared share of exactly the attempt that the registry says will never be committed."""
         notice = open_abort(raw, self._cluster)
         entry = self._catalogue.by_id(notice.key_id)
         if entry is not None and entry.row.state == "prepared" and entry.row.attempt == notice.attempt:
+            failpoint("holder.abort.checked")
             self._store.delete(entry.row)
+            failpoint("holder.abort.deleted")
             self._catalogue.remove(entry.row.key_id)
             self._erase_traces()
+            failpoint("holder.abort.erased")
 
     # --- use ---
 
@@ -157,7 +171,9 @@ class ShareHolder:
         if entry is None or entry.row.state != "committed":
             raise StaleKey(f"{self._node} has no committed share of a key with id {body.key_id.hex()}")
         check_grant(body.grant, entry.record, sender.name, self._cluster, self._now_ms())
+        failpoint("holder.release.checked")
         share, salt = self.own_share(lane, entry)
+        failpoint("holder.release.unsealed")
         return ReleasedShare(share.x, share.y, salt)
 
     def own_share(self, lane: Lane, entry: Entry) -> tuple[Share, bytes]:
@@ -186,8 +202,12 @@ class ShareHolder:
         if entry.row.name != order.name:
             raise ManifestError(f"the destroy order names {order.name!r}, the key is {entry.row.name!r}")
         if entry.row.state != "destroyed":
-            self._catalogue.put(self._store.destroy(entry.row, body.order, self._now_ms()))
+            failpoint("holder.destroy.checked")
+            row = self._store.destroy(entry.row, body.order, self._now_ms())
+            failpoint("holder.destroy.written")
+            self._catalogue.put(row)
         self._erase_traces()
+        failpoint("holder.destroy.erased")
         return order.key_id
 
     def _erase_traces(self) -> None:

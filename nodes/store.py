@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, cast
 import msgspec
 
 from engine.errors import InvalidTag, ManifestError, TokenError
+from engine.failpoints import failpoint
 from engine.protocol.manifest import KeyManifest
 from engine.sharing import Share
 from nodes.token import Lane
@@ -163,11 +164,14 @@ class ShareStore:
         with self._lock:
             self._db.execute("BEGIN IMMEDIATE")
             try:
+                failpoint("store.write.begun")
                 yield
+                failpoint("store.write.changed")
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
             self._db.execute("COMMIT")
+            failpoint("store.write.durable")
 
     def _tag(self, row: Row) -> bytes:
         values = [getattr(row, field) for field in _FIELDS]
