@@ -230,12 +230,21 @@ class ControlLoop:
 class Service:
     """Answers members: the registry's verbs to nodes, ``table`` and ``status`` to anybody. One thread runs it."""
 
-    def __init__(self, listener: Listener, registry: Registry, cluster: Cluster, name: str, loop: ControlLoop) -> None:
+    def __init__(
+        self,
+        listener: Listener,
+        registry: Registry,
+        cluster: Cluster,
+        name: str,
+        loop: ControlLoop,
+        now_ms: Callable[[], int] = now_ms,
+    ) -> None:
         self._listener = listener
         self._registry = registry
         self._cluster = cluster
         self._name = name
         self._loop = loop
+        self._now_ms = now_ms
         self._begun = time.monotonic()
         self._verbs: dict[str, Callable[[str, Any], Any]] = {
             REGISTRY_RESERVE: self._reserve,
@@ -283,20 +292,20 @@ class Service:
         return codec.encode(reply)
 
     def _reserve(self, member: str, body: Reserve) -> Reserved:
-        return self._registry.reserve(body.order, member, now_ms())
+        return self._registry.reserve(body.order, member, self._now_ms())
 
     def _commit(self, member: str, body: Commit) -> Committed:
-        return Committed(self._registry.commit(body.manifest, body.receipts, now_ms()))
+        return Committed(self._registry.commit(body.manifest, body.receipts, self._now_ms()))
 
     def _destroy(self, member: str, body: Destroy) -> Empty:
-        self._registry.destroy(body.order, now_ms())
+        self._registry.destroy(body.order, self._now_ms())
         return Empty()
 
     def _sync(self, member: str, body: Sync) -> SyncPage:
         return self._registry.sync(member, body.after)
 
     def _outcome(self, member: str, body: Outcome) -> OutcomeReply:
-        return self._registry.outcome(body.key_id, body.attempt, now_ms())
+        return self._registry.outcome(body.key_id, body.attempt, self._now_ms())
 
     def _abort(self, member: str, body: Outcome) -> OutcomeReply:
         return self._registry.abort(body.key_id, body.attempt, member)

@@ -146,6 +146,7 @@ class Conversation:
         acknowledge: Literal["up", "quorum", "all"],
         own_share: Callable[[Lane, Entry], tuple[Share, bytes]],
         now_ms: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._signing = signing
@@ -154,6 +155,7 @@ class Conversation:
         self._acknowledge = acknowledge
         self._own_share = own_share
         self._now_ms = now_ms
+        self._clock = clock
 
     # --- the combiner ---
 
@@ -184,7 +186,7 @@ class Conversation:
         body = REQUEST_CODECS[SHARE_RELEASE].encode(ShareRelease(entry.row.key_id, grant, entry.row.certificate))
         asked: dict[int, str] = {}
         while not (gathering.complete or gathering.hopeless):
-            now = time.monotonic()
+            now = self._clock()
             if now >= until_s:
                 gathering.give_up()
                 break
@@ -275,7 +277,7 @@ class Conversation:
         """
         failpoint("dealer.abort.before")
         manifest = record.manifest
-        until_s = time.monotonic() + REGISTRY_TIMEOUT_S
+        until_s = self._clock() + REGISTRY_TIMEOUT_S
         try:
             told = self._registry(channel, REGISTRY_ABORT, Outcome(manifest.key_id, manifest.attempt), until_s)
         except EngineError as failure:
@@ -297,7 +299,7 @@ class Conversation:
     def _already(self, talker: Talker, reserved: Reserved) -> KeyDescription:
         record = open_key_manifest(reserved.manifest, self._cluster)
         holders = open_certificate(reserved.certificate, record, self._cluster)
-        self._announce(talker.channel, record, reserved.certificate, holders, time.monotonic() + COMMIT_WAIT_S)
+        self._announce(talker.channel, record, reserved.certificate, holders, self._clock() + COMMIT_WAIT_S)
         return KeyDescription(reserved.manifest, reserved.certificate, [])
 
     def _check_holders(self, order: CreateOrder, holders: Sequence[str]) -> list[str]:
@@ -392,7 +394,7 @@ class Conversation:
     ) -> None:
         """Tell the holders that the key is committed. Who misses it learns it from a combiner or the registry."""
         body = REQUEST_CODECS[SHARE_COMMIT].encode(ShareCommit(record.manifest.key_id, certificate))
-        until_s = min(deadline_s, time.monotonic() + COMMIT_WAIT_S)
+        until_s = min(deadline_s, self._clock() + COMMIT_WAIT_S)
         for holder, reply in self._all(channel, SHARE_COMMIT, dict.fromkeys(holders, body), until_s, None):
             if isinstance(reply, EngineError):
                 log.warning("commit not taken in yet", key=record.manifest.name, holder=holder, reason=str(reply))
@@ -412,18 +414,18 @@ class Conversation:
         asked: dict[int, str] = {}
         for name, body in bodies.items():
             try:
-                asked[channel.start(name, verb, body, max(0.001, deadline_s - time.monotonic()))] = name
+                asked[channel.start(name, verb, body, max(0.001, deadline_s - self._clock()))] = name
             except EngineError as error:
                 yield name, error
         until_s, hurried = deadline_s, False
-        while asked and (left_s := until_s - time.monotonic()) > 0:
+        while asked and (left_s := until_s - self._clock()) > 0:
             for arrival in channel.poll(left_s):
                 name = asked.pop(arrival.token, "")
                 if name:
                     yield name, _decoded(verb, arrival)
             if enough is not None and not hurried and enough():
                 hurried = True
-                until_s = min(until_s, time.monotonic() + (0.0 if self._acknowledge == "quorum" else GRACE_S))
+                until_s = min(until_s, self._clock() + (0.0 if self._acknowledge == "quorum" else GRACE_S))
         for token, name in asked.items():
             channel.abandon(token)
             yield name, DeadlineExceeded(f"{name}: no reply to {verb} in time")
@@ -436,10 +438,10 @@ class Conversation:
         A balancer that has just started is dialled again for a second before it counts as away.
         """
         problems: dict[str, str] = {}
-        patient_until_s = min(deadline_s, time.monotonic() + REGISTRY_PATIENCE_S)
+        patient_until_s = min(deadline_s, self._clock() + REGISTRY_PATIENCE_S)
         while True:
             for balancer in self._cluster.of_role("balancer"):
-                left_s = min(REGISTRY_TIMEOUT_S, deadline_s - time.monotonic())
+                left_s = min(REGISTRY_TIMEOUT_S, deadline_s - self._clock())
                 if left_s <= 0:
                     problems.setdefault(balancer.name, f"{balancer.name}: the deadline is over")
                     continue
@@ -447,7 +449,7 @@ class Conversation:
                     return ask(channel, balancer.name, verb, message, left_s)
                 except (NodeUnavailable, DeadlineExceeded) as error:
                     problems[balancer.name] = str(error)
-            if not problems or time.monotonic() >= patient_until_s:
+            if not problems or self._clock() >= patient_until_s:
                 break
             channel.poll(REDIAL_S)
         told = "; ".join(problems.values()) or "the cluster manifest names no balancer"
@@ -477,7 +479,7 @@ class Conversation:
         """
         entries: list[SyncEntry] = []
         for _ in range(MAX_SYNC_PAGES):
-            until_s = time.monotonic() + REGISTRY_TIMEOUT_S
+            until_s = self._clock() + REGISTRY_TIMEOUT_S
             page: SyncPage = self._registry(talker.channel, REGISTRY_SYNC, Sync(cursor.last), until_s)
             if page.fencing_epoch != cursor.fencing_epoch and cursor.last:
                 cursor, entries = Cursor(page.fencing_epoch, 0), []
@@ -492,7 +494,7 @@ class Conversation:
         """What became of a prepared share's key."""
         question = Outcome(entry.row.key_id, entry.row.attempt)
         reply: OutcomeReply = self._registry(
-            talker.channel, REGISTRY_OUTCOME, question, time.monotonic() + REGISTRY_TIMEOUT_S
+            talker.channel, REGISTRY_OUTCOME, question, self._clock() + REGISTRY_TIMEOUT_S
         )
         return reply
 

@@ -201,6 +201,7 @@ class Handlers:
         cache_max_keys: int,
         cache_ttl_s: float,
         now_ms: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
         self._boot = boot
@@ -218,7 +219,8 @@ class Handlers:
         self._dealer = dealer
         self._replier = replier
         self._now_ms = now_ms
-        self._started_s = time.monotonic()
+        self._clock = clock
+        self._started_s = self._clock()
         self._cache: KeyCache[_Loaded] = KeyCache(cache_max_keys, cache_ttl_s, self._unload)
         self._gathering: dict[bytes, list[_Waiting]] = {}
         self._unloading: list[_Loaded] = []
@@ -251,7 +253,7 @@ class Handlers:
 
     def handle(self, incoming: Incoming) -> None:
         """Take a request; its reply may go out later."""
-        now = time.monotonic()
+        now = self._clock()
         self._number += 1
         request = incoming.request
         call = _Call(incoming, self._number, now, now + request.timeout_ms / 1000, request.verb)
@@ -304,7 +306,7 @@ class Handlers:
             self._record(call, "reply", outcome, detail or call.detail)
 
     def _record(self, call: _Call, event: str, outcome: str = "", detail: str = "", *, durable: bool = False) -> None:
-        elapsed_us = int((time.monotonic() - call.started_s) * 1e6) if event == "reply" else 0
+        elapsed_us = int((self._clock() - call.started_s) * 1e6) if event == "reply" else 0
         record = Record(
             time_ms=self._now_ms(),
             node=self._node,
@@ -321,7 +323,7 @@ class Handlers:
         self._audit.write(record, durable=durable)
 
     def _load(self, call: _Call) -> Load:
-        loaded = call.entry is not None and self._cache.contains(call.entry.row.key_id, time.monotonic())
+        loaded = call.entry is not None and self._cache.contains(call.entry.row.key_id, self._clock())
         return Load(self.pending, call.service_us, loaded)
 
     def _aside(
@@ -338,7 +340,7 @@ class Handlers:
         """
 
         def job(state: Any) -> Any:
-            if time.monotonic() >= call.deadline_s:
+            if self._clock() >= call.deadline_s:
                 raise DeadlineExceeded(f"{self._node}: the deadline passed while the request waited")
             result = work(state)
             if call.verb in DURABLE_VERBS:
@@ -386,7 +388,7 @@ class Handlers:
 
     def _with_key(self, call: _Call, entry: Entry, grant: bytes, use: Callable[[_Loaded], None]) -> None:
         """Use the key now if it is loaded, else when it has been gathered under the client's grant."""
-        loaded = self._cache.get(entry.row.key_id, time.monotonic())
+        loaded = self._cache.get(entry.row.key_id, self._clock())
         if loaded is not None:
             use(loaded)
             return
@@ -446,7 +448,7 @@ class Handlers:
     def _not_gathered(self, entry: Entry, leader: _Waiting, error: Exception | None) -> None:
         """Tell who waited; if the leader's time was too short, those who came later with more of it try again."""
         waiting = self._gathering[entry.row.key_id]
-        now = time.monotonic()
+        now = self._clock()
         rest = []
         if now >= leader.call.deadline_s - REPLY_MARGIN_S:
             rest = [each for each in waiting if each.call.deadline_s - REPLY_MARGIN_S > now]
@@ -474,7 +476,7 @@ class Handlers:
             self._unload(loaded)
             loaded, error = None, KeyNotFound(f"the key {entry.row.name!r} was destroyed meanwhile")
         if loaded is not None:
-            self._cache.put(entry.row.key_id, loaded, time.monotonic())
+            self._cache.put(entry.row.key_id, loaded, self._clock())
         for each in waiting:
             if loaded is None:
                 self._fail(each.call, error or EngineError("the key could not be loaded"))
@@ -488,11 +490,11 @@ class Handlers:
         version = call.entry.manifest.version if call.entry else 1
 
         def timed(lane: Lane) -> Result:
-            begun = time.perf_counter_ns()
+            begun = self._clock()
             try:
                 return Result(operate(lane, loaded.key, call.verb, body, version))
             finally:
-                call.service_us = max(1, (time.perf_counter_ns() - begun) // 1000)
+                call.service_us = max(1, int((self._clock() - begun) * 1e6))
 
         if loaded.slow:
             self._aside(call, self._slow, timed)
@@ -520,13 +522,13 @@ class Handlers:
             raise ValueError(
                 f"the order is {signed.issuer!r}'s to {order.operation}, the request is another's or another"
             )
-        begun = time.monotonic()
+        begun = self._clock()
 
         def work(talker: Talker) -> KeyDescription:
             try:
                 return self._conversation.create(talker, body.order, body.material, call.deadline_s)
             finally:
-                call.service_us = int((time.monotonic() - begun) * 1e6)
+                call.service_us = int((self._clock() - begun) * 1e6)
 
         self._aside(call, self._dealer, work)
 
@@ -586,7 +588,7 @@ class Handlers:
                 node=self._node,
                 software=__version__,
                 cluster_serial=self._cluster.serial,
-                uptime_ms=int((time.monotonic() - self._started_s) * 1000),
+                uptime_ms=int((self._clock() - self._started_s) * 1000),
                 shares=self._catalogue.share_count(),
                 loaded=len(self._cache),
                 cache_hits=self._cache.hits,
@@ -601,7 +603,7 @@ class Handlers:
     def _stats(self, call: _Call, body: Empty) -> None:
         busiest = sorted(self._group_counts.items(), key=lambda item: -item[1])[:MAX_GROUPS_TOLD]
         counts = [ClassCount(name, count.requests, count.errors, count.busy_us) for name, count in self._counts.items()]
-        uptime_ms = int((time.monotonic() - self._started_s) * 1000)
+        uptime_ms = int((self._clock() - self._started_s) * 1000)
         self._answer(call, NodeStats(self._boot, uptime_ms, self.pending, counts, busiest))
 
     # --- shares ---
@@ -647,7 +649,7 @@ class Handlers:
 
     def tick(self, settle_after_ms: int) -> None:
         """Let expired keys go, and every few seconds catch up with the registry's books on this node's keys."""
-        now = time.monotonic()
+        now = self._clock()
         self._cache.expire(now)
         overdue, self._unloading = self._unloading, []
         for each in overdue:
