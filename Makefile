@@ -26,8 +26,8 @@ demo: ## start a real local cluster and show what it does (DEMO_ARGS="--keep" ke
 	@$(BIN)/keyquorum demo $(DEMO_ARGS)
 
 .PHONY: test
-test: lint ## lint, then every test (PYTEST_ARGS="-k token" chooses some)
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: lint ## lint, then every test, on as many as four workers (PYTEST_ARGS="-k token" chooses some, "-n 0" takes one)
+	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: ## ruff, mypy, import-linter and stubtest; any finding fails

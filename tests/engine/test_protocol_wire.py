@@ -75,7 +75,7 @@ CODECS = {
 }
 
 
-@pytest.mark.parametrize("what", CODECS)
+@pytest.mark.parametrize("what", sorted(CODECS))
 def test_every_message_comes_back_as_it_was(what: str) -> None:
     kind, codec = CODECS[what]
 
@@ -89,7 +89,7 @@ def test_every_message_comes_back_as_it_was(what: str) -> None:
     there_and_back()
 
 
-@pytest.mark.parametrize("what", CODECS)
+@pytest.mark.parametrize("what", sorted(CODECS))
 def test_trailing_data_a_cut_and_an_extra_field_are_refused(what: str) -> None:
     kind, codec = CODECS[what]
 
@@ -110,7 +110,7 @@ def test_trailing_data_a_cut_and_an_extra_field_are_refused(what: str) -> None:
     broken()
 
 
-@pytest.mark.parametrize("what", CODECS)
+@pytest.mark.parametrize("what", sorted(CODECS))
 def test_a_changed_byte_is_refused_or_is_the_encoding_of_another_message(what: str) -> None:
     kind, codec = CODECS[what]
 
