@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from engine.errors import StaleKey
@@ -35,8 +35,13 @@ class Catalogue:
         self._lock = threading.Lock()
         self._by_id: dict[bytes, Entry] = {}
         self._by_name: dict[str, Entry] = {}
+        self._watchers: list[Callable[[Entry], None]] = []
         for row in rows:
             self.put(row)
+
+    def watch(self, changed: Callable[[Entry], None]) -> None:
+        """Have ``changed`` called with each new or changed entry, by the thread that put it in."""
+        self._watchers.append(changed)
 
     def put(self, row: Row) -> Entry:
         """Take in a new or changed row."""
@@ -48,6 +53,8 @@ class Catalogue:
                 self._by_name[row.name] = entry
             elif (named := self._by_name.get(row.name)) is not None and named.row.key_id == row.key_id:
                 del self._by_name[row.name]
+        for changed in self._watchers:
+            changed(entry)
         return entry
 
     def remove(self, key_id: bytes) -> None:

@@ -14,6 +14,7 @@ from msgspec import Meta, Struct
 
 from engine.client.config import check_private, load_config, resolve
 from engine.errors import ConfigError
+from nodes.cache import CacheLimits
 
 __all__ = ["NodeConfig", "PinSource", "TokenConfig", "load_node_config"]
 
@@ -39,6 +40,14 @@ class _Token(Struct, frozen=True, forbid_unknown_fields=True):
 class _Cache(Struct, frozen=True, forbid_unknown_fields=True):
     ttl_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
     max_keys: Annotated[int, Meta(ge=1, le=100_000)] = 1024
+    max_uses: Annotated[int, Meta(ge=1, le=2**32)] = 1_000_000
+    max_bytes: Annotated[int, Meta(ge=16 * 1024, le=2**30)] = 4 * 1024 * 1024
+    share_ttl_s: Annotated[float, Meta(gt=0, le=86_400)] = 60.0
+    max_shares: Annotated[int, Meta(ge=0, le=100_000)] = 1024
+    share_max_uses: Annotated[int, Meta(ge=1, le=2**32)] = 10_000
+    share_max_bytes: Annotated[int, Meta(ge=0, le=2**30)] = 512 * 1024
+    signature_ttl_s: Annotated[float, Meta(gt=0, le=86_400)] = 300.0
+    max_signatures: Annotated[int, Meta(ge=0, le=1_000_000)] = 4096
 
 
 class _Create(Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,8 +120,9 @@ class NodeConfig:
     bind: str
     workers: int
     token: TokenConfig
-    cache_ttl_s: float
-    cache_max_keys: int
+    key_cache: CacheLimits
+    share_cache: CacheLimits
+    signature_cache: CacheLimits
     acknowledge: Literal["up", "quorum", "all"]
 
 
@@ -128,8 +138,11 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         bind=file.bind,
         workers=file.workers,
         token=_token(path, file),
-        cache_ttl_s=file.cache.ttl_s,
-        cache_max_keys=file.cache.max_keys,
+        key_cache=CacheLimits(file.cache.ttl_s, file.cache.max_keys, file.cache.max_uses, file.cache.max_bytes),
+        share_cache=CacheLimits(
+            file.cache.share_ttl_s, file.cache.max_shares, file.cache.share_max_uses, file.cache.share_max_bytes
+        ),
+        signature_cache=CacheLimits(file.cache.signature_ttl_s, file.cache.max_signatures),
         acknowledge=file.create.acknowledge,
     )
 

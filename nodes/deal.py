@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from engine.client.transport import Channel, ask, raise_for_status
+from engine.client.transport import Arrival, Channel, ask, raise_for_status
 from engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -22,6 +22,7 @@ from engine.errors import (
     QuorumUnavailable,
     RegistryUnavailable,
     ShareCorrupt,
+    StaleKey,
     UnsupportedAlgorithm,
 )
 from engine.failpoints import failpoint
@@ -73,6 +74,7 @@ from engine.protocol.signed import SigningKey, sign_envelope
 from engine.sharing import (
     NodeLocation,
     SecretBuffer,
+    SecretShare,
     Share,
     blind,
     check_placement,
@@ -82,10 +84,10 @@ from engine.sharing import (
     fresh_secret,
     generate_shares,
     new_salt,
-    reconstruct_into,
 )
 from nodes.catalogue import Entry
 from nodes.gather import Gathering
+from nodes.peers import Peers
 from nodes.token import Lane
 
 __all__ = ["REPLY_MARGIN_S", "Conversation", "Cursor", "Gathered", "Talker"]
@@ -144,9 +146,10 @@ class Conversation:
         signing: SigningKey,
         missing_algorithms: dict[str, str],
         acknowledge: Literal["up", "quorum", "all"],
-        own_share: Callable[[Lane, Entry], tuple[Share, bytes]],
+        own_share: Callable[[Lane, Entry], tuple[Share | SecretShare, bytes]],
         now_ms: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
+        with_room: Callable[[Callable[[], Any]], Any] = lambda make: make(),
     ) -> None:
         self._cluster = cluster
         self._signing = signing
@@ -156,6 +159,10 @@ class Conversation:
         self._own_share = own_share
         self._now_ms = now_ms
         self._clock = clock
+        self._with_room = with_room
+        self.peers = Peers()
+        self.outdated: Callable[[], None] = lambda: None
+        """Called, by a worker, when a holder knows another epoch or version of a key than this node."""
 
     # --- the combiner ---
 
@@ -168,26 +175,53 @@ class Conversation:
                 own = (self._node, *self._own_share(talker.lane, entry))
             except ShareCorrupt as error:  # the others may still suffice
                 log.error("corrupt share", key=entry.row.name, holder=self._node, reason=str(error))
-        others = [holder.node for holder in entry.manifest.holders if holder.node != self._node]
-        gathering = Gathering(entry.manifest, others, own)
-        self._drive(talker.channel, gathering, entry, grant, deadline_s - REPLY_MARGIN_S)
+        plan = self.peers.plan(self._others(entry), entry.manifest.threshold - (own is not None), self._clock())
+        gathering = Gathering(entry.manifest, plan.holders, own, plan.hedge_s)
+        try:
+            secret = self._drive(talker.channel, gathering, entry, grant, deadline_s - REPLY_MARGIN_S)
+        finally:
+            gathering.close()
         for holder in gathering.corrupt:
-            log.error("corrupt share", key=entry.row.name, holder=holder)
-        if not gathering.complete:
+            log.error("corrupt share", key=entry.row.name, holder=holder, reason=gathering.problems[holder])
+        if secret is None:
             raise gathering.error()
-        secret = reconstruct_into(gathering.shares, threshold=entry.manifest.threshold)
-        if check_value(secret, entry.manifest.context) != entry.manifest.check_value:
-            secret.close()
-            raise ShareCorrupt(f"{entry.row.name!r}: the shares give another key than the manifest's check value")
         failpoint("combiner.gather.gathered")
         return Gathered(secret, gathering.corrupt)
 
-    def _drive(self, channel: Channel, gathering: Gathering, entry: Entry, grant: bytes, until_s: float) -> None:
+    def _others(self, entry: Entry) -> list[str]:
+        """The other holders, beginning after this one, so that combiners that know no latencies ask different ones."""
+        holders = [holder.node for holder in entry.manifest.holders]
+        place = holders.index(self._node) if self._node in holders else -1
+        return holders[place + 1 :] + holders[: max(place, 0)]
+
+    def _drive(
+        self, channel: Channel, gathering: Gathering, entry: Entry, grant: bytes, until_s: float
+    ) -> SecretBuffer | None:
+        """Ask, listen and combine until there is the secret, or None: then there is none to be had in time."""
         body = REQUEST_CODECS[SHARE_RELEASE].encode(ShareRelease(entry.row.key_id, grant, entry.row.certificate))
         asked: dict[int, str] = {}
-        while not (gathering.complete or gathering.hopeless):
+        try:
+            return self._exchange(channel, gathering, body, until_s, asked)
+        finally:
+            for token in asked:
+                channel.abandon(token)
+            now = self._clock()
+            for holder, waited_s in gathering.late(now).items():
+                self.peers.late(holder, waited_s, now)
+
+    def _exchange(
+        self, channel: Channel, gathering: Gathering, body: bytes, until_s: float, asked: dict[int, str]
+    ) -> SecretBuffer | None:
+        while not gathering.hopeless:
+            if gathering.complete:
+                secret: SecretBuffer | None = self._with_room(gathering.solve)
+                if secret is not None:
+                    return secret
+                continue
             now = self._clock()
             if now >= until_s:
+                for holder, waited_s in gathering.late(now).items():
+                    self.peers.late(holder, waited_s, now)
                 gathering.give_up()
                 break
             for holder in gathering.to_ask(now):
@@ -195,19 +229,28 @@ class Conversation:
                     asked[channel.start(holder, SHARE_RELEASE, body, until_s - now)] = holder
                 except EngineError as error:
                     gathering.failed(holder, str(error))
+                    self.peers.failed(holder, now)
             if not asked:
                 continue
             for arrival in channel.poll(min(gathering.wake_s(now), until_s - now)):
                 holder = asked.pop(arrival.token, "")
-                if not holder:
-                    continue
-                released = _decoded(SHARE_RELEASE, arrival)
-                if isinstance(released, EngineError):
-                    gathering.failed(holder, str(released))
-                else:
-                    gathering.arrived(holder, Share(released.x, released.y), released.salt)
-        for token in asked:
-            channel.abandon(token)
+                if holder:
+                    self._arrived(gathering, holder, arrival)
+        return None
+
+    def _arrived(self, gathering: Gathering, holder: str, arrival: Arrival) -> None:
+        now = self._clock()
+        released = _decoded(SHARE_RELEASE, arrival)
+        if not isinstance(released, EngineError):
+            self.peers.answered(holder, arrival.elapsed_us / 1e6, now)
+            secret = self._with_room(lambda: SecretBuffer.copy_of(released.y))
+            gathering.arrived(holder, SecretShare(released.x, secret), released.salt)
+            return
+        gathering.failed(holder, str(released))
+        if isinstance(released, NodeUnavailable | DeadlineExceeded):
+            self.peers.failed(holder, now)
+        elif isinstance(released, StaleKey):
+            self.outdated()
 
     # --- the dealer ---
 

@@ -25,12 +25,13 @@ from engine.errors import (
     KeyNotFound,
     NeedGrant,
     Overloaded,
+    ProtocolError,
     RegistryUnavailable,
     StaleKey,
 )
 from engine.failpoints import failpoint
 from engine.keys import OPERATIONS, RequestType
-from engine.protocol.grant import check_grant
+from engine.protocol.grant import check_grant, read_grant
 from engine.protocol.manifest import (
     Cluster,
     aborts,
@@ -49,6 +50,7 @@ from engine.protocol.requests import (
     SHARE_RELEASE,
     STATS,
     Abort,
+    CacheCount,
     ClassCount,
     Create,
     Describe,
@@ -56,6 +58,7 @@ from engine.protocol.requests import (
     Empty,
     Flush,
     Flushed,
+    HolderLatency,
     KeyDescription,
     KeyEntry,
     KeyList,
@@ -76,12 +79,13 @@ from engine.protocol.signed import read_unverified
 from engine.protocol.wire import ErrorBody, Load, Status, error_codec
 from engine.sharing import unblind
 from nodes.audit import AuditLog, Record
-from nodes.cache import KeyCache
+from nodes.cache import Cache, CacheLimits, CacheStatistics
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
 from nodes.holder import ShareHolder
 from nodes.operations import check_operation, operate
 from nodes.policy import check_key, check_verb
+from nodes.remember import SignatureCache
 from nodes.token import Lane, LoadedKey, Token, is_slow
 from nodes.workers import Worker
 
@@ -92,6 +96,8 @@ MAX_PENDING: Final = 10_000
 MAX_GROUPS_TOLD: Final = 2048
 MOVED_MAX: Final = 8
 """How many combiners a ``moved`` reply names."""
+LOOK_AGAIN_S: Final = 1.0
+"""How often at most it does so because somebody spoke of an epoch, version or key that it does not know."""
 BOOKS_EVERY_S: Final = 5.0
 """How often the node asks the registry what changed of its keys; a destruction that it missed is carried out then."""
 DURABLE_VERBS: Final = frozenset(
@@ -149,6 +155,7 @@ class _Call:
     key: str = ""
     request_class: str = ""
     entry: Entry | None = None
+    grant: bytes = b""
     service_us: int = 0
     detail: str = ""
     recorded: bool = False
@@ -156,10 +163,11 @@ class _Call:
 
 @dataclass(slots=True)
 class _Loaded:
-    """A loaded key and whether it lives on the slow worker's lane."""
+    """A loaded key, whether it lives on the slow worker's lane, and the bytes of its material."""
 
     key: LoadedKey
     slow: bool
+    size: int
 
 
 @dataclass(slots=True, eq=False)
@@ -198,8 +206,8 @@ class Handlers:
         talkers: Worker[Talker],
         dealer: Worker[Talker],
         replier: Replier,
-        cache_max_keys: int,
-        cache_ttl_s: float,
+        cache_limits: CacheLimits,
+        signatures: SignatureCache,
         now_ms: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -221,7 +229,8 @@ class Handlers:
         self._now_ms = now_ms
         self._clock = clock
         self._started_s = self._clock()
-        self._cache: KeyCache[_Loaded] = KeyCache(cache_max_keys, cache_ttl_s, self._unload)
+        self._cache: Cache[tuple[bytes, int], _Loaded] = Cache(cache_limits, self._unload)
+        self._signatures = signatures
         self._gathering: dict[bytes, list[_Waiting]] = {}
         self._unloading: list[_Loaded] = []
         self._counts: dict[str, _Count] = {}
@@ -229,7 +238,8 @@ class Handlers:
         self._number = 0
         self.pending = 0
         self._cursor = Cursor()
-        self._next_books_s = 0.0
+        self._next_books_s = self._looked_s = 0.0
+        self._settle_after_ms = 0
         self._catching_up = False
         self._verbs: dict[str, Callable[[_Call, Any], None]] = {
             **dict.fromkeys(OPERATIONS, self._operate),
@@ -286,6 +296,8 @@ class Handlers:
             body = error_codec.encode(ErrorBody(error.code, str(error), list(error.names)))
             self._replier.reply(call.incoming, Status.MOVED, body, self._load(call))
             return
+        if isinstance(error, StaleKey):
+            self._outdated(call)
         code = error.code if isinstance(error, EngineError) else "invalid-request"
         if not isinstance(error, EngineError | ValueError | TypeError):
             code = "error"
@@ -323,7 +335,7 @@ class Handlers:
         self._audit.write(record, durable=durable)
 
     def _load(self, call: _Call) -> Load:
-        loaded = call.entry is not None and self._cache.contains(call.entry.row.key_id, self._clock())
+        loaded = call.entry is not None and self._cache.contains(_cached_as(call.entry), self._clock())
         return Load(self.pending, call.service_us, loaded)
 
     def _aside(
@@ -388,10 +400,11 @@ class Handlers:
 
     def _with_key(self, call: _Call, entry: Entry, grant: bytes, use: Callable[[_Loaded], None]) -> None:
         """Use the key now if it is loaded, else when it has been gathered under the client's grant."""
-        loaded = self._cache.get(entry.row.key_id, self._clock())
+        loaded = self._cache.get(_cached_as(entry), self._clock())
         if loaded is not None:
             use(loaded)
             return
+        call.grant = grant
         self._admit(call, grant, entry)
         waiting = self._gathering.get(entry.row.key_id)
         if waiting is not None:
@@ -427,6 +440,7 @@ class Handlers:
         if gathered is None:
             self._not_gathered(entry, leader, error)
             return
+        size = len(gathered.secret)
         if not is_slow(entry.algorithm):
             try:
                 key = self._load_key(self._lane, entry, gathered)
@@ -434,12 +448,12 @@ class Handlers:
                 self._release_waiting(entry, None, failure)
                 return
             failpoint("combiner.gather.loaded")
-            self._release_waiting(entry, _Loaded(key, slow=False), None)
+            self._release_waiting(entry, _Loaded(key, slow=False, size=size), None)
             return
         try:
             self._slow.submit(
                 lambda lane: self._load_key(lane, entry, gathered),
-                lambda key, failure: self._release_waiting(entry, key and _Loaded(key, slow=True), failure),
+                lambda key, failure: self._release_waiting(entry, key and _Loaded(key, slow=True, size=size), failure),
             )
         except Overloaded as failure:
             gathered.secret.close()
@@ -454,13 +468,7 @@ class Handlers:
             rest = [each for each in waiting if each.call.deadline_s - REPLY_MARGIN_S > now]
             self._gathering[entry.row.key_id] = [each for each in waiting if each not in rest]
         self._release_waiting(entry, None, error)
-        if not rest:
-            return
-        try:
-            self._gather(entry, rest)
-        except Overloaded as failure:
-            for each in rest:
-                self._fail(each.call, failure)
+        self._gather_again(entry, rest)
 
     @staticmethod
     def _load_key(lane: Lane, entry: Entry, gathered: Gathered) -> LoadedKey:
@@ -475,15 +483,31 @@ class Handlers:
         if loaded is not None and (current is None or current.row.key_id != entry.row.key_id):
             self._unload(loaded)
             loaded, error = None, KeyNotFound(f"the key {entry.row.name!r} was destroyed meanwhile")
-        if loaded is not None:
-            self._cache.put(entry.row.key_id, loaded, self._clock())
-        for each in waiting:
-            if loaded is None:
+        if loaded is None:
+            for each in waiting:
                 self._fail(each.call, error or EngineError("the key could not be loaded"))
+            return
+        now, rest = self._clock(), list[_Waiting]()
+        kept = self._cache.put(_cached_as(entry), loaded, now, loaded.size)
+        for each in waiting:
+            if kept and self._cache.get(_cached_as(entry), now, counted=False) is None:
+                rest.append(each)  # the key's uses are over: it is gathered again, under another's grant
                 continue
             try:
                 each.use(loaded)
             except Exception as failure:
+                self._fail(each.call, failure)
+        if not kept:
+            self._unload(loaded)
+        self._gather_again(entry, rest)
+
+    def _gather_again(self, entry: Entry, waiting: list[_Waiting]) -> None:
+        if not waiting:
+            return
+        try:
+            self._gather(entry, waiting)
+        except Overloaded as failure:
+            for each in waiting:
                 self._fail(each.call, failure)
 
     def _perform(self, call: _Call, body: Operate, loaded: _Loaded) -> None:
@@ -571,14 +595,18 @@ class Handlers:
         if not body.key:
             if not self._cluster.allows_every_key(member, call.verb):
                 raise AccessDenied(f"{member!r} may not {call.verb} every key")
-            self._answer(call, Flushed(self._cache.clear()))
+            self._signatures.clear("flushed")
+            self._answer(call, Flushed(self._cache.clear("flushed"), self._holder.shares.clear("flushed")))
             return
         call.key = body.key
         check_key(self._cluster, call.incoming.member, call.verb, body.key)
         entry = self._catalogue.by_name(body.key)
         if entry is None:
             raise KeyNotFound(f"no key {body.key!r} on {self._node}")
-        self._answer(call, Flushed(int(self._cache.drop(entry.row.key_id))))
+        key_id = entry.row.key_id
+        self._signatures.clear("flushed")
+        keys = self._cache.drop(lambda cached: cached[0] == key_id, "flushed")
+        self._answer(call, Flushed(keys, self._holder.shares.drop(key_id, "flushed")))
 
     def _status(self, call: _Call, body: Empty) -> None:
         missing = [f"{name}: {what}" for name, what in self._token.missing.items()]
@@ -591,8 +619,11 @@ class Handlers:
                 uptime_ms=int((self._clock() - self._started_s) * 1000),
                 shares=self._catalogue.share_count(),
                 loaded=len(self._cache),
-                cache_hits=self._cache.hits,
-                cache_misses=self._cache.misses,
+                caches=self._caches(),
+                holders=[
+                    HolderLatency(name, told.samples, int(told.expected_s * 1e6), int(told.p95_s * 1e6), told.down)
+                    for name, told in self._conversation.peers.latencies(self._clock()).items()
+                ],
                 queue=self.pending,
                 token=self._token.description,
                 algorithms=list(self._token.algorithms),
@@ -604,7 +635,14 @@ class Handlers:
         busiest = sorted(self._group_counts.items(), key=lambda item: -item[1])[:MAX_GROUPS_TOLD]
         counts = [ClassCount(name, count.requests, count.errors, count.busy_us) for name, count in self._counts.items()]
         uptime_ms = int((self._clock() - self._started_s) * 1000)
-        self._answer(call, NodeStats(self._boot, uptime_ms, self.pending, counts, busiest))
+        self._answer(call, NodeStats(self._boot, uptime_ms, self.pending, counts, busiest, self._caches()))
+
+    def _caches(self) -> list[CacheCount]:
+        return [
+            _cache_count("keys", self._cache.statistics()),
+            _cache_count("shares", self._holder.shares.statistics()),
+            _cache_count("signatures", self._signatures.statistics()),
+        ]
 
     # --- shares ---
 
@@ -626,7 +664,7 @@ class Handlers:
         self._aside(call, self._local, work)
 
     def _share_release(self, call: _Call, body: ShareRelease) -> None:
-        call.key = self._name_of(body.key_id)
+        call.key, call.grant = self._name_of(body.key_id), body.grant
         grant = read_unverified(body.grant)  # checked before the share leaves
         call.detail = f"by the grant {grant.digest.hex()[:16]} of {grant.issuer}"
         self._aside(call, self._local, lambda lane: self._holder.release(lane, body, call.incoming.member))
@@ -640,7 +678,7 @@ class Handlers:
         call.key = self._name_of(destroy_orders.decode(read_unverified(body.order).payload).key_id)
 
         def forget(key_id: bytes) -> Empty:
-            self._cache.drop(key_id)
+            self._forget(key_id)
             return Empty()
 
         self._aside(call, self._local, lambda lane: self._holder.destroy(body), forget)
@@ -650,14 +688,28 @@ class Handlers:
     def tick(self, settle_after_ms: int) -> None:
         """Let expired keys go, and every few seconds catch up with the registry's books on this node's keys."""
         now = self._clock()
+        self._settle_after_ms = settle_after_ms
         self._cache.expire(now)
+        self._holder.shares.expire()
+        self._signatures.expire()
         overdue, self._unloading = self._unloading, []
         for each in overdue:
             self._unload(each)
-        if self._catching_up or now < self._next_books_s:
+        if now >= self._next_books_s:
+            self._read_books(now)
+
+    def look_again(self) -> None:
+        """Read the registry's books soon: at once, unless that was done within the last second."""
+        now = self._clock()
+        self._next_books_s = min(self._next_books_s, self._looked_s + LOOK_AGAIN_S)
+        if now >= self._next_books_s:
+            self._read_books(now)
+
+    def _read_books(self, now: float) -> None:
+        if self._catching_up:
             return
-        self._next_books_s = now + BOOKS_EVERY_S
-        oldest = self._now_ms() - settle_after_ms
+        self._looked_s, self._next_books_s = now, now + BOOKS_EVERY_S
+        oldest = self._now_ms() - self._settle_after_ms
         stale = [entry for entry in self._catalogue.prepared() if entry.row.changed_ms <= oldest]
         self._catching_up = True
         try:
@@ -688,7 +740,7 @@ class Handlers:
             if well:  # else what was refused is asked for again
                 self._cursor = cursor
             for key_id in gone:
-                self._cache.drop(key_id)
+                self._forget(key_id)
 
         try:
             self._local.submit(lambda lane: self._take_in(books, outcomes), done)
@@ -728,7 +780,47 @@ class Handlers:
 
     def close(self) -> None:
         """Let every loaded key go."""
-        self._cache.clear()
+        self._cache.clear("flushed")
+        self._holder.shares.clear("flushed")
+
+    # --- what changed ---
+
+    def key_changed(self, entry: Entry) -> None:
+        """Another version of a key, or its end: what was loaded leaves. A new epoch of a version changes nothing."""
+        if entry.row.state == "destroyed":
+            self._forget(entry.row.key_id)
+        elif entry.row.state == "committed":
+            current = _cached_as(entry)
+            self._cache.drop(lambda cached: cached[0] == current[0] and cached[1] < current[1], "changed")
+
+    def _forget(self, key_id: bytes) -> None:
+        self._cache.drop(lambda cached: cached[0] == key_id, "changed")
+
+    def _outdated(self, call: _Call) -> None:
+        """A request did not fit what this node knows of its key: if the node is what is behind, it catches up.
+
+        The word of a member is enough, as all that it can cost is an unsealing and one look at the books a second.
+        """
+        if call.grant:
+            try:
+                grant = read_grant(call.grant)
+            except ProtocolError:
+                return
+            entry = self._catalogue.by_id(grant.key_id)
+            if entry is not None:
+                if (grant.version, grant.epoch) <= (entry.manifest.version, entry.manifest.epoch):
+                    return
+                self._holder.shares.drop_older(grant.key_id, grant.version, grant.epoch)
+        self.look_again()
+
+
+def _cached_as(entry: Entry) -> tuple[bytes, int]:
+    """What a loaded key is kept under: it is the same in every epoch of its version."""
+    return entry.row.key_id, entry.row.version
+
+
+def _cache_count(name: str, told: CacheStatistics) -> CacheCount:
+    return CacheCount(name, told.entries, told.bytes, told.hits, told.misses, **told.evictions)
 
 
 def _ignore(result: object, error: Exception | None) -> None:

@@ -6,8 +6,9 @@ taken at its word.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 from engine.errors import (
     AccessDenied,
@@ -43,16 +44,20 @@ from engine.protocol.requests import (
     SyncEntry,
 )
 from engine.protocol.signed import SigningKey, read_unverified, sign_envelope
-from engine.sharing import Share, commitment
+from engine.sharing import SecretBuffer, SecretShare, Share, commitment
+from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue, Entry
-from nodes.store import Row, ShareStore, seal_context, seal_share, unseal_share
+from nodes.shares import ShareCache, ShareKey
+from nodes.store import Row, ShareStore, seal_context, seal_share, unseal_plain, unseal_share
 from nodes.token import Lane
 
 __all__ = ["ShareHolder"]
 
+S = TypeVar("S", Share, SecretShare)
+
 
 class ShareHolder:
-    """The shares of one node. ``now_ms`` is the wall clock in milliseconds."""
+    """The shares of one node. ``now_ms`` is the wall clock in milliseconds; ``shares`` keeps what was unsealed."""
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class ShareHolder:
         catalogue: Catalogue,
         algorithms: Sequence[str],
         now_ms: Callable[[], int],
+        shares: ShareCache | None = None,
     ) -> None:
         self._cluster = cluster
         self._signing = signing
@@ -70,6 +76,8 @@ class ShareHolder:
         self._catalogue = catalogue
         self._algorithms = frozenset(algorithms)
         self._now_ms = now_ms
+        self.shares = shares or ShareCache(CacheLimits(60.0, 16), time.monotonic)
+        catalogue.watch(self._changed)
         self._untidy = True  # an earlier start may have ended before it could
 
     # --- creation ---
@@ -177,16 +185,36 @@ class ShareHolder:
         return ReleasedShare(share.x, share.y, salt)
 
     def own_share(self, lane: Lane, entry: Entry) -> tuple[Share, bytes]:
-        """This node's share of a committed key and its salt, unsealed; ``ShareCorrupt`` if it does not open."""
+        """This node's share of a committed key and its salt, for a message; ``ShareCorrupt`` if it does not open."""
+        return self._opened(lane, entry, self.shares.share)
+
+    def own_secret(self, lane: Lane, entry: Entry) -> tuple[SecretShare, bytes]:
+        """As ``own_share``, in locked memory, which the caller closes."""
+        return self._opened(lane, entry, self.shares.secret)
+
+    def _opened(
+        self, lane: Lane, entry: Entry, how: Callable[[ShareKey, int, Callable[[], SecretBuffer]], tuple[S, bytes]]
+    ) -> tuple[S, bytes]:
         mine = entry.manifest.holder(self._node)
         if mine is None or not entry.row.sealed:
             raise StaleKey(f"{self._node} holds no share of {entry.row.name!r}")
         context = seal_context(entry.manifest, mine.x, self._node, entry.record.digest)
         try:
-            return unseal_share(lane, entry.row.sealed, mine.x, context)
+            opened = how(_share_key(entry), mine.x, lambda: unseal_plain(lane, entry.row.sealed, context))
         except InvalidTag:
             # It says nothing of the client's ciphertext, so it must not reach the client as an invalid tag.
             raise ShareCorrupt(f"{self._node}: its share of {entry.row.name!r} does not open", [self._node]) from None
+        now = self._catalogue.by_id(entry.row.key_id)
+        if now is not None and now is not entry:
+            self._changed(now)  # it changed while the share was opened, which must not outlive that in the cache
+        return opened
+
+    def _changed(self, entry: Entry) -> None:
+        """Let cached shares go that rest on what is no longer the truth."""
+        if entry.row.state == "destroyed":
+            self.shares.drop(entry.row.key_id, "changed")
+        elif entry.row.state == "committed":
+            self.shares.keep_only(_share_key(entry))
 
     # --- the end ---
 
@@ -283,3 +311,7 @@ class ShareHolder:
             sealed=sealed,
             changed_ms=self._now_ms(),
         )
+
+
+def _share_key(entry: Entry) -> ShareKey:
+    return ShareKey(entry.row.key_id, entry.manifest.version, entry.manifest.epoch, entry.record.digest)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import queue
+import resource
 import signal
 import time
+from dataclasses import replace
 from typing import Any, Final
 
 import structlog
@@ -17,13 +19,17 @@ from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
 from engine.errors import ConfigError
 from engine.protocol.manifest import Cluster
+from engine.protocol.signed import remember_signatures
 from nodes.audit import AuditLog
+from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
 from nodes.config import NodeConfig
 from nodes.deal import Conversation, Talker
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
+from nodes.remember import SignatureCache
 from nodes.selftest import run_self_tests
+from nodes.shares import ShareCache
 from nodes.store import ShareStore
 from nodes.token import Lane, Token
 from nodes.workers import Mailbox, Worker
@@ -44,6 +50,15 @@ log = structlog.get_logger()
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
+
+
+def _within_locked_memory(limits: CacheLimits) -> CacheLimits:
+    """The limits of a cache in locked memory, at most a quarter of what may be locked: requests need the rest."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if allowed == resource.RLIM_INFINITY or allowed // 4 >= limits.max_bytes:
+        return limits
+    log.info("less room for unsealed shares", wanted_bytes=limits.max_bytes, allowed_bytes=allowed // 4)
+    return replace(limits, max_bytes=allowed // 4)
 
 
 def load_membership(config: NodeConfig) -> tuple[Identity, Cluster]:
@@ -84,9 +99,18 @@ class Server:
         me = cluster.nodes[identity.name]
         self.endpoint = config.bind or me.endpoint
         self._listener = Listener(self._context, identity.transport, self.endpoint, cluster)
-        holder = ShareHolder(cluster, identity.signing, self._store, catalogue, token.algorithms, _now_ms)
+        signatures = SignatureCache(config.signature_cache, time.monotonic)
+        remember_signatures(signatures)
+        shares = ShareCache(_within_locked_memory(config.share_cache), time.monotonic)
+        holder = ShareHolder(cluster, identity.signing, self._store, catalogue, token.algorithms, _now_ms, shares)
         conversation = Conversation(
-            cluster, identity.signing, dict(token.missing), config.acknowledge, holder.own_share, _now_ms
+            cluster,
+            identity.signing,
+            dict(token.missing),
+            config.acknowledge,
+            holder.own_secret,
+            _now_ms,
+            with_room=shares.with_room,
         )
         peers = {member.name: member for member in cluster.members.values() if member.role in ("node", "balancer")}
 
@@ -120,10 +144,12 @@ class Server:
             talkers=self._talkers[0],
             dealer=self._dealer,
             replier=self._listener,
-            cache_max_keys=config.cache_max_keys,
-            cache_ttl_s=config.cache_ttl_s,
+            cache_limits=config.key_cache,
+            signatures=signatures,
             now_ms=_now_ms,
         )
+        catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
+        conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)
 
     def stop(self) -> None:
         """Begin to stop: no new requests, those under way get up to 5 s. Safe in a signal handler."""

@@ -22,7 +22,7 @@ import msgspec
 from engine.errors import InvalidTag, ManifestError, TokenError
 from engine.failpoints import failpoint
 from engine.protocol.manifest import KeyManifest
-from engine.sharing import Share
+from engine.sharing import SecretBuffer, Share
 from nodes.token import Lane
 
 __all__ = ["Row", "ShareStore", "StoreCorrupt", "seal_context"]
@@ -99,10 +99,17 @@ def seal_share(lane: Lane, share: Share, salt: bytes, context: bytes) -> bytes:
 
 def unseal_share(lane: Lane, sealed: bytes, x: int, context: bytes) -> tuple[Share, bytes]:
     """The share and its salt; ``InvalidTag`` if the blob is not the one that ``context`` names."""
-    with lane.unseal_secret(sealed, context) as plain, memoryview(plain) as view:
-        if len(view) <= SALT_BYTES:
-            raise InvalidTag(f"a sealed share of {len(view)} bytes is too short")
+    with unseal_plain(lane, sealed, context) as plain, memoryview(plain) as view:
         return Share(x, bytes(view[SALT_BYTES:])), bytes(view[:SALT_BYTES])
+
+
+def unseal_plain(lane: Lane, sealed: bytes, context: bytes) -> SecretBuffer:
+    """Salt and value of a share, one after the other in locked memory; errors as of ``unseal_share``."""
+    plain = lane.unseal_secret(sealed, context)
+    if len(plain) <= SALT_BYTES:
+        plain.close()
+        raise InvalidTag(f"a sealed share of {len(plain)} bytes is too short")
+    return plain
 
 
 class ShareStore:

@@ -194,7 +194,7 @@ class CountingNode:
             while (incoming := self._listener.receive()) is not None:
                 assert incoming.request.verb == STATS
                 served += 50
-                stats = NodeStats(boot, served, 0, [ClassCount(SIGN, served, 0, served * 200)], [])
+                stats = NodeStats(boot, served, 0, [ClassCount(SIGN, served, 0, served * 200)], [], [])
                 self._listener.reply(incoming, Status.OK, REPLY_CODECS[STATS].encode(stats))
 
     def close(self) -> None:

@@ -184,7 +184,7 @@ class Nodes:
         elif verb == "decrypt":
             listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Result(body.data[3:])), load)
         elif verb == "flush":
-            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Flushed(2)))
+            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Flushed(2, 0)))
         elif verb == "list":
             page = KeyList([KeyEntry("k", "aes-256-gcm", 1, 2, 3), KeyEntry(f"of-{name}", "ed25519", 1, 2, 3)], False)
             listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(page))

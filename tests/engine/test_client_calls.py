@@ -602,7 +602,7 @@ class TestQuestions:
             answered_by_any({"a": 1, "b": ValueError("odd")})
 
     def test_status_gives_the_error_in_its_place(self, play: Play, world: World) -> None:
-        play.answers["status"] = NodeStatus("n1", "1", 1, 1, 0, 0, 0, 0, 0, "token", [], [])
+        play.answers["status"] = NodeStatus("n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [])
         member = world.cluster.nodes["n1"]
         good = play.run(play.calls.status_at(member, 5.0))
         assert (good.name, good.role, good.error, good.status.token) == ("n1", "node", None, "token")
@@ -612,7 +612,7 @@ class TestQuestions:
         assert isinstance(bad.error, NodeUnavailable)
 
     def test_flush_counts(self, play: Play) -> None:
-        play.answers["flush"] = Flushed(3)
+        play.answers["flush"] = Flushed(3, 0)
         assert play.run(play.calls.flush_at("n1", "", 5.0)) == 3
 
     def test_prewarm_gives_a_grant_and_the_use_then_needs_none(self, play: Play) -> None:

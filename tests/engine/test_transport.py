@@ -26,7 +26,7 @@ Handler = Callable[[Listener, Incoming], None]
 
 def answer(listener: Listener, incoming: Incoming) -> None:
     """A node that flushed as many keys as the client's name has letters."""
-    listener.reply(incoming, Status.OK, REPLY_CODECS["flush"].encode(Flushed(len(incoming.member.name))))
+    listener.reply(incoming, Status.OK, REPLY_CODECS["flush"].encode(Flushed(len(incoming.member.name), 0)))
 
 
 class Node:

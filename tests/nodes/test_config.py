@@ -12,6 +12,7 @@ import tomli_w
 
 from engine.client.config import create_identity
 from engine.errors import ConfigError
+from nodes.cache import CacheLimits
 from nodes.config import MODULE_PATHS, PinSource, load_node_config, parse_uri
 
 GOOD: dict[str, Any] = {
@@ -38,7 +39,10 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
     assert config.identity == tmp_path / "identity.toml"
     assert config.manifest == tmp_path.parent / "cluster.manifest"
     assert config.data == tmp_path / "data"
-    assert (config.workers, config.cache_ttl_s, config.cache_max_keys, config.acknowledge) == (2, 300.0, 1024, "up")
+    assert (config.workers, config.acknowledge) == (2, "up")
+    assert config.key_cache == CacheLimits(300.0, 1024, 1_000_000, 4 * 1024 * 1024)
+    assert config.share_cache == CacheLimits(60.0, 1024, 10_000, 512 * 1024)
+    assert config.signature_cache == CacheLimits(300.0, 4096)
     assert config.token.pin == PinSource("file", str(tmp_path.parent / "pin"))
     assert config.token.is_softhsm
     assert str(config.token.module) in MODULE_PATHS
@@ -75,6 +79,14 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
         ({"cache": {"ttl_s": 0}}, "ttl_s"),
         ({"cache": {"ttl_s": 86_401}}, "ttl_s"),
         ({"cache": {"max_keys": 0}}, "max_keys"),
+        ({"cache": {"max_uses": 0}}, "`int` >= 1 .*max_uses"),
+        ({"cache": {"max_bytes": 16_383}}, "`int` >= 16384 .*max_bytes"),
+        ({"cache": {"share_ttl_s": 0}}, "share_ttl_s"),
+        ({"cache": {"max_shares": -1}}, "max_shares"),
+        ({"cache": {"share_max_uses": 0}}, "share_max_uses"),
+        ({"cache": {"share_max_bytes": 2**30 + 1}}, "share_max_bytes"),
+        ({"cache": {"signature_ttl_s": "5"}}, "signature_ttl_s"),
+        ({"cache": {"max_signatures": 1_000_001}}, "`int` <= 1000000 .*max_signatures"),
         ({"cache": {"size": 1}}, "unknown field `size`"),
         ({"create": {"acknowledge": "none"}}, "acknowledge"),
     ],

@@ -116,7 +116,7 @@ class Scene:
         assert isinstance(entry, Entry)
         holder = ShareHolder(self.world.cluster, self.world.keys[ME], None, Catalogue([]), (), self.world.clock)  # type: ignore[arg-type]
         conversation = Conversation(
-            self.world.cluster, self.world.keys[ME], {}, "up", holder.own_share, self.world.clock
+            self.world.cluster, self.world.keys[ME], {}, "up", holder.own_secret, self.world.clock
         )
         talker = Talker(channel, self.lane)  # type: ignore[arg-type]
         return conversation.gather(talker, entry, b"grant", time.monotonic() + timeout_s)

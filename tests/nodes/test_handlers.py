@@ -23,10 +23,13 @@ from engine.errors import (
 from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Destroy, Flush, Operate, Prewarm
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
 from engine.sharing import SecretBuffer, blind
+from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
 from nodes.deal import Gathered
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
+from nodes.peers import Peers
+from nodes.remember import SignatureCache
 from nodes.store import Row, ShareStore
 from nodes.token import Lane, LoadedKey
 
@@ -64,7 +67,9 @@ class FakeWorker:
 class Scene:
     """Handlers of node1 with one committed key, a scripted gathering and recorded answers."""
 
-    def __init__(self, world: Any, lane: Lane, store: ShareStore, algorithm: str = "aes-256-gcm") -> None:
+    def __init__(
+        self, world: Any, lane: Lane, store: ShareStore, algorithm: str = "aes-256-gcm", max_uses: int = 1000
+    ) -> None:
         self.world, self.lane = world, lane
         self.dealt = world.deal("orders", algorithm)
         manifest = self.dealt.manifest
@@ -90,15 +95,15 @@ class Scene:
             lane=lane,
             catalogue=self.catalogue,
             holder=holder,
-            conversation=SimpleNamespace(gather=self._gather),  # type: ignore[arg-type]
+            conversation=SimpleNamespace(gather=self._gather, peers=Peers()),  # type: ignore[arg-type]
             audit=SimpleNamespace(write=lambda record, durable=False: self.records.append(record)),  # type: ignore[arg-type]
             local=self.local,  # type: ignore[arg-type]
             slow=self.local,  # type: ignore[arg-type]
             talkers=self.talkers,  # type: ignore[arg-type]
             dealer=self.talkers,  # type: ignore[arg-type]
             replier=self,
-            cache_max_keys=4,
-            cache_ttl_s=300.0,
+            cache_limits=CacheLimits(300.0, 4, max_uses),
+            signatures=SignatureCache(CacheLimits(300.0, 16), time.monotonic),
             now_ms=world.clock,
         )
 

@@ -126,9 +126,35 @@ class Flush(Message, frozen=True):
 
 
 class Flushed(Message, frozen=True):
-    """``[dropped]``."""
+    """``[dropped, shares]``: loaded keys and unsealed shares that were let go."""
 
     dropped: UInt
+    shares: UInt
+
+
+class CacheCount(Message, frozen=True):
+    """One cache of a node: what it holds now, and counts since the node started, evictions by their reason."""
+
+    cache: Annotated[str, Meta(max_length=32)]
+    entries: UInt
+    bytes: UInt
+    hits: UInt
+    misses: UInt
+    ttl: UInt
+    uses: UInt
+    room: UInt
+    changed: UInt
+    flushed: UInt
+
+
+class HolderLatency(Message, frozen=True):
+    """``[node, samples, expected_us, p95_us, down]``: how quickly another holder gave its shares to this node."""
+
+    node: Name
+    samples: UInt
+    expected_us: UInt
+    p95_us: UInt
+    down: bool
 
 
 class ClassCount(Message, frozen=True):
@@ -148,6 +174,7 @@ class NodeStats(Message, frozen=True):
     queue: UInt
     classes: Annotated[list[ClassCount], Meta(max_length=512)]
     groups: Annotated[list[tuple[UInt, UInt]], Meta(max_length=2048)]
+    caches: Annotated[list[CacheCount], Meta(max_length=16)]
 
 
 class NodeStatus(Message, frozen=True):
@@ -159,8 +186,8 @@ class NodeStatus(Message, frozen=True):
     uptime_ms: UInt
     shares: UInt
     loaded: UInt
-    cache_hits: UInt
-    cache_misses: UInt
+    caches: Annotated[list[CacheCount], Meta(max_length=16)]
+    holders: Annotated[list[HolderLatency], Meta(max_length=256)]
     queue: UInt
     token: Text
     algorithms: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=64)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from cryptography.exceptions import InvalidSignature as PycaInvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -20,7 +20,15 @@ from msgspec import Meta, Struct
 from engine.errors import ManifestError, ProtocolError
 from engine.protocol.wire import Blob, Codec, Name, UInt
 
-__all__ = ["Signed", "SigningKey", "add_signature", "read_unverified", "sign_envelope", "verify_envelope"]
+__all__ = [
+    "Signed",
+    "SigningKey",
+    "add_signature",
+    "read_unverified",
+    "remember_signatures",
+    "sign_envelope",
+    "verify_envelope",
+]
 
 FORMAT = 1
 DOMAIN = b"keyquorum/signed/1\0"
@@ -150,7 +158,42 @@ def verify_envelope(
     return signed
 
 
+class SignatureMemory(Protocol):
+    """Where good signatures are remembered, by a digest of key, signature and signed bytes; for several threads."""
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether it was learned and not forgotten."""
+
+    def learn(self, digest: bytes) -> None:
+        """Remember it for a while."""
+
+
+_memory: SignatureMemory | None = None
+
+
+def remember_signatures(memory: SignatureMemory | None) -> None:
+    """Have this process verify no signature that ``memory`` knows; None (so it is at first) verifies each one.
+
+    That a key signed some bytes stays true, so no answer changes by it; who may sign is looked up each time.
+    """
+    global _memory
+    _memory = memory
+
+
 def _verifies(public: bytes, signature: bytes, body: bytes) -> bool:
+    memory = _memory
+    if memory is None:
+        return _verify(public, signature, body)
+    digest = hashlib.sha256(public + signature + body).digest()  # the first two have fixed lengths
+    if memory.knows(digest):
+        return True
+    good = _verify(public, signature, body)
+    if good:
+        memory.learn(digest)
+    return good
+
+
+def _verify(public: bytes, signature: bytes, body: bytes) -> bool:
     try:
         Ed25519PublicKey.from_public_bytes(public).verify(signature, DOMAIN + body)
     except PycaInvalidSignature:

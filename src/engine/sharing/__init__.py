@@ -5,7 +5,7 @@ This is the one room that touches the native core: everyone else gets at it thro
 
 from engine._fastshamir import available_kernels, kernel_name, use_kernel
 from engine.sharing.combiner import find_corrupt, reconstruct_into, reconstruct_key
-from engine.sharing.correction import Correction, correct_shares
+from engine.sharing.correction import Correction, correct_shares, find_consistent
 from engine.sharing.dealer import BLINDING_BYTES, blind, fresh_secret, generate_shares, unblind
 from engine.sharing.placement import (
     Distribution,
@@ -28,7 +28,7 @@ from engine.sharing.renewal import (
     sum_recovery_parts,
 )
 from engine.sharing.secret import SecretBuffer, secret_memory, take, wipe
-from engine.sharing.share import SALT_BYTES, Share, check_value, commitment, new_salt
+from engine.sharing.share import SALT_BYTES, SecretShare, Share, check_value, commitment, new_salt
 
 __all__ = [
     "BLINDING_BYTES",
@@ -37,6 +37,7 @@ __all__ = [
     "Distribution",
     "NodeLocation",
     "SecretBuffer",
+    "SecretShare",
     "Share",
     "available_kernels",
     "blind",
@@ -47,6 +48,7 @@ __all__ = [
     "deal_sub_shares",
     "deal_zero",
     "distribute_shares",
+    "find_consistent",
     "find_corrupt",
     "finish_recovery",
     "fresh_secret",

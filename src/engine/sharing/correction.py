@@ -6,28 +6,36 @@ need not be decoded one by one: a random linear combination of the columns is a 
 share is wrong, but for a chance of 1 in 256. FOLDS combinations find all wrong shares, and the secret is then
 interpolated from right ones alone, at full speed.
 
-With commitments ``combiner`` names wrong shares from exactly t of them; this needs t + 2e for e wrong ones.
+With commitments ``combiner`` names wrong shares from exactly t of them; this needs t + 2e for e wrong ones, or t + e
+where a check value tells the right secret.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations, islice, takewhile
 from typing import Final
 
 from engine._fastshamir import add, combine, dot
 from engine.errors import ShareCorrupt
-from engine.sharing.share import Share, distinct
+from engine.sharing.secret import SecretBuffer, wipe
+from engine.sharing.share import SecretShare, Share, distinct
 
-__all__ = ["Correction", "correct_shares"]
+__all__ = ["Correction", "correct_shares", "find_consistent"]
 
 FOLDS: Final = 9
 """A wrong share goes unseen in one combination with probability 2^-8, in all with 2^-72; any of 127 with 2^-65."""
 COLUMNS_AT_ONCE: Final = 65_536
 """Bounds the random weights in memory: 9 x 64 KiB."""
+
+
+MAX_TRIES: Final = 5_000
+"""Combinations of shares that ``find_consistent`` tries: all of 3 among 31, or of 32 with one wrong one among 60."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,55 @@ def correct_shares(share_set: Iterable[Share], *, threshold: int, names: Mapping
         f"which is more than can be told apart: {', '.join(holders)}",
         holders,
     )
+
+
+def find_consistent(
+    shares: Sequence[Share | SecretShare],
+    *,
+    threshold: int,
+    is_right: Callable[[SecretBuffer], bool],
+    tried: int = 0,
+    tries: int = MAX_TRIES,
+) -> tuple[SecretBuffer, tuple[int, ...]] | None:
+    """The secret that ``is_right`` takes, in locked memory, and the x of the shares that are not on its polynomial.
+
+    Every ``threshold`` of the shares are tried, at most ``tries`` times, newest first; the first ``tried`` of them
+    were tried among themselves before. None if no secret is right: there are fewer than ``threshold`` right shares, or
+    more combinations than tries. Shares of other lengths than most are wrong. The time tells how many tries it took.
+
+    Raises ValueError for an index given twice, and OSError when there is no locked memory.
+    """
+    if not 1 <= threshold <= len(shares):
+        return None
+    (length, _), *_ = Counter(len(share.y) for share in shares).most_common(1)
+    usable = [share for share in shares if len(share.y) == length]
+    old = {share.x for share in shares[:tried]}
+    # The newest come first, so those that begin with an old one were all tried before.
+    subsets = takewhile(lambda subset: subset[0].x not in old, combinations(reversed(usable), threshold))
+    secret = SecretBuffer(length)
+    try:
+        for subset in islice(subsets, tries):
+            xs, ys = [share.x for share in subset], [share.y for share in subset]
+            combine(xs, ys, out=secret)
+            if is_right(secret):
+                wrong = tuple(share.x for share in shares if share not in subset and not _lies_on(xs, ys, share))
+                return secret, wrong
+    except BaseException:
+        secret.close()
+        raise
+    secret.close()
+    return None
+
+
+def _lies_on(xs: Sequence[int], ys: Sequence[bytes | SecretBuffer], share: Share | SecretShare) -> bool:
+    if len(share.y) != len(ys[0]):
+        return False
+    expected = bytearray(len(share.y))
+    try:
+        combine(xs, ys, share.x, out=expected)
+        return hmac.compare_digest(expected, share.y)
+    finally:
+        wipe(expected)
 
 
 def _fold(shares: Sequence[Share], length: int) -> dict[int, bytes]:

@@ -14,7 +14,7 @@ from hashlib import sha256
 
 from engine.sharing.secret import SecretBuffer
 
-__all__ = ["SALT_BYTES", "Share", "check_value", "commitment", "distinct", "new_salt"]
+__all__ = ["SALT_BYTES", "SecretShare", "Share", "check_value", "commitment", "distinct", "new_salt"]
 
 SALT_BYTES = 32
 
@@ -61,6 +61,26 @@ class Share:
         return hash((Share, self.x, len(self.y)))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SecretShare:
+    """A share whose value lies in locked memory, which ``close`` wipes and gives back; else as ``Share``."""
+
+    x: int
+    y: SecretBuffer
+    threshold: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.x <= 255:
+            raise ValueError(f"the share index x is {self.x}, but must be in 1..255")
+
+    def __repr__(self) -> str:
+        return f"SecretShare(x={self.x}, y={self.y!r})"
+
+    def close(self) -> None:
+        """Wipe the value and give its memory back; harmless when repeated."""
+        self.y.close()
+
+
 def distinct(share_set: Iterable[Share]) -> list[Share]:
     """The shares as a list: at least one, each index once; ValueError or TypeError otherwise."""
     given = list(share_set)
@@ -81,7 +101,7 @@ def new_salt() -> bytes:
     return os.urandom(SALT_BYTES)
 
 
-def commitment(salt: bytes, context: bytes, share: Share) -> bytes:
+def commitment(salt: bytes, context: bytes, share: Share | SecretShare) -> bytes:
     """The 32-byte commitment to a share: SHA-256(label, |salt|, salt, |context|, context, x, y).
 
     ``salt`` has ``SALT_BYTES`` bytes. ``context`` is the caller's encoding of key id, version and epoch, so that a
