@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +12,17 @@ import structlog
 
 from engine._version import __version__
 from engine.client.config import LOG_LEVELS, configure_logging
-from engine.client.process import harden_process
+from engine.client.process import harden_process, lock_folder
 from engine.errors import EngineError, TokenError
 from engine.failpoints import arm_from_environment
-from nodes.config import load_node_config
+from nodes import rotation
+from nodes.config import PinSource, load_node_config
+from nodes.rotation import rotate
 from nodes.server import Server, load_membership
 from nodes.token import Token, initialize_token
 
-CHECK_TIMEOUT_S = 60
+CHECK_TIMEOUT_S = 600
+PROGRESS_ROWS = 1_000
 
 log = structlog.get_logger()
 
@@ -68,12 +72,68 @@ def init(config_path: Path, log_level: str | None) -> None:
     config = load_node_config(config_path)
     config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     initialize_token(config.token, config.data)
-    # A process of its own sees what is on the disk, not what this one's module remembers.
-    command = [sys.executable, "-P", "-m", "nodes", "check-token", "--config", str(config_path)]
+    _in_fresh_process([sys.executable, "-P", "-m", "nodes", "check-token", "--config", str(config_path)])
+    click.echo(f"token {config.token.label!r} made; its PIN is at {config.token.pin}")
+
+
+_NEW_PIN = click.option(
+    "--new-pin-env", metavar="NAME", help="Take the fresh PIN from this environment variable; by default it is random."
+)
+
+
+@main.command()
+@_CONFIG
+@_NEW_PIN
+@_LEVEL
+def rotate_kek(config_path: Path, new_pin_env: str | None, log_level: str | None) -> None:
+    """Make a fresh token with a fresh PIN and key-encryption key, and seal the whole store anew under it.
+
+    The node must be stopped. The old token, PIN and store are erased at the end; cut off at any step, the node goes on
+    with the old or the new ones. An old copy of the disk is of no use with the fresh PIN, nor a new one with the old.
+    """
+    configure_logging(log_level or "")
+    arm_from_environment()
+    harden_process()
+    config = load_node_config(config_path)
+    node = load_membership(config)[0].name
+    held = lock_folder(config.data)
+    try:
+        command = [sys.executable, "-P", "-m", "nodes", "check-draft", "--config", str(config_path)]
+        command += ["--new-pin-env", new_pin_env] if new_pin_env else []
+        rotate(config.token, config.data, node, _new_pin(new_pin_env), lambda: _in_fresh_process(command), _progress)
+    finally:
+        os.close(held)
+    click.echo(
+        f"the KEK of {node!r} was rotated; its PIN is now {(new_pin_env and 'that of env:' + new_pin_env) or 'fresh'}"
+    )
+
+
+def _new_pin(variable: str | None) -> PinSource | None:
+    return PinSource("env", variable) if variable else None
+
+
+def _progress(done: int, total: int) -> None:
+    if done == total or done % PROGRESS_ROWS == 0:
+        click.echo(f"sealed anew: {done} of {total}", err=True)
+
+
+def _in_fresh_process(command: list[str]) -> None:
+    """A process of its own sees what is on the disk, not what this one's module remembers."""
     checked = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
     if checked.returncode != 0:
         raise TokenError(f"the new token does not work: {checked.stderr.strip()[-500:]}")
-    click.echo(f"token {config.token.label!r} made; its PIN is at {config.token.pin}")
+
+
+@main.command(hidden=True)
+@_CONFIG
+@_NEW_PIN
+def check_draft(config_path: Path, new_pin_env: str | None) -> None:
+    """Open all that a rotation of the KEK has made so far."""
+    configure_logging("error")
+    harden_process()
+    config = load_node_config(config_path)
+    rows = rotation.check_draft(config.token, config.data, load_membership(config)[0].name, _new_pin(new_pin_env))
+    click.echo(f"{rows} rows")
 
 
 @main.command()

@@ -94,10 +94,10 @@ class ShareHolder:
         failpoint("holder.prepare.sealed")
         row = self._store.put(row)
         failpoint("holder.prepare.written")
+        self._catalogue.put(row)  # before the check: an abort notice must find what is stored, good or not
         if unseal_share(lane, row.sealed, body.x, context) != (share, body.salt):
             raise ShareCorrupt(f"{self._node}: the stored share is not the one that came", [self._node])
         failpoint("holder.prepare.read-back")
-        self._catalogue.put(row)
         receipt = self._receipt(record, body.x)
         failpoint("holder.prepare.signed")
         return Prepared(receipt)

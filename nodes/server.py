@@ -28,6 +28,7 @@ from nodes.deal import Conversation, Talker
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
 from nodes.remember import SignatureCache
+from nodes.rotation import STORE_NAME, settle
 from nodes.selftest import run_self_tests
 from nodes.shares import ShareCache
 from nodes.store import ShareStore
@@ -84,11 +85,12 @@ class Server:
         self._stopping_s = 0.0
         config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._data_lock = lock_folder(config.data)
+        settle(config.token, config.data)
         token = Token(config.token, config.data)
         lane = token.lane()
         run_self_tests(lane)
         log.info("self tests passed", token=token.description, missing=sorted(token.missing))
-        self._store = ShareStore(config.data / "shares.db", identity.name, lane)
+        self._store = ShareStore(config.data / STORE_NAME, identity.name, lane)
         self._store.note_cluster_serial(cluster.serial)
         catalogue = Catalogue(self._store.rows())
         self._audit = AuditLog(config.data / "audit.jsonl")

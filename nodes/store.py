@@ -11,7 +11,7 @@ import hmac
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,10 +25,15 @@ from engine.protocol.manifest import KeyManifest
 from engine.sharing import SecretBuffer, Share
 from nodes.token import Lane
 
-__all__ = ["Row", "ShareStore", "StoreCorrupt", "seal_context"]
+__all__ = ["Row", "ShareStore", "StoreCorrupt", "seal_context", "tag_of"]
 
 SCHEMA_VERSION: Final = 1
 SALT_BYTES: Final = 32
+SEALED_NAME: Final = "sealed/"
+"""What the names of sealed secrets begin with in ``meta``."""
+SECRET_BYTES: Final = 32
+ROW_KEY: Final = "row"
+"""The secret that rows are authenticated with."""
 State = Literal["prepared", "committed", "destroyed"]
 
 _SCHEMA_1: Final = """
@@ -112,6 +117,15 @@ def unseal_plain(lane: Lane, sealed: bytes, context: bytes) -> SecretBuffer:
     return plain
 
 
+def tag_of(key: bytes, table: str, values: Sequence[object]) -> bytes:
+    """The tag of a row: over the table's name and every column but the tag, in the table's order."""
+    return hmac.digest(key, msgspec.msgpack.encode([table, *values]), hashlib.sha256)
+
+
+def secret_context(node: str, name: str) -> bytes:
+    return msgspec.msgpack.encode(["keyquorum/secret/1", node, name])
+
+
 class ShareStore:
     """The store of one node; safe for several threads, which take turns."""
 
@@ -126,7 +140,7 @@ class ShareStore:
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON", "foreign_keys=ON"):
                 self._db.execute(f"PRAGMA {pragma}")
             self._migrate()
-            self._key = self._open_key(lane)
+            self._key = self.secret(lane, ROW_KEY)
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise StoreCorrupt(f"{path}: {error}") from None
@@ -154,13 +168,16 @@ class ShareStore:
                         self._db.execute(statement)
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (SCHEMA_VERSION,))
 
-    def _open_key(self, lane: Lane) -> bytes:
-        context = msgspec.msgpack.encode(["keyquorum/store/1", self._node])
-        row = self._db.execute("SELECT value FROM meta WHERE name = 'row-key'").fetchone()
-        if row is None:
-            key = os.urandom(32)
-            self._db.execute("INSERT INTO meta VALUES ('row-key', ?)", (lane.seal(key, context),))
-            return key
+    def secret(self, lane: Lane, name: str) -> bytes:
+        """The 32 random bytes of that name, made at the first asking and kept in the store, sealed by the KEK."""
+        context = secret_context(self._node, name)
+        with self._lock:
+            row = self._db.execute("SELECT value FROM meta WHERE name = ?", (SEALED_NAME + name,)).fetchone()
+            if row is None:
+                key = os.urandom(SECRET_BYTES)
+                with self._transaction():
+                    self._db.execute("INSERT INTO meta VALUES (?, ?)", (SEALED_NAME + name, lane.seal(key, context)))
+                return key
         try:
             return lane.unseal(row[0] if isinstance(row[0], bytes) else b"", context)
         except InvalidTag:
@@ -181,8 +198,7 @@ class ShareStore:
             failpoint("store.write.durable")
 
     def _tag(self, row: Row) -> bytes:
-        values = [getattr(row, field) for field in _FIELDS]
-        return hmac.digest(self._key, msgspec.msgpack.encode(["keys", *values]), hashlib.sha256)
+        return tag_of(self._key, "keys", [getattr(row, field) for field in _FIELDS])
 
     def _row(self, values: tuple[object, ...]) -> Row:
         try:

@@ -15,7 +15,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,9 +38,9 @@ from engine.client.config import sync_folder, write_private
 from engine.errors import ConfigError, EngineError, InvalidSignature, InvalidTag, TokenError
 from engine.keys import ALGORITHMS, Algorithm, KeyKind, RequestType, generate_material, public_key_der
 from engine.sharing import SecretBuffer
-from nodes.config import TokenConfig
+from nodes.config import PinSource, TokenConfig
 
-__all__ = ["Lane", "LoadedKey", "Token", "initialize_token", "is_slow"]
+__all__ = ["Lane", "LoadedKey", "Token", "initialize_token", "is_slow", "open_beside_fresh", "sync_tokens"]
 
 KEK_LABEL: Final = "keyquorum-kek"
 NONCE_BYTES: Final = 12
@@ -167,6 +167,8 @@ class _Module:
             name: ctypes.CFUNCTYPE(unsigned, *arguments)(table.contents.functions[place])
             for name, place, arguments in (
                 ("C_CreateObject", 20, (unsigned, pointer, unsigned, pointer)),
+                ("C_EncryptInit", 29, (unsigned, pointer, unsigned)),
+                ("C_Encrypt", 30, (unsigned, pointer, unsigned, pointer, pointer)),
                 ("C_DecryptInit", 33, (unsigned, pointer, unsigned)),
                 ("C_Decrypt", 34, (unsigned, ctypes.c_char_p, unsigned, pointer, pointer)),
             )
@@ -193,13 +195,23 @@ class _Module:
             values.clear()  # an error's traceback must not keep a view of a secret open
         return handle.value
 
+    def encrypt_gcm(self, session: int, key: int, nonce: bytes, associated_data: bytes, secret: SecretBuffer) -> bytes:
+        """AES-GCM by C_EncryptInit and C_Encrypt, out of locked memory: the ciphertext and its tag."""
+        mechanism, kept = _gcm_mechanism(nonce, associated_data)
+        room = ctypes.create_string_buffer(len(secret) + TAG_BYTES)
+        length = ctypes.c_ulong(len(room))
+        self._call("C_EncryptInit", session, ctypes.byref(mechanism), key)
+        source = _c_value(memoryview(secret))
+        try:
+            self._call("C_Encrypt", session, ctypes.addressof(source), len(secret), room, ctypes.byref(length))
+        finally:
+            del source
+        del kept
+        return room.raw[: length.value]
+
     def decrypt_gcm(self, session: int, key: int, nonce: bytes, associated_data: bytes, data: bytes) -> SecretBuffer:
         """AES-GCM by C_DecryptInit and C_Decrypt, into locked memory. ``data`` ends in the tag and has more than it."""
-        iv, associated = ctypes.create_string_buffer(nonce), ctypes.create_string_buffer(associated_data)
-        parameters = _CkGcmParams(
-            ctypes.addressof(iv), len(nonce), len(nonce) * 8, ctypes.addressof(associated), len(associated_data), 128
-        )
-        mechanism = _CkMechanism(CKM_AES_GCM, ctypes.addressof(parameters), ctypes.sizeof(parameters))
+        mechanism, kept = _gcm_mechanism(nonce, associated_data)
         # SoftHSM asks for as much room as there is ciphertext with its tag.
         with SecretBuffer(len(data)) as room:
             length = ctypes.c_ulong(len(data))
@@ -209,7 +221,18 @@ class _Module:
                 self._call("C_Decrypt", session, data, len(data), ctypes.addressof(sink), ctypes.byref(length))
             finally:
                 del sink
+            del kept
             return SecretBuffer.copy_of(memoryview(room)[: length.value])
+
+
+def _gcm_mechanism(nonce: bytes, associated_data: bytes) -> tuple[_CkMechanism, object]:
+    """CKM_AES_GCM with a tag of 128 bits, and what must live as long as the call that uses it."""
+    iv, associated = ctypes.create_string_buffer(nonce), ctypes.create_string_buffer(associated_data)
+    parameters = _CkGcmParams(
+        ctypes.addressof(iv), len(nonce), len(nonce) * 8, ctypes.addressof(associated), len(associated_data), 128
+    )
+    mechanism = _CkMechanism(CKM_AES_GCM, ctypes.addressof(parameters), ctypes.sizeof(parameters))
+    return mechanism, (iv, associated, parameters)
 
 
 def _c_value(value: AttributeValue) -> Any:
@@ -305,16 +328,39 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
     library, native = _load(config, data)
     if any(token.label == config.label for token in library.get_tokens()):
         raise TokenError(f"a token {config.label!r} exists already in {data}")
-    pin = _new_pin(config)
-    so_pin = secrets.token_hex(PIN_BYTES)
-    slot = _free_slot(library, config.label)
-    label = config.label.encode().ljust(32)
-    native.C_InitToken.argtypes = [ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
-    code = native.C_InitToken(slot.slot_id, so_pin.encode(), len(so_pin), label)
-    if code != 0:
-        raise TokenError(f"C_InitToken of {config.label!r} returned 0x{code:08x}")
+    _make_token(library, native, config.label, _new_pin(config))
+    sync_tokens(data)
+
+
+def open_beside_fresh(config: TokenConfig, fresh_pin: PinSource, data: Path) -> tuple[Lane, Lane]:
+    """Make a second token of the same label in ``data``, with a KEK and PIN of its own: lanes of the old and the new.
+
+    Both live as long as the process. The fresh PIN comes and goes as in ``initialize_token``.
+    """
+    fresh = replace(config, pin=fresh_pin)
+    _check_pin_place(fresh, data)
+    library, native = _load(config, data)
+    old, pin = _find(library, config.label), _new_pin(fresh)
+    new = _make_token(library, native, config.label, pin)
+    sync_tokens(data)
+    module = _Module(native)
     try:
-        token = _find(library, config.label)
+        lanes = [Lane(token.open(user_pin=secret), module) for token, secret in ((old, config.pin.read()), (new, pin))]
+    except PKCS11Error as error:
+        raise TokenError(f"login to the token {config.label!r} failed: {describe(error)}") from None
+    return lanes[0], lanes[1]
+
+
+def _make_token(library: Any, native: ctypes.CDLL, label: str, pin: str) -> Any:
+    so_pin = secrets.token_hex(PIN_BYTES)
+    slot = _free_slot(library, label)
+    known = {token.serial for token in library.get_tokens()}
+    native.C_InitToken.argtypes = [ctypes.c_ulong, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+    code = native.C_InitToken(slot.slot_id, so_pin.encode(), len(so_pin), label.encode().ljust(32))
+    if code != 0:
+        raise TokenError(f"C_InitToken of {label!r} returned 0x{code:08x}")
+    try:
+        (token,) = (each for each in library.get_tokens() if each.label == label and each.serial not in known)
         with token.open(rw=True, so_pin=so_pin) as session:
             session.init_pin(pin)
         with token.open(rw=True, user_pin=pin) as session:
@@ -327,11 +373,18 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
                 template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
             )
     except PKCS11Error as error:
-        raise TokenError(f"the token {config.label!r} can't be set up: {describe(error)}") from None
+        raise TokenError(f"the token {label!r} can't be set up: {describe(error)}") from None
+    return token
+
+
+def sync_tokens(data: Path) -> None:
+    """Make SoftHSM's token folder durable, and the names that lead to it from above the data folder."""
     for folder, _, files in os.walk(data / "tokens"):
         for name in files:
             _sync_file(Path(folder) / name)
         sync_folder(Path(folder))
+    sync_folder(data)
+    sync_folder(data.parent)
 
 
 def _check_pin_place(config: TokenConfig, data: Path) -> None:
@@ -439,6 +492,17 @@ class Lane:
                 raise TokenError(f"the token's KEK does not answer: {error}") from None
             self.check_kek()
             raise InvalidTag("a sealed blob does not open under this token's KEK") from None
+
+    def reseal(self, sealed: bytes, associated_data: bytes, new: Lane) -> bytes:
+        """What this lane's KEK sealed, sealed by that of ``new``; in between it is in locked memory alone."""
+        nonce = os.urandom(NONCE_BYTES)
+        with self.unseal_secret(sealed, associated_data) as plain:
+            try:
+                return nonce + new._module.encrypt_gcm(
+                    new._session.handle, new._kek.handle, nonce, associated_data, plain
+                )
+            except _ModuleError as error:
+                raise TokenError(f"the fresh token's KEK does not answer: {error}") from None
 
     def check_kek(self) -> None:
         """Seal and unseal a canary; ``TokenError`` if that fails."""

@@ -96,6 +96,16 @@ POINTS: Final[Mapping[str, str]] = {
     "registry.destroy.before": "the order is checked; no transaction is open",
     "registry.destroy.changed": "the tombstone is written, before COMMIT",
     "registry.destroy.durable": "the tombstone is durable; the dealer has no reply",
+    "rotate.begun": "the old token is copied into the draft",
+    "rotate.token-made": "the draft has a fresh token beside the old one, and the PIN file a fresh one beside it",
+    "rotate.sealed": "the draft's store is sealed by the fresh KEK; nothing of it is synced",
+    "rotate.durable": "the draft has the fresh token alone and is on the disk",
+    "rotate.verified": "a fresh process opened everything in the draft",
+    "rotate.changed": "the draft counts; nothing is in its place yet",
+    "rotate.pin-changed": "the fresh PIN is in its place",
+    "rotate.token-changed": "the fresh token is in its place",
+    "rotate.store-changed": "the fresh store is in its place; the old things are not erased",
+    "rotate.erased": "the old things are erased",
 }
 """Every name, and what is so when it is passed. The crash tests go through all of them."""
 

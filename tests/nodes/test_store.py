@@ -218,9 +218,9 @@ def test_a_row_of_another_store_of_the_same_token_is_refused(tmp_path: Path, lan
 def test_a_changed_row_key_is_refused(path: Path, lane: Lane, value: object) -> None:
     ShareStore(path, NODE, lane).close()
     if value is None:
-        execute(path, "UPDATE meta SET value = substr(value, 1, 40) WHERE name = 'row-key'")
+        execute(path, "UPDATE meta SET value = substr(value, 1, 40) WHERE name = 'sealed/row'")
     else:
-        execute(path, "UPDATE meta SET value = ? WHERE name = 'row-key'", value)
+        execute(path, "UPDATE meta SET value = ? WHERE name = 'sealed/row'", value)
     with pytest.raises(StoreCorrupt, match="does not belong to the token"):
         ShareStore(path, NODE, lane)
 
@@ -229,7 +229,7 @@ def test_rows_do_not_outlive_their_row_key(path: Path, lane: Lane) -> None:
     opened = ShareStore(path, NODE, lane)
     opened.put(a_row())
     opened.close()
-    execute(path, "DELETE FROM meta WHERE name = 'row-key'")
+    execute(path, "DELETE FROM meta WHERE name = 'sealed/row'")
     with pytest.raises(StoreCorrupt):
         reopened(path, lane)
 
