@@ -413,9 +413,12 @@ class Handlers:
         self._gather(entry, [_Waiting(call, grant, use)])
 
     def _gather(self, entry: Entry, waiting: list[_Waiting]) -> None:
-        """Have the key gathered for all who wait, under the grant and by the deadline of the one with the most time."""
+        """Have the key gathered for all who wait, under the grant and by the deadline of the one with the most time.
+
+        That one is served first, so that its grant is spent when the key's uses don't suffice for all.
+        """
         leader = max(waiting, key=lambda each: each.call.deadline_s)
-        self._gathering[entry.row.key_id] = waiting
+        self._gathering[entry.row.key_id] = [leader, *(each for each in waiting if each is not leader)]
         try:
             self._talkers.submit(
                 lambda talker: self._conversation.gather(talker, entry, leader.grant, leader.call.deadline_s),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace as replace_struct
 
 from engine.client.listener import error_body
 from engine.client.transport import Arrival
@@ -21,12 +25,15 @@ from engine.errors import (
     StaleKey,
     TokenError,
 )
+from engine.protocol.manifest import key_manifests, read_key_manifest
 from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, ReleasedShare
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Reply, Status
-from engine.sharing import Share, check_value, unblind
+from engine.sharing import SecretBuffer, Share, check_value, commitment, secret_memory, unblind
+from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import Conversation, Talker
 from nodes.holder import ShareHolder
+from nodes.shares import ShareCache
 from nodes.store import Row, seal_context, seal_share
 from nodes.token import Lane
 
@@ -103,6 +110,17 @@ class Scene:
             sealed=seal_share(lane, share, offer.salt, self.context),
             changed_ms=1,
         )
+        nothing_kept = ShareCache(CacheLimits(1, 0), time.monotonic)
+        holder = ShareHolder(
+            world.cluster,
+            world.keys[ME],
+            None,
+            Catalogue([]),
+            (),
+            world.clock,
+            nothing_kept,  # type: ignore[arg-type]
+        )
+        self.conversation = Conversation(world.cluster, world.keys[ME], {}, "up", holder.own_secret, world.clock)
 
     def good(self, node: str) -> Answer:
         offer = self.dealt.offers[node]
@@ -114,12 +132,8 @@ class Scene:
     def gather(self, channel: FakeChannel, *, row: Row | None = None, timeout_s: float = 5.0) -> Any:
         entry = Catalogue([row or self.row]).by_id(self.dealt.key_id)
         assert isinstance(entry, Entry)
-        holder = ShareHolder(self.world.cluster, self.world.keys[ME], None, Catalogue([]), (), self.world.clock)  # type: ignore[arg-type]
-        conversation = Conversation(
-            self.world.cluster, self.world.keys[ME], {}, "up", holder.own_secret, self.world.clock
-        )
         talker = Talker(channel, self.lane)  # type: ignore[arg-type]
-        return conversation.gather(talker, entry, b"grant", time.monotonic() + timeout_s)
+        return self.conversation.gather(talker, entry, b"grant", time.monotonic() + timeout_s)
 
     def is_key(self, gathered: Any) -> bool:
         assert check_value(gathered.secret, self.dealt.manifest.context) == self.dealt.manifest.check_value
@@ -240,6 +254,76 @@ def test_a_dealer_that_committed_to_other_shares_is_found_by_the_check_value(sce
     )
     with pytest.raises(ShareCorrupt, match="another key than the manifest's check value"):
         scene.gather(FakeChannel(scene.answers()), row=row)
+
+
+@pytest.mark.parametrize("liar", ["node2", ME])
+def test_a_holder_that_committed_to_a_wrong_share_is_named_and_the_key_is_served(scene: Scene, liar: str) -> None:
+    """As after a refresh, where each holder's commitment is its own word."""
+    dealt, context = scene.dealt, scene.dealt.manifest.context
+    wrong = os.urandom(len(dealt.offers[liar].y))
+    holders = [
+        each
+        if each.node != liar
+        else replace_struct(each, commitment=commitment(dealt.offers[liar].salt, context, Share(each.x, wrong)))
+        for each in dealt.manifest.holders
+    ]
+    manifest = replace_struct(dealt.manifest, holders=holders)
+    record = read_key_manifest(scene.world.signed(key_manifests, "key", manifest, "node1"))
+    offer = dealt.offers[ME]
+    mine = Share(offer.x, wrong if liar == ME else offer.y)
+    sealed = seal_share(scene.lane, mine, offer.salt, seal_context(manifest, offer.x, ME, record.digest))
+    row = replace(scene.row, manifest=record.raw, manifest_hash=record.digest, sealed=sealed)
+    changes = {} if liar == ME else {liar: ok((dealt.offers[liar].x, wrong, dealt.offers[liar].salt))}
+    channel = FakeChannel(scene.answers(**changes))
+    _, before = secret_memory()
+    gathered = scene.gather(channel, row=row)
+    assert scene.is_key(gathered)
+    assert gathered.corrupt == (liar,)
+    assert sorted(channel.asked) == list(HOLDERS[1:])
+    gathered.secret.close()
+    gc.collect()
+    assert secret_memory()[1] <= before  # no share is left in locked memory
+
+
+def test_latencies_are_learned_and_the_silent_are_asked_last(scene: Scene) -> None:
+    channel = FakeChannel(scene.answers(node2=lambda: None, node4=lambda: NodeUnavailable("down")))
+    assert scene.is_key(scene.gather(channel))
+    assert channel.asked == ["node2", "node3", "node4", "node5"]
+    told = scene.conversation.peers.latencies(time.monotonic())
+    assert (told["node2"].samples, told["node3"].samples, told["node4"].down) == (1, 1, True)
+    assert told["node2"].expected_s > told["node3"].expected_s
+    channel.asked.clear()
+    assert scene.is_key(scene.gather(channel))
+    assert channel.asked == ["node3", "node5"]
+    assert len(channel.abandoned) == 1
+
+
+def test_a_holder_that_knows_another_epoch_makes_this_node_look_at_the_books(scene: Scene) -> None:
+    looked: list[bool] = []
+    scene.conversation.outdated = lambda: looked.append(True)
+    scene.gather(FakeChannel(scene.answers(node2=refuses(StaleKey("held is epoch 2")))))
+    assert looked == [True]
+
+
+def test_a_gathering_makes_room_where_locked_memory_is_short(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[bool] = []
+
+    def with_room(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except OSError:
+            made.append(True)
+            return make()
+
+    def copy_of(data: Any) -> SecretBuffer:
+        if not made:
+            raise OSError("no locked memory")
+        return SecretBuffer.copy_of(data)
+
+    scene.conversation._with_room = with_room
+    monkeypatch.setattr("nodes.deal.SecretBuffer", SimpleNamespace(copy_of=copy_of))
+    assert scene.is_key(scene.gather(FakeChannel(scene.answers())))
+    assert made == [True]
 
 
 def test_what_is_sent_names_the_key_and_carries_grant_and_certificate(scene: Scene) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +13,16 @@ from hypothesis import strategies as st
 
 from engine.errors import QuorumUnavailable, ShareCorrupt
 from engine.protocol.manifest import Holder, KeyManifest
-from engine.sharing import Share, commitment, generate_shares, new_salt, reconstruct_key
+from engine.sharing import (
+    SecretBuffer,
+    SecretShare,
+    Share,
+    check_value,
+    commitment,
+    generate_shares,
+    new_salt,
+    reconstruct_key,
+)
 from nodes.gather import HEDGE_S, Gathering
 
 NAMES = tuple(f"h{i}" for i in range(1, 9))
@@ -192,6 +203,126 @@ def test_the_next_wake_is_when_the_next_holder_becomes_late() -> None:
     gathering.to_ask(HEDGE_S / 2)
     # h2 is late now; h3 becomes it half a hedge later.
     assert gathering.wake_s(HEDGE_S) == pytest.approx(HEDGE_S / 2)
+
+
+# --- shares that match their commitments and give another key ---
+
+
+def committed(
+    threshold: int, shares: int, liars: Sequence[str] = (), epoch: int = 1
+) -> tuple[KeyManifest, dict[str, tuple[SecretShare, bytes]]]:
+    """A manifest with a true check value, in which liars (as a refresh would let them) committed to a wrong share."""
+    context = bytes(16) + (1).to_bytes(4, "big") + epoch.to_bytes(4, "big")
+    given, holders = {}, []
+    for name, dealt in zip(NAMES, generate_shares(SECRET, threshold=threshold, shares=shares), strict=False):
+        value = os.urandom(len(SECRET)) if name in liars else dealt.y
+        share, salt = SecretShare(dealt.x, SecretBuffer.copy_of(value)), new_salt()
+        given[name] = (share, salt)
+        holders.append(Holder(name, share.x, commitment(salt, context, share)))
+    check = check_value(SECRET, context)
+    return KeyManifest(bytes(16), "k", 1, epoch, 1, "aes-256-gcm", threshold, holders, b"", check, b"", b""), given
+
+
+def run(gathering: Gathering, given: dict[str, tuple[SecretShare, bytes]], down: Sequence[str] = ()) -> bytes | None:
+    """Answer everything at once; the secret, or None if it is hopeless."""
+    while not gathering.hopeless:
+        if gathering.complete:
+            if (secret := gathering.solve()) is not None:
+                with secret:
+                    return bytes(secret)
+            continue
+        for name in gathering.to_ask(0.0):
+            if name in down:
+                gathering.failed(name, "down")
+            else:
+                gathering.arrived(name, *given[name])
+    return None
+
+
+@pytest.mark.parametrize("liars", [("h1",), ("h3",), ("h1", "h2"), ("h2", "h5")])
+def test_those_who_committed_to_a_wrong_share_are_named_and_the_key_is_served(liars: tuple[str, ...]) -> None:
+    told, given = committed(3, 5, liars)
+    gathering = Gathering(told, NAMES[:5])
+    assert run(gathering, given) == SECRET
+    assert set(gathering.corrupt) <= set(liars)
+    assert set(gathering.corrupt) >= set(liars) & {"h1", "h2", "h3"}  # those that were asked at first
+    gathering.close()
+    assert all(given[name][0].y.closed for name in gathering.corrupt)
+
+
+def test_a_liars_own_share_is_found_too() -> None:
+    told, given = committed(2, 3, ("h2",))
+    gathering = Gathering(told, ["h1", "h3"], ("h2", *given["h2"]))
+    assert run(gathering, given) == SECRET
+    assert gathering.corrupt == ("h2",)
+
+
+def test_in_doubt_everybody_left_is_asked_at_once() -> None:
+    told, given = committed(2, 6, ("h1",))
+    gathering = Gathering(told, NAMES[:6])
+    for name in gathering.to_ask(0.0):
+        gathering.arrived(name, *given[name])
+    assert gathering.complete
+    assert gathering.solve() is None
+    assert not gathering.complete
+    assert gathering.to_ask(0.0) == ["h3", "h4", "h5", "h6"]
+    gathering.arrived("h5", *given["h5"])
+    secret = gathering.solve()
+    assert secret is not None
+    assert bytes(secret) == SECRET
+    assert gathering.corrupt == ("h1",)
+
+
+def test_too_many_liars_are_share_corrupt() -> None:
+    told, given = committed(3, 5, ("h1", "h2", "h4"))
+    gathering = Gathering(told, NAMES[:5])
+    assert run(gathering, given) is None
+    error = gathering.error()
+    assert isinstance(error, ShareCorrupt)
+    assert set(error.holders) == set(NAMES[:5])
+    assert "another key than the manifest's check value" in str(error)
+
+
+def test_a_share_of_another_epoch_is_refused_by_its_commitment() -> None:
+    _, old = committed(2, 4, epoch=1)
+    told, new = committed(2, 4, epoch=2)
+    gathering = Gathering(told, NAMES[:4])
+    assert gathering.to_ask(0.0) == ["h1", "h2"]
+    gathering.arrived("h1", *old["h1"])
+    gathering.arrived("h2", *new["h2"])
+    assert gathering.corrupt == ("h1",)
+    assert old["h1"][0].y.closed
+    assert not gathering.complete
+    assert run(gathering, {**old, "h3": new["h3"]}) == SECRET
+
+
+@given(st.integers(1, 6), st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_t_right_holders_are_enough(shares: int, data: Any) -> None:
+    threshold = data.draw(st.integers(1, shares))
+    names = NAMES[:shares]
+    liars = data.draw(st.lists(st.sampled_from(names), unique=True))
+    down = data.draw(st.lists(st.sampled_from(names), unique=True))
+    told, given = committed(threshold, shares, liars)
+    right = [name for name in names if name not in liars and name not in down]
+    gathering = Gathering(told, data.draw(st.permutations(names)))
+    found = run(gathering, given, down)
+    assert (found == SECRET) == (len(right) >= threshold)
+    assert found in (SECRET, None)
+    if found is not None:
+        assert set(gathering.corrupt) <= set(liars)
+    gathering.close()
+
+
+def test_a_late_holder_is_told_with_its_own_patience() -> None:
+    gathering = Gathering(manifest(2, 4), NAMES[:4], None, {"h1": 0.005, "h2": 0.2})
+    assert gathering.to_ask(0.0) == ["h1", "h2"]
+    assert gathering.wake_s(0.0) == pytest.approx(0.005)
+    assert gathering.to_ask(0.005) == ["h3"]
+    assert gathering.late(0.005) == {"h1": 0.005}
+    assert gathering.to_ask(0.01) == []
+    assert gathering.to_ask(0.2) == ["h4"]
+    assert set(gathering.late(0.2)) == {"h1", "h2", "h3"}
 
 
 # --- against an oracle ---

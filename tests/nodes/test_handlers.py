@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from engine.errors import (
     QuorumUnavailable,
     TokenError,
 )
-from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Destroy, Flush, Operate, Prewarm
+from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Destroy, Empty, Flush, Operate, Prewarm
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
 from engine.sharing import SecretBuffer, blind
 from nodes.cache import CacheLimits
@@ -85,6 +86,7 @@ class Scene:
         self.secrets: list[SecretBuffer] = []
         self.failure: EngineError | None = None
         self.clock_s = 0.0
+        self.signatures = SignatureCache(CacheLimits(300.0, 16), time.monotonic)
         self._number = 0
         holder = ShareHolder(world.cluster, world.keys[ME], store, self.catalogue, (algorithm,), world.clock)
         self.handlers = Handlers(
@@ -103,7 +105,7 @@ class Scene:
             dealer=self.talkers,  # type: ignore[arg-type]
             replier=self,
             cache_limits=CacheLimits(300.0, 4, max_uses),
-            signatures=SignatureCache(CacheLimits(300.0, 16), time.monotonic),
+            signatures=self.signatures,
             now_ms=world.clock,
         )
 
@@ -337,6 +339,73 @@ def test_prewarming_loads_and_answers(scene: Scene) -> None:
     assert scene.outcome(number) == "ok"
     assert scene.answers[number][2].loaded
     assert scene.outcome(scene.encrypt(grant=False)) == "ok"
+
+
+def test_a_key_is_used_only_so_often_and_then_gathered_again(world: Any, lane: Lane, store: ShareStore) -> None:
+    scene = Scene(world, lane, store, max_uses=2)
+    before = scene.objects()
+    numbers = [scene.encrypt() for _ in range(5)]
+    assert scene.talkers.run() == 3
+    assert [scene.outcome(number) for number in numbers] == ["ok"] * 5
+    assert len({grant for grant, _ in scene.gatherings}) == 3  # each under a grant of those who still waited
+    last = scene.encrypt(grant=False)
+    assert scene.outcome(last) == "ok"
+    assert not scene.answers[last][2].loaded  # so the client attaches a grant next time
+    assert scene.outcome(scene.encrypt(grant=False)) == "NeedGrant"
+    assert scene.objects() == before
+    assert scene.handlers.pending == 0
+    (keys, _, _) = status_of(scene).caches
+    assert (keys.cache, keys.entries, keys.hits, keys.misses, keys.uses) == ("keys", 0, 1, 6, 3)
+
+
+def status_of(scene: Scene) -> Any:
+    return REPLY_CODECS["status"].decode(scene.answers[scene.send("status", Empty())][1])
+
+
+def test_a_flush_is_counted_and_forgets_signatures(scene: Scene) -> None:
+    scene.encrypt()
+    scene.talkers.run()
+    scene.signatures.learn(b"digest")
+    flushed = REPLY_CODECS["flush"].decode(scene.answers[scene.send("flush", Flush("orders"))][1])
+    assert (flushed.dropped, flushed.shares) == (1, 0)
+    told = {each.cache: each for each in status_of(scene).caches}
+    assert {name: each.entries for name, each in told.items()} == {"keys": 0, "shares": 0, "signatures": 0}
+    assert (told["keys"].flushed, told["signatures"].flushed) == (1, 1)
+    number = scene.send("stats", Empty(), client="balancer")
+    assert REPLY_CODECS["stats"].decode(scene.answers[number][1]).caches == list(told.values())
+
+
+def test_a_new_epoch_leaves_a_loaded_key_and_a_new_version_or_the_end_does_not(scene: Scene) -> None:
+    before = scene.objects()
+    entry = scene.catalogue.by_id(scene.dealt.key_id)
+    assert entry is not None
+    for changes, left in (({"epoch": 2}, 1), ({"version": 2}, 0), ({"state": "destroyed", "sealed": b""}, 0)):
+        scene.encrypt()
+        scene.talkers.run()
+        scene.handlers.key_changed(dataclasses.replace(entry, row=dataclasses.replace(entry.row, **changes)))
+        assert scene.objects() == before + left
+        scene.send("flush", Flush(""))
+
+
+def test_a_grant_of_a_newer_epoch_makes_the_node_look_at_the_books_at_once(scene: Scene) -> None:
+    scene.clock_s = 100.0
+    scene.handlers.tick(30_000)
+    scene.talkers.jobs.clear()
+    for epoch, looked in ((2, 1), (0, 0)):
+        scene.handlers._catching_up = False
+        scene.handlers._looked_s -= 10.0
+        grant = scene.world.grant(scene.dealt, ME, "encrypt", epoch=epoch)
+        number = scene.send("encrypt", Operate("orders", b"", b"data", b"", b"", False, grant))
+        assert scene.outcome(number) == "StaleKey"
+        assert len(scene.talkers.jobs) == looked  # the dealer's queue is the talkers' here
+        scene.talkers.jobs.clear()
+
+
+def test_many_outdated_requests_are_one_look_at_the_books(scene: Scene) -> None:
+    for _ in range(5):
+        scene.handlers._catching_up = False
+        scene.send("encrypt", Operate("orders", bytes(16), b"data", b"", b"", False, b""))
+    assert len(scene.talkers.jobs) == 1
 
 
 def test_too_many_requests_are_overloaded(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
