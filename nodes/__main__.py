@@ -16,9 +16,11 @@ from engine.client.process import harden_process, lock_folder
 from engine.errors import EngineError, TokenError
 from engine.failpoints import arm_from_environment
 from nodes import rotation
+from nodes.audit import AuditNames
 from nodes.config import PinSource, load_node_config
-from nodes.rotation import rotate
+from nodes.rotation import STORE_NAME, rotate
 from nodes.server import Server, load_membership
+from nodes.store import ShareStore
 from nodes.token import Token, initialize_token
 
 CHECK_TIMEOUT_S = 600
@@ -149,6 +151,25 @@ def check_token(config_path: Path) -> None:
         click.echo(name)
     for name, lacking in token.missing.items():
         click.echo(f"{name}: missing {lacking}")
+
+
+@main.command()
+@_CONFIG
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+def audit_name(config_path: Path, names: tuple[str, ...]) -> None:
+    """Print what stands in the audit log for names of keys where `key_names = "hmac"` hides them."""
+    configure_logging("error")
+    harden_process()
+    config = load_node_config(config_path)
+    identity, _ = load_membership(config)
+    lane = Token(config.token, config.data).lane()
+    store = ShareStore(config.data / STORE_NAME, identity.name, lane)
+    try:
+        hidden = AuditNames(store, lane)
+    finally:
+        store.close()
+    for name in names:
+        click.echo(f"{hidden(name)}  {name}")
 
 
 def run() -> int:

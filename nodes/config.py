@@ -54,6 +54,13 @@ class _Create(Struct, frozen=True, forbid_unknown_fields=True):
     acknowledge: Literal["up", "quorum", "all"] = "up"
 
 
+class _Audit(Struct, frozen=True, forbid_unknown_fields=True):
+    mode: Literal["group", "strict"] = "group"
+    key_names: Literal["plain", "hmac"] = "plain"
+    head_every_s: Annotated[float, Meta(ge=0.1, le=3600)] = 10.0
+    segment_mib: Annotated[int, Meta(ge=1, le=65_536)] = 256
+
+
 class _File(Struct, frozen=True, forbid_unknown_fields=True):
     version: Annotated[int, Meta(ge=1, le=1)]
     identity: str
@@ -65,6 +72,7 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     workers: Annotated[int, Meta(ge=1, le=64)] = 2
     cache: _Cache = _Cache()
     create: _Create = _Create()
+    audit: _Audit = _Audit()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +132,10 @@ class NodeConfig:
     share_cache: CacheLimits
     signature_cache: CacheLimits
     acknowledge: Literal["up", "quorum", "all"]
+    audit_mode: Literal["group", "strict"]
+    audit_key_names: Literal["plain", "hmac"]
+    audit_head_every_s: float
+    audit_segment_bytes: int
 
 
 def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
@@ -144,6 +156,10 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         ),
         signature_cache=CacheLimits(file.cache.signature_ttl_s, file.cache.max_signatures),
         acknowledge=file.create.acknowledge,
+        audit_mode=file.audit.mode,
+        audit_key_names=file.audit.key_names,
+        audit_head_every_s=file.audit.head_every_s,
+        audit_segment_bytes=file.audit.segment_mib * 1024 * 1024,
     )
 
 

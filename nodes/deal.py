@@ -41,6 +41,7 @@ from engine.protocol.manifest import (
     receipts_needed,
 )
 from engine.protocol.requests import (
+    AUDIT_HEAD,
     REGISTRY_ABORT,
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
@@ -55,6 +56,7 @@ from engine.protocol.requests import (
     SHARE_PREPARE,
     SHARE_RELEASE,
     Abort,
+    AuditNotice,
     Commit,
     Destroy,
     Destroyed,
@@ -532,6 +534,13 @@ class Conversation:
             if not page.more or not page.entries:
                 break
         return sorted(entries, key=lambda entry: entry.state != "destroyed"), cursor
+
+    def tell(self, talker: Talker, names: Sequence[str], head: bytes, timeout_s: float) -> list[str]:
+        """Tell nodes the newest head of this node's audit log; who confirmed it. One that is away is asked again."""
+        body = REQUEST_CODECS[AUDIT_HEAD].encode(AuditNotice(head))
+        until_s = self._clock() + timeout_s
+        replies = self._all(talker.channel, AUDIT_HEAD, dict.fromkeys(names, body), until_s, None)
+        return [name for name, reply in replies if not isinstance(reply, EngineError)]
 
     def outcome(self, talker: Talker, entry: Entry) -> OutcomeReply:
         """What became of a prepared share's key."""

@@ -20,6 +20,7 @@ from engine._version import __version__
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
     AccessDenied,
+    AuditUnavailable,
     DeadlineExceeded,
     EngineError,
     KeyNotFound,
@@ -31,6 +32,8 @@ from engine.errors import (
 )
 from engine.failpoints import failpoint
 from engine.keys import OPERATIONS, RequestType
+from engine.protocol import audit as chain
+from engine.protocol.audit import Record
 from engine.protocol.grant import check_grant, read_grant
 from engine.protocol.manifest import (
     Cluster,
@@ -41,6 +44,7 @@ from engine.protocol.manifest import (
     read_key_manifest,
 )
 from engine.protocol.requests import (
+    AUDIT_HEAD,
     REPLY_CODECS,
     REQUEST_CODECS,
     SHARE_ABORT,
@@ -50,6 +54,7 @@ from engine.protocol.requests import (
     SHARE_RELEASE,
     STATS,
     Abort,
+    AuditNotice,
     CacheCount,
     ClassCount,
     Create,
@@ -78,7 +83,7 @@ from engine.protocol.requests import (
 from engine.protocol.signed import read_unverified
 from engine.protocol.wire import ErrorBody, Load, Status, error_codec
 from engine.sharing import unblind
-from nodes.audit import AuditLog, Record
+from nodes.audit import AuditLog
 from nodes.cache import Cache, CacheLimits, CacheStatistics
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
@@ -87,6 +92,7 @@ from nodes.operations import check_operation, operate
 from nodes.policy import check_key, check_verb
 from nodes.remember import SignatureCache
 from nodes.token import Lane, LoadedKey, Token, is_slow
+from nodes.witness import Heard, Witness
 from nodes.workers import Worker
 
 __all__ = ["Handlers", "Moved", "Replier"]
@@ -101,9 +107,29 @@ LOOK_AGAIN_S: Final = 1.0
 BOOKS_EVERY_S: Final = 5.0
 """How often the node asks the registry what changed of its keys; a destruction that it missed is carried out then."""
 DURABLE_VERBS: Final = frozenset(
-    {RequestType.GENERATE, RequestType.IMPORT, RequestType.DESTROY, SHARE_PREPARE, SHARE_RELEASE, SHARE_DESTROY}
+    {
+        RequestType.GENERATE,
+        RequestType.IMPORT,
+        RequestType.DESTROY,
+        SHARE_PREPARE,
+        SHARE_COMMIT,
+        SHARE_ABORT,
+        SHARE_RELEASE,
+        SHARE_DESTROY,
+    }
 )
-"""Verbs whose audit record is on the disk before the reply goes out."""
+"""Verbs whose audit record is on the disk before the reply goes out, in every mode."""
+UNRECORDED: Final = frozenset({STATS, AUDIT_HEAD})
+"""Verbs that are recorded only where they fail: figures for the balancer, and heads, which have their own records."""
+ALWAYS_ANSWERED: Final = frozenset({RequestType.STATUS})
+"""Verbs that are answered also while no record can be written."""
+HEADS_EVERY_S: Final = 1.0
+"""How often the node looks whether others are to be told of its audit log's head."""
+HEADS_RETRY_S: Final = 10.0
+"""The same after one of them could not be told."""
+HEADS_TIMEOUT_S: Final = 1.0
+FAREWELL_S: Final = 0.3
+"""What a node that stops gives the others to take in its last head."""
 MAX_ERROR_DETAIL: Final = 200
 STEPS: Final[dict[str, str]] = {
     **dict.fromkeys(OPERATIONS, "combiner.operate"),
@@ -158,7 +184,7 @@ class _Call:
     grant: bytes = b""
     service_us: int = 0
     detail: str = ""
-    recorded: bool = False
+    recording: bool = True
 
 
 @dataclass(slots=True)
@@ -201,6 +227,9 @@ class Handlers:
         holder: ShareHolder,
         conversation: Conversation,
         audit: AuditLog,
+        audit_strict: bool,
+        audit_name: Callable[[str], str] | None,
+        witness: Witness,
         local: Worker[Lane],
         slow: Worker[Lane],
         talkers: Worker[Talker],
@@ -221,6 +250,11 @@ class Handlers:
         self._holder = holder
         self._conversation = conversation
         self._audit = audit
+        self._audit_strict = audit_strict
+        self._audit_name = audit_name
+        self._witness = witness
+        self._next_heads_s = 0.0
+        self._telling = False
         self._local = local
         self._slow = slow
         self._talkers = talkers
@@ -257,6 +291,7 @@ class Handlers:
             SHARE_ABORT: self._share_abort,
             SHARE_RELEASE: self._share_release,
             SHARE_DESTROY: self._share_destroy,
+            AUDIT_HEAD: self._audit_head,
         }
 
     # --- the way in and out ---
@@ -269,7 +304,10 @@ class Handlers:
         call = _Call(incoming, self._number, now, now + request.timeout_ms / 1000, request.verb)
         self.pending += 1
         try:
-            self._record(call, "request")
+            if request.verb in UNRECORDED and not self._audit.problem:
+                call.recording = False
+            elif request.verb not in ALWAYS_ANSWERED or not self._audit.problem:
+                self._record(call, chain.REQUEST)
             check_verb(self._cluster, incoming.member, request.verb)
             if self.pending > MAX_PENDING:
                 raise Overloaded(f"{MAX_PENDING} requests are under way")
@@ -282,19 +320,27 @@ class Handlers:
         """Reply with an ok message."""
         try:
             body = REPLY_CODECS[call.verb].encode(message)
-            self._finish(call, "ok", "")
         except Exception as error:
             self._fail(call, error)
             return
-        self._replier.reply(call.incoming, Status.OK, body, self._load(call))
-        failpoint(ANSWERED.get(call.verb, ""))
+        self._finish(
+            call,
+            "ok",
+            call.detail,
+            lambda: self._replier.reply(call.incoming, Status.OK, body, self._load(call)),
+        )
 
     def _fail(self, call: _Call, error: Exception) -> None:
         """Reply with an error; one that nobody foresaw is logged and told without details."""
+        call.recording = True
         if isinstance(error, Moved):
-            self._finish(call, "moved", ",".join(error.names))
             body = error_codec.encode(ErrorBody(error.code, str(error), list(error.names)))
-            self._replier.reply(call.incoming, Status.MOVED, body, self._load(call))
+            self._finish(
+                call,
+                "moved",
+                ",".join(error.names),
+                lambda: self._replier.reply(call.incoming, Status.MOVED, body, self._load(call)),
+            )
             return
         if isinstance(error, StaleKey):
             self._outdated(call)
@@ -302,11 +348,28 @@ class Handlers:
         if not isinstance(error, EngineError | ValueError | TypeError):
             code = "error"
             log.error("request failed", verb=call.verb, key=call.key, kind=type(error).__name__, exc_info=error)
-        self._finish(call, code, str(error)[:MAX_ERROR_DETAIL] if code != "error" else type(error).__name__)
-        self._replier.fail(call.incoming, error, self._load(call))
+        detail = str(error)[:MAX_ERROR_DETAIL] if code != "error" else type(error).__name__
+        if self._audit_name is not None:
+            detail = call.detail  # an error's text may hold names of keys
+        self._finish(call, code, detail, lambda: self._replier.fail(call.incoming, error, self._load(call)))
 
-    def _finish(self, call: _Call, outcome: str, detail: str) -> None:
-        self.pending -= 1
+    def _finish(self, call: _Call, outcome: str, detail: str, reply: Callable[[], None]) -> None:
+        """Record the outcome, then reply: at once, or once the record is on the disk. Without a record no reply."""
+
+        def answer(failure: AuditUnavailable | None) -> None:
+            self.pending -= 1
+            try:
+                if failure is not None:
+                    raise failure
+                if outcome == "ok" and call.verb in DURABLE_VERBS:
+                    failpoint(RECORDED[call.verb])
+            except EngineError as error:
+                self._replier.fail(call.incoming, error, self._load(call))
+                return
+            reply()
+            if outcome == "ok":
+                failpoint(ANSWERED.get(call.verb, ""))
+
         if call.request_class:
             count = self._counts.setdefault(call.request_class, _Count())
             count.requests += 1
@@ -314,11 +377,22 @@ class Handlers:
             count.busy_us += call.service_us
             group = self._cluster.group_of(call.key)
             self._group_counts[group] = self._group_counts.get(group, 0) + 1
-        if not call.recorded:
-            self._record(call, "reply", outcome, detail or call.detail)
+        if not call.recording:
+            answer(None)
+            return
+        try:
+            number = self._record(call, chain.REPLY, outcome, detail)
+        except AuditUnavailable as failure:
+            answer(None if call.verb in ALWAYS_ANSWERED else failure)
+            return
+        if (self._audit_strict and call.verb not in ALWAYS_ANSWERED) or call.verb in DURABLE_VERBS:
+            self._audit.when_durable(number, answer)
+        else:
+            answer(None)
 
-    def _record(self, call: _Call, event: str, outcome: str = "", detail: str = "", *, durable: bool = False) -> None:
-        elapsed_us = int((self._clock() - call.started_s) * 1e6) if event == "reply" else 0
+    def _record(self, call: _Call, event: str, outcome: str = "", detail: str = "") -> int:
+        elapsed_us = int((self._clock() - call.started_s) * 1e6) if event == chain.REPLY else 0
+        key = call.key if self._audit_name is None or not call.key else self._audit_name(call.key)
         record = Record(
             time_ms=self._now_ms(),
             node=self._node,
@@ -327,12 +401,12 @@ class Handlers:
             event=event,
             member=call.incoming.member.name,
             verb=call.verb,
-            key=call.key,
+            key=key,
             outcome=outcome,
             detail=detail,
             elapsed_us=elapsed_us,
         )
-        self._audit.write(record, durable=durable)
+        return self._audit.write(record)
 
     def _load(self, call: _Call) -> Load:
         loaded = call.entry is not None and self._cache.contains(_cached_as(call.entry), self._clock())
@@ -347,19 +421,13 @@ class Handlers:
     ) -> None:
         """Have a worker make the reply's message, unless the client's deadline is over by then.
 
-        A record that must be on the disk before the reply is synced by the worker too, so that the loop never waits for
-        a disk. ``then`` is called by the loop and makes the message of what the worker gave.
+        ``then`` is called by the loop and makes the message of what the worker gave.
         """
 
         def job(state: Any) -> Any:
             if self._clock() >= call.deadline_s:
                 raise DeadlineExceeded(f"{self._node}: the deadline passed while the request waited")
-            result = work(state)
-            if call.verb in DURABLE_VERBS:
-                self._record(call, "reply", "ok", call.detail, durable=True)
-                call.recorded = True
-                failpoint(RECORDED[call.verb])
-            return result
+            return work(state)
 
         def done(result: Any, error: Exception | None) -> None:
             if error is None:
@@ -631,6 +699,8 @@ class Handlers:
                 token=self._token.description,
                 algorithms=list(self._token.algorithms),
                 missing=missing,
+                audit=self._audit.problem[:MAX_ERROR_DETAIL],
+                alarms=[each for each in (self._audit.broken, *self._witness.alarms.values()) if each],
             ),
         )
 
@@ -686,6 +756,58 @@ class Handlers:
 
         self._aside(call, self._local, lambda lane: self._holder.destroy(body), forget)
 
+    # --- the heads of audit logs ---
+
+    def _audit_head(self, call: _Call, body: AuditNotice) -> None:
+        """Write another node's head into this log, so that it can't take it back."""
+        heard = self._witness.hear(body.head, call.incoming.member, self._clock())
+        if heard is not None:
+            self._witnessed(call.incoming.member.name, heard)
+        self._answer(call, Empty())
+
+    def _witnessed(self, member: str, heard: Heard) -> None:
+        if heard.event == chain.PEER_FORK:
+            log.error("audit logs contradict each other", member=member, reason=heard.detail)
+        self._audit.write(
+            Record(
+                time_ms=self._now_ms(),
+                node=self._node,
+                boot=self._boot_text,
+                request=0,
+                event=heard.event,
+                member=member,
+                detail=heard.detail,
+                head=heard.text,
+            )
+        )
+
+    def _tell_head(self, timeout_s: float) -> None:
+        """Have the dealer's worker tell the newest head to those who have not confirmed it."""
+        head = self._audit.head
+        names = self._witness.to_tell(head.seq) if head is not None else ()
+        if head is None or not names or self._telling:
+            return
+
+        def done(told: list[str] | None, error: Exception | None) -> None:
+            self._telling = False
+            if told is None:
+                log.warning("the audit log's head could not be told", reason=str(error))
+            else:
+                self._witness.told(told, head.seq)
+            if told is None or len(told) < len(names):
+                self._next_heads_s = self._clock() + HEADS_RETRY_S
+
+        self._telling = True
+        try:
+            self._dealer.submit(lambda talker: self._conversation.tell(talker, names, head.raw, timeout_s), done)
+        except Overloaded:
+            self._telling = False
+
+    def farewell(self) -> None:
+        """Tell the last head, of the log of a node that stops."""
+        self._telling = False
+        self._tell_head(FAREWELL_S)
+
     # --- from time to time ---
 
     def tick(self, settle_after_ms: int) -> None:
@@ -698,6 +820,9 @@ class Handlers:
         overdue, self._unloading = self._unloading, []
         for each in overdue:
             self._unload(each)
+        if now >= self._next_heads_s:
+            self._next_heads_s = now + HEADS_EVERY_S
+            self._tell_head(HEADS_TIMEOUT_S)
         if now >= self._next_books_s:
             self._read_books(now)
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 import structlog
 import zmq
 
+from engine._version import __version__
 from engine.client.config import Identity, load_cluster, load_identity, sync_folder
 from engine.client.listener import Gate, Listener
 from engine.client.process import lock_folder, raise_file_limit
@@ -20,7 +21,7 @@ from engine.client.transport import Channel
 from engine.errors import ConfigError
 from engine.protocol.manifest import Cluster
 from engine.protocol.signed import remember_signatures
-from nodes.audit import AuditLog
+from nodes.audit import AuditLog, AuditNames
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
 from nodes.config import NodeConfig
@@ -33,6 +34,7 @@ from nodes.selftest import run_self_tests
 from nodes.shares import ShareCache
 from nodes.store import ShareStore
 from nodes.token import Lane, Token
+from nodes.witness import Witness
 from nodes.workers import Mailbox, Worker
 
 __all__ = ["Server", "load_membership"]
@@ -93,9 +95,20 @@ class Server:
         self._store = ShareStore(config.data / STORE_NAME, identity.name, lane)
         self._store.note_cluster_serial(cluster.serial)
         catalogue = Catalogue(self._store.rows())
-        self._audit = AuditLog(config.data / "audit.jsonl")
-        sync_folder(config.data)  # the names of the store and the log, if they are new
+        sync_folder(config.data)  # the names of the store and its files, if they are new
         self._mailbox = Mailbox()
+        boot = os.urandom(16)
+        self._audit = AuditLog(
+            config.data / "audit",
+            identity.signing,
+            boot=boot.hex()[:8],
+            post=self._mailbox.post,
+            now_ms=_now_ms,
+            detail=f"version {__version__}, cluster manifest {cluster.serial} {cluster.digest.hex()}",
+            segment_bytes=config.audit_segment_bytes,
+            head_every_s=config.audit_head_every_s,
+        )
+        names = AuditNames(self._store, lane) if config.audit_key_names == "hmac" else None
         self._context: zmq.Context[Any] = zmq.Context()
         self._gate = Gate(self._context, cluster)
         me = cluster.nodes[identity.name]
@@ -133,7 +146,7 @@ class Server:
         )
         self._handlers = Handlers(
             node=identity.name,
-            boot=os.urandom(16),
+            boot=boot,
             cluster=cluster,
             token=token,
             lane=lane,
@@ -141,6 +154,9 @@ class Server:
             holder=holder,
             conversation=conversation,
             audit=self._audit,
+            audit_strict=config.audit_mode == "strict",
+            audit_name=names,
+            witness=Witness(identity.name, cluster, self._audit.kept),
             local=self._local,
             slow=self._slow,
             talkers=self._talkers[0],
@@ -206,14 +222,19 @@ class Server:
                 return
             self._handlers.handle(incoming)
 
-    def _close(self) -> None:
-        self._handlers.close()
-        workers: tuple[Worker[Any], ...] = (self._local, self._slow, self._dealer, *self._talkers)
+    def _end(self, *workers: Worker[Any]) -> None:
         for worker in workers:
             worker.finish()
         for worker in workers:
             worker.join(DRAIN_S)
         self._mailbox.run()
+
+    def _close(self) -> None:
+        self._handlers.close()
+        self._end(self._local, self._slow, *self._talkers)
+        self._audit.stop(DRAIN_S)
+        self._handlers.farewell()
+        self._end(self._dealer)
         self._listener.close()
         self._gate.close()
         self._audit.close()

@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, cast
 
 import msgspec
 
-from engine.errors import InvalidTag, ManifestError, TokenError
+from engine.errors import InvalidTag, ManifestError, StoreUnavailable, TokenError
 from engine.failpoints import failpoint
 from engine.protocol.manifest import KeyManifest
 from engine.sharing import SecretBuffer, Share
@@ -186,15 +186,18 @@ class ShareStore:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                self._db.execute("BEGIN IMMEDIATE")
                 failpoint("store.write.begun")
                 yield
                 failpoint("store.write.changed")
-            except BaseException:
-                self._db.execute("ROLLBACK")
-                raise
-            self._db.execute("COMMIT")
+                self._db.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                # A full disk above all; SQLite may have rolled back by itself.
+                raise StoreUnavailable(f"the store of {self._node!r} can't be written: {error}") from None
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
             failpoint("store.write.durable")
 
     def _tag(self, row: Row) -> bytes:

@@ -8,6 +8,7 @@ from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, ver
 from engine.client.local import LocalCluster
 from engine.errors import (
     AccessDenied,
+    AuditUnavailable,
     ClusterError,
     ConfigError,
     DeadlineExceeded,
@@ -25,6 +26,7 @@ from engine.errors import (
     RegistryUnavailable,
     ShareCorrupt,
     StaleKey,
+    StoreUnavailable,
     TokenError,
     UnsupportedAlgorithm,
 )
@@ -37,6 +39,7 @@ __all__ = [
     "ALGORITHMS",
     "AccessDenied",
     "Algorithm",
+    "AuditUnavailable",
     "ClientSettings",
     "ClusterError",
     "ConfigError",
@@ -64,6 +67,7 @@ __all__ = [
     "Share",
     "ShareCorrupt",
     "StaleKey",
+    "StoreUnavailable",
     "TableStats",
     "TokenError",
     "UnsupportedAlgorithm",

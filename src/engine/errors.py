@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "AccessDenied",
+    "AuditUnavailable",
     "ClusterError",
     "ConfigError",
     "DeadlineExceeded",
@@ -27,6 +28,7 @@ __all__ = [
     "RegistryUnavailable",
     "ShareCorrupt",
     "StaleKey",
+    "StoreUnavailable",
     "TokenError",
     "UnsupportedAlgorithm",
     "error_from_code",
@@ -147,6 +149,18 @@ class TokenError(EngineError):
     """The PKCS#11 token refused or failed an operation, or a self test."""
 
     code = "token-error"
+
+
+class AuditUnavailable(EngineError):
+    """The node can't write its audit log, so it serves nothing until it can again."""
+
+    code = "audit-unavailable"
+
+
+class StoreUnavailable(EngineError):
+    """The node can't write its store, most often because the disk is full; what was asked was not done."""
+
+    code = "store-unavailable"
 
 
 class ConfigError(EngineError):

@@ -22,6 +22,7 @@ import msgspec
 from engine.client.transport import Moved, raise_for_status
 from engine.errors import (
     AccessDenied,
+    AuditUnavailable,
     DeadlineExceeded,
     EngineError,
     InvalidSignature,
@@ -37,6 +38,7 @@ from engine.errors import (
     RegistryUnavailable,
     ShareCorrupt,
     StaleKey,
+    StoreUnavailable,
     TokenError,
     UnsupportedAlgorithm,
 )
@@ -285,7 +287,17 @@ class _Trail:
         newest = self.earlier
         if not newest:
             return DeadlineExceeded(f"{self.what}: the deadline passed before any node was asked")
-        kinds = (Overloaded, TokenError, StaleKey, ManifestError, ProtocolError, RegistryUnavailable, NodeUnavailable)
+        kinds = (
+            Overloaded,
+            TokenError,
+            AuditUnavailable,
+            StoreUnavailable,
+            StaleKey,
+            ManifestError,
+            ProtocolError,
+            RegistryUnavailable,
+            NodeUnavailable,
+        )
         for kind in kinds:
             if all(isinstance(each, kind) for each in newest.values()):
                 return kind(f"{self.what}: {self.told()}")
@@ -823,7 +835,7 @@ class Calls:
         cold: bool,
     ) -> None:
         now_s = self._clock()
-        if isinstance(outcome, Overloaded | TokenError | _Lost):
+        if isinstance(outcome, Overloaded | TokenError | AuditUnavailable | StoreUnavailable | _Lost):
             self.router.failed(peer, now_s)
             return
         elapsed_us = (now_s - started_s) * 1e6
@@ -962,7 +974,7 @@ def succeeded(outcomes: Iterable[T | Exception]) -> tuple[T, ...]:
 def answered_by_any(outcomes: Mapping[str, T | Exception]) -> list[T]:
     """The results among what the nodes said; raises where one refused or none answered."""
     results = [each for each in outcomes.values() if not isinstance(each, Exception)]
-    lost = (NodeUnavailable, DeadlineExceeded, ProtocolError, Overloaded)
+    lost = (NodeUnavailable, DeadlineExceeded, ProtocolError, Overloaded, AuditUnavailable)
     # One node that refuses this client (it may know an older manifest) does not hide what the others say.
     # And a node that does not hold a key has nothing of it to tell, as long as another one has.
     passed_over = (*lost, AccessDenied, KeyNotFound) if results else lost

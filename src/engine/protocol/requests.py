@@ -178,7 +178,11 @@ class NodeStats(Message, frozen=True):
 
 
 class NodeStatus(Message, frozen=True):
-    """What a node tells an operator."""
+    """What a node tells an operator.
+
+    ``audit`` says why it serves nothing, empty if it does; ``alarms`` are contradictions in audit logs, also in its
+    own.
+    """
 
     node: Name
     software: Annotated[str, Meta(max_length=32)]
@@ -192,6 +196,8 @@ class NodeStatus(Message, frozen=True):
     token: Text
     algorithms: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=64)]
     missing: Annotated[list[Text], Meta(max_length=64)]
+    audit: Text
+    alarms: Annotated[list[Text], Meta(max_length=32)]
 
 
 class SharePrepare(Message, frozen=True):
@@ -234,6 +240,12 @@ class ReleasedShare(Message, frozen=True):
     x: Annotated[int, Meta(ge=1, le=255)]
     y: Annotated[bytes, Meta(min_length=33, max_length=8192)]
     salt: Annotated[bytes, Meta(min_length=32, max_length=32)]
+
+
+class AuditNotice(Message, frozen=True):
+    """Node to node: ``[head]``: the newest signed head of the sender's audit log."""
+
+    head: Annotated[bytes, Meta(max_length=1024)]
 
 
 class Reserve(Message, frozen=True):
@@ -344,6 +356,7 @@ SHARE_COMMIT: Final = "share.commit"
 SHARE_ABORT: Final = "share.abort"
 SHARE_RELEASE: Final = "share.release"
 SHARE_DESTROY: Final = "share.destroy"
+AUDIT_HEAD: Final = "audit.head"
 STATS: Final = "stats"
 REGISTRY_RESERVE: Final = "registry.reserve"
 REGISTRY_COMMIT: Final = "registry.commit"
@@ -368,6 +381,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_ABORT: (Abort, Empty),
     SHARE_RELEASE: (ShareRelease, ReleasedShare),
     SHARE_DESTROY: (Destroy, Empty),
+    AUDIT_HEAD: (AuditNotice, Empty),
     STATS: (Empty, NodeStats),
     REGISTRY_RESERVE: (Reserve, Reserved),
     REGISTRY_COMMIT: (Commit, Committed),
@@ -388,7 +402,7 @@ REPLY_CODECS: Final[dict[str, Codec[Any]]] = {
 balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
 
 CLIENT_VERBS: Final = frozenset(RequestType)
-NODE_VERBS: Final = frozenset({SHARE_PREPARE, SHARE_COMMIT, SHARE_ABORT, SHARE_RELEASE, SHARE_DESTROY})
+NODE_VERBS: Final = frozenset({SHARE_PREPARE, SHARE_COMMIT, SHARE_ABORT, SHARE_RELEASE, SHARE_DESTROY, AUDIT_HEAD})
 REGISTRY_VERBS: Final = frozenset(
     {REGISTRY_RESERVE, REGISTRY_COMMIT, REGISTRY_DESTROY, REGISTRY_SYNC, REGISTRY_OUTCOME, REGISTRY_ABORT}
 )
