@@ -332,7 +332,6 @@ class Handlers:
 
     def _fail(self, call: _Call, error: Exception) -> None:
         """Reply with an error; one that nobody foresaw is logged and told without details."""
-        call.recording = True
         if isinstance(error, Moved):
             body = error_codec.encode(ErrorBody(error.code, str(error), list(error.names)))
             self._finish(
@@ -377,10 +376,12 @@ class Handlers:
             count.busy_us += call.service_us
             group = self._cluster.group_of(call.key)
             self._group_counts[group] = self._group_counts.get(group, 0) + 1
-        if not call.recording:
+        if not call.recording and outcome == "ok":
             answer(None)
             return
         try:
+            if not call.recording:
+                self._record(call, chain.REQUEST)
             number = self._record(call, chain.REPLY, outcome, detail)
         except AuditUnavailable as failure:
             answer(None if call.verb in ALWAYS_ANSWERED else failure)

@@ -29,6 +29,7 @@ __all__ = ["Row", "ShareStore", "StoreCorrupt", "seal_context", "tag_of"]
 
 SCHEMA_VERSION: Final = 1
 SALT_BYTES: Final = 32
+UNWRITABLE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY})
 SEALED_NAME: Final = "sealed/"
 """What the names of sealed secrets begin with in ``meta``."""
 SECRET_BYTES: Final = 32
@@ -193,10 +194,11 @@ class ShareStore:
                 failpoint("store.write.changed")
                 self._db.execute("COMMIT")
             except sqlite3.OperationalError as error:
-                # A full disk above all; SQLite may have rolled back by itself.
+                if error.sqlite_errorcode & 0xFF not in UNWRITABLE:
+                    raise
                 raise StoreUnavailable(f"the store of {self._node!r} can't be written: {error}") from None
             finally:
-                if self._db.in_transaction:
+                if self._db.in_transaction:  # SQLite rolls some failures back by itself
                     self._db.execute("ROLLBACK")
             failpoint("store.write.durable")
 

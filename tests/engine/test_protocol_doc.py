@@ -22,7 +22,7 @@ from engine.client.files import encrypt_stream
 from engine.client.transport import Moved, raise_for_status
 from engine.errors import EngineError, ManifestError, NeedGrant, ProtocolError, error_from_code
 from engine.keys import ALGORITHMS, OPERATIONS, RequestType
-from engine.protocol import grant, manifest, requests, routing, signed, wire
+from engine.protocol import audit, grant, manifest, requests, routing, signed, wire
 from engine.protocol.grant import Grant, check_grant, issue_grant
 from engine.protocol.manifest import (
     Cluster,
@@ -127,12 +127,12 @@ def structs() -> dict[str, type[msgspec.Struct]]:
     """Every message that the code defines, by its name without an underscore."""
     return {
         value.__name__.lstrip("_"): value
-        for module in (wire, signed, requests, manifest, grant, routing)
+        for module in (wire, signed, requests, manifest, grant, routing, audit)
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, msgspec.Struct)
         and value.__module__ == module.__name__
-        and value is not requests.Message
+        and value not in (requests.Message, audit.Record)
     }
 
 

@@ -13,6 +13,7 @@ from pkcs11 import Attribute
 
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
+    AuditUnavailable,
     DeadlineExceeded,
     EngineError,
     KeyNotFound,
@@ -33,6 +34,7 @@ from nodes.peers import Peers
 from nodes.remember import SignatureCache
 from nodes.store import Row, ShareStore
 from nodes.token import Lane, LoadedKey
+from nodes.witness import Witness
 
 ME = "node1"
 
@@ -65,6 +67,34 @@ class FakeWorker:
         return count
 
 
+class FakeAudit:
+    """Records in memory; a reply that waits for the disk goes out when the test calls ``sync``."""
+
+    problem = broken = ""
+    head = None
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+        self.waiting: list[Callable[[AuditUnavailable | None], None]] = []
+        self.held = False
+
+    def write(self, record: Any) -> int:
+        if self.problem:
+            raise AuditUnavailable(self.problem)
+        self.records.append(record)
+        return len(self.records)
+
+    def when_durable(self, seq: int, then: Callable[[AuditUnavailable | None], None]) -> None:
+        self.waiting.append(then)
+        if not self.held:
+            self.sync()
+
+    def sync(self, failure: AuditUnavailable | None = None) -> None:
+        waiting, self.waiting = self.waiting, []
+        for then in waiting:
+            then(failure)
+
+
 class Scene:
     """Handlers of node1 with one committed key, a scripted gathering and recorded answers."""
 
@@ -81,7 +111,8 @@ class Scene:
         self.catalogue = Catalogue([store.put(row)])
         self.local, self.talkers = FakeWorker(lane), FakeWorker(None)
         self.answers: dict[int, tuple[str, Any, Load]] = {}
-        self.records: list[Any] = []
+        self.audit = FakeAudit()
+        self.records = self.audit.records
         self.gatherings: list[tuple[bytes, float]] = []
         self.secrets: list[SecretBuffer] = []
         self.failure: EngineError | None = None
@@ -98,7 +129,10 @@ class Scene:
             catalogue=self.catalogue,
             holder=holder,
             conversation=SimpleNamespace(gather=self._gather, peers=Peers()),  # type: ignore[arg-type]
-            audit=SimpleNamespace(write=lambda record, durable=False: self.records.append(record)),  # type: ignore[arg-type]
+            audit=self.audit,  # type: ignore[arg-type]
+            audit_strict=False,
+            audit_name=None,
+            witness=Witness(ME, world.cluster),
             local=self.local,  # type: ignore[arg-type]
             slow=self.local,  # type: ignore[arg-type]
             talkers=self.talkers,  # type: ignore[arg-type]

@@ -140,6 +140,9 @@ def status(context: click.Context) -> None:
     else:
         columns = ("MEMBER", "ROLE", "STATE", "ENDPOINT", "LOCATION", "KEYS", "LOADED", "QUEUE", "UP")
         table(settings, columns, [_row(member) for member in members], None)
+        for member in members:
+            for text in _troubles(member):
+                note(f"{member.name}: {text}")
     if not any(member.status for member in members):
         context.exit(2)
 
@@ -151,6 +154,7 @@ def _member_json(member: MemberStatus) -> dict[str, Any]:
         "endpoint": member.endpoint,
         "location": member.location,
         "up": member.status is not None,
+        "ready": member.status is not None and not getattr(member.status, "audit", ""),
         "error": "" if member.error is None else str(member.error),
         "status": None if member.status is None else _fields(member.status),
     }
@@ -174,4 +178,12 @@ def _row(member: MemberStatus) -> tuple[object, ...]:
 def _state(member: MemberStatus) -> str:
     if member.error is not None:
         return str(getattr(member.error, "code", "error"))
-    return "up"
+    return "not ready" if getattr(member.status, "audit", "") else "up"
+
+
+def _troubles(member: MemberStatus) -> list[str]:
+    """What an operator must look at."""
+    if not isinstance(member.status, NodeStatus):
+        return []
+    unready = [f"serves nothing: the audit log can't be written: {member.status.audit}"] if member.status.audit else []
+    return [*unready, *member.status.alarms]

@@ -16,6 +16,7 @@ from typing import Any, Final
 import click
 
 from engine._version import __version__
+from engine.cli.audit import audit
 from engine.cli.cluster import cluster
 from engine.cli.demo import demo
 from engine.cli.identity import init
@@ -63,7 +64,7 @@ class _Sections(click.Group):
 
     sections: Final = {
         "A local cluster": ("demo", "up", "down", "status"),
-        "A cluster over several hosts": ("init", "cluster"),
+        "A cluster over several hosts": ("init", "cluster", "audit"),
         "Keys": ("key", "flush"),
         "Use of keys": ("encrypt", "decrypt", "sign", "verify", "mac", "verify-mac"),
     }
@@ -93,7 +94,23 @@ def cli() -> None:
     """
 
 
-for _command in (demo, up, down, status, init, cluster, key, flush, encrypt, decrypt, sign, verify, mac, verify_mac):
+for _command in (
+    demo,
+    up,
+    down,
+    status,
+    init,
+    cluster,
+    audit,
+    key,
+    flush,
+    encrypt,
+    decrypt,
+    sign,
+    verify,
+    mac,
+    verify_mac,
+):
     cli.add_command(_command)
 
 
