@@ -87,6 +87,13 @@ GF256_DECLARE(avx2);
 GF256_DECLARE(neon);
 GF256_DECLARE(portable);
 
+/*
+ * Whether 2..4 rows of gf256_list_gfni512's list for 3 inputs are those of the shares 3, 4 .. from the secret and the
+ * shares 1 and 2, which takes one product instead of up to four: row 0 is the sum of all inputs, row 2 is row 1 plus the
+ * inputs 0 and 1, and row 3 is row 1 plus the inputs 0 and 2 (docs/shamir.md says why).
+ */
+int gf256_are_sums(const uint64_t *scalars, unsigned rows);
+
 /* A cipher in counter mode under a key that is used for one call and then wiped: a generator without kept state. */
 typedef struct gf256_stream {
     _Alignas(64) uint8_t keys[15 * 16]; /* AES-256: the round keys. ChaCha20: the key. Secret. */

@@ -16,6 +16,11 @@
 
 enum { VECTOR_BYTES = 64, ROUNDS = 14, BLOCKS_IN_VECTOR = 4, IN_FLIGHT = 8, INPUTS_MAX = 3, ROWS_MAX = 4 };
 
+INLINE __m512i sum_of_three(__m512i a, __m512i b, __m512i c)
+{
+    return _mm512_ternarylogic_epi64(a, b, c, 0x96);
+}
+
 /* The next `lanes` vectors of `draws` random rows. As in gf256_aes.c the barrier keeps round keys off the stack. */
 INLINE void encrypt(const gf256_stream *stream, __m512i *counters, unsigned draws, unsigned lanes,
                     __m512i drawn[INPUTS_MAX - 1][IN_FLIGHT])
@@ -46,8 +51,11 @@ INLINE void encrypt(const gf256_stream *stream, __m512i *counters, unsigned draw
     }
 }
 
-/* rows and draws are constants where this is inlined, so that scalars and addresses stay in registers. */
-INLINE size_t draw(const uint64_t *list, unsigned rows, unsigned draws, const uint8_t *secret, uint8_t *const *randoms,
+/*
+ * rows, draws and sums are constants where this is inlined, so that scalars and addresses stay in registers. With `sums`
+ * only row 1 is multiplied; the others are as gf256_are_sums says.
+ */
+INLINE size_t draw(const uint64_t *list, unsigned rows, unsigned draws, int sums, const uint8_t *secret, uint8_t *const *randoms,
                    uint8_t *const *outputs, gf256_stream *stream, size_t length)
 {
     const unsigned lanes = IN_FLIGHT / draws;
@@ -72,15 +80,23 @@ INLINE size_t draw(const uint64_t *list, unsigned rows, unsigned draws, const ui
         for (unsigned lane = 0; lane < lanes; lane++) {
             const size_t at = offset + VECTOR_BYTES * lane;
             const __m512i row = _mm512_loadu_si512(secret + at);
+            __m512i multiplied = _mm512_setzero_si512();
 #pragma GCC unroll 2
             for (unsigned d = 0; d < draws; d++)
                 _mm512_storeu_si512(to[d] + at, drawn[d][lane]);
 #pragma GCC unroll 4
             for (unsigned r = 0; r < rows; r++) {
-                __m512i sum = _mm512_gf2p8affine_epi64_epi8(row, scalar[r][0], 0);
+                __m512i sum;
+                if (sums && r != 1) {
+                    sum = r == 0 ? sum_of_three(row, drawn[0][lane], drawn[1][lane])
+                                 : sum_of_three(multiplied, row, drawn[r - 2][lane]);
+                } else {
+                    sum = _mm512_gf2p8affine_epi64_epi8(row, scalar[r][0], 0);
 #pragma GCC unroll 2
-                for (unsigned d = 0; d < draws; d++)
-                    sum = _mm512_xor_si512(sum, _mm512_gf2p8affine_epi64_epi8(drawn[d][lane], scalar[r][d + 1], 0));
+                    for (unsigned d = 0; d < draws; d++)
+                        sum = _mm512_xor_si512(sum, _mm512_gf2p8affine_epi64_epi8(drawn[d][lane], scalar[r][d + 1], 0));
+                    multiplied = sum;
+                }
                 _mm512_storeu_si512(out[r] + at, sum);
             }
         }
@@ -89,26 +105,37 @@ INLINE size_t draw(const uint64_t *list, unsigned rows, unsigned draws, const ui
     return offset;
 }
 
+#define DRAW(rows, draws, sums) return draw(list, rows, draws, sums, secret, randoms, outputs, stream, length)
+
+enum { SUMS = 4096 }; /* beyond any count * 8 + rows */
+
 TARGET size_t gf256_draw_vaes512(const void *list, unsigned rows, unsigned count, const uint8_t *secret,
                                  uint8_t *const *randoms, uint8_t *const *outputs, gf256_stream *stream, size_t length)
 {
-    switch (count * 8 + rows) {
+    const unsigned sums = count == 3 && gf256_are_sums(list, rows) ? SUMS : 0;
+    switch (sums + count * 8 + rows) {
     case 2 * 8 + 1:
-        return draw(list, 1, 1, secret, randoms, outputs, stream, length);
+        DRAW(1, 1, 0);
     case 2 * 8 + 2:
-        return draw(list, 2, 1, secret, randoms, outputs, stream, length);
+        DRAW(2, 1, 0);
     case 2 * 8 + 3:
-        return draw(list, 3, 1, secret, randoms, outputs, stream, length);
+        DRAW(3, 1, 0);
     case 2 * 8 + 4:
-        return draw(list, 4, 1, secret, randoms, outputs, stream, length);
+        DRAW(4, 1, 0);
     case 3 * 8 + 1:
-        return draw(list, 1, 2, secret, randoms, outputs, stream, length);
+        DRAW(1, 2, 0);
     case 3 * 8 + 2:
-        return draw(list, 2, 2, secret, randoms, outputs, stream, length);
+        DRAW(2, 2, 0);
     case 3 * 8 + 3:
-        return draw(list, 3, 2, secret, randoms, outputs, stream, length);
+        DRAW(3, 2, 0);
     case 3 * 8 + 4:
-        return draw(list, 4, 2, secret, randoms, outputs, stream, length);
+        DRAW(4, 2, 0);
+    case SUMS + 3 * 8 + 2:
+        DRAW(2, 2, 1);
+    case SUMS + 3 * 8 + 3:
+        DRAW(3, 2, 1);
+    case SUMS + 3 * 8 + 4:
+        DRAW(4, 2, 1);
     }
     return 0;
 }

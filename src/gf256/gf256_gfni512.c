@@ -109,32 +109,41 @@ INLINE void run(const uint64_t *scalars, unsigned rows, unsigned count, unsigned
 
 enum { FEW_MAX = 5 };
 
-/* The same for a small constant `count`: scalars and addresses, read once, stay in registers. */
-INLINE void few_step(__m512i scalar[4][FEW_MAX], unsigned rows, unsigned count, unsigned lanes,
+/*
+ * The same for a small constant `count`: scalars and addresses, read once, stay in registers. With `sums` only row 1 is
+ * multiplied; the others are as gf256_are_sums says.
+ */
+INLINE void few_step(__m512i scalar[4][FEW_MAX], unsigned rows, unsigned count, int sums, unsigned lanes,
                      const uint8_t *const in[FEW_MAX], uint8_t *const out[4], size_t offset, __mmask64 mask, int whole,
                      int bypass)
 {
 #pragma GCC unroll 4
     for (unsigned lane = 0; lane < lanes; lane++) {
-        __m512i row[FEW_MAX];
+        __m512i row[FEW_MAX], multiplied = _mm512_setzero_si512();
 #pragma GCC unroll 5
         for (unsigned k = 0; k < count; k++)
             row[k] = load(in[k] + offset + VECTOR_BYTES * lane, mask, whole);
 #pragma GCC unroll 4
         for (unsigned r = 0; r < rows; r++) {
-            __m512i sum = product(row[0], scalar[r][0]);
-            unsigned k = 1;
+            __m512i sum;
+            if (sums && r != 1) {
+                sum = r == 0 ? sum_of_three(row[0], row[1], row[2]) : sum_of_three(multiplied, row[0], row[r - 1]);
+            } else {
+                unsigned k = 1;
+                sum = product(row[0], scalar[r][0]);
 #pragma GCC unroll 2
-            for (; k + 2 <= count; k += 2)
-                sum = sum_of_three(sum, product(row[k], scalar[r][k]), product(row[k + 1], scalar[r][k + 1]));
-            if (k < count)
-                sum = _mm512_xor_si512(sum, product(row[k], scalar[r][k]));
+                for (; k + 2 <= count; k += 2)
+                    sum = sum_of_three(sum, product(row[k], scalar[r][k]), product(row[k + 1], scalar[r][k + 1]));
+                if (k < count)
+                    sum = _mm512_xor_si512(sum, product(row[k], scalar[r][k]));
+                multiplied = sum;
+            }
             store(out[r] + offset + VECTOR_BYTES * lane, sum, mask, whole, bypass);
         }
     }
 }
 
-INLINE void few_run(const uint64_t *scalars, unsigned rows, unsigned count, unsigned lanes,
+INLINE void few_run(const uint64_t *scalars, unsigned rows, unsigned count, int sums, unsigned lanes,
                     const uint8_t *const *inputs, uint8_t *const *outputs, size_t offset, size_t length, int bypass)
 {
     const size_t stride = (size_t)VECTOR_BYTES * lanes;
@@ -152,11 +161,11 @@ INLINE void few_run(const uint64_t *scalars, unsigned rows, unsigned count, unsi
     for (unsigned r = 0; r < rows; r++)
         out[r] = outputs[r];
     for (; offset + stride <= length; offset += stride)
-        few_step(scalar, rows, count, lanes, in, out, offset, 0, 1, bypass);
+        few_step(scalar, rows, count, sums, lanes, in, out, offset, 0, 1, bypass);
     for (; offset + VECTOR_BYTES <= length; offset += VECTOR_BYTES)
-        few_step(scalar, rows, count, 1, in, out, offset, 0, 1, 0);
+        few_step(scalar, rows, count, sums, 1, in, out, offset, 0, 1, 0);
     if (offset < length)
-        few_step(scalar, rows, count, 1, in, out, offset, ~0ull >> (VECTOR_BYTES - (length - offset)), 0, 0);
+        few_step(scalar, rows, count, sums, 1, in, out, offset, ~0ull >> (VECTOR_BYTES - (length - offset)), 0, 0);
 }
 
 #define ARGUMENTS                                                                                                     \
@@ -177,15 +186,17 @@ INLINE void few_run(const uint64_t *scalars, unsigned rows, unsigned count, unsi
     }
 
 /* A known small number of inputs: scalars and pointers stay in registers. */
-#define FEW(rows, inputs_, lanes)                                                                                     \
-    static TARGET void few_##rows##_##inputs_(ARGUMENTS)                                                              \
+#define FEW_LOOP(name, rows, inputs_, sums, lanes)                                                                    \
+    static TARGET void name(ARGUMENTS)                                                                                \
     {                                                                                                                 \
         (void)count;                                                                                                  \
         if (bypass)                                                                                                   \
-            few_run(scalars, rows, inputs_, lanes, inputs, outputs, offset, length, 1);                               \
+            few_run(scalars, rows, inputs_, sums, lanes, inputs, outputs, offset, length, 1);                         \
         else                                                                                                          \
-            few_run(scalars, rows, inputs_, lanes, inputs, outputs, offset, length, 0);                               \
+            few_run(scalars, rows, inputs_, sums, lanes, inputs, outputs, offset, length, 0);                         \
     }
+#define FEW(rows, inputs_, lanes) FEW_LOOP(few_##rows##_##inputs_, rows, inputs_, 0, lanes)
+#define SUMS(rows, lanes) FEW_LOOP(sums_##rows, rows, 3, 1, lanes)
 
 ANY(1, 4)
 ANY(2, 4)
@@ -205,6 +216,9 @@ FEW(3, 2, 2)
 FEW(3, 3, 2)
 FEW(4, 2, 2)
 FEW(4, 3, 2)
+SUMS(2, 2)
+SUMS(3, 2)
+SUMS(4, 2)
 
 typedef void group_fn(ARGUMENTS);
 static group_fn *const ANY_ROWS[ROWS_MAX + 1] = {NULL, any_1, any_2, any_3, any_4, any_5, any_6, any_7, any_8};
@@ -215,6 +229,23 @@ static group_fn *const FEW_ROWS[5][6] = {
     {NULL, NULL, few_3_2, few_3_3},
     {NULL, NULL, few_4_2, few_4_3},
 };
+static group_fn *const SUMS_ROWS[5] = {NULL, NULL, sums_2, sums_3, sums_4};
+
+enum { SUMS_BYTES_MIN = 256 }; /* shorter rows don't repay looking for sums */
+
+int gf256_are_sums(const uint64_t *scalars, unsigned rows)
+{
+    const uint64_t one = 0x0102040810204080; /* multiplication by 1 as a bit matrix; sums of scalars are sums of these */
+    uint64_t wrong = 0;
+    if (rows < 2 || rows > 4)
+        return 0;
+    for (unsigned k = 0; k < 3; k++) {
+        wrong |= scalars[k * rows] ^ one;
+        for (unsigned r = 2; r < rows; r++)
+            wrong |= scalars[k * rows + r] ^ scalars[k * rows + 1] ^ (k == 0 || k == r - 1 ? one : 0);
+    }
+    return wrong == 0;
+}
 
 GF256_NO_VECTORS void gf256_list_gfni512(void *list, const gf256_field *field, const uint8_t *matrix, unsigned rows,
                                       unsigned count)
@@ -231,6 +262,8 @@ TARGET void gf256_run_gfni512(const void *list, unsigned rows, unsigned count, c
     group_fn *group = ANY_ROWS[rows];
     if (rows < 5 && count < 6 && FEW_ROWS[rows][count] != NULL)
         group = FEW_ROWS[rows][count];
+    if (count == 3 && length - offset >= SUMS_BYTES_MIN && gf256_are_sums(list, rows))
+        group = SUMS_ROWS[rows];
     group(list, count, inputs, outputs, offset, length, bypass);
 }
 

@@ -130,6 +130,37 @@ def test_few_shares_of_every_length_around_the_steps(threshold: int, others: int
             assert ys[j] == slow_combine(*points, xs[j], 0x11B)
 
 
+@pytest.mark.parametrize("poly", POLYNOMIALS)
+@pytest.mark.parametrize("shares", range(2, 10))
+def test_the_usual_indices_at_every_length_around_the_steps(shares: int, poly: int) -> None:
+    """Shares 1, 2, 3 .. of any threshold: where some are sums of others, every vector and every rest is one."""
+    for threshold in range(2, shares + 1):
+        for length in (1, 255, 256, 257, 319, 320, 384, 400, 511, 512, 513, 767, 1025, 3000):
+            secret = os.urandom(length)
+            ys = split(secret, threshold, shares, poly=poly)
+            points = [0, *range(1, threshold)], [secret, *ys[: threshold - 1]]
+            for x in range(threshold, shares + 1):
+                assert ys[x - 1] == slow_combine(*points, x, poly)
+            assert interpolate([*range(1, threshold + 1)], ys[:threshold], [0, shares], poly=poly) == [secret, ys[-1]]
+
+
+@pytest.mark.parametrize("poly", POLYNOMIALS)
+def test_interpolation_at_what_looks_like_sums(poly: int) -> None:
+    """With a, b, c given: a + b + c, e, e + a + b, e + a + c, and what differs from that in one place."""
+    ys = [os.urandom(400) for _ in range(3)]
+    for xs in ([1, 2, 3], [2, 1, 3], [1, 2, 4], [8, 16, 32]):
+        a, b, c = xs
+        for e in (4, 7, 99, 255):
+            right = [a ^ b ^ c, e, e ^ a ^ b, e ^ a ^ c]
+            for count in (2, 3, 4):
+                for wrong in range(count + 1):
+                    targets = [x ^ 64 * (j == wrong) for j, x in enumerate(right[:count])]
+                    expected = [slow_combine(xs, ys, target, poly) for target in targets]
+                    assert interpolate(xs, ys, targets, poly=poly) == expected
+            swapped = [right[0], right[1], right[3], right[2]]
+            assert interpolate(xs, ys, swapped, poly=poly) == [slow_combine(xs, ys, x, poly) for x in swapped]
+
+
 def test_all_255_shares_with_the_largest_matrix() -> None:
     secret = os.urandom(5000)
     ys = split(secret, 128, 255)
@@ -159,6 +190,20 @@ def test_large_rows(starts: tuple[int, int]) -> None:
     for room, start in zip(rooms, starts, strict=True):
         assert (room[: 64 + start] == 0xA5).all()
         assert (room[64 + start + length :] == 0xA5).all()
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_large_rows_that_are_sums_of_others(start: int) -> None:
+    """With out on a cache line's start the rows go around the caches, if all of them begin alike."""
+    length, xs, targets = 64 * 70_001, [1, 2, 3], [0, 4, 7, 6]
+    ys = list(np.random.default_rng(2).integers(0, 256, (3, length), np.uint8))
+    room = np.empty(4 * length + 128, np.uint8)
+    start += -room.ctypes.data % 64
+    out = room[start : start + 4 * length].reshape(4, length)
+    interpolate(xs, ys, targets, out=out)  # type: ignore[arg-type, call-overload]
+    values = [y.tobytes() for y in ys]
+    for target, row in zip(targets, out, strict=True):
+        assert row.tobytes() == slow_combine(xs, values, target, 0x11B)
 
 
 # Batches and buffers.
