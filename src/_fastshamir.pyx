@@ -32,6 +32,11 @@ cdef extern from "gf256.h" nogil:
         const char *name
         void (*start)(gf256_stream *stream, const uint8_t *seed) noexcept
         void (*fill)(gf256_stream *stream, uint8_t *out, size_t length) noexcept
+    const int GF256_SMALL_BYTES
+    ctypedef struct gf256_prepared:
+        const gf256_kernel *kernel
+        unsigned rows, count
+        size_t length_max
     void gf256_init() noexcept
     const gf256_field *gf256_field_of(unsigned polynomial) noexcept
     const gf256_kernel *gf256_kernel_at(unsigned position) noexcept
@@ -43,6 +48,12 @@ cdef extern from "gf256.h" nogil:
     void gf256_interpolate(const gf256_kernel *kernel, const gf256_field *field, const uint8_t *xs, unsigned count,
                            const uint8_t *const *ys, const uint8_t *targets, unsigned target_count,
                            uint8_t *const *outs, size_t length) noexcept
+    int gf256_prepare(gf256_prepared *prepared, const gf256_kernel *kernel, const gf256_field *field, const uint8_t *xs,
+                      unsigned count, const uint8_t *targets, unsigned target_count) noexcept
+    void gf256_apply(const gf256_prepared *prepared, const uint8_t *const *ys, uint8_t *const *outs,
+                     size_t length) noexcept
+    int gf256_split_prepared(const gf256_prepared *prepared, const gf256_generator *generator, const uint8_t *secret,
+                             size_t length, uint8_t *const *ys) noexcept
 
 
 cdef extern from "Python.h":
@@ -72,6 +83,29 @@ cdef const gf256_field *_aes_field = NULL
 # The very objects that are the defaults below: usual calls need no conversion of them.
 cdef object _DEFAULT_POLY = 0x11B
 cdef object _DEFAULT_TARGET = 0
+
+# What the last small call of its kind had prepared, for callers that ask for the same again: for a key's few bytes this
+# is most of the work. All of it is public. It is read, used and written under the interpreter's lock, and nothing that
+# can run other Python code comes between a comparison with it and its use.
+#
+# Numbers are compared by their objects. Only those of _NUMBERS are ever kept, which live as long as this module, so that
+# an equal address is an equal number; they are the interpreter's only plain ints of their value.
+cdef tuple _NUMBERS = tuple(range(256))
+cdef enum:
+    KEPT_MAX = 16  # indices or shares; gf256_prepare says which of them are few enough
+
+cdef struct last_combine:  # over AES_POLY
+    gf256_prepared prepared
+    PyObject *target
+    PyObject *xs[KEPT_MAX]
+
+cdef struct last_split:  # over AES_POLY, with the usual indices
+    gf256_prepared prepared
+    PyObject *threshold
+    PyObject *shares
+
+cdef last_combine _last_combine
+cdef last_split _last_split
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------------
@@ -243,6 +277,10 @@ cdef list _fresh_rows(int count, Py_ssize_t length, uint8_t **rows):
     return made
 
 
+cdef bint _is_number(PyObject *value, int number) noexcept:
+    return value == PySequence_Fast_ITEMS(_NUMBERS)[number]
+
+
 # --- split -------------------------------------------------------------------------------------------------------------
 
 
@@ -254,9 +292,50 @@ cdef int _run_split(const gf256_field *field, const uint8_t *secret, size_t leng
             error = gf256_split(_active, _generator, field, secret, length, t, n, numbers, rows)
     else:
         error = gf256_split(_active, _generator, field, secret, length, t, n, numbers, rows)
+    return _check_random(error)
+
+
+cdef int _check_random(int error) except -1:
     if error:
         raise OSError(error, f"getrandom gave no random coefficients: {os.strerror(error)}")
     return 0
+
+
+cdef void _keep_split(object threshold, object shares, int t, int n) noexcept:
+    """Prepares the split with the usual indices for _split_again, if it is small enough."""
+    cdef uint8_t points[KEPT_MAX + 1]
+    cdef int j
+    _last_split.prepared.kernel = NULL
+    if (2 <= t and n <= KEPT_MAX and _is_number(<PyObject *>threshold, t) and _is_number(<PyObject *>shares, n)):
+        for j in range(n + 1):
+            points[j] = <uint8_t>j
+        _last_split.threshold = <PyObject *>threshold
+        _last_split.shares = <PyObject *>shares
+        gf256_prepare(&_last_split.prepared, _active, _aes_field, points, t, points + t, n - t + 1)
+
+
+cdef bint _is_last_split(object threshold, object shares) noexcept:
+    return (_last_split.prepared.kernel == _active and _last_split.threshold == <PyObject *>threshold
+            and _last_split.shares == <PyObject *>shares)
+
+
+cdef list _split_again(object secret, object threshold, object shares):
+    """The split that was kept, of a short bytes object; None for anything else."""
+    cdef uint8_t *rows[2 * KEPT_MAX]
+    cdef size_t length, randoms
+    cdef list ys
+    if not (_is_last_split(threshold, shares) and is_plain_bytes(<PyObject *>secret)):
+        return None
+    length = size_of(<PyObject *>secret)
+    randoms = _last_split.prepared.count - 1
+    if length == 0 or length > _last_split.prepared.length_max or length * randoms > <size_t>GF256_SMALL_BYTES:
+        return None
+    ys = _fresh_rows(<int>(randoms + _last_split.prepared.rows), length, rows)
+    if not _is_last_split(threshold, shares):  # making a list may collect garbage, whose finalizers may be callers
+        return None
+    _check_random(gf256_split_prepared(&_last_split.prepared, _generator,
+                                       <const uint8_t *>start_of(<PyObject *>secret), length, rows))
+    return ys
 
 
 cdef list _split_rows(const gf256_field *field, const uint8_t *secret, Py_ssize_t length, int t, int n,
@@ -284,10 +363,24 @@ cdef list _split_rows(const gf256_field *field, const uint8_t *secret, Py_ssize_
 
 def split(secret, threshold, shares, xs=None, *, out=None, poly=0x11B):
     """Split a secret into shares; see _fastshamir.pyi."""
-    cdef uint8_t[255] numbers
+    cdef bint is_usual = xs is None and out is None and poly is _DEFAULT_POLY
+    cdef list ys
+    if is_usual:
+        ys = _split_again(secret, threshold, shares)
+        if ys is not None:
+            return ys
     cdef int n = _small_int(shares, "the number of shares", 1, GF256_SHARES_MAX)
     cdef int t = _read_threshold(threshold, n)
-    cdef const gf256_field *field = _read_poly(poly)
+    if is_usual:
+        _keep_split(threshold, shares, t, n)
+        ys = _split_again(secret, threshold, shares)
+        if ys is not None:
+            return ys
+    return _split(secret, t, n, xs, out, _read_poly(poly))
+
+
+cdef object _split(object secret, int t, int n, object xs, object out, const gf256_field *field):
+    cdef uint8_t[255] numbers
     cdef Py_buffer view
     _read_points(xs, n, numbers)
     _open(secret, &view, PyBUF_SIMPLE, "the secret")
@@ -403,6 +496,56 @@ cdef bytes _combine_plain(const gf256_field *field, const uint8_t *xs, int count
     return fresh
 
 
+cdef void _keep_combine(object xs, object target, const uint8_t *numbers, int count, uint8_t at) noexcept:
+    """Prepares the combine at `target` (read as `at`) of `xs` (read as `numbers`) for _combine_again, if it is small."""
+    cdef PyObject **given
+    cdef int j
+    _last_combine.prepared.kernel = NULL
+    if not (PyList_CheckExact(xs) or PyTuple_CheckExact(xs)) or PySequence_Fast_GET_SIZE(xs) != count:
+        return
+    if not 1 <= count <= KEPT_MAX or not _is_number(<PyObject *>target, at):
+        return
+    given = PySequence_Fast_ITEMS(xs)
+    for j in range(count):
+        if not _is_number(given[j], numbers[j]):
+            return
+        _last_combine.xs[j] = given[j]
+    _last_combine.target = <PyObject *>target
+    gf256_prepare(&_last_combine.prepared, _active, _aes_field, numbers, count, &at, 1)
+
+
+cdef bytes _combine_again(object xs, object ys, object target):
+    """The combine that was kept, of other short values; None for anything else. As _combine_plain it borrows them."""
+    cdef const uint8_t *rows[KEPT_MAX]
+    cdef PyObject **given
+    cdef PyObject **items
+    cdef Py_ssize_t count = _last_combine.prepared.count, length = 0, j
+    cdef uint8_t *result
+    cdef bytes fresh
+    if _last_combine.prepared.kernel != _active or _last_combine.target != <PyObject *>target:
+        return None
+    if not (PyList_CheckExact(xs) or PyTuple_CheckExact(xs)) or PySequence_Fast_GET_SIZE(xs) != count:
+        return None
+    if not (PyList_CheckExact(ys) or PyTuple_CheckExact(ys)) or PySequence_Fast_GET_SIZE(ys) != count:
+        return None
+    given = PySequence_Fast_ITEMS(xs)
+    items = PySequence_Fast_ITEMS(ys)
+    for j in range(count):
+        if given[j] != _last_combine.xs[j] or not is_plain_bytes(items[j]):
+            return None
+        if j == 0:
+            length = size_of(items[0])
+        if size_of(items[j]) != length:
+            return None
+        rows[j] = <const uint8_t *>start_of(items[j])
+    if length == 0 or <size_t>length > _last_combine.prepared.length_max:
+        return None
+    fresh = PyBytes_FromStringAndSize(NULL, length)
+    result = <uint8_t *>PyBytes_AS_STRING(fresh)
+    gf256_apply(&_last_combine.prepared, rows, &result, length)
+    return fresh
+
+
 cdef object _interpolate(const gf256_field *field, const uint8_t *numbers, int t, tuple items, const uint8_t *targets,
                          int target_count, object out, Py_ssize_t parts):
     """Values at `targets`: fresh bytes objects in a list, or in `out` of (target_count, length) (then None).
@@ -482,11 +625,25 @@ cdef int _read_target(object target) except -1:
 
 def combine(xs, ys, target=0, *, out=None, poly=0x11B):
     """Interpolate at `target`; see _fastshamir.pyi."""
+    cdef bytes result
+    if out is None and poly is _DEFAULT_POLY:
+        result = _combine_again(xs, ys, target)
+        if result is not None:
+            return result
+    return _combine(xs, ys, target, out, poly)
+
+
+cdef object _combine(object xs, object ys, object target, object out, object poly):
     cdef uint8_t[255] numbers
     cdef int t = _read_xs(xs, numbers)
     cdef uint8_t at = <uint8_t>_read_target(target)
     cdef const gf256_field *field = _read_poly(poly)
     cdef bytes result
+    if out is None and field == _aes_field:
+        _keep_combine(xs, target, numbers, t, at)
+        result = _combine_again(xs, ys, target)
+        if result is not None:
+            return result
     if out is None and t > 0:
         result = _combine_plain(field, numbers, t, ys, at)
         if result is not None:

@@ -25,7 +25,9 @@ enum {
     GF256_SHARES_MAX = 255,   /* the non-zero elements of the field; 0 is where the secret lies */
     GF256_BLOCK_BYTES = 4096, /* of each row at a time, so that rows which are read again are in the first-level cache */
     GF256_SEED_BYTES = 32,    /* of the generator: a 256-bit key */
-    GF256_SMALL_BYTES = 512   /* of random rows: so few are drawn in one piece */
+    GF256_SMALL_BYTES = 512,  /* of random rows: so few are drawn in one piece */
+    GF256_PREPARED_SCALARS = 16,
+    GF256_SCALAR_BYTES_MAX = 32 /* of any kernel's list for each scalar */
 };
 
 /* For short loops over public bytes, which gcc would turn into long vector code that costs more than it saves. */
@@ -151,6 +153,29 @@ const gf256_generator *gf256_generator_of(const gf256_kernel *kernel);
 void gf256_interpolate(const gf256_kernel *kernel, const gf256_field *field, const uint8_t *xs, unsigned count,
                        const uint8_t *const *ys, const uint8_t *targets, unsigned target_count, uint8_t *const *outs,
                        size_t length);
+
+/*
+ * What an interpolation at few indices needs besides its rows, ready for one kernel: all of it is public, and depends on
+ * kernel, field, xs and targets alone. So it can be kept for other rows of the same.
+ */
+typedef struct gf256_prepared {
+    const gf256_kernel *kernel; /* NULL: nothing is ready */
+    unsigned rows, count;
+    size_t length_max;
+    _Alignas(64) uint8_t list[GF256_PREPARED_SCALARS * GF256_SCALAR_BYTES_MAX];
+} gf256_prepared;
+
+/* As gf256_interpolate in two steps, for length <= length_max. 0, and nothing is ready: these are too many for it. */
+int gf256_prepare(gf256_prepared *prepared, const gf256_kernel *kernel, const gf256_field *field, const uint8_t *xs,
+                  unsigned count, const uint8_t *targets, unsigned target_count);
+void gf256_apply(const gf256_prepared *prepared, const uint8_t *const *ys, uint8_t *const *outs, size_t length);
+
+/*
+ * As gf256_split, with what was prepared for the values at 0 (the secret) and the first count - 1 of the shares' indices,
+ * at all others. 2 <= count, (count - 1) * length <= GF256_SMALL_BYTES, length <= length_max.
+ */
+int gf256_split_prepared(const gf256_prepared *prepared, const gf256_generator *generator, const uint8_t *secret,
+                         size_t length, uint8_t *const *ys);
 
 /*
  * y_j = f(x_j) for a fresh random polynomial f of degree < threshold with f(0) = secret.

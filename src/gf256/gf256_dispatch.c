@@ -60,6 +60,7 @@ static int has_vaes512(void)
 
 /* A recipe takes 2 bytes of remainder and top, 16 of ends and 8 for each scalar; 32 are enough for one scalar too. */
 enum { PORTABLE_SCALAR_BYTES = 32 };
+_Static_assert(PORTABLE_SCALAR_BYTES <= GF256_SCALAR_BYTES_MAX, "a prepared list has room for any kernel's");
 
 /* Fastest first; the portable one is last and runs everywhere. */
 static const gf256_kernel KERNELS[] = {
@@ -229,7 +230,7 @@ enum {
     BYPASS_BYTES_MIN = 24 * 1024 * 1024, /* larger rows stay in no cache, so writing around it saves reading them */
     DERIVE_BYTES_MIN = 256,              /* shorter rows don't repay the search for sums */
     DERIVE_INPUTS_MAX = 3,
-    SMALL_BYTES_MAX = 65536
+    SHORT_BYTES_MAX = 65535
 };
 
 /* Random rows to be drawn block by block just before they are read. */
@@ -409,18 +410,31 @@ static void multiply(const product *p, size_t length, int bypass)
         run_product(p, length, bypass);
 }
 
-enum { SMALL_SCALARS = 16, SMALL_LIST_BYTES = SMALL_SCALARS * PORTABLE_SCALAR_BYTES };
-
-/* A key's few shares: one group, and no row long enough for any of the above to pay. */
-static void interpolate_small(const gf256_kernel *kernel, const gf256_field *field, const uint8_t *xs, unsigned count,
-                              const uint8_t *const *ys, const uint8_t *targets, unsigned target_count,
-                              uint8_t *const *outs, size_t length)
+/* The longest rows of few for which none of the above pays. */
+static size_t short_max(const gf256_kernel *kernel)
 {
-    _Alignas(64) uint8_t list[SMALL_LIST_BYTES];
-    uint8_t matrix[SMALL_SCALARS];
+    return kernel->add == NULL ? SHORT_BYTES_MAX : DERIVE_BYTES_MIN - 1;
+}
+
+int gf256_prepare(gf256_prepared *prepared, const gf256_kernel *kernel, const gf256_field *field, const uint8_t *xs,
+                  unsigned count, const uint8_t *targets, unsigned target_count)
+{
+    uint8_t matrix[GF256_PREPARED_SCALARS];
+    prepared->kernel = NULL;
+    if (target_count > kernel->rows_max || target_count * count > GF256_PREPARED_SCALARS)
+        return 0;
     write_lagrange(field, matrix, xs, count, targets, target_count);
-    kernel->list(list, field, matrix, target_count, count);
-    kernel->run(list, target_count, count, ys, outs, 0, length, 0);
+    kernel->list(prepared->list, field, matrix, target_count, count);
+    prepared->rows = target_count;
+    prepared->count = count;
+    prepared->length_max = short_max(kernel);
+    prepared->kernel = kernel;
+    return 1;
+}
+
+void gf256_apply(const gf256_prepared *prepared, const uint8_t *const *ys, uint8_t *const *outs, size_t length)
+{
+    prepared->kernel->run(prepared->list, prepared->rows, prepared->count, ys, outs, 0, length, 0);
 }
 
 void gf256_interpolate(const gf256_kernel *kernel, const gf256_field *field, const uint8_t *xs, unsigned count,
@@ -428,8 +442,9 @@ void gf256_interpolate(const gf256_kernel *kernel, const gf256_field *field, con
                        size_t length)
 {
     uint8_t matrix[MATRIX_BYTES_MAX];
-    if (target_count <= kernel->rows_max && target_count * count <= SMALL_SCALARS && (length < DERIVE_BYTES_MIN || (kernel->add == NULL && length < SMALL_BYTES_MAX))) {
-        interpolate_small(kernel, field, xs, count, ys, targets, target_count, outs, length);
+    gf256_prepared prepared;
+    if (length <= short_max(kernel) && gf256_prepare(&prepared, kernel, field, xs, count, targets, target_count)) {
+        gf256_apply(&prepared, ys, outs, length);
         return;
     }
     while (target_count > 0) {
@@ -465,10 +480,10 @@ static int fill_random(uint8_t *buffer, size_t length)
 }
 
 /* Few random bytes: drawn in one piece, straight from the system where a seed would take as many. */
-static int split_small(const product *p, const gf256_generator *generator, uint8_t *const *randoms, size_t length)
+static int draw_small(const gf256_generator *generator, uint8_t *const *randoms, unsigned count, size_t length)
 {
     uint8_t drawn[GF256_SMALL_BYTES];
-    const size_t wanted = (p->input_count - 1) * length;
+    const size_t wanted = count * length;
     const int error = fill_random(drawn, wanted < GF256_SEED_BYTES ? wanted : GF256_SEED_BYTES);
     if (error)
         return error;
@@ -478,10 +493,33 @@ static int split_small(const product *p, const gf256_generator *generator, uint8
         generator->fill(&stream, drawn, wanted);
         explicit_bzero(&stream, sizeof stream);
     }
-    for (unsigned k = 0; k + 1 < p->input_count; k++)
+    for (unsigned k = 0; k < count; k++)
         memcpy(randoms[k], drawn + k * length, length);
     explicit_bzero(drawn, wanted);
-    multiply(p, length, 0);
+    return 0;
+}
+
+/* Fail closed: nothing that a caller could take for a share. */
+static void wipe_all(uint8_t *const *ys, unsigned shares, size_t length)
+{
+    for (unsigned j = 0; j < shares; j++)
+        explicit_bzero(ys[j], length);
+}
+
+int gf256_split_prepared(const gf256_prepared *prepared, const gf256_generator *generator, const uint8_t *secret,
+                         size_t length, uint8_t *const *ys)
+{
+    const uint8_t *inputs[GF256_PREPARED_SCALARS];
+    const unsigned randoms = prepared->count - 1;
+    const int error = draw_small(generator, ys, randoms, length);
+    if (error) {
+        wipe_all(ys, randoms + prepared->rows, length);
+        return error;
+    }
+    inputs[0] = secret;
+    for (unsigned k = 0; k < randoms; k++)
+        inputs[k + 1] = ys[k];
+    gf256_apply(prepared, inputs, ys + randoms, length);
     return 0;
 }
 
@@ -521,12 +559,11 @@ int gf256_split(const gf256_kernel *kernel, const gf256_generator *generator, co
     write_lagrange(field, matrix, given, threshold, xs + randoms, shares - randoms);
     if (randoms == 0)
         multiply(&p, length, is_large(length, shares + 1));
-    else if (length <= GF256_SMALL_BYTES / randoms)
-        error = split_small(&p, generator, ys, length);
-    else
+    else if (length > GF256_SMALL_BYTES / randoms)
         error = split_streamed(p, generator, ys, length, is_large(length, shares + 1));
-    if (error) /* fail closed: nothing that a caller could take for a share */
-        for (unsigned j = 0; j < shares; j++)
-            explicit_bzero(ys[j], length);
+    else if ((error = draw_small(generator, ys, randoms, length)) == 0)
+        multiply(&p, length, 0);
+    if (error)
+        wipe_all(ys, shares, length);
     return error;
 }
