@@ -14,6 +14,7 @@ import ctypes
 import gc
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -56,6 +57,8 @@ def build_isal() -> Path:
     library = PLACE / "libisal-2.32.so"
     if library.exists():
         return library
+    if shutil.which("nasm") is None:
+        raise click.ClickException("ISA-L 2.32 can't be built without nasm; Debian's package is nasm")
     PLACE.mkdir(parents=True, exist_ok=True)
     fetch = ("pip", "download", "--quiet", "--no-deps", "--no-binary", "isal", "isal==1.9.1", "--dest", str(PLACE))
     run(sys.executable, "-m", *fetch)
