@@ -6,7 +6,7 @@ It starts and stops through ``LocalCluster`` and knows no token and no key.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -122,9 +122,10 @@ def down(settings: Settings, folder: Path) -> None:
 
 
 @click.command()
+@click.option("-v", "--verbose", is_flag=True, help="Show each node's caches and how quick its peers are too.")
 @common_options(connects=True)
 @click.pass_context
-def status(context: click.Context) -> None:
+def status(context: click.Context, verbose: bool) -> None:
     """Ask every node and balancer how it is.
 
     The exit code is 2 if none answers, 0 otherwise.
@@ -140,6 +141,8 @@ def status(context: click.Context) -> None:
     else:
         columns = ("MEMBER", "ROLE", "STATE", "ENDPOINT", "LOCATION", "KEYS", "LOADED", "QUEUE", "UP")
         table(settings, columns, [_row(member) for member in members], None)
+        if verbose:
+            _details(settings, members)
         for member in members:
             for text in _troubles(member):
                 note(f"{member.name}: {text}")
@@ -161,7 +164,14 @@ def _member_json(member: MemberStatus) -> dict[str, Any]:
 
 
 def _fields(status: msgspec.Struct) -> dict[str, Any]:
-    return {name: msgspec.to_builtins(getattr(status, name)) for name in status.__struct_fields__}
+    return {name: _named(getattr(status, name)) for name in status.__struct_fields__}
+
+
+def _named(value: Any) -> Any:
+    """The value with structs, which are arrays on the wire, as objects."""
+    if isinstance(value, msgspec.Struct):
+        return _fields(value)
+    return [_named(each) for each in value] if isinstance(value, list) else value
 
 
 def _row(member: MemberStatus) -> tuple[object, ...]:
@@ -173,6 +183,21 @@ def _row(member: MemberStatus) -> tuple[object, ...]:
     if isinstance(found, NodeStatus):
         return (*head, found.shares, found.loaded, found.queue, uptime)
     return (*head, found.keys, "-", "-", uptime)
+
+
+def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
+    nodes = [(member.name, member.status) for member in members if isinstance(member.status, NodeStatus)]
+    columns = ("NODE", "CACHE", "ENTRIES", "BYTES", "HITS", "MISSES", "TTL", "USES", "ROOM", "CHANGED", "FLUSHED")
+    caches = [(name, *msgspec.structs.astuple(each)) for name, status in nodes for each in status.caches]
+    click.echo()
+    table(settings, columns, caches, None)
+    peers = [
+        (name, each.node, each.samples, f"{each.expected_us} us", f"{each.p95_us} us", "down" if each.down else "up")
+        for name, status in nodes
+        for each in status.holders
+    ]
+    click.echo()
+    table(settings, ("NODE", "HOLDER", "RELEASES", "EXPECTED", "P95", "STATE"), peers, None)
 
 
 def _state(member: MemberStatus) -> str:
