@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -15,8 +16,10 @@ from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.process import harden_process, lock_folder
 from engine.errors import EngineError, TokenError
 from engine.failpoints import arm_from_environment
+from engine.protocol.manifest import CLOCK_SKEW_MS
 from nodes import rotation
 from nodes.audit import AuditNames
+from nodes.clock import time_text
 from nodes.config import PinSource, load_node_config
 from nodes.rotation import STORE_NAME, rotate
 from nodes.server import Server, load_membership
@@ -170,6 +173,27 @@ def audit_name(config_path: Path, names: tuple[str, ...]) -> None:
         store.close()
     for name in names:
         click.echo(f"{hidden(name)}  {name}")
+
+
+@main.command()
+@_CONFIG
+def reset_clock(config_path: Path) -> None:
+    """Go by the machine's clock again after it was ahead once; the node must be stopped.
+
+    Set the machine's clock right before. Grants made before now are refused, so that none that was used is good again.
+    """
+    configure_logging("error")
+    harden_process()
+    config = load_node_config(config_path)
+    identity, _ = load_membership(config)
+    lock_folder(config.data)
+    store = ShareStore(config.data / STORE_NAME, identity.name, Token(config.token, config.data).lane())
+    try:
+        before_ms, now_ms = store.clock_mark().mark_ms, time.time_ns() // 1_000_000
+        store.reset_clock(now_ms, now_ms + CLOCK_SKEW_MS)
+    finally:
+        store.close()
+    click.echo(f"{identity.name}: the mark was {time_text(before_ms)}, now it is {time_text(now_ms)}")
 
 
 def run() -> int:

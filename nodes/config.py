@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote
 
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, structs
 
 from engine.client.config import check_private, load_config, resolve
 from engine.errors import ConfigError
 from nodes.cache import CacheLimits
+from nodes.limits import Limits
 
 __all__ = ["NodeConfig", "PinSource", "TokenConfig", "load_node_config"]
 
@@ -61,6 +62,19 @@ class _Audit(Struct, frozen=True, forbid_unknown_fields=True):
     segment_mib: Annotated[int, Meta(ge=1, le=65_536)] = 256
 
 
+_Rate = Annotated[float, Meta(gt=0, le=1_000_000)]
+
+
+_LIMITS = Limits()
+
+
+class _Limits(Struct, frozen=True, forbid_unknown_fields=True):
+    client_per_s: _Rate = _LIMITS.client_per_s
+    combiner_per_s: _Rate = _LIMITS.combiner_per_s
+    total_per_s: _Rate = _LIMITS.total_per_s
+    burst_s: Annotated[float, Meta(gt=0, le=3_600)] = _LIMITS.burst_s
+
+
 class _File(Struct, frozen=True, forbid_unknown_fields=True):
     version: Annotated[int, Meta(ge=1, le=1)]
     identity: str
@@ -73,6 +87,7 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     cache: _Cache = _Cache()
     create: _Create = _Create()
     audit: _Audit = _Audit()
+    limits: _Limits = _Limits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +151,7 @@ class NodeConfig:
     audit_key_names: Literal["plain", "hmac"]
     audit_head_every_s: float
     audit_segment_bytes: int
+    limits: Limits
 
 
 def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
@@ -160,6 +176,7 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         audit_key_names=file.audit.key_names,
         audit_head_every_s=file.audit.head_every_s,
         audit_segment_bytes=file.audit.segment_mib * 1024 * 1024,
+        limits=Limits(**structs.asdict(file.limits)),
     )
 
 

@@ -88,6 +88,7 @@ from nodes.cache import Cache, CacheLimits, CacheStatistics
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
 from nodes.holder import ShareHolder
+from nodes.ledger import GrantLedger
 from nodes.operations import check_operation, operate
 from nodes.policy import check_key, check_verb
 from nodes.remember import SignatureCache
@@ -145,6 +146,8 @@ STEPS: Final[dict[str, str]] = {
 """Verb -> the failpoints of its end: ``.recorded`` once the audit record is durable, ``.answered`` after the reply."""
 RECORDED: Final = {verb: f"{step}.recorded" for verb, step in STEPS.items()}
 ANSWERED: Final = {verb: f"{step}.answered" for verb, step in STEPS.items()}
+COMPLAIN_EVERY_S: Final = 60.0
+"""How often the log repeats that the machine's clock is behind."""
 
 log = structlog.get_logger()
 
@@ -237,7 +240,7 @@ class Handlers:
         replier: Replier,
         cache_limits: CacheLimits,
         signatures: SignatureCache,
-        now_ms: Callable[[], int],
+        ledger: GrantLedger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
@@ -260,7 +263,11 @@ class Handlers:
         self._talkers = talkers
         self._dealer = dealer
         self._replier = replier
-        self._now_ms = now_ms
+        self._ledger = ledger
+        self._now_ms = ledger.clock.now_ms
+        self._writing_ledger = False
+        self._clock_complaint = ""
+        self._next_complaint_s = 0.0
         self._clock = clock
         self._started_s = self._clock()
         self._cache: Cache[tuple[bytes, int], _Loaded] = Cache(cache_limits, self._unload)
@@ -490,22 +497,38 @@ class Handlers:
         self._gathering[entry.row.key_id] = [leader, *(each for each in waiting if each is not leader)]
         try:
             self._talkers.submit(
-                lambda talker: self._conversation.gather(talker, entry, leader.grant, leader.call.deadline_s),
+                lambda talker: self._gather_once(talker, entry, leader),
                 lambda gathered, error: self._gathered(entry, leader, gathered, error),
             )
         except Overloaded:
             del self._gathering[entry.row.key_id]
             raise
 
+    def _gather_once(self, talker: Talker, entry: Entry, leader: _Waiting) -> Gathered:
+        """Gather on a talker; that the grants of those who wait were used is on the disk before and after."""
+        self._ledger.flush()
+        gathered = self._conversation.gather(talker, entry, leader.grant, leader.call.deadline_s)
+        try:
+            self._ledger.flush()
+        except Exception:
+            gathered.secret.close()
+            raise
+        return gathered
+
     def _admit(self, call: _Call, raw: bytes, entry: Entry) -> None:
-        """Whether this request may have a cold key gathered: it needs its own client's grant for this combiner."""
+        """Whether this request may have a cold key gathered: it needs its client's own, unused grant for this node."""
         if not raw:
             raise NeedGrant(f"{entry.row.name!r} is not loaded on {self._node}; a grant is needed")
+        issuer = read_unverified(raw).issuer
+        if issuer != call.incoming.member.name:
+            raise NeedGrant(f"the grant is {issuer!r}'s, not {call.incoming.member.name!r}'s")
         grant, signed = check_grant(raw, entry.record, self._node, self._cluster, self._now_ms())
-        if signed.issuer != call.incoming.member.name:
-            raise NeedGrant(f"the grant is {signed.issuer!r}'s, not {call.incoming.member.name!r}'s")
         if call.verb != RequestType.PREWARM and call.verb not in grant.operations:
             raise NeedGrant(f"the grant is for {', '.join(grant.operations)}, not for {call.verb}")
+        try:
+            self._ledger.spend(grant, signed)
+        except AccessDenied as error:
+            raise NeedGrant(f"{error}, and {entry.row.name!r} is not loaded on {self._node}") from None
 
     def _gathered(self, entry: Entry, leader: _Waiting, gathered: Gathered | None, error: Exception | None) -> None:
         """The gathering ended: load the key on its lane, then serve who waited."""
@@ -702,6 +725,7 @@ class Handlers:
                 missing=missing,
                 audit=self._audit.problem[:MAX_ERROR_DETAIL],
                 alarms=[each for each in (self._audit.broken, *self._witness.alarms.values()) if each],
+                clock=self._ledger.clock.complaint(),
             ),
         )
 
@@ -740,7 +764,7 @@ class Handlers:
     def _share_release(self, call: _Call, body: ShareRelease) -> None:
         call.key, call.grant = self._name_of(body.key_id), body.grant
         grant = read_unverified(body.grant)  # checked before the share leaves
-        call.detail = f"by the grant {grant.digest.hex()[:16]} of {grant.issuer}"
+        call.detail = f"by the grant {grant.digest.hex()} of {grant.issuer}"
         self._aside(call, self._local, lambda lane: self._holder.release(lane, body, call.incoming.member))
 
     def _name_of(self, key_id: bytes) -> str:
@@ -818,6 +842,7 @@ class Handlers:
         self._cache.expire(now)
         self._holder.shares.expire()
         self._signatures.expire()
+        self._watch_clock(now)
         overdue, self._unloading = self._unloading, []
         for each in overdue:
             self._unload(each)
@@ -845,6 +870,27 @@ class Handlers:
             self._dealer.submit(lambda talker: self._ask_registry(talker, stale), self._caught_up)
         except Overloaded:
             self._catching_up = False
+
+    def _watch_clock(self, now_s: float) -> None:
+        """Have the ledger written now and then, and say when the machine's clock is behind what was seen."""
+        complaint = self._ledger.clock.complaint()
+        if complaint and (not self._clock_complaint or now_s >= self._next_complaint_s):
+            log.error("clock behind", reason=complaint)
+            self._next_complaint_s = now_s + COMPLAIN_EVERY_S
+        self._clock_complaint = complaint
+        if self._writing_ledger or not self._ledger.due():
+            return
+
+        def done(result: object, error: Exception | None) -> None:
+            self._writing_ledger = False
+            if error is not None:
+                log.error("the used grants can't be written", reason=str(error))
+
+        try:
+            self._local.submit(lambda lane: self._ledger.flush(), done)
+            self._writing_ledger = True
+        except Overloaded:
+            pass  # at the next tick
 
     def _ask_registry(
         self, talker: Talker, stale: Sequence[Entry]

@@ -47,6 +47,7 @@ from engine.protocol.signed import SigningKey, read_unverified, sign_envelope
 from engine.sharing import SecretBuffer, SecretShare, Share, commitment
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue, Entry
+from nodes.ledger import GrantLedger
 from nodes.shares import ShareCache, ShareKey
 from nodes.store import Row, ShareStore, seal_context, seal_share, unseal_plain, unseal_share
 from nodes.token import Lane
@@ -57,7 +58,7 @@ S = TypeVar("S", Share, SecretShare)
 
 
 class ShareHolder:
-    """The shares of one node. ``now_ms`` is the wall clock in milliseconds; ``shares`` keeps what was unsealed."""
+    """The shares of one node. ``ledger`` has the clock and the used grants; ``shares`` keeps what was unsealed."""
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class ShareHolder:
         store: ShareStore,
         catalogue: Catalogue,
         algorithms: Sequence[str],
-        now_ms: Callable[[], int],
+        ledger: GrantLedger,
         shares: ShareCache | None = None,
     ) -> None:
         self._cluster = cluster
@@ -75,7 +76,8 @@ class ShareHolder:
         self._store = store
         self._catalogue = catalogue
         self._algorithms = frozenset(algorithms)
-        self._now_ms = now_ms
+        self._ledger = ledger
+        self._now_ms = ledger.clock.now_ms
         self.shares = shares or ShareCache(CacheLimits(60.0, 16), time.monotonic)
         catalogue.watch(self._changed)
         self._untidy = True  # an earlier start may have ended before it could
@@ -172,14 +174,24 @@ class ShareHolder:
     # --- use ---
 
     def release(self, lane: Lane, body: ShareRelease, sender: Member) -> ReleasedShare:
-        """This node's share, to the combiner that a client's grant names and whose connection asks."""
+        """This node's share, to the combiner that a client's grant names and whose connection asks, once.
+
+        The grant's use is on the disk before the share is opened. The same request again within a short time is
+        answered again, as ``nodes.ledger`` tells.
+        """
+        if sender.name == self._node:
+            raise AccessDenied(f"{self._node!r} is asked by its own key; a node has its own share without asking")
+        self._ledger.asked(sender.name)
         entry = self._catalogue.by_id(body.key_id)
-        if entry is not None and entry.row.state == "prepared" and body.certificate:
-            entry = self._settle(entry, body.certificate)
-        if entry is None or entry.row.state != "committed":
+        may_settle = entry is not None and entry.row.state == "prepared" and bool(body.certificate)
+        if entry is None or not (entry.row.state == "committed" or may_settle):
             raise StaleKey(f"{self._node} has no committed share of a key with id {body.key_id.hex()}")
-        check_grant(body.grant, entry.record, sender.name, self._cluster, self._now_ms())
+        grant, signed = check_grant(body.grant, entry.record, sender.name, self._cluster, self._now_ms())
         failpoint("holder.release.checked")
+        if may_settle:
+            entry = self._settle(entry, body.certificate)
+        self._ledger.release(grant, signed)
+        failpoint("holder.release.spent")
         share, salt = self.own_share(lane, entry)
         failpoint("holder.release.unsealed")
         return ReleasedShare(share.x, share.y, salt)

@@ -38,7 +38,11 @@ def _share_seal(values: Mapping[str, Any], node: str) -> bytes:
     return seal_context(record.manifest, mine.x, node, record.digest)
 
 
-SEALED: Final[Mapping[str, Mapping[str, Callable[[Mapping[str, Any], str], bytes]]]] = {"keys": {"sealed": _share_seal}}
+SEALED: Final[Mapping[str, Mapping[str, Callable[[Mapping[str, Any], str], bytes]]]] = {
+    "keys": {"sealed": _share_seal},
+    "grants": {},
+    "clock": {},
+}
 """Table -> column sealed by the KEK -> its associated data, of a row and the node's name.
 
 Every table of the store but ``meta`` is here, also one that seals nothing. Each has a column ``tag``, made by

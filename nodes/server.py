@@ -24,10 +24,12 @@ from engine.protocol.signed import remember_signatures
 from nodes.audit import AuditLog, AuditNames
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
+from nodes.clock import TrustedClock
 from nodes.config import NodeConfig
 from nodes.deal import Conversation, Talker
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
+from nodes.ledger import GrantLedger
 from nodes.remember import SignatureCache
 from nodes.rotation import STORE_NAME, settle
 from nodes.selftest import run_self_tests
@@ -49,10 +51,6 @@ BATCH: Final = 256
 """Requests taken in before the mailbox is looked at again."""
 
 log = structlog.get_logger()
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
 
 
 def _within_locked_memory(limits: CacheLimits) -> CacheLimits:
@@ -95,6 +93,9 @@ class Server:
         self._store = ShareStore(config.data / STORE_NAME, identity.name, lane)
         self._store.note_cluster_serial(cluster.serial)
         catalogue = Catalogue(self._store.rows())
+        clock = TrustedClock(self._store.clock_mark().mark_ms)
+        ledger = GrantLedger(self._store, clock, config.limits)
+        ledger.flush()
         sync_folder(config.data)  # the names of the store and its files, if they are new
         self._mailbox = Mailbox()
         boot = os.urandom(16)
@@ -103,7 +104,7 @@ class Server:
             identity.signing,
             boot=boot.hex()[:8],
             post=self._mailbox.post,
-            now_ms=_now_ms,
+            now_ms=clock.now_ms,
             detail=f"version {__version__}, cluster manifest {cluster.serial} {cluster.digest.hex()}",
             segment_bytes=config.audit_segment_bytes,
             head_every_s=config.audit_head_every_s,
@@ -117,14 +118,14 @@ class Server:
         signatures = SignatureCache(config.signature_cache, time.monotonic)
         remember_signatures(signatures)
         shares = ShareCache(_within_locked_memory(config.share_cache), time.monotonic)
-        holder = ShareHolder(cluster, identity.signing, self._store, catalogue, token.algorithms, _now_ms, shares)
+        holder = ShareHolder(cluster, identity.signing, self._store, catalogue, token.algorithms, ledger, shares)
         conversation = Conversation(
             cluster,
             identity.signing,
             dict(token.missing),
             config.acknowledge,
             holder.own_secret,
-            _now_ms,
+            clock.now_ms,
             with_room=shares.with_room,
         )
         peers = {member.name: member for member in cluster.members.values() if member.role in ("node", "balancer")}
@@ -164,7 +165,7 @@ class Server:
             replier=self._listener,
             cache_limits=config.key_cache,
             signatures=signatures,
-            now_ms=_now_ms,
+            ledger=ledger,
         )
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)

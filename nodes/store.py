@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -25,9 +25,9 @@ from engine.protocol.manifest import KeyManifest
 from engine.sharing import SecretBuffer, Share
 from nodes.token import Lane
 
-__all__ = ["Row", "ShareStore", "StoreCorrupt", "seal_context", "tag_of"]
+__all__ = ["ClockMark", "Row", "ShareStore", "StoreCorrupt", "UsedGrant", "seal_context", "tag_of"]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 SALT_BYTES: Final = 32
 UNWRITABLE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY})
 SEALED_NAME: Final = "sealed/"
@@ -46,7 +46,16 @@ CREATE TABLE keys (
     PRIMARY KEY (key_id, version, epoch)
 ) WITHOUT ROWID;
 """
-MIGRATIONS: Final = {1: _SCHEMA_1}
+_SCHEMA_2: Final = """
+CREATE TABLE grants (
+    issuer TEXT NOT NULL, nonce BLOB NOT NULL, digest BLOB NOT NULL, expires_ms INTEGER NOT NULL, tag BLOB NOT NULL,
+    PRIMARY KEY (issuer, nonce)
+) WITHOUT ROWID;
+CREATE TABLE clock (
+    one INTEGER PRIMARY KEY CHECK (one = 1), mark_ms INTEGER NOT NULL, floor_ms INTEGER NOT NULL, tag BLOB NOT NULL
+);
+"""
+MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2}
 """Schema version -> the statements that lead there from the one before."""
 
 
@@ -74,6 +83,24 @@ class Row:
     document: bytes
     sealed: bytes
     changed_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsedGrant:
+    """A grant that was used up: whose it is, its nonce, the digest of its body, and when it expires."""
+
+    issuer: str
+    nonce: bytes
+    digest: bytes
+    expires_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClockMark:
+    """The latest time that the node has seen, and the time before which grants are refused (0: none was ever reset)."""
+
+    mark_ms: int
+    floor_ms: int
 
 
 _FIELDS: Final = tuple(Row.__dataclass_fields__)
@@ -203,33 +230,41 @@ class ShareStore:
             failpoint("store.write.durable")
 
     def _tag(self, row: Row) -> bytes:
-        return tag_of(self._key, "keys", [getattr(row, field) for field in _FIELDS])
+        return self._tag_of("keys", [getattr(row, field) for field in _FIELDS])
 
-    def _row(self, values: tuple[object, ...]) -> Row:
+    def _tag_of(self, table: str, values: Sequence[object]) -> bytes:
+        return tag_of(self._key, table, values)
+
+    def _checked(self, table: str, values: Sequence[Any]) -> Sequence[Any]:
+        """The columns of a row of ``table`` without the tag at their end; ``StoreCorrupt`` if that is not theirs."""
         try:
-            row = Row(*cast(Any, values[:-1]))  # what it holds is checked by the HMAC over every column
-            good = hmac.compare_digest(self._tag(row), cast(bytes, values[-1]))
+            good = hmac.compare_digest(self._tag_of(table, values[:-1]), values[-1])
         except TypeError:
             good = False
         if not good:
             raise StoreCorrupt(
                 f"a row of the store of {self._node!r} is not authentic; the file was changed or damaged"
             )
-        return row
+        return values[:-1]
+
+    def _row(self, values: tuple[object, ...]) -> Row:
+        return Row(*self._checked("keys", values))
 
     def _write(self, row: Row) -> None:
         values = tuple(getattr(row, field) for field in _FIELDS)
         self._db.execute(f"INSERT OR REPLACE INTO keys ({_COLUMNS}, tag) VALUES ({_MARKS})", (*values, self._tag(row)))  # noqa: S608 # constants
 
     def _read(self, condition: str = "", *values: object) -> list[Row]:
+        return [self._row(row) for row in self._select(f"SELECT {_COLUMNS}, tag FROM keys {condition}", *values)]  # noqa: S608 # constants
+
+    def _select(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         try:
             with self._lock:
-                found = self._db.execute(f"SELECT {_COLUMNS}, tag FROM keys {condition}", values).fetchall()  # noqa: S608 # constants
+                return self._db.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             raise StoreCorrupt(
                 f"a row of the store of {self._node!r} is not authentic; it can't be read: {type(error).__name__}"
             ) from None
-        return [self._row(row) for row in found]
 
     def note_cluster_serial(self, serial: int) -> None:
         """Refuse a cluster manifest that is older than one this node has served under, and remember a newer one."""
@@ -240,6 +275,39 @@ class ShareStore:
                     f"the cluster manifest has serial {serial}; {self._node!r} has served under {row[0]} already"
                 )
             self._db.execute("INSERT OR REPLACE INTO meta VALUES ('cluster-serial', ?)", (serial,))
+
+    # --- used grants and the clock ---
+
+    def used_grants(self) -> list[UsedGrant]:
+        """The grants that were used and may not have expired yet, each row checked."""
+        rows = self._select("SELECT issuer, nonce, digest, expires_ms, tag FROM grants")
+        return [UsedGrant(*self._checked("grants", row)) for row in rows]
+
+    def clock_mark(self) -> ClockMark:
+        """The clock's mark, checked; zeros in a new store."""
+        rows = self._select("SELECT one, mark_ms, floor_ms, tag FROM clock")
+        return ClockMark(*self._checked("clock", rows[0])[1:]) if rows else ClockMark(0, 0)
+
+    def note_grants(self, used: Sequence[UsedGrant], mark_ms: int, forget_ms: int = 0) -> None:
+        """Remember used grants and the clock's mark, and forget what expired before ``forget_ms``, all at once."""
+        rows = [(each.issuer, each.nonce, each.digest, each.expires_ms) for each in used]
+        with self._transaction():
+            if forget_ms:
+                self._db.execute("DELETE FROM grants WHERE expires_ms < ?", (forget_ms,))
+            self._db.executemany(
+                "INSERT INTO grants VALUES (?, ?, ?, ?, ?)", [(*row, self._tag_of("grants", row)) for row in rows]
+            )
+            before = self.clock_mark()
+            self._write_mark(ClockMark(max(mark_ms, before.mark_ms), before.floor_ms))
+
+    def reset_clock(self, mark_ms: int, floor_ms: int) -> None:
+        """Set the mark, back too, by an operator's word; grants made before ``floor_ms`` are refused from then on."""
+        with self._transaction():
+            self._write_mark(ClockMark(mark_ms, max(floor_ms, self.clock_mark().floor_ms)))
+
+    def _write_mark(self, mark: ClockMark) -> None:
+        values = (1, mark.mark_ms, mark.floor_ms)
+        self._db.execute("INSERT OR REPLACE INTO clock VALUES (?, ?, ?, ?)", (*values, self._tag_of("clock", values)))
 
     # --- reading ---
 

@@ -67,6 +67,7 @@ POINTS: Final[Mapping[str, str]] = {
     "holder.destroy.recorded": "the audit record is durable; the dealer has no reply",
     "holder.destroy.answered": "the reply was handed to the socket",
     "holder.release.checked": "the grant is good; the share is sealed",
+    "holder.release.spent": "that the grant was used is durable; the share is sealed",
     "holder.release.unsealed": "the share is open",
     "holder.release.recorded": "the audit record is durable; the combiner has no reply",
     "holder.release.answered": "the share was handed to the socket",

@@ -124,7 +124,7 @@ def test_no_grant_is_issued_for_too_long_or_no_time(lifetime_ms: int) -> None:
         (grant(operations=["encrypt"] * 9), ProtocolError, "grant"),
         (grant(nonce=bytes(15)), ProtocolError, "grant"),
         (grant(more=1), ProtocolError, "grant"),
-        (grant(expires_ms=NOW + GRANT_LIFETIME_MAX_MS + 1), AccessDenied, "at most 30000"),
+        (grant(expires_ms=NOW + GRANT_LIFETIME_MAX_MS + 1), ManifestError, "at most 30000"),
         (b"", ProtocolError, "signed envelope"),
     ],
 )
@@ -156,7 +156,7 @@ def test_time_against_an_oracle(begins: int, ends: int, now: int) -> None:
     if good:
         check(raw, now=NOW + now)
         return
-    with pytest.raises(AccessDenied):
+    with pytest.raises(ManifestError):
         check(raw, now=NOW + now)
 
 
@@ -174,5 +174,5 @@ def test_every_changed_byte_of_a_grant_is_refused() -> None:
     for position in range(len(raw)):
         wrong = bytearray(raw)
         wrong[position] ^= 1 << position % 8
-        with pytest.raises((ManifestError, ProtocolError)):
+        with pytest.raises((ManifestError, ProtocolError, StaleKey, AccessDenied)):
             check(bytes(wrong))

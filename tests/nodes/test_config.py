@@ -14,6 +14,7 @@ from engine.client.config import create_identity
 from engine.errors import ConfigError
 from nodes.cache import CacheLimits
 from nodes.config import MODULE_PATHS, PinSource, load_node_config, parse_uri
+from nodes.limits import Limits
 
 GOOD: dict[str, Any] = {
     "version": 1,
@@ -43,6 +44,7 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
     assert config.key_cache == CacheLimits(300.0, 1024, 1_000_000, 4 * 1024 * 1024)
     assert config.share_cache == CacheLimits(60.0, 1024, 10_000, 512 * 1024)
     assert config.signature_cache == CacheLimits(300.0, 4096)
+    assert config.limits == Limits() == Limits(200.0, 400.0, 800.0, 10.0)
     assert config.token.pin == PinSource("file", str(tmp_path.parent / "pin"))
     assert config.token.is_softhsm
     assert str(config.token.module) in MODULE_PATHS
@@ -89,6 +91,11 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
         ({"cache": {"max_signatures": 1_000_001}}, "`int` <= 1000000 .*max_signatures"),
         ({"cache": {"size": 1}}, "unknown field `size`"),
         ({"create": {"acknowledge": "none"}}, "acknowledge"),
+        ({"limits": {"client_per_s": 0}}, "client_per_s"),
+        ({"limits": {"combiner_per_s": -1.0}}, "combiner_per_s"),
+        ({"limits": {"total_per_s": 1e7}}, "total_per_s"),
+        ({"limits": {"burst_s": 0}}, "burst_s"),
+        ({"limits": {"requests_per_s": 1}}, "unknown field `requests_per_s`"),
     ],
 )
 def test_each_mistake_is_told_with_its_place(tmp_path: Path, changes: dict[str, Any], match: str) -> None:

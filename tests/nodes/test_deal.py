@@ -31,6 +31,7 @@ from engine.protocol.wire import PROTOCOL_VERSION, Load, Reply, Status
 from engine.sharing import SecretBuffer, Share, check_value, commitment, secret_memory, unblind
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue, Entry
+from nodes.clock import TrustedClock
 from nodes.deal import Conversation, Talker
 from nodes.holder import ShareHolder
 from nodes.shares import ShareCache
@@ -111,14 +112,15 @@ class Scene:
             changed_ms=1,
         )
         nothing_kept = ShareCache(CacheLimits(1, 0), time.monotonic)
+        ledger: Any = SimpleNamespace(clock=TrustedClock(wall_ms=world.clock))
         holder = ShareHolder(
             world.cluster,
             world.keys[ME],
-            None,
+            None,  # type: ignore[arg-type]
             Catalogue([]),
             (),
-            world.clock,
-            nothing_kept,  # type: ignore[arg-type]
+            ledger,
+            nothing_kept,
         )
         self.conversation = Conversation(world.cluster, world.keys[ME], {}, "up", holder.own_secret, world.clock)
 

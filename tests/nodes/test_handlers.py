@@ -27,9 +27,12 @@ from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
 from engine.sharing import SecretBuffer, blind
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
+from nodes.clock import TrustedClock
 from nodes.deal import Gathered
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
+from nodes.ledger import GrantLedger
+from nodes.limits import Limits
 from nodes.peers import Peers
 from nodes.remember import SignatureCache
 from nodes.store import Row, ShareStore
@@ -119,7 +122,9 @@ class Scene:
         self.clock_s = 0.0
         self.signatures = SignatureCache(CacheLimits(300.0, 16), time.monotonic)
         self._number = 0
-        holder = ShareHolder(world.cluster, world.keys[ME], store, self.catalogue, (algorithm,), world.clock)
+        clock = TrustedClock(wall_ms=world.clock, steady_ms=lambda: 0)
+        self.ledger = GrantLedger(store, clock, Limits())
+        holder = ShareHolder(world.cluster, world.keys[ME], store, self.catalogue, (algorithm,), self.ledger)
         self.handlers = Handlers(
             node=ME,
             boot=bytes(16),
@@ -140,7 +145,7 @@ class Scene:
             replier=self,
             cache_limits=CacheLimits(300.0, 4, max_uses),
             signatures=self.signatures,
-            now_ms=world.clock,
+            ledger=self.ledger,
         )
 
     def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float) -> Gathered:

@@ -15,9 +15,11 @@ from engine.errors import (
     EngineError,
     KeyExists,
     ManifestError,
+    Overloaded,
     ProtocolError,
     ShareCorrupt,
     StaleKey,
+    TokenError,
     UnsupportedAlgorithm,
 )
 from engine.protocol.grant import GRANT_LIFETIME_MAX_MS
@@ -25,11 +27,15 @@ from engine.protocol.manifest import CLOCK_SKEW_MS, ORDER_LIFETIME_MAX_MS, open_
 from engine.protocol.requests import Destroy, Empty, ShareCommit, SharePrepare, ShareRelease, SyncEntry
 from engine.sharing import Share, reconstruct_key
 from nodes.catalogue import Catalogue
+from nodes.clock import TrustedClock
 from nodes.holder import ShareHolder
+from nodes.ledger import RETRY_WINDOW_MS, GrantLedger
+from nodes.limits import Limits
 from nodes.store import ShareStore
 from nodes.token import Lane, Token
 
 ME, DEALER, OTHER = "node2", "node1", "node3"
+EARLY_MS = ORDER_LIFETIME_MAX_MS + CLOCK_SKEW_MS + 1
 
 
 class Scene:
@@ -40,14 +46,18 @@ class Scene:
         self.path = path
         self.lane = lane
         self.algorithms = algorithms
+        self.limits = Limits()
+        self.monotonic_s = 0.0
         self.open()
 
     def open(self) -> None:
         """As a start of the node does."""
         self.store = ShareStore(self.path, ME, self.lane)
         self.catalogue = Catalogue(self.store.rows())
+        clock = TrustedClock(self.store.clock_mark().mark_ms, wall_ms=self.world.clock, steady_ms=lambda: 0)
+        self.ledger = GrantLedger(self.store, clock, self.limits, lambda: self.monotonic_s)
         self.holder = ShareHolder(
-            self.world.cluster, self.world.keys[ME], self.store, self.catalogue, self.algorithms, self.world.clock
+            self.world.cluster, self.world.keys[ME], self.store, self.catalogue, self.algorithms, self.ledger
         )
 
     def restart(self) -> None:
@@ -222,12 +232,14 @@ def test_an_order_of_no_client_is_refused(scene: Scene, signer: str) -> None:
 def test_an_order_out_of_its_time_is_refused(scene: Scene) -> None:
     dealt = scene.world.deal()
     begun = scene.world.now_ms
-    scene.world.now_ms = begun + 60_000 + CLOCK_SKEW_MS + 1
-    refused(scene, ManifestError, "create order: expired", dealt)
-    scene.world.now_ms = begun + 60_000 - ORDER_LIFETIME_MAX_MS - CLOCK_SKEW_MS - 1
-    refused(scene, ManifestError, "create order: expires in", dealt)
+    key_id = os.urandom(16)
+    order = scene.world.order("early", "aes-256-gcm", 2, 3, key_id=key_id, expires_in_ms=EARLY_MS)
+    early = scene.world.deal("early", order=order, key_id=key_id)
+    refused(scene, ManifestError, "create order: expires in", early)
     scene.world.now_ms = begun + 60_000 + CLOCK_SKEW_MS
     scene.prepare(dealt)
+    scene.world.now_ms += 1
+    refused(scene, ManifestError, "create order: expired", dealt)
 
 
 def test_another_key_of_a_taken_name_is_refused(scene: Scene) -> None:
@@ -390,19 +402,19 @@ GRANTS: dict[str, tuple[type[EngineError], str, Callable[[Any, Any], bytes]]] = 
     "wrong epoch": (StaleKey, "version 1 epoch 2", lambda w, d: w.grant(d, OTHER, epoch=2)),
     "wrong version": (StaleKey, "version 0 epoch 1", lambda w, d: w.grant(d, OTHER, version=0)),
     "not yet valid": (
-        AccessDenied,
+        ManifestError,
         "begins in",
         lambda w, d: w.grant(
             d, OTHER, not_before_ms=w.now_ms + CLOCK_SKEW_MS + 1, expires_ms=w.now_ms + CLOCK_SKEW_MS + 10
         ),
     ),
     "expired": (
-        AccessDenied,
+        ManifestError,
         "expired",
         lambda w, d: w.grant(d, OTHER, not_before_ms=w.now_ms - 20_000, expires_ms=w.now_ms - CLOCK_SKEW_MS - 1),
     ),
     "too long-lived": (
-        AccessDenied,
+        ManifestError,
         "lives 30001 ms, at most 30000",
         lambda w, d: w.grant(d, OTHER, expires_ms=w.now_ms + GRANT_LIFETIME_MAX_MS + 1),
     ),
@@ -463,13 +475,149 @@ def test_a_grant_of_the_right_length_is_good_to_its_last_millisecond(scene: Scen
     dealt = scene.committed()
     begun = scene.world.now_ms
     grant = scene.world.grant(dealt, OTHER, expires_ms=begun + GRANT_LIFETIME_MAX_MS)
-    for now in (begun - CLOCK_SKEW_MS, begun + GRANT_LIFETIME_MAX_MS + CLOCK_SKEW_MS):
-        scene.world.now_ms = now
+    early = scene.world.grant(dealt, OTHER, not_before_ms=begun + CLOCK_SKEW_MS + 1)
+    with pytest.raises(ManifestError, match="begins in"):
+        scene.release(dealt, early)
+    scene.world.now_ms = begun + 1
+    assert released(scene.release(dealt, early)) == offered(dealt)
+    scene.world.now_ms = begun + GRANT_LIFETIME_MAX_MS + CLOCK_SKEW_MS
+    assert released(scene.release(dealt, grant)) == offered(dealt)
+    scene.world.now_ms += 1
+    with pytest.raises(ManifestError, match="expired"):
+        scene.release(dealt, grant)
+
+
+def test_a_grant_is_good_once_and_asked_again_at_once_gets_the_same_share(scene: Scene) -> None:
+    dealt = scene.committed()
+    grant, other = scene.world.grant(dealt, OTHER), scene.world.grant(dealt, OTHER)
+    for _ in range(3):
         assert released(scene.release(dealt, grant)) == offered(dealt)
-    for now in (begun - CLOCK_SKEW_MS - 1, begun + GRANT_LIFETIME_MAX_MS + CLOCK_SKEW_MS + 1):
-        scene.world.now_ms = now
+    scene.monotonic_s += RETRY_WINDOW_MS / 1000
+    with pytest.raises(AccessDenied, match="was used already"):
+        scene.release(dealt, grant)
+    assert released(scene.release(dealt, other)) == offered(dealt)
+    scene.restart()
+    for used in (grant, other):
+        with pytest.raises(AccessDenied, match="was used already"):
+            scene.release(dealt, used)
+
+
+def test_another_grant_with_a_used_nonce_is_refused(scene: Scene) -> None:
+    dealt, second = scene.committed(), scene.committed("second")
+    nonce = os.urandom(16)
+    scene.release(dealt, scene.world.grant(dealt, OTHER, nonce=nonce))
+    for again in (
+        scene.world.grant(dealt, OTHER, nonce=nonce, expires_ms=scene.world.now_ms + 10_001),
+        scene.world.grant(dealt, OTHER, "decrypt", nonce=nonce),
+    ):
+        with pytest.raises(AccessDenied, match="another grant of 'alice' with this nonce"):
+            scene.release(dealt, again)
+    with pytest.raises(AccessDenied, match="another grant"):
+        scene.release(second, scene.world.grant(second, OTHER, nonce=nonce))
+    with pytest.raises(AccessDenied, match="another grant"):
+        scene.release(dealt, scene.world.grant(dealt, DEALER, nonce=nonce), sender=DEALER)
+    shared = scene.committed("shared/a")  # another client's nonces are its own
+    assert released(scene.release(shared, scene.world.grant(shared, OTHER, client="carol", nonce=nonce)))
+
+
+def test_a_grant_is_used_up_by_a_share_alone(scene: Scene) -> None:
+    """What is refused for another reason leaves the grant good for the one it is for."""
+    dealt = scene.committed()
+    grant = scene.world.grant(dealt, OTHER)
+    for sender in (DEALER, "node4"):
         with pytest.raises(AccessDenied):
+            scene.release(dealt, grant, sender=sender)
+    assert released(scene.release(dealt, grant)) == offered(dealt)
+
+
+def test_the_use_of_a_grant_is_on_the_disk_before_the_share_is_opened(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dealt = scene.committed()
+    grant = scene.world.grant(dealt, OTHER)
+    steps: list[str] = []
+    note, own = scene.store.note_grants, scene.holder.own_share
+    monkeypatch.setattr(scene.store, "note_grants", lambda *told: (note(*told), steps.append("written")))
+    monkeypatch.setattr(scene.holder, "own_share", lambda *told: (steps.append("opened"), own(*told))[1])
+    scene.release(dealt, grant)
+    assert steps == ["written", "opened"]
+
+    def full(*told: Any) -> None:
+        raise TokenError("the disk is full")
+
+    monkeypatch.setattr(scene.store, "note_grants", full)
+    for _ in range(2):  # the same request again is no way around the disk
+        with pytest.raises(TokenError, match="the disk is full"):
+            scene.release(dealt, scene.world.grant(dealt, OTHER, nonce=bytes(16)))
+    assert steps == ["written", "opened"]
+
+
+def test_a_node_is_not_asked_for_its_share_by_its_own_key(scene: Scene) -> None:
+    dealt = scene.committed()
+    with pytest.raises(AccessDenied, match="'node2' is asked by its own key"):
+        scene.release(dealt, scene.world.grant(dealt, ME), sender=ME)
+
+
+def test_a_clock_set_back_makes_no_grant_and_no_order_good_again(scene: Scene) -> None:
+    dealt = scene.committed()
+    begun = scene.world.now_ms
+    grant, used = scene.world.grant(dealt, OTHER), scene.world.grant(dealt, OTHER)
+    order = scene.world.destroy_order(dealt.key_id, "orders", expires_in_ms=10_000)
+    scene.release(dealt, used)
+    scene.world.now_ms = begun + 15_001
+    for _ in range(2):
+        with pytest.raises(ManifestError, match="grant: it expired 5001 ms ago"):
             scene.release(dealt, grant)
+        with pytest.raises(ManifestError, match="grant: it expired"):
+            scene.release(dealt, used)
+        with pytest.raises(ManifestError, match="destroy order: expired"):
+            scene.holder.destroy(Destroy(order))
+        scene.world.now_ms = begun
+    assert "2027-01-15T08:00:00Z" in scene.ledger.clock.complaint()
+    scene.ledger.flush()
+    scene.restart()
+    for each in (grant, used):
+        with pytest.raises(ManifestError, match="grant: it expired"):
+            scene.release(dealt, each)
+    with pytest.raises(ManifestError, match="destroy order: expired"):
+        scene.holder.destroy(Destroy(order))
+
+
+@pytest.mark.parametrize("limit", ["client_per_s", "combiner_per_s", "total_per_s"])
+def test_each_limit_on_releases_holds_and_lets_go_with_time(scene: Scene, limit: str) -> None:
+    scene.limits = Limits(
+        **{**dict.fromkeys(("client_per_s", "combiner_per_s", "total_per_s"), 1e6), limit: 2.0, "burst_s": 2}
+    )
+    scene.restart()
+    dealt = scene.committed("shared/a")
+    for _ in range(4):
+        scene.release(dealt, scene.world.grant(dealt, OTHER))
+    with pytest.raises(Overloaded, match=f"limits.{limit} = 2"):
+        scene.release(dealt, scene.world.grant(dealt, OTHER))
+    others = {
+        "client_per_s": (OTHER, "carol"),
+        "combiner_per_s": (DEALER, "alice"),
+    }
+    if limit in others:
+        sender, client = others[limit]
+        assert released(scene.release(dealt, scene.world.grant(dealt, sender, client=client), sender=sender))
+    scene.monotonic_s += 0.5
+    scene.release(dealt, scene.world.grant(dealt, OTHER))
+    with pytest.raises(Overloaded):
+        scene.release(dealt, scene.world.grant(dealt, OTHER))
+
+
+def test_bad_grants_use_up_their_senders_limit_alone(scene: Scene) -> None:
+    scene.limits = Limits(1.0, 1.0, 1.0, 5.0)
+    scene.restart()
+    dealt = scene.committed()
+    forged = scene.world.grant(dealt, OTHER, client=type(scene.world.stranger)("alice", scene.world.stranger._private))
+    for _ in range(5):
+        with pytest.raises(ManifestError):
+            scene.release(dealt, forged)
+    with pytest.raises(Overloaded, match="'node3' asks for more shares"):
+        scene.release(dealt, forged)
+    assert released(scene.release(dealt, scene.world.grant(dealt, DEALER), sender=DEALER)) == offered(dealt)
 
 
 def test_carol_may_grant_what_the_policy_gives_her(scene: Scene) -> None:

@@ -19,7 +19,16 @@ import pytest
 from engine.errors import InvalidTag, TokenError
 from engine.sharing import Share
 from nodes import store as store_module
-from nodes.store import MIGRATIONS, Row, ShareStore, StoreCorrupt, seal_context, seal_share, unseal_share
+from nodes.store import (
+    MIGRATIONS,
+    SCHEMA_VERSION,
+    Row,
+    ShareStore,
+    StoreCorrupt,
+    seal_context,
+    seal_share,
+    unseal_share,
+)
 from nodes.token import Lane
 
 NODE = "node1"
@@ -384,9 +393,11 @@ def test_a_newer_schema_is_refused(path: Path, lane: Lane) -> None:
     opened = ShareStore(path, NODE, lane)
     opened.put(a_row())
     opened.close()
-    execute(path, "UPDATE meta SET value = 2 WHERE name = 'schema'")
+    execute(path, "UPDATE meta SET value = ? WHERE name = 'schema'", SCHEMA_VERSION + 1)
     before = path.read_bytes()
-    with pytest.raises(StoreCorrupt, match="the store has schema 2; this software knows up to 1"):
+    with pytest.raises(
+        StoreCorrupt, match=f"the store has schema {SCHEMA_VERSION + 1}; this software knows up to {SCHEMA_VERSION}"
+    ):
         ShareStore(path, NODE, lane)
     assert path.read_bytes() == before
 
@@ -405,14 +416,16 @@ def test_an_older_schema_is_migrated_and_keeps_its_rows(
     opened = ShareStore(path, NODE, lane)
     row = opened.put(a_row())
     opened.close()
-    monkeypatch.setattr(store_module, "SCHEMA_VERSION", 3)
-    later = {2: "CREATE TABLE extra (a INTEGER); CREATE INDEX extra_a ON extra (a);", 3: "ALTER TABLE extra ADD b TEXT"}
+    new = SCHEMA_VERSION + 2
+    monkeypatch.setattr(store_module, "SCHEMA_VERSION", new)
+    tables = "CREATE TABLE extra (a INTEGER); CREATE INDEX extra_a ON extra (a);"
+    later = {new - 1: tables, new: "ALTER TABLE extra ADD b TEXT"}
     monkeypatch.setattr(store_module, "MIGRATIONS", {**MIGRATIONS, **later})
     for _ in range(2):
         opened = ShareStore(path, NODE, lane)
         assert opened.rows() == [row]
         assert opened._db.execute("SELECT a, b FROM extra").fetchall() == []
-        assert opened._db.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == (3,)
+        assert opened._db.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == (new,)
         opened.close()
 
 
@@ -421,8 +434,9 @@ def test_a_migration_that_fails_changes_nothing(path: Path, lane: Lane, monkeypa
     row = opened.put(a_row())
     opened.close()
     with monkeypatch.context() as patched:
-        patched.setattr(store_module, "SCHEMA_VERSION", 2)
-        patched.setattr(store_module, "MIGRATIONS", {**MIGRATIONS, 2: "CREATE TABLE extra (a); DROP TABLE nothing"})
+        new = SCHEMA_VERSION + 1
+        patched.setattr(store_module, "SCHEMA_VERSION", new)
+        patched.setattr(store_module, "MIGRATIONS", {**MIGRATIONS, new: "CREATE TABLE extra (a); DROP TABLE nothing"})
         with pytest.raises(StoreCorrupt):
             ShareStore(path, NODE, lane)
     assert reopened(path, lane) == [row]

@@ -92,6 +92,14 @@ max_keys = 1024
 [create]
 # When a new key is acknowledged: "up" (every holder that is up, t+1 at least), "quorum" (t+1) or "all".
 acknowledge = "up"
+
+[limits]
+# How many shares may leave this node in a second, lastingly: under one client's grants, to one node, and in all;
+# and for how many seconds' worth at once.
+client_per_s = 200.0
+combiner_per_s = 400.0
+total_per_s = 800.0
+burst_s = 10.0
 """,
 }
 

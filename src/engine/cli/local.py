@@ -211,4 +211,5 @@ def _troubles(member: MemberStatus) -> list[str]:
     if not isinstance(member.status, NodeStatus):
         return []
     unready = [f"serves nothing: the audit log can't be written: {member.status.audit}"] if member.status.audit else []
-    return [*unready, *member.status.alarms]
+    clock = [member.status.clock] if member.status.clock else []
+    return [*unready, *clock, *member.status.alarms]

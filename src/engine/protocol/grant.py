@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from engine.errors import AccessDenied, StaleKey
+from engine.errors import AccessDenied, ManifestError, StaleKey
 from engine.keys import OPERATIONS
 from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster, KeyRecord
 from engine.protocol.signed import Signed, SigningKey, read_unverified, sign_envelope, verify_envelope
@@ -64,12 +64,27 @@ def read_grant(raw: bytes) -> Grant:
 def check_grant(raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, now_ms: int) -> tuple[Grant, Signed]:
     """The grant, if it lets ``combiner`` gather this key now.
 
-    Checked, each by every holder for itself: the client's signature, the key's version and epoch, the combiner's name
-    and that it is eligible (a holder of the key), the time with a skew of 5 s, and the client's right to every
-    operation named. ``AccessDenied`` or ``StaleKey`` says which failed.
+    Checked, each by every holder for itself and the cheap first: the key's version and epoch, the combiner's name and
+    that it is eligible (a holder of the key), the time with a skew of 5 s, the client's signature, and its right to
+    every operation named. ``AccessDenied``, ``StaleKey`` or ``ManifestError`` says which failed. That the grant was not
+    used before is not checked here.
     """
-    signed = verify_envelope(raw, "grant", cluster.sign_key("client"))
-    grant = _grants.decode(signed.payload)
+    told: list[Grant] = []
+
+    def cheap(unverified: Signed) -> None:
+        told.append(_grants.decode(unverified.payload))
+        _check_fit(told[0], record, combiner)
+        _check_time(told[0], now_ms)
+
+    signed = verify_envelope(raw, "grant", cluster.sign_key("client"), before=cheap)
+    name = record.manifest.name
+    for operation in told[0].operations:
+        if operation not in OPERATIONS or not cluster.allows(signed.issuer, operation, name):
+            raise AccessDenied(f"{signed.issuer!r} may not {operation} with the key {name!r}")
+    return told[0], signed
+
+
+def _check_fit(grant: Grant, record: KeyRecord, combiner: str) -> None:
     manifest = record.manifest
     if grant.key_id != manifest.key_id:
         raise StaleKey(f"the grant is for another key than {manifest.name!r}")
@@ -82,15 +97,13 @@ def check_grant(raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, 
         raise AccessDenied(f"the grant is for the combiner {grant.combiner!r}, {combiner!r} asks")
     if manifest.holder(combiner) is None:
         raise AccessDenied(f"{combiner!r} is no eligible combiner of {manifest.name!r}")
-    if grant.expires_ms - grant.not_before_ms > GRANT_LIFETIME_MAX_MS:
-        raise AccessDenied(
-            f"the grant lives {grant.expires_ms - grant.not_before_ms} ms, at most {GRANT_LIFETIME_MAX_MS}"
-        )
+
+
+def _check_time(grant: Grant, now_ms: int) -> None:
+    lifetime_ms = grant.expires_ms - grant.not_before_ms
+    if lifetime_ms > GRANT_LIFETIME_MAX_MS:
+        raise ManifestError(f"grant: it lives {lifetime_ms} ms, at most {GRANT_LIFETIME_MAX_MS}")
     if now_ms + CLOCK_SKEW_MS < grant.not_before_ms:
-        raise AccessDenied(f"the grant begins in {grant.not_before_ms - now_ms} ms")
+        raise ManifestError(f"grant: it begins in {grant.not_before_ms - now_ms} ms")
     if now_ms > grant.expires_ms + CLOCK_SKEW_MS:
-        raise AccessDenied(f"the grant expired {now_ms - grant.expires_ms} ms ago")
-    for operation in grant.operations:
-        if operation not in OPERATIONS or not cluster.allows(signed.issuer, operation, manifest.name):
-            raise AccessDenied(f"{signed.issuer!r} may not {operation} with the key {manifest.name!r}")
-    return grant, signed
+        raise ManifestError(f"grant: it expired {now_ms - grant.expires_ms} ms ago")

@@ -181,7 +181,7 @@ class NodeStatus(Message, frozen=True):
     """What a node tells an operator.
 
     ``audit`` says why it serves nothing, empty if it does; ``alarms`` are contradictions in audit logs, also in its
-    own.
+    own; ``clock`` is empty, or what is wrong with the machine's clock.
     """
 
     node: Name
@@ -198,6 +198,7 @@ class NodeStatus(Message, frozen=True):
     missing: Annotated[list[Text], Meta(max_length=64)]
     audit: Text
     alarms: Annotated[list[Text], Meta(max_length=32)]
+    clock: Text
 
 
 class SharePrepare(Message, frozen=True):

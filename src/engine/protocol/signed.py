@@ -130,17 +130,21 @@ def verify_envelope(
     *,
     threshold: int = 1,
     issuer_signs: bool = True,
+    before: Callable[[Signed], None] | None = None,
 ) -> Signed:
     """The content of an envelope of that kind, after every signature on it was checked.
 
     ``keys`` gives the 32-byte public key of a signer (or all that it ever had, any of which will do), and None for a
     name that may not sign this kind. At least
     ``threshold`` known signers must have signed, the issuer among them unless ``issuer_signs`` is false. A signature
-    that does not verify refuses the whole envelope; ``ManifestError`` and ``ProtocolError`` say why.
+    that does not verify refuses the whole envelope; ``ManifestError`` and ``ProtocolError`` say why. ``before`` may
+    refuse the content, not verified yet, for less than the price of a signature.
     """
     envelope, body, signed = _parse(raw)
     if body.kind != kind:
         raise ManifestError(f"a signed {body.kind!r} came where a {kind!r} was expected")
+    if before is not None:
+        before(signed)
     lookup = keys.get if isinstance(keys, Mapping) else keys
     good = 0
     for signature in envelope.signatures:
