@@ -30,6 +30,7 @@ from engine.keys import RequestType
 from engine.protocol.manifest import Cluster
 from engine.protocol.requests import (
     REGISTRY_ABORT,
+    REGISTRY_CHANGE,
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
     REGISTRY_OUTCOME,
@@ -41,6 +42,7 @@ from engine.protocol.requests import (
     STATS,
     TABLE,
     BalancerStatus,
+    Change,
     Commit,
     Committed,
     Destroy,
@@ -248,6 +250,7 @@ class Service:
         self._begun = time.monotonic()
         self._verbs: dict[str, Callable[[str, Any], Any]] = {
             REGISTRY_RESERVE: self._reserve,
+            REGISTRY_CHANGE: self._change,
             REGISTRY_COMMIT: self._commit,
             REGISTRY_DESTROY: self._destroy,
             REGISTRY_SYNC: self._sync,
@@ -293,6 +296,9 @@ class Service:
 
     def _reserve(self, member: str, body: Reserve) -> Reserved:
         return self._registry.reserve(body.order, member, self._now_ms())
+
+    def _change(self, member: str, body: Change) -> Reserved:
+        return self._registry.change(body.order, body.manifest, body.certificate, member, self._now_ms())
 
     def _commit(self, member: str, body: Commit) -> Committed:
         return Committed(self._registry.commit(body.manifest, body.receipts, self._now_ms()))

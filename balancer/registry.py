@@ -1,11 +1,14 @@
 """The registry: names, keys, attempts and tombstones, durable before they are told. It knows no socket and no clock.
 
-A key goes reserved -> committed -> destroyed, or reserved -> aborted. Invariants:
+A key goes reserved -> committed -> destroyed, or reserved -> aborted. A committed key goes from epoch to epoch: beside
+it stands at most one pending change, whose attempts are numbered on over the life of the key's id. Invariants:
 
 1. A name belongs to at most one reserved or committed key.
 2. An attempt for which an abort notice was signed never commits, not even after the registry fell back to an old copy:
    the notice on an attempt it did not know is preceded by a durable note, and later attempts are numbered beyond it.
 3. A destroyed key id never comes back.
+4. An epoch follows the one that is committed, by receipts of all its holders; no notice is signed on an attempt that
+   was committed once.
 
 The registry holds no secret, and every document in it is signed; so its rows carry a plain hash against the disk's own
 errors, not a MAC.
@@ -25,7 +28,15 @@ from typing import Protocol
 
 import msgspec
 
-from engine.errors import AccessDenied, ConfigError, KeyExists, KeyNotFound, ManifestError, RegistryUnavailable
+from engine.errors import (
+    AccessDenied,
+    ConfigError,
+    KeyExists,
+    KeyNotFound,
+    ManifestError,
+    Overloaded,
+    RegistryUnavailable,
+)
 from engine.failpoints import failpoint
 from engine.protocol.manifest import (
     CLOCK_SKEW_MS,
@@ -36,10 +47,14 @@ from engine.protocol.manifest import (
     KeyRecord,
     aborts,
     certificates,
+    check_successor,
+    open_certificate,
     open_create_order,
     open_destroy_order,
     open_key_manifest,
     open_receipt,
+    open_refresh_order,
+    read_key_manifest,
     receipts_needed,
 )
 from engine.protocol.requests import OutcomeReply, Reserved, SyncEntry, SyncPage
@@ -58,6 +73,8 @@ REFUSED_MAX = 100_000
 """How many unknown attempts are noted; beyond that, they stay pending until old notes are pruned."""
 KEEP_MS = 24 * 3_600_000
 """Aborted reservations and notes are pruned at start after this: any order they speak of expired long before."""
+CHANGE_LEASE_MS = 10_000
+"""A change under way keeps those of other orders waiting for this long; then its coordinator counts as dead."""
 BUSY_TIMEOUT_S = 1.0
 
 
@@ -73,6 +90,9 @@ class Registry(Protocol):
 
     def reserve(self, order: bytes, dealer: str, now_ms: int) -> Reserved:
         """Reserve the name of a client's create order for one attempt of ``dealer``."""
+
+    def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
+        """Begin an attempt of ``dealer`` to carry out a client's refresh order on a committed key."""
 
     def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
         """Make the current attempt's manifest the key's; the commit certificate."""
@@ -128,6 +148,31 @@ class _Row:
         return self.expires_ms + CLOCK_SKEW_MS < now_ms
 
 
+class _ChangeState(IntEnum):
+    PENDING = 1
+    ENDED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """The last attempt to change a committed key; the fields are the columns, in order."""
+
+    key_id: bytes
+    attempt: int
+    state: int
+    dealer: bytes
+    order_digest: bytes
+    began_ms: int
+    expires_ms: int
+
+    @property
+    def pending(self) -> bool:
+        return self.state == _ChangeState.PENDING
+
+    def expired(self, now_ms: int) -> bool:
+        return self.expires_ms + CLOCK_SKEW_MS < now_ms
+
+
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE keys (key_id BLOB PRIMARY KEY, name BLOB NOT NULL, state INTEGER NOT NULL,
@@ -143,6 +188,12 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE counters (id INTEGER PRIMARY KEY, value INTEGER NOT NULL, hash BLOB NOT NULL) STRICT",
         """CREATE TABLE cluster (id INTEGER PRIMARY KEY CHECK (id = 1), pin BLOB NOT NULL,
            serial INTEGER NOT NULL) STRICT""",
+    ),
+    (
+        """CREATE TABLE changes (key_id BLOB PRIMARY KEY, attempt INTEGER NOT NULL, state INTEGER NOT NULL,
+           dealer BLOB NOT NULL, order_digest BLOB NOT NULL, began_ms INTEGER NOT NULL, expires_ms INTEGER NOT NULL,
+           hash BLOB NOT NULL) STRICT, WITHOUT ROWID""",
+        "CREATE TABLE past (key_id BLOB, attempt INTEGER, PRIMARY KEY (key_id, attempt)) STRICT, WITHOUT ROWID",
     ),
 )
 """Statements that take the schema from version i to i + 1."""
@@ -261,43 +312,124 @@ class SqliteRegistry:
         notices = [self._notice(wanted.key_id, each) for each in range(max(1, attempt - ABORTS_MAX), attempt)]
         return Reserved(attempt, list(holders), notices, b"", b"")
 
+    def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
+        """Begin an attempt of ``dealer`` to refresh a committed key; earlier attempts are aborted for good.
+
+        If the epoch that the order names is not the last one any more, the last one comes back as attempt 0.
+        ``manifest`` and ``certificate`` are the dealer's: an epoch that is newer than the books is taken in first, for
+        its holders know better than a registry that fell back. ``KeyNotFound``; ``AccessDenied``; ``ManifestError``:
+        the order is forged, expired or of another key; ``Overloaded``: a change by another order is under way.
+        """
+        wanted, signed = open_refresh_order(order, self._cluster, now_ms)
+        row = self._row(wanted.key_id)
+        if row is None or row.state != _State.COMMITTED or row.text != wanted.name:
+            raise KeyNotFound(f"no key {wanted.name!r} of this id is committed")
+        row = self._take_in(row, manifest, certificate)
+        current = read_key_manifest(row.manifest).manifest
+        if current.epoch > wanted.from_epoch:
+            return Reserved(0, _names(row), [], row.manifest, row.certificate)
+        if current.epoch < wanted.from_epoch:
+            raise ManifestError(
+                f"the order refreshes epoch {wanted.from_epoch} of {wanted.name!r}, not {current.epoch}"
+            )
+        if current.holder(dealer) is None:
+            raise AccessDenied(f"{dealer!r} is no holder of {wanted.name!r} and can't refresh it")
+        with self._transaction("change"):
+            before = self._change(wanted.key_id)
+            if before is not None and before.pending and before.order_digest != signed.digest:
+                wait_ms = before.began_ms + CHANGE_LEASE_MS - now_ms
+                if 0 < wait_ms <= CHANGE_LEASE_MS:
+                    raise Overloaded(f"{wanted.name!r} is being refreshed; its coordinator has {wait_ms} ms left")
+            attempt = max(row.attempt, before.attempt if before else 0, self._refused(wanted.key_id)) + 1
+            if attempt > MAX_ATTEMPT:
+                raise ValueError(f"attempt {attempt} of {wanted.name!r}; the limit is {MAX_ATTEMPT}")
+            self._put_change(
+                _Change(
+                    key_id=wanted.key_id,
+                    attempt=attempt,
+                    state=_ChangeState.PENDING,
+                    dealer=dealer.encode(),
+                    order_digest=signed.digest,
+                    began_ms=now_ms,
+                    expires_ms=wanted.expires_ms,
+                )
+            )
+        # Those after the last commit alone: what was committed once is never called aborted.
+        given_up = range(max(row.attempt + 1, attempt - ABORTS_MAX), attempt)
+        notices = [self._notice(wanted.key_id, each) for each in given_up]
+        return Reserved(attempt, _names(row), notices, row.manifest, row.certificate)
+
+    def _take_in(self, row: _Row, manifest: bytes, certificate: bytes) -> _Row:
+        """The row after what a certificate proves: all holders store a newer epoch than the books tell of."""
+        record = open_key_manifest(manifest, self._cluster)
+        told, known = record.manifest, read_key_manifest(row.manifest).manifest
+        if told.key_id != row.key_id:
+            raise ManifestError(f"the manifest of {told.name!r} is of another key id")
+        if told.epoch <= known.epoch:
+            return row
+        open_certificate(certificate, record, self._cluster)
+        newer = replace(
+            row,
+            attempt=told.attempt,
+            dealer=record.dealer.encode(),
+            manifest_hash=record.digest,
+            manifest=manifest,
+            certificate=certificate,
+        )
+        with self._transaction("adopt"):
+            self._advance(row, newer)
+        return newer
+
+    def _advance(self, row: _Row, newer: _Row) -> None:
+        """Write the newer epoch of a committed key, inside a transaction."""
+        self._store.execute("INSERT OR IGNORE INTO past VALUES (?, ?)", (row.key_id, row.attempt))
+        change = self._change(row.key_id)
+        if change is not None and change.attempt <= newer.attempt:
+            self._put_change(replace(change, state=_ChangeState.ENDED))
+        self._put(newer)
+        self._note_change(newer.key_id, _names(newer))
+
     def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
         """Make the manifest the key's; the certificate. The same manifest again gets the same certificate.
 
         ``ManifestError``: it is forged, not of the current attempt, its dealer, order or holders are not the reserved
-        ones, a receipt is wrong, too few holders gave one, or the order has expired.
+        ones, a receipt is wrong, too few holders gave one, or the order has expired. An epoch after the first must
+        follow the committed one, and all its holders give a receipt.
         """
         record = open_key_manifest(manifest, self._cluster)
         told = record.manifest
         row = self._row(told.key_id)
         if row is not None and row.manifest_hash == record.digest:
             return row.certificate
-        if row is None or row.state != _State.RESERVED or row.attempt != told.attempt:
-            current = f"attempt {row.attempt} is {_State(row.state).name.lower()}" if row else "it was never reserved"
-            raise ManifestError(f"attempt {told.attempt} of {told.name!r} can't commit: {current}")
-        self._check_reserved(record, row, now_ms)
+        row = (self._check_first if told.epoch == 1 else self._check_next)(record, row, now_ms)
         found = {open_receipt(each, record, self._cluster): each for each in receipts}
-        needed = receipts_needed(told.threshold, told.shares)
+        needed = receipts_needed(told.threshold, told.shares, told.epoch)
         if len(found) < needed:
             raise ManifestError(f"{told.name!r} has receipts of {len(found)} holders, {needed} are needed")
         payload = certificates.encode(CommitCertificate(told.key_id, record.digest, list(found.values())))
         with self._transaction("commit"):
             certificate = sign_envelope("certificate", self._next(_SERIAL), payload, self._signing)
-            self._put(
-                replace(
-                    row,
-                    state=_State.COMMITTED,
-                    manifest_hash=record.digest,
-                    manifest=manifest,
-                    certificate=certificate,
-                )
+            newer = replace(
+                row,
+                state=_State.COMMITTED,
+                attempt=told.attempt,
+                dealer=record.dealer.encode(),
+                manifest_hash=record.digest,
+                manifest=manifest,
+                certificate=certificate,
             )
-            change = self._next(_CHANGE)
-            self._store.executemany(
-                "INSERT OR REPLACE INTO shares VALUES (?, ?, ?)",
-                [(holder.node.encode(), told.key_id, change) for holder in told.holders],
-            )
+            if told.epoch == 1:
+                self._put(newer)
+                self._note_change(told.key_id, [holder.node for holder in told.holders])
+            else:
+                self._advance(row, newer)
         return certificate
+
+    def _note_change(self, key_id: bytes, nodes: Sequence[str]) -> None:
+        change = self._next(_CHANGE)
+        self._store.executemany(
+            "INSERT OR REPLACE INTO shares VALUES (?, ?, ?)", [(node.encode(), key_id, change) for node in nodes]
+        )
 
     def outcome(self, key_id: bytes, attempt: int, now_ms: int) -> OutcomeReply:
         """What became of an attempt. The abort of an expired or unknown one is durable before its notice is signed."""
@@ -305,6 +437,8 @@ class SqliteRegistry:
             raise ValueError(f"attempt {attempt} is not in 1..{MAX_ATTEMPT}")
         row = self._row(key_id)
         settled = row is not None and row.state in (_State.COMMITTED, _State.DESTROYED)
+        if row is not None and settled and (attempt > row.attempt or self._is_past(key_id, attempt)):
+            return self._outcome_of_change(row, attempt, now_ms)
         if row is not None and attempt == row.attempt:
             if settled:
                 return OutcomeReply("committed", row.certificate)
@@ -320,12 +454,34 @@ class SqliteRegistry:
             return OutcomeReply("pending", b"")
         return OutcomeReply("aborted", self._notice(key_id, attempt))
 
+    def _outcome_of_change(self, row: _Row, attempt: int, now_ms: int) -> OutcomeReply:
+        """What became of an attempt to change a committed key. One whose epoch is past is told by the last one's."""
+        change = self._change(row.key_id)
+        if attempt <= row.attempt:
+            return OutcomeReply("committed", row.certificate)
+        if change is None or attempt > change.attempt:
+            return OutcomeReply("pending", b"")
+        if attempt == change.attempt and change.pending:
+            if row.state == _State.COMMITTED and not change.expired(now_ms):
+                return OutcomeReply("pending", b"")
+            with self._transaction("expire"):
+                self._put_change(replace(change, state=_ChangeState.ENDED))
+        return OutcomeReply("aborted", self._notice(row.key_id, attempt))
+
     def abort(self, key_id: bytes, attempt: int, dealer: str) -> OutcomeReply:
         """Give up an attempt on its dealer's word, so that its name is free at once; the signed notice of it.
 
         An attempt that was committed after all is told by its certificate. ``AccessDenied``: it is another dealer's.
         """
         row = self._row(key_id)
+        change = self._change(key_id)
+        if change is not None and row is not None and attempt == change.attempt > row.attempt:
+            if change.dealer != dealer.encode():
+                raise AccessDenied(f"{dealer!r} deals no attempt {attempt} of the key with id {key_id.hex()}")
+            if change.pending:
+                with self._transaction("abort"):
+                    self._put_change(replace(change, state=_ChangeState.ENDED))
+            return OutcomeReply("aborted", self._notice(key_id, attempt))
         if row is None or row.attempt != attempt or row.dealer != dealer.encode():
             raise AccessDenied(f"{dealer!r} deals no attempt {attempt} of the key with id {key_id.hex()}")
         if row.state in (_State.COMMITTED, _State.DESTROYED):
@@ -400,6 +556,34 @@ class SqliteRegistry:
             wait_ms = row.expires_ms + CLOCK_SKEW_MS - now_ms
             raise KeyExists(f"a key {order.name!r} is being created; that order runs out in {wait_ms} ms")
         self._put(replace(row, state=_State.ABORTED))
+
+    def _check_first(self, record: KeyRecord, row: _Row | None, now_ms: int) -> _Row:
+        told = record.manifest
+        if row is None or row.state != _State.RESERVED or row.attempt != told.attempt:
+            current = f"attempt {row.attempt} is {_State(row.state).name.lower()}" if row else "it was never reserved"
+            raise ManifestError(f"attempt {told.attempt} of {told.name!r} can't commit: {current}")
+        self._check_reserved(record, row, now_ms)
+        return row
+
+    def _check_next(self, record: KeyRecord, row: _Row | None, now_ms: int) -> _Row:
+        """The committed row that this manifest follows, by the order and attempt that are pending."""
+        told = record.manifest
+        change = self._change(told.key_id)
+        if row is None or row.state != _State.COMMITTED or change is None:
+            raise ManifestError(f"epoch {told.epoch} of {told.name!r} can't commit: the key is not being changed")
+        if not change.pending or change.attempt != told.attempt:
+            state = _ChangeState(change.state).name.lower()
+            raise ManifestError(
+                f"attempt {told.attempt} of {told.name!r} can't commit: attempt {change.attempt} is {state}"
+            )
+        check_successor(record, read_key_manifest(row.manifest))
+        if open_refresh_order(told.change, self._cluster, now_ms)[1].digest != change.order_digest:
+            raise ManifestError(f"key manifest of {told.name!r}: its order is not the one of this attempt")
+        if record.dealer != change.dealer.decode():
+            raise ManifestError(
+                f"key manifest of {told.name!r}: dealt by {record.dealer!r}, begun by {change.dealer.decode()!r}"
+            )
+        return row
 
     def _check_reserved(self, record: KeyRecord, row: _Row, now_ms: int) -> None:
         told = record.manifest
@@ -476,6 +660,25 @@ class SqliteRegistry:
         fields = astuple(row)
         marks = ", ".join("?" * (len(fields) + 1))
         self._store.execute(f"INSERT OR REPLACE INTO keys VALUES ({marks})", (*fields, _hash(fields)))  # noqa: S608 - marks only
+
+    def _change(self, key_id: bytes) -> _Change | None:
+        with self._reading():
+            found = self._store.execute("SELECT * FROM changes WHERE key_id = ?", (key_id,)).fetchone()
+        if found is None:
+            return None
+        change = _Change(*found[:-1])
+        if found[-1] != _hash(astuple(change)):
+            raise RegistryUnavailable(f"the registry's row of a change of the key {key_id.hex()} is damaged")
+        return change
+
+    def _put_change(self, change: _Change) -> None:
+        fields = astuple(change)
+        self._store.execute("INSERT OR REPLACE INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*fields, _hash(fields)))
+
+    def _is_past(self, key_id: bytes, attempt: int) -> bool:
+        with self._reading():
+            found = self._store.execute("SELECT 1 FROM past WHERE key_id = ? AND attempt = ?", (key_id, attempt))
+            return found.fetchone() is not None
 
     def _next(self, counter: int) -> int:
         found = self._store.execute("SELECT value, hash FROM counters WHERE id = ?", (counter,)).fetchone()

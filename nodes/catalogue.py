@@ -29,14 +29,18 @@ class Entry:
 
 
 class Catalogue:
-    """Entries by key id, and the committed ones by name; safe for several threads."""
+    """Entries by key id, and the committed ones by name; safe for several threads.
+
+    A key has one entry, and while it is refreshed a second one: the prepared share of the next epoch.
+    """
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self._lock = threading.Lock()
         self._by_id: dict[bytes, Entry] = {}
         self._by_name: dict[str, Entry] = {}
+        self._next: dict[bytes, Entry] = {}
         self._watchers: list[Callable[[Entry], None]] = []
-        for row in rows:
+        for row in sorted(rows, key=lambda row: row.epoch):
             self.put(row)
 
     def watch(self, changed: Callable[[Entry], None]) -> None:
@@ -48,6 +52,11 @@ class Catalogue:
         record = read_key_manifest(row.manifest)
         entry = Entry(row, record, ALGORITHMS[record.manifest.algorithm])
         with self._lock:
+            before = self._by_id.get(row.key_id)
+            if row.state == "prepared" and before is not None and before.row.epoch < row.epoch:
+                self._next[row.key_id] = entry
+                return entry
+            self._next.pop(row.key_id, None)
             self._by_id[row.key_id] = entry
             if row.state == "committed":
                 self._by_name[row.name] = entry
@@ -57,10 +66,13 @@ class Catalogue:
             changed(entry)
         return entry
 
-    def remove(self, key_id: bytes) -> None:
+    def remove(self, row: Row) -> None:
         """Forget a prepared row."""
         with self._lock:
-            self._by_id.pop(key_id, None)
+            for entries in (self._by_id, self._next):
+                entry = entries.get(row.key_id)
+                if entry is not None and entry.row.epoch == row.epoch:
+                    del entries[row.key_id]
 
     def by_name(self, name: str) -> Entry | None:
         """The live key of that name."""
@@ -69,6 +81,10 @@ class Catalogue:
     def by_id(self, key_id: bytes) -> Entry | None:
         """The key of that id in whatever state."""
         return self._by_id.get(key_id)
+
+    def next_of(self, key_id: bytes) -> Entry | None:
+        """The prepared next epoch of a committed key."""
+        return self._next.get(key_id)
 
     def committed(self, key_id: bytes) -> Entry:
         """The live key of that id; ``StaleKey`` otherwise."""
@@ -83,9 +99,10 @@ class Catalogue:
             return sorted(self._by_name)
 
     def prepared(self) -> list[Entry]:
-        """The keys that wait for their certificate."""
+        """The keys and the next epochs of keys that wait for their certificate."""
         with self._lock:
-            return [entry for entry in self._by_id.values() if entry.row.state == "prepared"]
+            entries = (*self._by_id.values(), *self._next.values())
+            return [entry for entry in entries if entry.row.state == "prepared"]
 
     def share_count(self) -> int:
         """How many shares of live keys this node holds."""

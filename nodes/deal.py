@@ -248,7 +248,7 @@ class Conversation:
             secret = self._with_room(lambda: SecretBuffer.copy_of(released.y))
             gathering.arrived(holder, SecretShare(released.x, secret), released.salt)
             return
-        gathering.failed(holder, str(released))
+        gathering.failed(holder, str(released), elsewhere=isinstance(released, StaleKey))
         if isinstance(released, NodeUnavailable | DeadlineExceeded):
             self.peers.failed(holder, now)
         elif isinstance(released, StaleKey):
@@ -272,10 +272,10 @@ class Conversation:
             check_material(algo, material)
         elif material:
             raise ValueError("a generate request carries no material")
-        reserved = self._registry(talker.channel, REGISTRY_RESERVE, Reserve(raw_order), deadline_s)
+        reserved = self.ask_registry(talker.channel, REGISTRY_RESERVE, Reserve(raw_order), deadline_s)
         failpoint("dealer.create.reserved")
         if reserved.attempt == 0:
-            return self._already(talker, reserved)
+            return self.already(talker, reserved)
         warnings = self._check_holders(order, reserved.holders)
         secret, public_key = self._secret(talker.lane, order, material)
         with secret:
@@ -284,15 +284,17 @@ class Conversation:
             failpoint("dealer.create.dealt")
             receipts = self._prepare(talker.channel, record, offers, deadline_s)
             failpoint("dealer.create.prepared")
-            certificate: bytes = self._registry(
+            certificate: bytes = self.ask_registry(
                 talker.channel, REGISTRY_COMMIT, Commit(record.raw, list(receipts.values())), deadline_s
             ).certificate
         except EngineError as error:
-            certificate = self._give_up(talker.channel, record, error)
+            names = [holder.node for holder in record.manifest.holders]
+            attempt = Outcome(order.key_id, reserved.attempt)
+            certificate = self.give_up(talker.channel, order.name, attempt, names, error)
             receipts = dict.fromkeys(open_certificate(certificate, record, self._cluster), b"")
         failpoint("dealer.create.committed")
         open_certificate(certificate, record, self._cluster)
-        self._announce(talker.channel, record, certificate, list(receipts), deadline_s)
+        self.announce(talker.channel, record, certificate, list(receipts), deadline_s)
         failpoint("dealer.create.announced")
         absent = [holder.node for holder in record.manifest.holders if holder.node not in receipts]
         if absent:
@@ -315,36 +317,35 @@ class Conversation:
         key = generate_material(algo)
         return blind(key), public_key_der(algo, key)
 
-    def _give_up(self, channel: Channel, record: KeyRecord, error: EngineError) -> bytes:
-        """Have the registry abort this attempt, so that its name is free again, and raise the error that ended it.
+    def give_up(
+        self, channel: Channel, name: str, attempt: Outcome, holders: Sequence[str], error: EngineError | ValueError
+    ) -> bytes:
+        """Have the registry abort this attempt, so that the next may begin, and raise the error that ended it.
 
         If only the registry's reply was lost, the key is there: then its certificate is returned.
         """
         failpoint("dealer.abort.before")
-        manifest = record.manifest
         until_s = self._clock() + REGISTRY_TIMEOUT_S
         try:
-            told = self._registry(channel, REGISTRY_ABORT, Outcome(manifest.key_id, manifest.attempt), until_s)
+            told = self.ask_registry(channel, REGISTRY_ABORT, attempt, until_s)
         except EngineError as failure:
-            log.warning(
-                "the attempt could not be aborted; its order will expire", key=manifest.name, reason=str(failure)
-            )
+            log.warning("the attempt could not be aborted; its order will expire", key=name, reason=str(failure))
             raise error from None
         if told.state == "committed":
             return bytes(told.document)
         failpoint("dealer.abort.booked")
         body = REQUEST_CODECS[SHARE_ABORT].encode(Abort(told.document))
-        holders = [holder.node for holder in manifest.holders]
-        for holder, reply in self._all(channel, SHARE_ABORT, dict.fromkeys(holders, body), until_s, None):
+        for holder, reply in self.ask_all(channel, SHARE_ABORT, dict.fromkeys(holders, body), until_s, None):
             if isinstance(reply, EngineError):
-                log.info("abort not taken in yet", key=manifest.name, holder=holder, reason=str(reply))
+                log.info("abort not taken in yet", key=name, holder=holder, reason=str(reply))
         failpoint("dealer.abort.told")
         raise error
 
-    def _already(self, talker: Talker, reserved: Reserved) -> KeyDescription:
+    def already(self, talker: Talker, reserved: Reserved) -> KeyDescription:
+        """What the order asks for was there before: announce it once more, and describe it."""
         record = open_key_manifest(reserved.manifest, self._cluster)
         holders = open_certificate(reserved.certificate, record, self._cluster)
-        self._announce(talker.channel, record, reserved.certificate, holders, self._clock() + COMMIT_WAIT_S)
+        self.announce(talker.channel, record, reserved.certificate, holders, self._clock() + COMMIT_WAIT_S)
         return KeyDescription(reserved.manifest, reserved.certificate, [])
 
     def _check_holders(self, order: CreateOrder, holders: Sequence[str]) -> list[str]:
@@ -376,8 +377,9 @@ class Conversation:
             seed=order.key_id,
             domain_level=level,
         )
-        # Version 1 and epoch 1, as in KeyManifest.context.
-        context = order.key_id + (1).to_bytes(4, "big") + (1).to_bytes(4, "big")
+        # Version 1 and epoch 1, as in KeyManifest.key_context and context.
+        key_context = order.key_id + (1).to_bytes(4, "big")
+        context = key_context + (1).to_bytes(4, "big")
         salts = {name: new_salt() for name in dealt.assignment}
         manifest = KeyManifest(
             key_id=order.key_id,
@@ -392,7 +394,7 @@ class Conversation:
                 for name in reserved.holders
             ],
             public_key=public_key,
-            check_value=check_value(secret, context),
+            check_value=check_value(secret, key_context),
             order=raw_order,
             previous=b"",
         )
@@ -413,7 +415,7 @@ class Conversation:
         receipts: dict[str, bytes] = {}
         problems: dict[str, EngineError] = {}
         bodies = {name: REQUEST_CODECS[SHARE_PREPARE].encode(offer) for name, offer in offers.items()}
-        for holder, reply in self._all(channel, SHARE_PREPARE, bodies, deadline_s, lambda: len(receipts) >= needed):
+        for holder, reply in self.ask_all(channel, SHARE_PREPARE, bodies, deadline_s, lambda: len(receipts) >= needed):
             try:
                 if isinstance(reply, EngineError):
                     raise reply
@@ -434,17 +436,17 @@ class Conversation:
             [name for name in offers if name not in receipts],
         )
 
-    def _announce(
+    def announce(
         self, channel: Channel, record: KeyRecord, certificate: bytes, holders: Sequence[str], deadline_s: float
     ) -> None:
         """Tell the holders that the key is committed. Who misses it learns it from a combiner or the registry."""
         body = REQUEST_CODECS[SHARE_COMMIT].encode(ShareCommit(record.manifest.key_id, certificate))
         until_s = min(deadline_s, self._clock() + COMMIT_WAIT_S)
-        for holder, reply in self._all(channel, SHARE_COMMIT, dict.fromkeys(holders, body), until_s, None):
+        for holder, reply in self.ask_all(channel, SHARE_COMMIT, dict.fromkeys(holders, body), until_s, None):
             if isinstance(reply, EngineError):
                 log.warning("commit not taken in yet", key=record.manifest.name, holder=holder, reason=str(reply))
 
-    def _all(
+    def ask_all(
         self,
         channel: Channel,
         verb: str,
@@ -477,7 +479,7 @@ class Conversation:
 
     # --- the registry ---
 
-    def _registry(self, channel: Channel, verb: str, message: object, deadline_s: float) -> Any:
+    def ask_registry(self, channel: Channel, verb: str, message: object, deadline_s: float) -> Any:
         """Ask the registry, at each balancer in turn; ``RegistryUnavailable`` if none answers.
 
         A balancer that has just started is dialled again for a second before it counts as away.
@@ -503,12 +505,14 @@ class Conversation:
     def destroy(self, talker: Talker, raw_order: bytes, entry: Entry, deadline_s: float) -> Destroyed:
         """Have the registry and every holder carry out the client's destroy order."""
         failpoint("dealer.destroy.before")
-        self._registry(talker.channel, REGISTRY_DESTROY, Destroy(raw_order), deadline_s)
+        self.ask_registry(talker.channel, REGISTRY_DESTROY, Destroy(raw_order), deadline_s)
         failpoint("dealer.destroy.booked")
         body = REQUEST_CODECS[SHARE_DESTROY].encode(Destroy(raw_order))
         holders = [holder.node for holder in entry.manifest.holders]
         confirmed = []
-        for holder, reply in self._all(talker.channel, SHARE_DESTROY, dict.fromkeys(holders, body), deadline_s, None):
+        for holder, reply in self.ask_all(
+            talker.channel, SHARE_DESTROY, dict.fromkeys(holders, body), deadline_s, None
+        ):
             if isinstance(reply, EngineError):
                 log.warning("destruction pending", key=entry.row.name, holder=holder, reason=str(reply))
             else:
@@ -525,7 +529,7 @@ class Conversation:
         entries: list[SyncEntry] = []
         for _ in range(MAX_SYNC_PAGES):
             until_s = self._clock() + REGISTRY_TIMEOUT_S
-            page: SyncPage = self._registry(talker.channel, REGISTRY_SYNC, Sync(cursor.last), until_s)
+            page: SyncPage = self.ask_registry(talker.channel, REGISTRY_SYNC, Sync(cursor.last), until_s)
             if page.fencing_epoch != cursor.fencing_epoch and cursor.last:
                 cursor, entries = Cursor(page.fencing_epoch, 0), []
                 continue
@@ -545,7 +549,7 @@ class Conversation:
     def outcome(self, talker: Talker, entry: Entry) -> OutcomeReply:
         """What became of a prepared share's key."""
         question = Outcome(entry.row.key_id, entry.row.attempt)
-        reply: OutcomeReply = self._registry(
+        reply: OutcomeReply = self.ask_registry(
             talker.channel, REGISTRY_OUTCOME, question, self._clock() + REGISTRY_TIMEOUT_S
         )
         return reply

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engine.errors import QuorumUnavailable, ShareCorrupt
+from engine.errors import QuorumUnavailable, ShareCorrupt, StaleKey
 from engine.protocol.manifest import KeyManifest
 from engine.sharing import SecretBuffer, SecretShare, Share, check_value, commitment, find_consistent
 
@@ -48,6 +48,7 @@ class Gathering:
         self._tried = 0
         self._corrupt: list[str] = []
         self._problems: dict[str, str] = {}
+        self._elsewhere: list[str] = []
         if own is not None:
             node, share, salt = own
             self.arrived(node, share, salt)
@@ -117,10 +118,11 @@ class Gathering:
         else:
             self._shares[holder] = share
 
-    def failed(self, holder: str, why: str) -> None:
-        """A holder gave no share."""
+    def failed(self, holder: str, why: str, *, elsewhere: bool = False) -> None:
+        """A holder gave no share; ``elsewhere`` because it knows another epoch of the key than was asked for."""
         if self._asked.pop(holder, None) is not None:
             self._problems[holder] = why
+            self._elsewhere += [holder] if elsewhere else []
 
     def give_up(self) -> None:
         """The deadline came: the ones still asked count as silent."""
@@ -137,7 +139,7 @@ class Gathering:
         found = find_consistent(
             given,
             threshold=manifest.threshold,
-            is_right=lambda secret: check_value(secret, manifest.context) == manifest.check_value,
+            is_right=lambda secret: check_value(secret, manifest.key_context) == manifest.check_value,
             tried=self._tried,
         )
         if found is None:
@@ -152,7 +154,7 @@ class Gathering:
                 _close(self._shares.pop(holder))
         return secret
 
-    def error(self) -> QuorumUnavailable | ShareCorrupt:
+    def error(self) -> QuorumUnavailable | ShareCorrupt | StaleKey:
         """What to tell the client when the secret was not found."""
         have, need = len(self._shares), self._manifest.threshold
         details = (
@@ -166,6 +168,8 @@ class Gathering:
                 list(self._shares),
             )
         text = f"{self._manifest.name!r}: {have} of the {need} shares needed were had ({details})"
+        if have + len(self._elsewhere) >= need:
+            return StaleKey(text)  # enough are there, but at another epoch: the client describes the key again
         silent = [holder for holder in self._problems if holder not in self._corrupt]
         if self._corrupt and not silent:
             return ShareCorrupt(text, self._corrupt)

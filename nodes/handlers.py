@@ -41,7 +41,9 @@ from engine.protocol.manifest import (
     destroy_orders,
     open_create_order,
     open_destroy_order,
+    open_refresh_order,
     read_key_manifest,
+    refresh_orders,
 )
 from engine.protocol.requests import (
     AUDIT_HEAD,
@@ -49,9 +51,12 @@ from engine.protocol.requests import (
     REQUEST_CODECS,
     SHARE_ABORT,
     SHARE_COMMIT,
+    SHARE_DEAL,
     SHARE_DESTROY,
     SHARE_PREPARE,
+    SHARE_REFRESH,
     SHARE_RELEASE,
+    SHARE_RENEW,
     STATS,
     Abort,
     AuditNotice,
@@ -73,10 +78,14 @@ from engine.protocol.requests import (
     Operate,
     OutcomeReply,
     Prewarm,
+    Refresh,
     Result,
     ShareCommit,
+    ShareDeal,
     SharePrepare,
+    ShareRefresh,
     ShareRelease,
+    ShareRenew,
     SyncEntry,
     classify_request,
 )
@@ -91,7 +100,9 @@ from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
 from nodes.operations import check_operation, operate
 from nodes.policy import check_key, check_verb
+from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
+from nodes.renewer import Renewer
 from nodes.token import Lane, LoadedKey, Token, is_slow
 from nodes.witness import Heard, Witness
 from nodes.workers import Worker
@@ -112,11 +123,13 @@ DURABLE_VERBS: Final = frozenset(
         RequestType.GENERATE,
         RequestType.IMPORT,
         RequestType.DESTROY,
+        RequestType.REFRESH,
         SHARE_PREPARE,
         SHARE_COMMIT,
         SHARE_ABORT,
         SHARE_RELEASE,
         SHARE_DESTROY,
+        SHARE_RENEW,
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
@@ -137,11 +150,15 @@ STEPS: Final[dict[str, str]] = {
     RequestType.GENERATE: "dealer.create",
     RequestType.IMPORT: "dealer.create",
     RequestType.DESTROY: "dealer.destroy",
+    RequestType.REFRESH: "dealer.refresh",
     SHARE_PREPARE: "holder.prepare",
     SHARE_COMMIT: "holder.commit",
     SHARE_ABORT: "holder.abort",
     SHARE_RELEASE: "holder.release",
     SHARE_DESTROY: "holder.destroy",
+    SHARE_DEAL: "holder.deal",
+    SHARE_REFRESH: "holder.refresh",
+    SHARE_RENEW: "holder.renew",
 }
 """Verb -> the failpoints of its end: ``.recorded`` once the audit record is durable, ``.answered`` after the reply."""
 RECORDED: Final = {verb: f"{step}.recorded" for verb, step in STEPS.items()}
@@ -228,7 +245,9 @@ class Handlers:
         lane: Lane,
         catalogue: Catalogue,
         holder: ShareHolder,
+        renewer: Renewer,
         conversation: Conversation,
+        coordinator: Coordinator,
         audit: AuditLog,
         audit_strict: bool,
         audit_name: Callable[[str], str] | None,
@@ -251,7 +270,9 @@ class Handlers:
         self._lane = lane
         self._catalogue = catalogue
         self._holder = holder
+        self._renewer = renewer
         self._conversation = conversation
+        self._coordinator = coordinator
         self._audit = audit
         self._audit_strict = audit_strict
         self._audit_name = audit_name
@@ -287,6 +308,7 @@ class Handlers:
             RequestType.GENERATE: self._create,
             RequestType.IMPORT: self._create,
             RequestType.DESTROY: self._destroy,
+            RequestType.REFRESH: self._refresh,
             RequestType.DESCRIBE: self._describe,
             RequestType.LIST: self._list,
             RequestType.PREWARM: self._prewarm,
@@ -299,6 +321,9 @@ class Handlers:
             SHARE_RELEASE: self._share_release,
             SHARE_DESTROY: self._share_destroy,
             AUDIT_HEAD: self._audit_head,
+            SHARE_DEAL: self._share_deal,
+            SHARE_REFRESH: self._share_refresh,
+            SHARE_RENEW: self._share_renew,
         }
 
     # --- the way in and out ---
@@ -665,6 +690,16 @@ class Handlers:
             lambda talker: self._conversation.destroy(talker, body.order, entry, call.deadline_s),
         )
 
+    def _refresh(self, call: _Call, body: Refresh) -> None:
+        order, signed = open_refresh_order(body.order, self._cluster, self._now_ms())
+        call.key = order.name
+        if signed.issuer != call.incoming.member.name:
+            raise ValueError(f"the order is {signed.issuer!r}'s")
+        entry = self._catalogue.by_id(order.key_id)
+        if entry is None or entry.row.name != order.name:
+            raise KeyNotFound(f"no key {order.name!r} with id {order.key_id.hex()} on {self._node}")
+        self._aside(call, self._dealer, lambda talker: self._coordinator.refresh(talker, body.order, call.deadline_s))
+
     def _describe(self, call: _Call, body: Describe) -> None:
         entry = self._entry(call, body.key)
         self._answer(call, KeyDescription(entry.row.manifest, entry.row.certificate, []))
@@ -780,6 +815,18 @@ class Handlers:
             return Empty()
 
         self._aside(call, self._local, lambda lane: self._holder.destroy(body), forget)
+
+    def _share_deal(self, call: _Call, body: ShareDeal) -> None:
+        call.key = refresh_orders.decode(read_unverified(body.order).payload).name
+        self._aside(call, self._local, lambda lane: self._renewer.deal(lane, body, call.incoming.member))
+
+    def _share_refresh(self, call: _Call, body: ShareRefresh) -> None:
+        call.key = refresh_orders.decode(read_unverified(body.order).payload).name
+        self._aside(call, self._local, lambda lane: self._renewer.refresh(lane, body, call.incoming.member))
+
+    def _share_renew(self, call: _Call, body: ShareRenew) -> None:
+        call.key = read_key_manifest(body.manifest).manifest.name
+        self._aside(call, self._local, lambda lane: self._renewer.renew(lane, body, call.incoming.member))
 
     # --- the heads of audit logs ---
 

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, TypeVar
+
+import structlog
 
 from engine.errors import (
     AccessDenied,
     InvalidTag,
     KeyExists,
     ManifestError,
+    QuorumUnavailable,
     ShareCorrupt,
     StaleKey,
+    TokenError,
     UnsupportedAlgorithm,
 )
 from engine.failpoints import failpoint
@@ -26,11 +31,13 @@ from engine.protocol.manifest import (
     KeyRecord,
     Member,
     Receipt,
+    check_successor,
     destroy_orders,
     open_abort,
     open_certificate,
     open_destroy_order,
     open_key_manifest,
+    read_certificate,
     receipts,
 )
 from engine.protocol.requests import (
@@ -53,6 +60,8 @@ from nodes.store import Row, ShareStore, seal_context, seal_share, unseal_plain,
 from nodes.token import Lane
 
 __all__ = ["ShareHolder"]
+
+log = structlog.get_logger()
 
 S = TypeVar("S", Share, SecretShare)
 
@@ -87,20 +96,25 @@ class ShareHolder:
     def prepare(self, lane: Lane, body: SharePrepare, sender: Member) -> Prepared:
         """Store a share durably, read it back, unseal and check it; the answer is the signed receipt."""
         record = open_key_manifest(body.manifest, self._cluster, self._now_ms())
+        if record.manifest.epoch != 1:
+            raise ManifestError(f"epoch {record.manifest.epoch} of {record.manifest.name!r} comes by a refresh alone")
         share = self._check_offer(record, body, sender)
         self._make_room(record, body.aborts)
-        manifest = record.manifest
-        context = seal_context(manifest, body.x, self._node, record.digest)
+        return self.store_prepared(lane, record, share, body.salt)
+
+    def store_prepared(self, lane: Lane, record: KeyRecord, share: Share, salt: bytes) -> Prepared:
+        """Seal and store a checked share of a checked manifest, read it back, unseal, compare, and sign for it."""
+        context = seal_context(record.manifest, share.x, self._node, record.digest)
         failpoint("holder.prepare.checked")
-        row = self._row(record, "prepared", sealed=seal_share(lane, share, body.salt, context))
+        row = self._row(record, "prepared", sealed=seal_share(lane, share, salt, context))
         failpoint("holder.prepare.sealed")
         row = self._store.put(row)
         failpoint("holder.prepare.written")
         self._catalogue.put(row)  # before the check: an abort notice must find what is stored, good or not
-        if unseal_share(lane, row.sealed, body.x, context) != (share, body.salt):
+        if unseal_share(lane, row.sealed, share.x, context) != (share, salt):
             raise ShareCorrupt(f"{self._node}: the stored share is not the one that came", [self._node])
         failpoint("holder.prepare.read-back")
-        receipt = self._receipt(record, body.x)
+        receipt = self._receipt(record, share.x)
         failpoint("holder.prepare.signed")
         return Prepared(receipt)
 
@@ -142,12 +156,19 @@ class ShareHolder:
         entry = self._catalogue.by_id(body.key_id)
         if entry is None:
             raise StaleKey(f"{self._node} has no share of a key with id {body.key_id.hex()}")
-        self._settle(entry, body.certificate)
+        self.settle(entry, body.certificate)
         return Empty()
 
-    def _settle(self, entry: Entry, certificate: bytes) -> Entry:
+    def settle(self, entry: Entry, certificate: bytes) -> Entry:
+        """The committed entry after what the certificate proves: that of the key, or of its next epoch.
+
+        A certificate of another epoch changes nothing: of an earlier one, or of one that this node never prepared.
+        """
         if entry.row.state == "committed":
-            return entry
+            coming = self._catalogue.next_of(entry.row.key_id)
+            if coming is None or read_certificate(certificate) != coming.record.digest:
+                return entry
+            return self._advance(entry, coming, certificate)
         if entry.row.state == "destroyed":
             raise StaleKey(f"the key {entry.row.name!r} with this id was destroyed on {self._node}")
         open_certificate(certificate, entry.record, self._cluster)
@@ -159,15 +180,37 @@ class ShareHolder:
         failpoint("holder.commit.written")
         return self._catalogue.put(row)
 
+    def _advance(self, entry: Entry, coming: Entry, certificate: bytes) -> Entry:
+        """Make the prepared epoch the committed one, and erase the share of the epoch before in the same transaction.
+
+        At no time has this node neither: the certificate says that all holders have stored their new share.
+        """
+        check_successor(coming.record, entry.record)
+        open_certificate(certificate, coming.record, self._cluster)
+        failpoint("holder.commit.checked")
+        row = replace(coming.row, state="committed", certificate=certificate, changed_ms=self._now_ms())
+        row = self._store.advance(row)
+        failpoint("holder.commit.written")
+        advanced = self._catalogue.put(row)
+        self._erase_soon()
+        return advanced
+
+    def _erase_soon(self) -> None:
+        """Empty the store's log of what was erased now, or where it is in use, at the next ``tidy``."""
+        try:
+            self._erase_traces()
+        except TokenError as error:
+            log.info("an erasure is not finished yet", reason=str(error))
+
     def abort(self, raw: bytes) -> None:
         """Delete the prepared share of exactly the attempt that the registry says will never be committed."""
         notice = open_abort(raw, self._cluster)
-        entry = self._catalogue.by_id(notice.key_id)
+        entry = self._catalogue.next_of(notice.key_id) or self._catalogue.by_id(notice.key_id)
         if entry is not None and entry.row.state == "prepared" and entry.row.attempt == notice.attempt:
             failpoint("holder.abort.checked")
             self._store.delete(entry.row)
             failpoint("holder.abort.deleted")
-            self._catalogue.remove(entry.row.key_id)
+            self._catalogue.remove(entry.row)
             self._erase_traces()
             failpoint("holder.abort.erased")
 
@@ -183,18 +226,27 @@ class ShareHolder:
             raise AccessDenied(f"{self._node!r} is asked by its own key; a node has its own share without asking")
         self._ledger.asked(sender.name)
         entry = self._catalogue.by_id(body.key_id)
-        may_settle = entry is not None and entry.row.state == "prepared" and bool(body.certificate)
-        if entry is None or not (entry.row.state == "committed" or may_settle):
+        coming = self._committed_by(entry, body.certificate)
+        if entry is None or (coming is None and entry.row.state != "committed"):
             raise StaleKey(f"{self._node} has no committed share of a key with id {body.key_id.hex()}")
-        grant, signed = check_grant(body.grant, entry.record, sender.name, self._cluster, self._now_ms())
+        grant, signed = check_grant(body.grant, (coming or entry).record, sender.name, self._cluster, self._now_ms())
         failpoint("holder.release.checked")
-        if may_settle:
-            entry = self._settle(entry, body.certificate)
+        if coming is not None:
+            entry = self.settle(entry, body.certificate)
         self._ledger.release(grant, signed)
         failpoint("holder.release.spent")
         share, salt = self.own_share(lane, entry)
         failpoint("holder.release.unsealed")
         return ReleasedShare(share.x, share.y, salt)
+
+    def _committed_by(self, entry: Entry | None, certificate: bytes) -> Entry | None:
+        """What is prepared here and the certificate, unchecked, speaks of: the key itself or its next epoch."""
+        if entry is None or entry.row.state == "destroyed" or not certificate:
+            return None
+        if entry.row.state == "prepared":
+            return entry
+        coming = self._catalogue.next_of(entry.row.key_id)
+        return coming if coming is not None and read_certificate(certificate) == coming.record.digest else None
 
     def own_share(self, lane: Lane, entry: Entry) -> tuple[Share, bytes]:
         """This node's share of a committed key and its salt, for a message; ``ShareCorrupt`` if it does not open."""
@@ -209,7 +261,7 @@ class ShareHolder:
     ) -> tuple[S, bytes]:
         mine = entry.manifest.holder(self._node)
         if mine is None or not entry.row.sealed:
-            raise StaleKey(f"{self._node} holds no share of {entry.row.name!r}")
+            raise QuorumUnavailable(f"{self._node} holds no share of {entry.row.name!r}", [self._node])
         context = seal_context(entry.manifest, mine.x, self._node, entry.record.digest)
         try:
             opened = how(_share_key(entry), mine.x, lambda: unseal_plain(lane, entry.row.sealed, context))
@@ -276,19 +328,39 @@ class ShareHolder:
                 # Another attempt was committed; this one never will be, as the certificate proves.
                 open_certificate(item.certificate, record, self._cluster)
                 self._store.delete(entry.row)
-                self._catalogue.remove(item.key_id)
+                self._catalogue.remove(entry.row)
                 self._erase_traces()
                 entry = None
             if entry is None:
                 self._adopt(record, item.certificate)
             else:
-                self._settle(entry, item.certificate)
+                self._follow(entry, record, item.certificate)
             return None
         if entry is None or entry.row.state == "destroyed":
             return None
         if destroy_orders.decode(read_unverified(item.document).payload).key_id != item.key_id:
             raise ManifestError(f"the destroy order in the registry's entry for {item.key_id.hex()} is for another key")
         return self.destroy(Destroy(item.document), booked=True)
+
+    def _follow(self, entry: Entry, record: KeyRecord, certificate: bytes) -> None:
+        """Go on to what the registry says is committed of a key that this node knows.
+
+        Epochs compare as (number, manifest hash): an older one is the word of a registry that fell back, and another
+        one of the same number is refused.
+        """
+        new, old = record.manifest, entry.manifest
+        if entry.row.state == "committed" and new.epoch < old.epoch:
+            return
+        if entry.row.state == "committed" and new.epoch == old.epoch and record.digest != entry.record.digest:
+            raise ManifestError(f"two manifests of epoch {new.epoch} of {new.name!r}; this node keeps the first")
+        if self.settle(entry, certificate).record.digest == record.digest:
+            return
+        # All holders gave a receipt for that epoch, this one too: it lost what it had stored, and its old share is of
+        # no use any more.
+        open_certificate(certificate, record, self._cluster)
+        log.error("this node has lost its share of a newer epoch", key=new.name, epoch=new.epoch, had=old.epoch)
+        self._catalogue.put(self._store.advance(self._row(record, "committed", certificate=certificate)))
+        self._erase_soon()
 
     def _adopt(self, record: KeyRecord, certificate: bytes) -> None:
         """Note a key whose creation this node missed; it can combine it, but holds no share."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import structlog
 import zmq
+import zmq.utils.z85
 
 from engine._version import __version__
 from engine.client.config import Identity, load_cluster, load_identity, sync_folder
@@ -30,7 +31,9 @@ from nodes.deal import Conversation, Talker
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
+from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
+from nodes.renewer import Renewer
 from nodes.rotation import STORE_NAME, settle
 from nodes.selftest import run_self_tests
 from nodes.shares import ShareCache
@@ -128,6 +131,9 @@ class Server:
             clock.now_ms,
             with_room=shares.with_room,
         )
+        curve_secret = zmq.utils.z85.decode(identity.transport.secret)
+        renewer = Renewer(cluster, identity.signing, curve_secret, catalogue, holder, clock.now_ms)
+        coordinator = Coordinator(cluster, identity.signing, catalogue, conversation, clock.now_ms, time.monotonic)
         peers = {member.name: member for member in cluster.members.values() if member.role in ("node", "balancer")}
 
         def make_talker() -> Talker:
@@ -153,7 +159,9 @@ class Server:
             lane=lane,
             catalogue=catalogue,
             holder=holder,
+            renewer=renewer,
             conversation=conversation,
+            coordinator=coordinator,
             audit=self._audit,
             audit_strict=config.audit_mode == "strict",
             audit_name=names,

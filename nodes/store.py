@@ -336,9 +336,29 @@ class ShareStore:
         """Mark a prepared row as committed."""
         return self.put(replace(row, state="committed", certificate=certificate, changed_ms=now_ms))
 
+    def advance(self, row: Row) -> Row:
+        """Make this committed epoch the only one: the rows of the key's other epochs go, shares and all, with it.
+
+        secure_delete overwrites them; ``truncate_log`` follows.
+        """
+        return self._put_alone(row)
+
     def destroy(self, row: Row, order: bytes, now_ms: int) -> Row:
-        """Erase the share (secure_delete overwrites it) and keep the order as a tombstone; ``truncate_log`` follows."""
-        return self.put(replace(row, state="destroyed", sealed=b"", document=order, changed_ms=now_ms))
+        """Erase the shares of all epochs (secure_delete overwrites them) and keep the order as a tombstone.
+
+        ``truncate_log`` follows.
+        """
+        return self._put_alone(replace(row, state="destroyed", sealed=b"", document=order, changed_ms=now_ms))
+
+    def _put_alone(self, row: Row) -> Row:
+        with self._lock:
+            with self._transaction():
+                self._db.execute("DELETE FROM keys WHERE key_id = ?", (row.key_id,))
+                self._write(row)
+            stored = self._read("WHERE key_id = ?", row.key_id)
+        if stored != [row]:
+            raise StoreCorrupt(f"the store of {self._node!r} did not give back what was written")
+        return row
 
     def delete(self, row: Row) -> None:
         """Remove a prepared row for good, after its abort notice; ``truncate_log`` follows."""

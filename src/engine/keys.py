@@ -49,6 +49,7 @@ class RequestType(StrEnum):
     GENERATE = "generate"
     IMPORT = "import"
     DESTROY = "destroy"
+    REFRESH = "refresh"
     DESCRIBE = "describe"
     LIST = "list"
     PREWARM = "prewarm"

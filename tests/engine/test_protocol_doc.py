@@ -22,7 +22,7 @@ from engine.client.files import encrypt_stream
 from engine.client.transport import Moved, raise_for_status
 from engine.errors import EngineError, ManifestError, NeedGrant, ProtocolError, error_from_code
 from engine.keys import ALGORITHMS, OPERATIONS, RequestType
-from engine.protocol import audit, grant, manifest, requests, routing, signed, wire
+from engine.protocol import audit, grant, manifest, refresh, requests, routing, signed, wire
 from engine.protocol.grant import Grant, check_grant, issue_grant
 from engine.protocol.manifest import (
     Cluster,
@@ -127,7 +127,7 @@ def structs() -> dict[str, type[msgspec.Struct]]:
     """Every message that the code defines, by its name without an underscore."""
     return {
         value.__name__.lstrip("_"): value
-        for module in (wire, signed, requests, manifest, grant, routing, audit)
+        for module in (wire, signed, requests, manifest, grant, refresh, routing, audit)
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, msgspec.Struct)
@@ -452,7 +452,7 @@ def test_the_check_value() -> None:
     """The input and the hash are those of the code."""
     secret = b"\x2a" + bytes(range(0xC0, 0xE0))
     assert hashlib.sha256(example("check-value-input")).digest() == example("check-value")
-    assert check_value(secret, CONTEXT) == example("check-value")
+    assert check_value(secret, record().manifest.key_context) == example("check-value")
 
 
 def test_the_placement_group() -> None:

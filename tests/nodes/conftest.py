@@ -182,7 +182,7 @@ class World:
                 for node, share, salt in zip(holders, shares, salts, strict=True)
             ],
             "public_key": public_key_der(algo, key),
-            "check_value": check_value(secret, context),
+            "check_value": check_value(secret, context[:-4]),
             "order": order,
             "previous": b"",
         }

@@ -138,7 +138,7 @@ class Scene:
         return self.conversation.gather(talker, entry, b"grant", time.monotonic() + timeout_s)
 
     def is_key(self, gathered: Any) -> bool:
-        assert check_value(gathered.secret, self.dealt.manifest.context) == self.dealt.manifest.check_value
+        assert check_value(gathered.secret, self.dealt.manifest.key_context) == self.dealt.manifest.check_value
         return bytes(unblind(gathered.secret)) == self.dealt.key
 
 

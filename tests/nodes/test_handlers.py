@@ -133,7 +133,9 @@ class Scene:
             lane=lane,
             catalogue=self.catalogue,
             holder=holder,
+            renewer=None,  # type: ignore[arg-type]
             conversation=SimpleNamespace(gather=self._gather, peers=Peers()),  # type: ignore[arg-type]
+            coordinator=None,  # type: ignore[arg-type]
             audit=self.audit,  # type: ignore[arg-type]
             audit_strict=False,
             audit_name=None,

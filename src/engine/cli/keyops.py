@@ -92,7 +92,7 @@ def _read(path: str, limit: int, what: str) -> bytes:
 
 @click.group(no_args_is_help=True)
 def key() -> None:
-    """Create, import, show and destroy keys.
+    """Create, import, show, refresh and destroy keys.
 
     \b
     Examples:
@@ -101,6 +101,7 @@ def key() -> None:
       keyquorum key import legacy rsa-2048-pss-sha256 legacy.pem
       keyquorum key list 'orders/*' -o json
       keyquorum key public tls --out tls.pem
+      keyquorum key refresh orders
       keyquorum key destroy orders
     """
 
@@ -209,6 +210,17 @@ def public(settings: Settings, name: str, out: str) -> None:
         return
     with writing(out, text=True) as sink:
         sink.write(pem.encode())
+
+
+@key.command("refresh")
+@_name
+@common_options(connects=True)
+@click.pass_obj
+def refresh(settings: Settings, name: str) -> None:
+    """Replace all shares of a key by new ones. The key stays; shares that were stolen before are worthless."""
+    with _engine(settings) as kq, spinner(settings, f"refreshing {name}"):
+        info = kq.refresh_key(name, timeout=settings.timeout_s)
+    _emit_info(settings, asdict(info))
 
 
 @key.command("destroy")

@@ -421,6 +421,10 @@ class AsyncEngine:
         """Destroy a key for good."""
         return await self._run(self._calls.destroy_key(name, self._wait_s(timeout, CREATE_TIMEOUT_S)))
 
+    async def refresh_key(self, name: str, *, timeout: float | None = None) -> KeyInfo:
+        """Replace all shares of a key, and keep the key: a new epoch, whose shares don't fit to any from before."""
+        return await self._run(self._calls.refresh_key(name, self._wait_s(timeout, CREATE_TIMEOUT_S)))
+
     async def key_info(self, name: str, *, timeout: float | None = None) -> KeyInfo:
         """What the signed manifest and certificate say about a key, asked afresh."""
         return await self._run(self._calls.key_info(name, self._wait_s(timeout)))

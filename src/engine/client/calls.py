@@ -50,11 +50,13 @@ from engine.protocol.manifest import (
     DestroyOrder,
     KeyRecord,
     Member,
+    RefreshOrder,
     check_share_counts,
     create_orders,
     destroy_orders,
     open_certificate,
     open_key_manifest,
+    refresh_orders,
 )
 from engine.protocol.requests import (
     REPLY_CODECS,
@@ -71,6 +73,7 @@ from engine.protocol.requests import (
     NodeStatus,
     Operate,
     Prewarm,
+    Refresh,
     balancer_status_codec,
     classify_request,
 )
@@ -423,13 +426,14 @@ class Calls:
             if isinstance(answer, bytes):
                 return answer
             if answer is not None:
-                # The key changed under us: learn what it is now and begin again, once.
+                # The key changed under us: learn what it is now and begin again, once a round.
                 refreshed = True
                 self._descriptions.drop(use.name)
                 known = yield from self._described(use.name, trail, unlike=known)
                 continue
             pause = trail.end_round()
             yield pause
+            refreshed = False  # by now the key may have changed again
 
     def _round(
         self, use: _Use, known: Description, trail: _Trail, refreshed: bool
@@ -725,6 +729,32 @@ class Calls:
         self._descriptions.drop(name)
         self.router.forget_loaded(name)
         return Destroyed(name, tuple(done.confirmed), tuple(done.pending))
+
+    def refresh_key(self, name: str, timeout_s: float) -> Call[KeyInfo]:
+        """Replace the shares of a key by new ones: an epoch that was begun after this call."""
+        check_name(name)
+        return self._refreshing(name, timeout_s, self._trail(f"refresh {name!r}", timeout_s))
+
+    def _refreshing(self, name: str, timeout_s: float, trail: _Trail) -> Call[KeyInfo]:
+        self._descriptions.drop(name)
+        known = yield from self._described(name, trail)
+        expires_ms = self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS
+        while True:
+            manifest = known.record.manifest
+            order = RefreshOrder(manifest.key_id, name, manifest.epoch, self._random_bytes(16), expires_ms)
+            raw = sign_envelope("order.refresh", self._now_ms(), refresh_orders.encode(order), self._signing)
+            described = yield from self._dealing(RequestType.REFRESH, name, Refresh(raw), trail)
+            new = self._opened(name, described)
+            told = new.record.manifest
+            if told.key_id != manifest.key_id or told.epoch <= manifest.epoch:
+                raise ManifestError(
+                    f"refresh {name!r}: the coordinator answered with epoch {told.epoch} of another time"
+                )
+            self._descriptions.put(name, new)
+            if told.change == raw:
+                return new.info
+            # What we knew was old already, or another's refresh came before ours: ours begins from there.
+            known = new
 
     # --- questions to one member; the drivers put them to all at once ---
 

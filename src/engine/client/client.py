@@ -729,6 +729,14 @@ class Engine:
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
         return self._run(self._calls.destroy_key(name, wait_s), wait_s)
 
+    def refresh_key(self, name: str, *, timeout: float | None = None) -> KeyInfo:
+        """Replace all shares of a key, and keep the key: a new epoch, whose shares don't fit to any from before.
+
+        All holders must be up; else ``QuorumUnavailable`` names those that are not, and nothing has changed.
+        """
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.refresh_key(name, wait_s), wait_s)
+
     def key_info(self, name: str, *, timeout: float | None = None) -> KeyInfo:
         """What the signed manifest and certificate say about a key, asked afresh."""
         wait_s = self._wait_s(timeout)

@@ -44,8 +44,10 @@ __all__ = [
     "Member",
     "PolicyRule",
     "Receipt",
+    "RefreshOrder",
     "Role",
     "check_share_counts",
+    "check_successor",
     "decode_card",
     "encode_card",
     "open_abort",
@@ -55,6 +57,8 @@ __all__ = [
     "open_destroy_order",
     "open_key_manifest",
     "open_receipt",
+    "open_refresh_order",
+    "read_certificate",
     "read_key_manifest",
     "receipts_needed",
 ]
@@ -382,9 +386,12 @@ def check_share_counts(threshold: int, shares: int) -> None:
         raise ValueError(f"{shares} shares; a key in a cluster has at most {MAX_HOLDERS}")
 
 
-def receipts_needed(threshold: int, shares: int) -> int:
-    """How many holders must have stored their share before a key is acknowledged: t+1, or n if that is less."""
-    return min(shares, threshold + 1)
+def receipts_needed(threshold: int, shares: int, epoch: int = 1) -> int:
+    """How many holders must have stored their share before an epoch is acknowledged.
+
+    In the first t+1, or n if that is less; in later ones all n, since the shares of the epoch before are erased then.
+    """
+    return min(shares, threshold + 1) if epoch == 1 else shares
 
 
 class CreateOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -407,6 +414,16 @@ class DestroyOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     expires_ms: UInt
 
 
+class RefreshOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A client's signed order to replace the shares of one epoch of a key: ``from_epoch`` shall not be the last."""
+
+    key_id: Identifier
+    name: Name
+    from_epoch: Annotated[int, Meta(ge=1, le=2**32 - 2)]
+    nonce: Identifier
+    expires_ms: UInt
+
+
 class Holder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where one share is: ``[node, x, commitment]``."""
 
@@ -416,7 +433,11 @@ class Holder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """The manifest of a key, signed by its dealer; the first of a key embeds the client's create order."""
+    """The manifest of a key, signed by the dealer of its epoch.
+
+    ``order`` is the client's create order in every epoch. Those after the first name their predecessor's hash in
+    ``previous`` and embed the client's order that they rest on in ``change``; both are empty in the first.
+    """
 
     key_id: Identifier
     name: Name
@@ -430,6 +451,7 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     check_value: Digest
     order: Annotated[bytes, Meta(max_length=2048)]
     previous: Annotated[bytes, Meta(max_length=32)]
+    change: Annotated[bytes, Meta(max_length=2048)] = b""
 
     @property
     def shares(self) -> int:
@@ -438,8 +460,13 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
     @property
     def context(self) -> bytes:
-        """The key's identity as commitments, check values and seals hash it: id, version, epoch."""
-        return self.key_id + self.version.to_bytes(4, "big") + self.epoch.to_bytes(4, "big")
+        """The sharing's identity as commitments hash it: id, version, epoch."""
+        return self.key_context + self.epoch.to_bytes(4, "big")
+
+    @property
+    def key_context(self) -> bytes:
+        """The key's identity as its check value hashes it: id and version, the same in every epoch."""
+        return self.key_id + self.version.to_bytes(4, "big")
 
     def holder(self, node: str) -> Holder | None:
         """The node's own entry."""
@@ -471,6 +498,7 @@ class AbortNotice(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
 create_orders = Codec(CreateOrder, "create order", 2048)
 destroy_orders = Codec(DestroyOrder, "destroy order", 2048)
+refresh_orders = Codec(RefreshOrder, "refresh order", 2048)
 key_manifests = Codec(KeyManifest, "key manifest")
 receipts = Codec(Receipt, "receipt", 1024)
 certificates = Codec(CommitCertificate, "commit certificate")
@@ -531,20 +559,37 @@ def open_destroy_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tupl
     return order, signed
 
 
+def open_refresh_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[RefreshOrder, Signed]:
+    """A refresh order with its client's signature checked; where it is carried out, its expiry and the policy too.
+
+    ``now_ms`` is None for the order of an epoch that exists: neither time nor a later manifest undoes it, but some
+    manifest of the chain must have allowed it.
+    """
+    clients = cluster.sign_key_ever("client") if now_ms is None else cluster.sign_key("client")
+    signed = verify_envelope(raw, "order.refresh", clients)
+    order = refresh_orders.decode(signed.payload)
+    if now_ms is not None:
+        _check_expiry("refresh order", order.expires_ms, now_ms)
+    rules = cluster.past_rules if now_ms is None else cluster.rules
+    if not _allowed(rules, signed.issuer, RequestType.REFRESH, order.name):
+        raise AccessDenied(f"{signed.issuer!r} may not refresh the key {order.name!r}")
+    return order, signed
+
+
 def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -> KeyRecord:
-    """A key's first manifest: signed by a node, and true to the client's order in it.
+    """A key's manifest: signed by a node, and true to the client's orders in it.
 
     When the share is first stored, ``now_ms`` is given: dealer, client and holders must then be members, and the order
-    is held against time and policy. Later, the members of past manifests count too.
+    that is carried out is held against time and policy. Later, the members of past manifests count too. A later
+    manifest is held against its predecessor by ``check_successor``, where that is at hand.
     """
     signed = verify_envelope(raw, "key", cluster.sign_key_ever("node") if now_ms is None else cluster.sign_key("node"))
     manifest = key_manifests.decode(signed.payload)
-    order, _ = open_create_order(manifest.order, cluster, now_ms)
+    order, _ = open_create_order(manifest.order, cluster, now_ms if manifest.epoch == 1 else None)
     told = (manifest.key_id, manifest.name, manifest.algorithm, manifest.threshold, manifest.shares)
     if told != (order.key_id, order.name, order.algorithm, order.threshold, order.shares):
         raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's order")
-    if (manifest.version, manifest.epoch, manifest.previous) != (1, 1, b""):
-        raise ManifestError(f"key manifest of {manifest.name!r}: the first one must have version 1 and epoch 1")
+    _check_epoch(manifest, cluster, now_ms)
     if len({holder.node for holder in manifest.holders}) != manifest.shares:
         raise ManifestError(f"key manifest of {manifest.name!r}: a node holds two shares")
     if len({holder.x for holder in manifest.holders}) != manifest.shares:
@@ -557,6 +602,39 @@ def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -
     if bool(manifest.public_key) != ALGORITHMS[order.algorithm].asymmetric:
         raise ManifestError(f"key manifest of {manifest.name!r}: public key missing or out of place")
     return KeyRecord(manifest, signed.digest, signed.issuer, raw)
+
+
+def _check_epoch(manifest: KeyManifest, cluster: Cluster, now_ms: int | None) -> None:
+    if manifest.version != 1:
+        raise ManifestError(f"key manifest of {manifest.name!r}: version {manifest.version}; keys have version 1 alone")
+    if manifest.epoch == 1:
+        if manifest.previous or manifest.change:
+            raise ManifestError(f"key manifest of {manifest.name!r}: the first one has no predecessor and no change")
+        return
+    if len(manifest.previous) != 32:
+        raise ManifestError(f"key manifest of {manifest.name!r}: epoch {manifest.epoch} names no predecessor")
+    change, _ = open_refresh_order(manifest.change, cluster, now_ms)
+    if (change.key_id, change.name, change.from_epoch + 1) != (manifest.key_id, manifest.name, manifest.epoch):
+        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's refresh order")
+
+
+def check_successor(record: KeyRecord, before: KeyRecord) -> None:
+    """Refuse a manifest that does not follow ``before`` as a refresh does.
+
+    It has the next epoch, a later attempt and names the predecessor's hash; all but the commitments is the same.
+    """
+    new, old = record.manifest, before.manifest
+    if (new.previous, new.epoch) != (before.digest, old.epoch + 1):
+        raise ManifestError(
+            f"key manifest of {new.name!r}: epoch {new.epoch} does not follow the epoch {old.epoch} that is committed"
+        )
+    if new.attempt <= old.attempt:
+        raise ManifestError(f"key manifest of {new.name!r}: attempt {new.attempt} does not follow {old.attempt}")
+    for what in ("key_id", "name", "version", "algorithm", "threshold", "public_key", "check_value", "order"):
+        if getattr(new, what) != getattr(old, what):
+            raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change {what}")
+    if [(each.node, each.x) for each in new.holders] != [(each.node, each.x) for each in old.holders]:
+        raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change the holders")
 
 
 def read_key_manifest(raw: bytes) -> KeyRecord:
@@ -579,14 +657,23 @@ def open_receipt(raw: bytes, record: KeyRecord, cluster: Cluster) -> str:
     return signed.issuer
 
 
+def read_certificate(raw: bytes) -> bytes:
+    """The hash of the manifest that a certificate speaks of, unchecked: to learn which one it is."""
+    return certificates.decode(read_unverified(raw).payload).manifest_hash
+
+
 def open_certificate(raw: bytes, record: KeyRecord, cluster: Cluster) -> tuple[str, ...]:
-    """The holders whose receipts make the manifest valid; at least t+1 of them (n if fewer), all checked."""
+    """The holders whose receipts make the manifest valid, all checked.
+
+    They are at least t+1 (n if fewer) for a first epoch, and all n for a later one: each holder erases its share of the
+    epoch before on the certificate's word.
+    """
     signed = verify_envelope(raw, "certificate", cluster.sign_key_ever("balancer"))
     certificate = certificates.decode(signed.payload)
     if (certificate.key_id, certificate.manifest_hash) != (record.manifest.key_id, record.digest):
         raise ManifestError(f"commit certificate: not for this manifest of {record.manifest.name!r}")
     holders = tuple(dict.fromkeys(open_receipt(each, record, cluster) for each in certificate.receipts))
-    needed = receipts_needed(record.manifest.threshold, record.manifest.shares)
+    needed = receipts_needed(record.manifest.threshold, record.manifest.shares, record.manifest.epoch)
     if len(holders) < needed:
         raise ManifestError(
             f"commit certificate of {record.manifest.name!r}: {len(holders)} receipts, {needed} are needed"

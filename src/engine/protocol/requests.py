@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 
 from engine.keys import OPERATIONS, RequestType, request_class
-from engine.protocol.wire import Aad, Blob, Codec, Data, Identifier, Name, Request, Text, UInt
+from engine.protocol.wire import Aad, Blob, Codec, Data, Digest, Identifier, Name, Request, Text, UInt
 
 __all__ = [
     "CLIENT_VERBS",
@@ -84,6 +84,12 @@ class Destroyed(Message, frozen=True):
 
     confirmed: Annotated[list[Name], Meta(max_length=255)]
     pending: Annotated[list[Name], Meta(max_length=255)]
+
+
+class Refresh(Message, frozen=True):
+    """``[order]``: the client's order to replace the shares of a key; the reply describes the new epoch."""
+
+    order: Annotated[bytes, Meta(max_length=2048)]
 
 
 class ListKeys(Message, frozen=True):
@@ -249,6 +255,69 @@ class AuditNotice(Message, frozen=True):
     head: Annotated[bytes, Meta(max_length=1024)]
 
 
+Statement = Annotated[bytes, Meta(max_length=4096)]
+Part = Annotated[bytes, Meta(max_length=8192)]
+
+
+class ShareDeal(Message, frozen=True):
+    """Coordinator to holder: ``[order, attempt, manifest_hash, certificate]``: deal zero for a refresh.
+
+    ``manifest_hash`` is of the epoch that is refreshed, and the certificate that epoch's: a holder that missed its
+    commit settles it first.
+    """
+
+    order: Annotated[bytes, Meta(max_length=2048)]
+    attempt: Annotated[int, Meta(ge=1, le=2**31)]
+    manifest_hash: Digest
+    certificate: Envelope
+
+
+class Dealt(Message, frozen=True):
+    """``[statement, parts]``: the signed deal and its parts, each encrypted to its holder, in the manifest's order."""
+
+    statement: Statement
+    parts: Annotated[list[Part], Meta(min_length=1, max_length=64)]
+
+
+class ShareRefresh(Message, frozen=True):
+    """Coordinator to holder: ``[order, attempt, deals, parts]``: what would the new share be?
+
+    ``deals`` are the statements of exactly t dealers in the manifest's order, ``parts`` what each dealt this holder.
+    """
+
+    order: Annotated[bytes, Meta(max_length=2048)]
+    attempt: Annotated[int, Meta(ge=1, le=2**31)]
+    deals: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
+    parts: Annotated[list[Part], Meta(min_length=1, max_length=64)]
+
+
+class Refreshed(Message, frozen=True):
+    """``[statement]``: the holder's signed commitment to its new share, and its values of the linear check."""
+
+    statement: Statement
+
+
+class ShareRenew(Message, frozen=True):
+    """Coordinator to holder: ``[manifest, deals, parts, statements, aborts]``: store the share of the new epoch.
+
+    ``statements`` are those of all holders in the manifest's order; ``aborts`` are notices on earlier attempts.
+    """
+
+    manifest: Envelope
+    deals: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
+    parts: Annotated[list[Part], Meta(min_length=1, max_length=64)]
+    statements: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
+    aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
+
+
+class Change(Message, frozen=True):
+    """Coordinator to registry: ``[order, manifest, certificate]``: a refresh order, and the epoch it begins from."""
+
+    order: Annotated[bytes, Meta(max_length=2048)]
+    manifest: Envelope
+    certificate: Envelope
+
+
 class Reserve(Message, frozen=True):
     """Dealer to registry: ``[order]``."""
 
@@ -258,7 +327,8 @@ class Reserve(Message, frozen=True):
 class Reserved(Message, frozen=True):
     """``[attempt, holders, aborts, manifest, certificate]``.
 
-    A key that this very order has already made comes back with its manifest and certificate, and attempt 0.
+    What the order asks for and is there already (the key, or a later epoch than the one to be refreshed) comes back as
+    manifest and certificate, with attempt 0.
     """
 
     attempt: UInt
@@ -358,8 +428,12 @@ SHARE_ABORT: Final = "share.abort"
 SHARE_RELEASE: Final = "share.release"
 SHARE_DESTROY: Final = "share.destroy"
 AUDIT_HEAD: Final = "audit.head"
+SHARE_DEAL: Final = "share.deal"
+SHARE_REFRESH: Final = "share.refresh"
+SHARE_RENEW: Final = "share.renew"
 STATS: Final = "stats"
 REGISTRY_RESERVE: Final = "registry.reserve"
+REGISTRY_CHANGE: Final = "registry.change"
 REGISTRY_COMMIT: Final = "registry.commit"
 REGISTRY_DESTROY: Final = "registry.destroy"
 REGISTRY_SYNC: Final = "registry.sync"
@@ -372,6 +446,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     RequestType.GENERATE: (Create, KeyDescription),
     RequestType.IMPORT: (Create, KeyDescription),
     RequestType.DESTROY: (Destroy, Destroyed),
+    RequestType.REFRESH: (Refresh, KeyDescription),
     RequestType.DESCRIBE: (Describe, KeyDescription),
     RequestType.LIST: (ListKeys, KeyList),
     RequestType.PREWARM: (Prewarm, Empty),
@@ -383,8 +458,12 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_RELEASE: (ShareRelease, ReleasedShare),
     SHARE_DESTROY: (Destroy, Empty),
     AUDIT_HEAD: (AuditNotice, Empty),
+    SHARE_DEAL: (ShareDeal, Dealt),
+    SHARE_REFRESH: (ShareRefresh, Refreshed),
+    SHARE_RENEW: (ShareRenew, Prepared),
     STATS: (Empty, NodeStats),
     REGISTRY_RESERVE: (Reserve, Reserved),
+    REGISTRY_CHANGE: (Change, Reserved),
     REGISTRY_COMMIT: (Commit, Committed),
     REGISTRY_DESTROY: (Destroy, Empty),
     REGISTRY_SYNC: (Sync, SyncPage),
@@ -403,9 +482,29 @@ REPLY_CODECS: Final[dict[str, Codec[Any]]] = {
 balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
 
 CLIENT_VERBS: Final = frozenset(RequestType)
-NODE_VERBS: Final = frozenset({SHARE_PREPARE, SHARE_COMMIT, SHARE_ABORT, SHARE_RELEASE, SHARE_DESTROY, AUDIT_HEAD})
+NODE_VERBS: Final = frozenset(
+    {
+        SHARE_PREPARE,
+        SHARE_COMMIT,
+        SHARE_ABORT,
+        SHARE_RELEASE,
+        SHARE_DESTROY,
+        SHARE_DEAL,
+        SHARE_REFRESH,
+        SHARE_RENEW,
+        AUDIT_HEAD,
+    }
+)
 REGISTRY_VERBS: Final = frozenset(
-    {REGISTRY_RESERVE, REGISTRY_COMMIT, REGISTRY_DESTROY, REGISTRY_SYNC, REGISTRY_OUTCOME, REGISTRY_ABORT}
+    {
+        REGISTRY_RESERVE,
+        REGISTRY_CHANGE,
+        REGISTRY_COMMIT,
+        REGISTRY_DESTROY,
+        REGISTRY_SYNC,
+        REGISTRY_OUTCOME,
+        REGISTRY_ABORT,
+    }
 )
 
 

@@ -16,8 +16,10 @@ from engine.sharing.placement import (
     placement_group,
 )
 from engine.sharing.renewal import (
+    FINGERPRINT_BYTES,
     deal_sub_shares,
     deal_zero,
+    fingerprint,
     finish_recovery,
     merge_sub_shares,
     recover_share,
@@ -26,12 +28,14 @@ from engine.sharing.renewal import (
     refresh_shares,
     reshare,
     sum_recovery_parts,
+    zero_sharing_faults,
 )
 from engine.sharing.secret import SecretBuffer, secret_memory, take, wipe
 from engine.sharing.share import SALT_BYTES, SecretShare, Share, check_value, commitment, new_salt
 
 __all__ = [
     "BLINDING_BYTES",
+    "FINGERPRINT_BYTES",
     "SALT_BYTES",
     "Correction",
     "Distribution",
@@ -50,6 +54,7 @@ __all__ = [
     "distribute_shares",
     "find_consistent",
     "find_corrupt",
+    "fingerprint",
     "finish_recovery",
     "fresh_secret",
     "generate_shares",
@@ -71,4 +76,5 @@ __all__ = [
     "unblind",
     "use_kernel",
     "wipe",
+    "zero_sharing_faults",
 ]

@@ -5,8 +5,9 @@ one function for somebody who has the shares anyway. A share of before and one o
 of one time always do: whoever takes a step destroys the old shares, and gives the new ones a new epoch in their
 commitments.
 
-No step can tell whether the others were honest. A wrong update or sub-share gives wrong shares, which the check value
-of the key shows at the next reconstruction, and ``correction`` or the commitments show before.
+A refresh can be checked by everybody: ``fingerprint`` and ``zero_sharing_faults``. No other step can tell whether the
+others were honest. A wrong sub-share gives wrong shares, which the check value of the key shows at the next
+reconstruction, and ``correction`` or the commitments show before.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
-from engine._fastshamir import add, combine, split
+from engine._fastshamir import add, combine, dot, interpolate, split
+from engine.errors import ShareCorrupt
+from engine.sharing.correction import correct_shares
 from engine.sharing.secret import wipe
 from engine.sharing.share import Share, distinct
 
 __all__ = [
+    "FINGERPRINT_BYTES",
     "deal_sub_shares",
     "deal_zero",
+    "fingerprint",
     "finish_recovery",
     "merge_sub_shares",
     "recover_share",
@@ -29,7 +34,11 @@ __all__ = [
     "refresh_shares",
     "reshare",
     "sum_recovery_parts",
+    "zero_sharing_faults",
 ]
+
+FINGERPRINT_BYTES = 16
+"""A false update passes with probability 2^-8 for each of these bytes."""
 
 # Refresh: Herzberg, Jarecki, Krawczyk and Yung, "Proactive secret sharing", CRYPTO 1995, 3.2.
 
@@ -60,6 +69,50 @@ def refresh_share(share: Share, updates: Iterable[Share]) -> Share:
     if len(sums) == 1:
         raise ValueError(f"0 updates were given for the share of x = {share.x}, but at least 1 is needed")
     return Share(share.x, add(sums))
+
+
+# The check of a refresh. Hash commitments are not linear, so a dealer shares 16 bytes more, the mask, zero at 0 too.
+# When it is bound to all that it dealt, public weights are drawn; each holder tells the weighted sums of its update,
+# plus its mask. The sums of all holders are a sharing of zero again, if the update was one; if not, the weights would
+# have to hit the mask's deviation in each of the 16 bytes. The mask's uniform coefficients hide all else.
+
+
+def fingerprint(update: Share, weights: Sequence[bytes]) -> Share:
+    """What a holder tells of an update whose last ``FINGERPRINT_BYTES`` bytes are the mask.
+
+    ``weights`` are as many rows, each as long as the update without its mask. They must be a function of what the
+    dealer is bound to, and nothing else: under two different sets of weights the two answers would show the update.
+    """
+    length = len(update.y) - FINGERPRINT_BYTES
+    if length < 1 or len(weights) != FINGERPRINT_BYTES:
+        raise ValueError(f"an update of {len(update.y)} bytes and {len(weights)} weights")
+    (sums,) = dot([update.y[:length]], weights)
+    return Share(update.x, add([sums, update.y[length:]]))
+
+
+def zero_sharing_faults(values: Iterable[Share], *, threshold: int) -> tuple[int, ...] | None:
+    """Which of the holders' values do not lie on one polynomial of degree < ``threshold`` that is zero at 0.
+
+    No index: all do. None: no such polynomial goes through enough of them, so the dealer is at fault, or more holders
+    than can be told. ValueError for fewer values than the threshold and one index twice.
+    """
+    given = distinct(values)
+    if len(given) < threshold:
+        raise ValueError(f"{len(given)} values were given, but the threshold is {threshold}")
+    if len({len(value.y) for value in given}) == 1 and _shares_zero(given, threshold):
+        return ()
+    try:
+        found = correct_shares(given, threshold=threshold)
+    except ShareCorrupt:
+        return None
+    return found.wrong if found.wrong and _shares_zero(found.right, threshold) else None
+
+
+def _shares_zero(values: Sequence[Share], threshold: int) -> bool:
+    first, rest = values[:threshold], values[threshold:]
+    targets = [0, *(value.x for value in rest)]
+    expected = interpolate([value.x for value in first], [value.y for value in first], targets)
+    return expected == [bytes(len(first[0].y)), *(value.y for value in rest)]
 
 
 def refresh_shares(share_set: Iterable[Share], *, threshold: int) -> list[Share]:

@@ -1,0 +1,371 @@
+"""The documents of a refresh: what each dealer of zero is bound to, and what each holder says of its new share.
+
+It seals, signs and checks; it opens no socket, reads no clock and draws no randomness (``deal_zero`` apart, which the
+caller calls). docs/protocol.md has the argument.
+
+A *deal* is one holder's sharing of zero for all, a *part* what it deals one holder. Everything is bound to the *terms*:
+the epoch that is refreshed, the attempt and the client's order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+from cryptography.exceptions import InvalidTag as PycaInvalidTag
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from msgspec import Meta, Struct
+
+from engine.errors import ManifestError, ShareCorrupt
+from engine.protocol.manifest import MAX_HOLDERS, Cluster, Holder, KeyRecord
+from engine.protocol.signed import Signed, SigningKey, sign_envelope, verify_envelope
+from engine.protocol.wire import MAX_MESSAGE, Codec, Digest, Identifier
+from engine.sharing import (
+    FINGERPRINT_BYTES,
+    SALT_BYTES,
+    Share,
+    commitment,
+    deal_zero,
+    fingerprint,
+    refresh_share,
+    zero_sharing_faults,
+)
+
+__all__ = [
+    "BadDeal",
+    "Deal",
+    "NewShare",
+    "PartStatement",
+    "Terms",
+    "check_parts",
+    "check_size",
+    "deal_parts",
+    "new_share",
+    "open_deals",
+    "open_part_statement",
+    "sign_part_statement",
+]
+
+PART_OVERHEAD: Final = FINGERPRINT_BYTES + SALT_BYTES + 32 + 16
+"""Bytes of a sealed part beyond the share's own: mask, salt, the ephemeral key, the tag."""
+STATEMENT_BYTES: Final = 640
+"""No statement is longer than this, but for its lists: envelope, two names of 128 characters, digests."""
+_MARGIN: Final = 4096
+
+_PART_LABEL = b"keyquorum/refresh-part/1\0"
+_COMMITMENT_LABEL = b"keyquorum/refresh-commitment/1\0"
+_WEIGHTS_LABEL = b"keyquorum/refresh-weights/1\0"
+_DEALS_LABEL = b"keyquorum/refresh-deals/1\0"
+_SALT_LABEL = b"keyquorum/refresh-salt/1\0"
+
+Fingerprint = Annotated[bytes, Meta(min_length=16, max_length=16)]
+
+
+class RefreshDeal(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A dealer's signed word on what it dealt: ``[key_id, version, epoch, attempt, order, previous, commitments]``."""
+
+    key_id: Identifier
+    version: Annotated[int, Meta(ge=1, le=2**32 - 1)]
+    epoch: Annotated[int, Meta(ge=1, le=2**32 - 1)]
+    attempt: Annotated[int, Meta(ge=1, le=2**31)]
+    order: Digest
+    previous: Digest
+    commitments: Annotated[list[Digest], Meta(min_length=1, max_length=MAX_HOLDERS)]
+
+
+class RefreshPart(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A holder's signed word on its new share: ``[key_id, version, epoch, attempt, deals, x, commitment, values]``."""
+
+    key_id: Identifier
+    version: Annotated[int, Meta(ge=1, le=2**32 - 1)]
+    epoch: Annotated[int, Meta(ge=1, le=2**32 - 1)]
+    attempt: Annotated[int, Meta(ge=1, le=2**31)]
+    deals: Digest
+    x: Annotated[int, Meta(ge=1, le=255)]
+    commitment: Digest
+    values: Annotated[list[Fingerprint], Meta(min_length=1, max_length=MAX_HOLDERS)]
+
+
+refresh_deals = Codec(RefreshDeal, "refresh deal", 4096)
+refresh_parts = Codec(RefreshPart, "refresh part", 4096)
+
+
+class BadDeal(ShareCorrupt):
+    """A deal that can't be used; ``holders`` begins with its dealer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a refresh is about: the committed epoch before it, the registry's attempt, the digest of the order."""
+
+    before: KeyRecord
+    attempt: int
+    order: bytes
+
+    @property
+    def epoch(self) -> int:
+        """The new epoch."""
+        return self.before.manifest.epoch + 1
+
+    @property
+    def context(self) -> bytes:
+        """What the commitments to the new shares hash: id, version, new epoch."""
+        return self.before.manifest.key_context + self.epoch.to_bytes(4, "big")
+
+    def part_context(self, dealer: Holder, holder: Holder) -> bytes:
+        """The identity of one part, so that none passes for another."""
+        return b"".join(
+            (
+                _PART_LABEL,
+                self.context,
+                self.attempt.to_bytes(4, "big"),
+                self.order,
+                self.before.digest,
+                bytes([dealer.x, holder.x]),
+            )
+        )
+
+    def told(self) -> tuple[bytes, int, int, int]:
+        """The first fields of every statement."""
+        manifest = self.before.manifest
+        return manifest.key_id, manifest.version, self.epoch, self.attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """A verified statement of a dealer."""
+
+    dealer: Holder
+    digest: bytes
+    commitments: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NewShare:
+    """A holder's share of the new epoch, its salt, and its values of the linear check, one for each deal."""
+
+    share: Share
+    salt: bytes
+    values: tuple[bytes, ...]
+
+    def __repr__(self) -> str:
+        return f"NewShare(x={self.share.x})"
+
+
+@dataclass(frozen=True, slots=True)
+class PartStatement:
+    """A verified statement of a holder."""
+
+    holder: Holder
+    commitment: bytes
+    values: tuple[bytes, ...]
+
+
+def check_size(record: KeyRecord, length: int) -> None:
+    """Refuse a refresh whose messages would not fit, before anything is begun; ``length`` is the share's at most."""
+    manifest = record.manifest
+    shares, threshold = manifest.shares, manifest.threshold
+    part = length + PART_OVERHEAD + 3
+    deal = STATEMENT_BYTES + 34 * shares
+    statement = STATEMENT_BYTES + 18 * threshold
+    deals = deal + shares * part
+    renew = len(record.raw) + threshold * (deal + part) + shares * statement
+    longest = max(deals, renew) + _MARGIN
+    if longest > MAX_MESSAGE:
+        raise ValueError(
+            f"{manifest.name!r} can't be refreshed: {threshold}-of-{shares} with shares of {length} bytes takes "
+            f"messages of {longest} bytes, the limit is {MAX_MESSAGE}"
+        )
+
+
+# --- the dealer's side ---
+
+
+def deal_parts(
+    terms: Terms, key: SigningKey, cluster: Cluster, length: int, serial: int, random_bytes: bytes
+) -> tuple[bytes, list[bytes]]:
+    """Deal zero for shares of ``length`` bytes: the signed statement, and each holder's part, sealed to it.
+
+    ``random_bytes`` are 64 for each holder: its contribution to the salt, and an ephemeral key.
+    """
+    manifest = terms.before.manifest
+    dealer = manifest.holder(key.name)
+    if dealer is None:
+        raise ManifestError(f"{key.name!r} is no holder of {manifest.name!r} and can't deal")
+    if len(random_bytes) != 64 * manifest.shares:
+        raise ValueError(f"{len(random_bytes)} random bytes for {manifest.shares} holders; 64 each are needed")
+    updates = deal_zero(
+        length + FINGERPRINT_BYTES, threshold=manifest.threshold, xs=[holder.x for holder in manifest.holders]
+    )
+    commitments, parts = [], []
+    for place, (holder, update) in enumerate(zip(manifest.holders, updates, strict=True)):
+        node = cluster.nodes.get(holder.node)
+        if node is None:
+            raise ManifestError(f"the holder {holder.node!r} of {manifest.name!r} is no node of the cluster")
+        drawn = random_bytes[64 * place : 64 * (place + 1)]
+        plain = update.y + drawn[:SALT_BYTES]
+        context = terms.part_context(dealer, holder)
+        commitments.append(_part_commitment(context, plain))
+        parts.append(seal_part(node.curve_public, plain, context, drawn[SALT_BYTES:]))
+    payload = refresh_deals.encode(RefreshDeal(*terms.told(), terms.order, terms.before.digest, commitments))
+    return sign_envelope("refresh.deal", serial, payload, key), parts
+
+
+def seal_part(public: bytes, plain: bytes, context: bytes, ephemeral: bytes) -> bytes:
+    """Encrypt to an X25519 public key: ephemeral key, HKDF-SHA256 over ``context``, AES-256-GCM.
+
+    The key is used once, so the nonce is zero.
+    """
+    private = X25519PrivateKey.from_private_bytes(ephemeral)
+    sent = private.public_key().public_bytes_raw()
+    key = _part_key(private.exchange(X25519PublicKey.from_public_bytes(public)), sent, public, context)
+    return sent + AESGCM(key).encrypt(bytes(12), plain, None)
+
+
+def _part_key(shared: bytes, sent: bytes, public: bytes, context: bytes) -> bytes:
+    return HKDF(SHA256(), 32, None, context + sent + public).derive(shared)
+
+
+def _part_commitment(context: bytes, plain: bytes) -> bytes:
+    return hashlib.sha256(_COMMITMENT_LABEL + context + plain).digest()
+
+
+# --- the holder's side ---
+
+
+def open_deals(terms: Terms, raws: Sequence[bytes], cluster: Cluster) -> list[Deal]:
+    """The deals, if they are exactly t, each by another holder, in the manifest's order, and of these terms.
+
+    With t of them at least one dealer is honest, as long as fewer than t collude.
+    """
+    manifest = terms.before.manifest
+    if len(raws) != manifest.threshold:
+        raise ManifestError(f"{len(raws)} deals for {manifest.name!r}; exactly {manifest.threshold} are needed")
+    deals = [open_deal(terms, raw, cluster) for raw in raws]
+    places = [manifest.holders.index(deal.dealer) for deal in deals]
+    if places != sorted(set(places)):
+        raise ManifestError(f"the deals for {manifest.name!r} are not in the manifest's order, one of each dealer")
+    return deals
+
+
+def open_deal(terms: Terms, raw: bytes, cluster: Cluster) -> Deal:
+    """One deal, its signature and its terms checked."""
+    signed = verify_envelope(raw, "refresh.deal", cluster.sign_key("node"))
+    statement = refresh_deals.decode(signed.payload)
+    dealer = _holder(terms, signed)
+    told = (statement.key_id, statement.version, statement.epoch, statement.attempt)
+    if (told, statement.order, statement.previous) != (terms.told(), terms.order, terms.before.digest):
+        raise ManifestError(f"the deal of {signed.issuer!r} is of another refresh than attempt {terms.attempt}")
+    if len(statement.commitments) != terms.before.manifest.shares:
+        raise ManifestError(f"the deal of {signed.issuer!r} has {len(statement.commitments)} parts")
+    return Deal(dealer, signed.digest, tuple(statement.commitments))
+
+
+def _holder(terms: Terms, signed: Signed) -> Holder:
+    holder = terms.before.manifest.holder(signed.issuer)
+    if holder is None:
+        raise ManifestError(f"{signed.issuer!r} is no holder of {terms.before.manifest.name!r}")
+    return holder
+
+
+def new_share(
+    terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes], old: Share, node: str, curve_secret: bytes
+) -> NewShare:
+    """What a holder's share becomes by what was dealt to it; ``BadDeal`` names the dealer of a part that is wrong."""
+    manifest = terms.before.manifest
+    mine = manifest.holder(node)
+    if mine is None or mine.x != old.x:
+        raise ManifestError(f"{node!r} holds no share of {manifest.name!r} with x = {old.x}")
+    if len(parts) != len(deals):
+        raise ManifestError(f"{len(parts)} parts of {len(deals)} deals for {manifest.name!r}")
+    private = X25519PrivateKey.from_private_bytes(curve_secret)
+    place = manifest.holders.index(mine)
+    updates, values, salts = [], [], hashlib.sha256(_SALT_LABEL + terms.context + bytes([mine.x]))
+    for deal, sealed in zip(deals, parts, strict=True):
+        plain = _open_part(private, sealed, terms.part_context(deal.dealer, mine), deal, place)
+        if len(plain) != len(old.y) + FINGERPRINT_BYTES + SALT_BYTES:
+            raise BadDeal(f"{deal.dealer.node} dealt {node} {len(plain)} bytes", [deal.dealer.node])
+        update = Share(mine.x, plain[:-SALT_BYTES])
+        values.append(fingerprint(update, weights(deal, len(old.y))).y)
+        updates.append(Share(mine.x, update.y[: len(old.y)]))
+        salts.update(plain[-SALT_BYTES:])
+    return NewShare(refresh_share(old, updates), salts.digest(), tuple(values))
+
+
+def _open_part(private: X25519PrivateKey, sealed: bytes, context: bytes, deal: Deal, place: int) -> bytes:
+    """A part decrypted and held against its dealer's commitment."""
+    sent = sealed[:32]
+    try:
+        shared = private.exchange(X25519PublicKey.from_public_bytes(sent))
+        key = _part_key(shared, sent, private.public_key().public_bytes_raw(), context)
+        plain = AESGCM(key).decrypt(bytes(12), sealed[32:], None)
+    except (PycaInvalidTag, ValueError):
+        raise BadDeal(f"a part that {deal.dealer.node} dealt does not open", [deal.dealer.node]) from None
+    if not hmac.compare_digest(_part_commitment(context, plain), deal.commitments[place]):
+        raise BadDeal(f"a part that {deal.dealer.node} dealt is not the one it committed to", [deal.dealer.node])
+    return plain
+
+
+def weights(deal: Deal, length: int) -> list[bytes]:
+    """The public weights of a deal's linear check: a function of the dealer's own statement alone.
+
+    If they depended on what else a coordinator puts together, it could have one deal answered under many weights, and
+    the answers would show the update.
+    """
+    stream = hashlib.shake_256(_WEIGHTS_LABEL + deal.digest).digest(FINGERPRINT_BYTES * length)
+    return [stream[row * length : (row + 1) * length] for row in range(FINGERPRINT_BYTES)]
+
+
+def _deals_digest(deals: Sequence[Deal]) -> bytes:
+    return hashlib.sha256(_DEALS_LABEL + b"".join(deal.digest for deal in deals)).digest()
+
+
+def sign_part_statement(terms: Terms, deals: Sequence[Deal], new: NewShare, key: SigningKey, serial: int) -> bytes:
+    """The holder's statement on its new share."""
+    told = commitment(new.salt, terms.context, new.share)
+    statement = RefreshPart(*terms.told(), _deals_digest(deals), new.share.x, told, list(new.values))
+    return sign_envelope("refresh.part", serial, refresh_parts.encode(statement), key)
+
+
+def open_part_statement(terms: Terms, deals: Sequence[Deal], raw: bytes, cluster: Cluster) -> PartStatement:
+    """A holder's statement, its signature, terms and deals checked."""
+    signed = verify_envelope(raw, "refresh.part", cluster.sign_key("node"))
+    statement = refresh_parts.decode(signed.payload)
+    holder = _holder(terms, signed)
+    told = (statement.key_id, statement.version, statement.epoch, statement.attempt)
+    if (told, statement.deals) != (terms.told(), _deals_digest(deals)):
+        raise ManifestError(f"the statement of {signed.issuer!r} is of another refresh than attempt {terms.attempt}")
+    if statement.x != holder.x or len(statement.values) != len(deals):
+        raise ManifestError(f"the statement of {signed.issuer!r} is not for its share, or not on all deals")
+    return PartStatement(holder, statement.commitment, tuple(statement.values))
+
+
+def check_parts(terms: Terms, deals: Sequence[Deal], statements: Sequence[PartStatement]) -> None:
+    """The linear check: every deal shares zero, with the degree of the key's sharing, to all holders.
+
+    ``BadDeal`` names the dealer, and the holders whose values do not fit the others': one of the two lies.
+    """
+    manifest = terms.before.manifest
+    if [each.holder for each in statements] != manifest.holders:
+        raise ManifestError(
+            f"the statements on the new shares of {manifest.name!r} are not one of each holder, in order"
+        )
+    for place, deal in enumerate(deals):
+        values = [Share(each.holder.x, each.values[place]) for each in statements]
+        faults = zero_sharing_faults(values, threshold=manifest.threshold)
+        if faults == ():
+            continue
+        dealer = deal.dealer.node
+        if faults is None:
+            raise BadDeal(f"what {dealer} dealt for {manifest.name!r} does not share zero as it must", [dealer])
+        liars = [each.holder.node for each in statements if each.holder.x in faults]
+        raise BadDeal(
+            f"what {dealer} dealt for {manifest.name!r} does not fit what {', '.join(liars)} tells of it",
+            [dealer, *liars],
+        )
