@@ -34,7 +34,7 @@ from engine.protocol.refresh import (
 )
 from engine.protocol.requests import Dealt, Prepared, Refreshed, ShareDeal, ShareRefresh, ShareRenew
 from engine.protocol.signed import SigningKey
-from engine.sharing import commitment
+from engine.sharing import FINGERPRINT_BYTES, commitment, deal_zero
 from nodes.catalogue import Catalogue, Entry
 from nodes.holder import ShareHolder
 from nodes.token import Lane
@@ -69,8 +69,10 @@ class Renewer:
             raise StaleKey(f"{self._node} holds another epoch {entry.row.epoch} of {entry.row.name!r}")
         share, _ = self._holder.own_share(lane, entry)
         check_size(entry.record, len(share.y))
-        drawn = os.urandom(64 * entry.manifest.shares)
-        statement, parts = deal_parts(terms, self._signing, self._cluster, len(share.y), self._now_ms(), drawn)
+        xs = [holder.x for holder in entry.manifest.holders]
+        updates = deal_zero(len(share.y) + FINGERPRINT_BYTES, threshold=entry.manifest.threshold, xs=xs)
+        drawn = os.urandom(64 * len(xs))
+        statement, parts = deal_parts(terms, self._signing, self._cluster, updates, self._now_ms(), drawn)
         failpoint("holder.deal.dealt")
         return Dealt(statement, parts)
 

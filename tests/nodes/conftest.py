@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import zmq
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from engine.client.config import CurveIdentity, Identity, create_identity, write_toml
 from engine.client.transport import Channel, ask
@@ -40,6 +41,7 @@ from engine.protocol.manifest import (
     Member,
     PolicyRule,
     Receipt,
+    RefreshOrder,
     aborts,
     certificates,
     chain_pin,
@@ -50,6 +52,7 @@ from engine.protocol.manifest import (
     open_chain,
     open_key_manifest,
     receipts,
+    refresh_orders,
 )
 from engine.protocol.requests import Empty, Operate, ShareCommit, SharePrepare, ShareRelease
 from engine.protocol.signed import SigningKey, sign_envelope
@@ -109,10 +112,14 @@ class World:
 
     def _member(self, name: str) -> Member:
         role = ROLES.get(name, "node")
-        curve = bytes(32) if role == "operator" else hashlib.sha256(b"curve " + name.encode()).digest()
+        curve = bytes(32) if role == "operator" else self.curve_key(name).public_key().public_bytes_raw()
         endpoint = "tcp://127.0.0.1:1" if role in ("node", "balancer") else ""
         location = f"site{int(name[-1]) % 3}/room/rack/{name}" if role == "node" else ""
         return Member(name, role, self.keys[name].public, curve, endpoint, "", location)  # type: ignore[arg-type]
+
+    @staticmethod
+    def curve_key(name: str) -> X25519PrivateKey:
+        return X25519PrivateKey.from_private_bytes(hashlib.sha256(b"curve " + name.encode()).digest())
 
     def clock(self) -> int:
         return self.now_ms
@@ -227,6 +234,25 @@ class World:
     ) -> bytes:
         order = DestroyOrder(key_id, name, self.now_ms + expires_in_ms)
         return self.signed(destroy_orders, "order.destroy", order, client)
+
+    def refresh_order(
+        self,
+        record: KeyRecord,
+        *,
+        client: str | SigningKey = "alice",
+        expires_in_ms: int = 60_000,
+        **changes: Any,
+    ) -> bytes:
+        manifest = record.manifest
+        fields = {
+            "key_id": manifest.key_id,
+            "name": manifest.name,
+            "from_epoch": manifest.epoch,
+            "nonce": os.urandom(16),
+            "expires_ms": self.now_ms + expires_in_ms,
+            **changes,
+        }
+        return self.signed(refresh_orders, "order.refresh", RefreshOrder(**fields), client)
 
     def grant(
         self,

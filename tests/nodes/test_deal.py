@@ -188,7 +188,7 @@ def test_one_bad_holder_is_replaced_by_the_next(scene: Scene, what: str) -> None
     assert gathered.corrupt == (("node2",) if "share" in what and "own" not in what else ())
 
 
-@pytest.mark.parametrize("what", [what for what in BAD if what != "silent"])
+@pytest.mark.parametrize("what", [what for what in BAD if what not in ("silent", "stale")])
 def test_bad_holders_beyond_repair_are_named(scene: Scene, what: str) -> None:
     bad = {node: BAD[what](scene) for node in ("node2", "node3", "node5")}
     if what == "another's share":
@@ -200,6 +200,15 @@ def test_bad_holders_beyond_repair_are_named(scene: Scene, what: str) -> None:
     named = getattr(caught.value, "missing", ()) or getattr(caught.value, "holders", ())
     assert set(named) == {"node2", "node3", "node5"}
     assert isinstance(caught.value, ShareCorrupt) == (what in ("a wrong share", "another's share"))
+
+
+def test_enough_holders_at_another_epoch_are_no_lack_of_shares(scene: Scene) -> None:
+    """The client is told that the key has changed, so that it describes it again."""
+    stale = {node: BAD["stale"](scene) for node in ("node2", "node3")}
+    with pytest.raises(StaleKey, match="2 of the 3 shares needed"):
+        scene.gather(FakeChannel(scene.answers(**stale, node5=BAD["unreachable"](scene))))
+    with pytest.raises(QuorumUnavailable, match="1 of the 3 shares needed"):
+        scene.gather(FakeChannel(scene.answers(**dict.fromkeys(HOLDERS[1:], BAD["unreachable"](scene)))))
 
 
 def test_silence_ends_with_the_deadline_and_is_abandoned(scene: Scene) -> None:

@@ -1,7 +1,7 @@
 """The documents of a refresh: what each dealer of zero is bound to, and what each holder says of its new share.
 
-It seals, signs and checks; it opens no socket, reads no clock and draws no randomness (``deal_zero`` apart, which the
-caller calls). docs/protocol.md has the argument.
+It seals, signs and checks; it opens no socket, reads no clock and draws no randomness. docs/protocol.md has the
+argument.
 
 A *deal* is one holder's sharing of zero for all, a *part* what it deals one holder. Everything is bound to the *terms*:
 the epoch that is refreshed, the attempt and the client's order.
@@ -31,7 +31,6 @@ from engine.sharing import (
     SALT_BYTES,
     Share,
     commitment,
-    deal_zero,
     fingerprint,
     refresh_share,
     zero_sharing_faults,
@@ -188,11 +187,12 @@ def check_size(record: KeyRecord, length: int) -> None:
 
 
 def deal_parts(
-    terms: Terms, key: SigningKey, cluster: Cluster, length: int, serial: int, random_bytes: bytes
+    terms: Terms, key: SigningKey, cluster: Cluster, updates: Sequence[Share], serial: int, random_bytes: bytes
 ) -> tuple[bytes, list[bytes]]:
-    """Deal zero for shares of ``length`` bytes: the signed statement, and each holder's part, sealed to it.
+    """Deal a sharing of zero (``deal_zero``, of the share and the mask): the signed statement, and the sealed parts.
 
-    ``random_bytes`` are 64 for each holder: its contribution to the salt, and an ephemeral key.
+    ``updates`` are in the manifest's order. ``random_bytes`` are 64 for each holder: its contribution to the salt, and
+    an ephemeral key.
     """
     manifest = terms.before.manifest
     dealer = manifest.holder(key.name)
@@ -200,9 +200,6 @@ def deal_parts(
         raise ManifestError(f"{key.name!r} is no holder of {manifest.name!r} and can't deal")
     if len(random_bytes) != 64 * manifest.shares:
         raise ValueError(f"{len(random_bytes)} random bytes for {manifest.shares} holders; 64 each are needed")
-    updates = deal_zero(
-        length + FINGERPRINT_BYTES, threshold=manifest.threshold, xs=[holder.x for holder in manifest.holders]
-    )
     commitments, parts = [], []
     for place, (holder, update) in enumerate(zip(manifest.holders, updates, strict=True)):
         node = cluster.nodes.get(holder.node)
