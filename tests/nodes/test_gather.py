@@ -219,7 +219,7 @@ def committed(
         share, salt = SecretShare(dealt.x, SecretBuffer.copy_of(value)), new_salt()
         given[name] = (share, salt)
         holders.append(Holder(name, share.x, commitment(salt, context, share)))
-    check = check_value(SECRET, context)
+    check = check_value(SECRET, context[:-4])
     return KeyManifest(bytes(16), "k", 1, epoch, 1, "aes-256-gcm", threshold, holders, b"", check, b"", b""), given
 
 

@@ -491,7 +491,7 @@ def test_a_statement_of_something_else_is_refused(scene: Scene, field: str) -> N
     value = getattr(told, field)
     false = replace(told, **{field: value + 1 if isinstance(value, int) else flipped(value, 0)})
     statements["node3"] = scene.world.signed(refresh_parts, "refresh.part", false, "node3")
-    with pytest.raises(ManifestError, match="of another refresh|not for its share"):
+    with pytest.raises(ManifestError, match=r"of another refresh|not for its share"):
         scene.renew("node2", deals, statements)
 
 
