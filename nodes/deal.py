@@ -543,7 +543,7 @@ class Conversation:
         """Tell nodes the newest head of this node's audit log; who confirmed it. One that is away is asked again."""
         body = REQUEST_CODECS[AUDIT_HEAD].encode(AuditNotice(head))
         until_s = self._clock() + timeout_s
-        replies = self._all(talker.channel, AUDIT_HEAD, dict.fromkeys(names, body), until_s, None)
+        replies = self.ask_all(talker.channel, AUDIT_HEAD, dict.fromkeys(names, body), until_s, None)
         return [name for name, reply in replies if not isinstance(reply, EngineError)]
 
     def outcome(self, talker: Talker, entry: Entry) -> OutcomeReply:
