@@ -65,7 +65,9 @@ from engine.protocol.requests import (
 from engine.protocol.signed import read_unverified, sign_envelope
 from engine.sharing import FINGERPRINT_BYTES, Share, check_value, deal_zero, reconstruct_key
 from nodes.catalogue import Catalogue
+from nodes.clock import TrustedClock
 from nodes.holder import ShareHolder
+from nodes.ledger import GrantLedger
 from nodes.refresh import Coordinator
 from nodes.renewer import Renewer
 from nodes.store import ShareStore
@@ -87,8 +89,10 @@ class Node:
         self.store = ShareStore(self.path, self.name, self.scene.lane)
         self.catalogue = Catalogue(self.store.rows())
         key = world.keys[self.name]
+        clock = TrustedClock(self.store.clock_mark().mark_ms, wall_ms=world.clock, steady_ms=lambda: 0)
+        self.ledger = GrantLedger(self.store, clock)
         self.holder = ShareHolder(
-            world.cluster, key, self.store, self.catalogue, self.scene.token.algorithms, world.clock
+            world.cluster, key, self.store, self.catalogue, self.scene.token.algorithms, self.ledger
         )
         secret = world.curve_key(self.name).private_bytes_raw()
         self.renewer = Renewer(world.cluster, key, secret, self.catalogue, self.holder, world.clock)
