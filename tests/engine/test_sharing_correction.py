@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import random
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +14,15 @@ from hypothesis import strategies as st
 
 from engine._fastshamir import add, dot
 from engine.errors import ShareCorrupt
-from engine.sharing import Share, correct_shares, generate_shares, reconstruct_key
+from engine.sharing import (
+    SecretBuffer,
+    Share,
+    correct_shares,
+    find_consistent,
+    generate_shares,
+    reconstruct_key,
+    secret_memory,
+)
 from engine.sharing.correction import locate_errors
 
 relaxed = settings(deadline=None)
@@ -234,3 +245,70 @@ def test_refusals_name_value_and_limit(call: Callable[[], object], text: str) ->
 def test_rows_are_bytes_like(what: object) -> None:
     with pytest.raises(TypeError, match="must be a C-contiguous bytes-like object"):
         add([what])  # type: ignore[list-item]
+
+
+# --- by the check value, from t + e shares for e wrong ones ---
+
+
+def right_of(secret: bytes) -> Callable[[SecretBuffer], bool]:
+    return lambda found: bytes(found) == secret
+
+
+@given(st.integers(1, 5), st.integers(0, 3), st.integers(0, 2), st.data())
+@settings(deadline=None, max_examples=80)
+def test_the_check_value_tells_as_many_liars_as_there_are_shares_to_spare(
+    threshold: int, liars: int, spare: int, data: Any
+) -> None:
+    """t right ones among t + e are found, and exactly the wrong ones are named; t - 1 right ones are not."""
+    secret = data.draw(st.binary(min_size=8, max_size=40))
+    count = threshold + liars + spare
+    dealt = generate_shares(secret, threshold=threshold, shares=count)
+    wrong = data.draw(st.sets(st.sampled_from([share.x for share in dealt]), min_size=liars, max_size=liars))
+    given = [Share(s.x, random.Random(s.x).randbytes(len(s.y))) if s.x in wrong else s for s in dealt]
+    order = data.draw(st.permutations(given))
+    found = find_consistent(order, threshold=threshold, is_right=right_of(secret))
+    assert found is not None
+    with found[0] as buffer:
+        assert bytes(buffer) == secret
+    assert set(found[1]) == wrong
+    few = [s for s in order if s.x in wrong] + [s for s in order if s.x not in wrong][: threshold - 1]
+    assert find_consistent(few, threshold=threshold, is_right=right_of(secret)) is None
+
+
+def test_what_was_tried_is_not_tried_again_and_tries_are_bounded() -> None:
+    tried: list[bytes] = []
+
+    def never(found: SecretBuffer) -> bool:
+        tried.append(bytes(found))
+        return False
+
+    dealt = generate_shares(bytes(range(16)), threshold=3, shares=6)
+    assert find_consistent(dealt[:3], threshold=3, is_right=never) is None
+    assert find_consistent(dealt[:4], threshold=3, is_right=never, tried=3) is None
+    assert find_consistent(dealt, threshold=3, is_right=never, tried=4) is None
+    assert len(tried) == 20  # 6 over 3
+    tried.clear()
+    many = generate_shares(bytes(range(16)), threshold=32, shares=64)
+    assert find_consistent(many, threshold=32, is_right=never, tries=50) is None
+    assert len(tried) == 50
+
+
+def test_a_share_of_another_length_is_a_wrong_one() -> None:
+    secret = bytes(range(16))
+    dealt = generate_shares(secret, threshold=2, shares=3)
+    found = find_consistent([Share(dealt[0].x, dealt[0].y + b"\0"), *dealt[1:]], threshold=2, is_right=right_of(secret))
+    assert found is not None
+    found[0].close()
+    assert found[1] == (dealt[0].x,)
+
+
+def test_an_error_of_the_judge_leaves_no_locked_memory() -> None:
+    def fail(found: SecretBuffer) -> bool:
+        raise RuntimeError("no")
+
+    dealt = generate_shares(bytes(64), threshold=2, shares=2)
+    gc.collect()
+    _, before = secret_memory()
+    with pytest.raises(RuntimeError):
+        find_consistent(dealt, threshold=2, is_right=fail)
+    assert secret_memory()[1] == before

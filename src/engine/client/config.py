@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import os
+import re
 import stat
 import sys
 import tomllib
@@ -50,7 +51,7 @@ S = TypeVar("S", bound=Struct)
 
 
 def load_config(path: str | os.PathLike[str], kind: type[S]) -> S:
-    """The TOML file as a ``kind``; a ``ConfigError`` names the file, the key and the limit.
+    """The TOML file as a ``kind``; a ``ConfigError`` names the file, the key, the limit and a number that breaks it.
 
     Relative paths in the file are the caller's to resolve, against the file's folder (``resolve``).
     """
@@ -67,7 +68,15 @@ def load_config(path: str | os.PathLike[str], kind: type[S]) -> S:
     try:
         return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{file}: {error}{_number_at(data, str(error))}") from None
+
+
+def _number_at(data: Any, message: str) -> str:
+    """The number that a message of msgspec complains of, to be told too; text may be a secret and is not."""
+    place = re.search(r"`\$\.([\w.]+)`$", message)
+    for name in place[1].split(".") if place else ():
+        data = data.get(name) if isinstance(data, dict) else None
+    return f", where it says {data}" if isinstance(data, int | float) else ""
 
 
 def resolve(config_path: str | os.PathLike[str], value: str) -> Path:

@@ -100,6 +100,8 @@ def find_consistent(
     Every ``threshold`` of the shares are tried, at most ``tries`` times, newest first; the first ``tried`` of them
     were tried among themselves before. None if no secret is right: there are fewer than ``threshold`` right shares, or
     more combinations than tries. Shares of other lengths than most are wrong. The time tells how many tries it took.
+    The secret is right in any case. One liar can't have others named; two who know which shares are tried together can
+    choose errors that cancel out in the secret, and then right shares are off their polynomial.
 
     Raises ValueError for an index given twice, and OSError when there is no locked memory.
     """
