@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from engine.protocol.signed import remember_signatures
 from engine.sharing import SALT_BYTES, SecretBuffer, Share
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue, Entry
+from nodes.clock import TrustedClock
 from nodes.holder import ShareHolder
 from nodes.remember import SignatureCache
 from nodes.shares import ShareCache, ShareKey
@@ -144,14 +146,15 @@ class Held:
         self.dealt = dealt
         self.values = [each.offers["node1"].y for each in (dealt, later)]
         self.catalogue = Catalogue([])
+        ledger: Any = SimpleNamespace(clock=TrustedClock(wall_ms=world.clock))
         self.holder = ShareHolder(
             world.cluster,
             world.keys["node1"],
-            None,
+            None,  # type: ignore[arg-type]
             self.catalogue,
             (),
-            world.clock,
-            ShareCache(LIMITS, lambda: 0.0),  # type: ignore[arg-type]
+            ledger,
+            ShareCache(LIMITS, lambda: 0.0),
         )
         self.unsealed = 0
 
