@@ -203,3 +203,20 @@ def test_shares_are_unsealed_once_and_a_flush_forgets_them(cluster: LocalCluster
 def _status(cluster: LocalCluster, *options: str) -> str:
     command = [str(Path(sys.executable).parent / "keyquorum"), "status", "--config", str(cluster.client_config)]
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_a_refresh_drops_cached_shares_and_leaves_loaded_keys(cluster: LocalCluster, client: Client) -> None:
+    """Each holder lets the share of the old epoch go at once; the key, which is the same, stays in the tokens."""
+    with engine.connect(cluster.client_config) as kq:
+        kq.create_key("fresh", "aes-256-gcm", threshold=3, shares=5)
+        ciphertext = kq.encrypt("fresh", b"x")
+        loaded = kq.prewarm("fresh")
+        before = {name: client.caches(name) for name in loaded}
+        kq.refresh_key("fresh")
+        for name in loaded:
+            after = client.caches(name)
+            assert after["shares"].changed > before[name]["shares"].changed
+            assert after["keys"].changed == before[name]["keys"].changed
+            assert after["keys"].entries == before[name]["keys"].entries >= 1
+        kq.flush("fresh")
+        assert kq.decrypt("fresh", ciphertext) == b"x"
