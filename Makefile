@@ -58,6 +58,12 @@ assurance: ## the long proofs of the Shamir core: valgrind, timing, instruction 
 	@.ci/setup test,lint
 	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance $(PYTEST_ARGS)
 
+.PHONY: crash
+crash: ## kill -9 at every named step and at random ones, and power cuts (root); KEYQUORUM_CRASH_S bounds what is random
+	@.ci/setup test,lint
+	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest -s tests/engine/test_cluster_crashes.py tests/nodes/test_crash_points.py \
+		tests/nodes/test_power_cut.py tests/nodes/test_rotation.py $(PYTEST_ARGS)
+
 .PHONY: dist
 dist: ## build the sdist and the wheel into dist/
 	@.ci/setup test,lint

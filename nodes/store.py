@@ -172,7 +172,7 @@ class ShareStore:
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise StoreCorrupt(f"{path}: {error}") from None
-        except Exception:
+        except BaseException:
             self._db.close()
             raise
 

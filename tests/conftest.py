@@ -2,10 +2,13 @@
 
 ``cluster`` is shared by all tests that break nothing; a test that kills or damages takes ``own_cluster``. Each ends its
 processes by their ids, also when a test fails, and they end by themselves when pytest dies.
+
+What is marked ``long`` runs only with KEYQUORUM_ASSURANCE=1 (``make assurance``, ``make crash``).
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,16 @@ RULES = [
     PolicyRule("auditor", "*", ["status", "list"]),
 ]
 CLIENTS = ("local", "limited", "auditor", "nobody")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect what is marked as long, unless it is asked for; pytest's last line counts what was left out."""
+    if os.environ.get("KEYQUORUM_ASSURANCE"):
+        return
+    long = [item for item in items if item.get_closest_marker("long") is not None]
+    items[:] = [item for item in items if item not in long]
+    if long:
+        config.hook.pytest_deselected(items=long)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,7 @@
-"""Owns how the assurance programs are built; see docs/shamir.md for what they show.
-
-What takes longer than a few seconds runs only with KEYQUORUM_ASSURANCE=1 (``make assurance``).
-"""
+"""Owns how the assurance programs are built; see docs/shamir.md for what they show."""
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import subprocess
@@ -17,16 +13,6 @@ import pytest
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "src" / "gf256"
 FLAGS = ["-O3", "-std=c11", "-g", f"-I{SOURCES}", f"-I{HERE}"]
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what is marked as long, unless it is asked for; pytest's last line counts what was left out."""
-    if os.environ.get("KEYQUORUM_ASSURANCE"):
-        return
-    long = [item for item in items if item.get_closest_marker("long") is not None]
-    items[:] = [item for item in items if item not in long]
-    if long:
-        config.hook.pytest_deselected(items=long)
 
 
 def command(*words: str | Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:
