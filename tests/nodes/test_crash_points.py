@@ -40,9 +40,11 @@ from engine.protocol.requests import (
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Reply, Status
 from engine.sharing import check_value, reconstruct_key, unblind
 from nodes.catalogue import Catalogue
+from nodes.clock import TrustedClock
 from nodes.deal import Conversation, Cursor, Talker
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
+from nodes.ledger import GrantLedger
 from nodes.store import ShareStore
 from nodes.token import Lane
 
@@ -86,8 +88,14 @@ class Member:
         else:
             self.store = ShareStore(self.folder / "shares.db", self.name, self.scene.lane)
             self.catalogue = Catalogue(self.store.rows())
+            clock = TrustedClock(self.store.clock_mark().mark_ms, wall_ms=world.clock, steady_ms=lambda: 0)
             self.holder = ShareHolder(
-                world.cluster, world.keys[self.name], self.store, self.catalogue, list(ALGORITHMS), world.clock
+                world.cluster,
+                world.keys[self.name],
+                self.store,
+                self.catalogue,
+                list(ALGORITHMS),
+                GrantLedger(self.store, clock),
             )
             self.conversation = Conversation(
                 world.cluster, world.keys[self.name], {}, "quorum", self.holder.own_secret, world.clock
@@ -436,6 +444,9 @@ def test_every_point(scenes: Callable[[int], Scene]) -> None:
     scene = scenes(1)
     for passing, point in itertools.product((1, 2), POINTS):
         scene.step(point, passing)
+    for _ in range(10):  # whoever is asked may have been down just then
+        for point in set(POINTS) - set(scene.crashes):
+            scene.step(point, 1)
     scene.check()
     never = set(POINTS) - set(scene.crashes)
     assert not never, f"nothing passed {sorted(never)}"
