@@ -25,7 +25,7 @@ from engine import Engine, LocalCluster
 from engine.client.config import load_identity
 from engine.client.transport import Channel, ask
 from engine.failpoints import POINTS, VARIABLE
-from engine.protocol.manifest import CreateOrder, create_orders, open_key_manifest
+from engine.protocol.manifest import CreateOrder, create_orders, open_key_manifest, read_key_manifest
 from engine.protocol.requests import Create, Operate
 from engine.protocol.signed import sign_envelope
 
@@ -39,8 +39,9 @@ KEPT = 8
 """Keys beyond this many are destroyed."""
 ROUNDS = 4
 """Lives of a key within which a point must have been passed."""
-ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.")
-"""Points that no life of a key passes: tests/nodes/test_rotation.py and tests/test_crash_points.py go through them."""
+ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.", "registry.adopt.")
+"""Points that no life of a key here passes: tests/nodes/test_rotation.py and test_crash_points.py go through them."""
+REFRESH = (".refresh.", "holder.deal.", "holder.renew.", "registry.change.")
 
 
 def _helped(point: str) -> str:
@@ -77,6 +78,7 @@ class Crashes:
     retried: int = 0
     threshold: int = 2
     destroying: bool = False
+    refreshing: bool = False
     _number: int = 0
 
     # --- one life of a key, each call repeated until it is acknowledged ---
@@ -92,6 +94,9 @@ class Crashes:
         for _ in range(6):
             assert self._again(lambda: self.kq.decrypt(name, kept.ciphertext, timeout=PATIENCE_S)) == name.encode()
         self._use_at_victim(name, kept)
+        if self.refreshing:
+            self._again(lambda: self.kq.refresh_key(name, timeout=PATIENCE_S))
+            assert self._again(lambda: self.kq.decrypt(name, kept.ciphertext, timeout=PATIENCE_S)) == name.encode()
         if self.destroying or len(self.kept) > KEPT:
             self.destroy(self.rng.choice(list(self.kept)))
 
@@ -196,6 +201,7 @@ class Crashes:
         # Of 2-of-3 keys a combiner asks one other holder, of its choice; of 3-of-3 keys every one.
         self.threshold = 3 if "holder.release." in setting else 2
         self.destroying = ".destroy." in setting
+        self.refreshing = any(part in setting for part in REFRESH)
         if self.cluster.running()[process] is not None:
             self.cluster.kill(process)
         with contextlib.suppress(engine.ClusterError):  # it may die while it starts
@@ -235,7 +241,8 @@ class Crashes:
             with Channel(identity.transport, members) as channel:
                 for node in self.cluster.nodes:
                     again = ask(channel, node, "generate", Create(kept.raw_order, b""), 15.0)
-                    assert again.manifest == kept.manifest, name
+                    told, first = (read_key_manifest(raw).manifest for raw in (again.manifest, kept.manifest))
+                    assert (told.key_id, told.check_value) == (first.key_id, first.check_value), name
         for absent in ("", *self.cluster.nodes):
             if absent:
                 self.cluster.kill(absent)
@@ -298,9 +305,13 @@ REGISTRY_POINTS = [point for point in POINTS if point.startswith("registry.") an
 SAMPLE = [
     point
     for point in NODE_POINTS
-    if point.endswith((".recorded", ".answered")) or point.startswith(("combiner.", "holder.release.", "store."))
+    if (point.endswith((".recorded", ".answered")) or point.startswith(("combiner.", "holder.release.", "store.")))
+    and not any(part in point for part in REFRESH)
 ]
-"""What tests/nodes/test_crash_points.py can't pass: it calls holders, dealer and registry without their processes."""
+"""What tests/nodes/test_crash_points.py can't pass: it calls holders, dealer and registry without their processes.
+
+Members also die in tests/engine/test_cluster_refresh.py.
+"""
 
 
 def test_a_node_dies_at_its_points(crashes: Crashes) -> None:
@@ -331,6 +342,7 @@ def test_random_crashes(crashes: Crashes) -> None:
     begun = time.monotonic()
     until = begun + float(os.environ.get("KEYQUORUM_CRASH_S", "600"))
     rng = crashes.rng
+    crashes.refreshing = True
     while time.monotonic() < until:
         settings = {
             node: f"{rng.choice(NODE_POINTS)}=kill@{rng.randint(1, 12)}"
