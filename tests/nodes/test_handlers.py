@@ -481,3 +481,75 @@ def test_every_request_and_every_reply_has_its_record(scene: Scene) -> None:
     events = [(record.event, record.request) for record in scene.records]
     assert sorted(events) == sorted([("request", n) for n in (1, 2, 3)] + [("reply", n) for n in (1, 2, 3)])
     assert all(record.member == "alice" for record in scene.records)
+
+
+# --- the audit record before the answer ---
+
+
+def test_in_strict_mode_a_reply_waits_for_the_disk(scene: Scene) -> None:
+    scene.encrypt()
+    scene.talkers.run()
+    scene.handlers._audit_strict = True
+    scene.audit.held = True
+    numbers = [scene.encrypt(grant=False) for _ in range(3)]
+    assert [scene.outcome(number) for number in numbers] == ["waits"] * 3
+    assert scene.handlers.pending == 3
+    scene.audit.sync()
+    assert [scene.outcome(number) for number in numbers] == ["ok"] * 3
+    assert scene.handlers.pending == 0
+    number = scene.encrypt(grant=False)
+    scene.audit.sync(AuditUnavailable("the disk is gone"))
+    assert scene.outcome(number) == "AuditUnavailable"
+
+
+def test_what_destroys_waits_for_the_disk_in_every_mode(scene: Scene) -> None:
+    scene.audit.held = True
+    assert scene.outcome(scene.encrypt(grant=False)) == "NeedGrant"
+    order = scene.world.destroy_order(scene.dealt.key_id, "orders")
+    number = scene.send("share.destroy", Destroy(order), client="node2")
+    scene.local.run()
+    assert scene.outcome(number) == "waits"
+    scene.audit.sync()
+    assert scene.outcome(number) == "ok"
+
+
+def test_without_a_record_nothing_is_answered_but_the_status(scene: Scene) -> None:
+    scene.encrypt()
+    scene.talkers.run()
+    scene.audit.problem = "No space left on device"
+    before = len(scene.records)
+    assert scene.outcome(scene.encrypt(grant=False)) == "AuditUnavailable"
+    assert scene.outcome(scene.encrypt(verb="decrypt")) == "AuditUnavailable"
+    assert scene.outcome(scene.send("stats", Empty(), client="balancer")) == "AuditUnavailable"
+    number = scene.send("status", Empty())
+    assert scene.outcome(number) == "ok"
+    assert REPLY_CODECS["status"].decode(scene.answers[number][1]).audit == "No space left on device"
+    assert len(scene.records) == before
+    assert scene.handlers.pending == 0
+    scene.audit.problem = ""
+    assert scene.outcome(scene.encrypt(grant=False)) == "ok"
+
+
+def test_a_result_whose_record_fails_is_not_given(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    scene.encrypt()
+    scene.talkers.run()
+    written = scene.audit.write
+
+    def full_after_the_request(record: Any) -> int:
+        if record.event == "reply":
+            raise AuditUnavailable("full")
+        return written(record)
+
+    monkeypatch.setattr(scene.audit, "write", full_after_the_request)
+    assert scene.outcome(scene.encrypt(grant=False)) == "AuditUnavailable"
+    assert scene.handlers.pending == 0
+
+
+def test_a_hidden_name_is_in_no_record(scene: Scene) -> None:
+    scene.handlers._audit_name = lambda name: name.encode().hex()
+    scene.encrypt(grant=False)
+    scene.encrypt()
+    scene.talkers.run()
+    assert scene.outcome(scene.send("encrypt", Operate("nothing", b"", b"", b"", b"", False, b""))) != "ok"
+    assert {record.key for record in scene.records} == {"", b"orders".hex(), b"nothing".hex()}
+    assert not [record for record in scene.records if "orders" in str(record) or "nothing" in str(record)]
