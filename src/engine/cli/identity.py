@@ -100,6 +100,12 @@ client_per_s = 200.0
 combiner_per_s = 400.0
 total_per_s = 800.0
 burst_s = 10.0
+
+[audit]
+# "group": records of uses of keys are synced within 20 ms or so; "strict": no reply before its record is on the disk.
+mode = "group"
+# "hmac": the audit log has an HMAC in place of a key's name.
+key_names = "plain"
 """,
 }
 
