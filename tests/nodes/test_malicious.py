@@ -442,7 +442,8 @@ def test_no_captured_request_releases_a_share_again(
             for name in KEYS:
                 kq.prewarm(name)
     uses = [each for each in captured if each[1] in OPERATIONS or each[1] == "prewarm"]
-    granted = [(peer, told) for peer, verb, body in uses if (told := REQUEST_CODECS[verb].decode(body)).grant]
+    with_grant = [each for each in uses if REQUEST_CODECS[each[1]].decode(each[2]).grant]
+    granted = [(peer, REQUEST_CODECS[verb].decode(body)) for peer, verb, body in with_grant]
     assert len(granted) >= 6
     nonces = {told.grant for _, told in granted}
     assert len(nonces) == len(granted), "each attempt has a grant of its own"
@@ -460,6 +461,10 @@ def test_no_captured_request_releases_a_share_again(
             for (node, verb, _), (code, told) in zip(requests, line(sender).ask(requests), strict=True):
                 assert code not in ("ok", "error"), f"{sender} to {node}, {verb}: {told!r}"
         reasons = []
+        again = [(combiner, verb, body) for combiner, verb, body in with_grant if combiner in nodes]
+        for code, told in line("local").ask(again):
+            assert code not in ("ok", "error", "quorum-unavailable"), f"gathered again: {told}"
+            reasons.append(told)
         for sender in cluster.nodes:
             asked = [(node, combiner, use) for node in nodes for combiner, use in granted]
             requests = [(node, "share.release", released_by(use)) for node, _, use in asked]
@@ -474,7 +479,7 @@ def test_no_captured_request_releases_a_share_again(
         return sorted((now - Counter(before)).elements())
 
     reasons = replay(cluster.nodes)
-    assert len(reasons) == 4 * len(granted)
+    assert len(reasons) == 5 * len(granted), "by its combiner, and by each other node"
     assert all("was used already" in each for each in reasons), "it was not their age that refused them"
     assert not gained()
     kept = spend_anew(cluster, words, line)
