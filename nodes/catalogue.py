@@ -99,10 +99,10 @@ class Catalogue:
             return sorted(self._by_name)
 
     def prepared(self) -> list[Entry]:
-        """The keys and the next epochs of keys that wait for their certificate."""
+        """The keys and the next epochs of keys that wait for their certificate; not those that were aborted."""
         with self._lock:
             entries = (*self._by_id.values(), *self._next.values())
-            return [entry for entry in entries if entry.row.state == "prepared"]
+            return [entry for entry in entries if entry.row.state == "prepared" and not entry.row.document]
 
     def share_count(self) -> int:
         """How many shares of live keys this node holds."""

@@ -188,7 +188,8 @@ class ShareHolder:
         check_successor(coming.record, entry.record)
         open_certificate(certificate, coming.record, self._cluster)
         failpoint("holder.commit.checked")
-        row = replace(coming.row, state="committed", certificate=certificate, changed_ms=self._now_ms())
+        now_ms = self._now_ms()
+        row = replace(coming.row, state="committed", certificate=certificate, document=b"", changed_ms=now_ms)
         row = self._store.advance(row)
         failpoint("holder.commit.written")
         advanced = self._catalogue.put(row)
@@ -203,9 +204,19 @@ class ShareHolder:
             log.info("an erasure is not finished yet", reason=str(error))
 
     def abort(self, raw: bytes) -> None:
-        """Delete the prepared share of exactly the attempt that the registry says will never be committed."""
+        """Delete the prepared share of exactly the attempt that the registry says will never be committed.
+
+        That of a next epoch is only marked, so that a later attempt may replace it: if the registry lied to some of the
+        holders, and has others go on to that epoch, the certificate that those have can still commit it here.
+        """
         notice = open_abort(raw, self._cluster)
-        entry = self._catalogue.next_of(notice.key_id) or self._catalogue.by_id(notice.key_id)
+        coming = self._catalogue.next_of(notice.key_id)
+        if coming is not None:
+            if coming.row.attempt == notice.attempt and not coming.row.document:
+                failpoint("holder.abort.checked")
+                self._catalogue.put(self._store.put(replace(coming.row, document=raw)))
+            return
+        entry = self._catalogue.by_id(notice.key_id)
         if entry is not None and entry.row.state == "prepared" and entry.row.attempt == notice.attempt:
             failpoint("holder.abort.checked")
             self._store.delete(entry.row)
@@ -355,12 +366,10 @@ class ShareHolder:
             raise ManifestError(f"two manifests of epoch {new.epoch} of {new.name!r}; this node keeps the first")
         if self.settle(entry, certificate).record.digest == record.digest:
             return
-        # All holders gave a receipt for that epoch, this one too: it lost what it had stored, and its old share is of
-        # no use any more.
+        # All holders gave a receipt for that epoch, this one too, so it lost what it had stored. A share is erased only
+        # where its successor is at hand: no word of a registry's costs the one that is left.
         open_certificate(certificate, record, self._cluster)
-        log.error("this node has lost its share of a newer epoch", key=new.name, epoch=new.epoch, had=old.epoch)
-        self._catalogue.put(self._store.advance(self._row(record, "committed", certificate=certificate)))
-        self._erase_soon()
+        log.error("this node has lost its share of a newer epoch", key=new.name, epoch=new.epoch, has=old.epoch)
 
     def _adopt(self, record: KeyRecord, certificate: bytes) -> None:
         """Note a key whose creation this node missed; it can combine it, but holds no share."""

@@ -95,7 +95,7 @@ class Renewer:
         for notice in body.aborts:
             self._holder.abort(notice)
         coming = self._catalogue.next_of(entry.row.key_id)
-        if coming is not None and coming.record.digest != record.digest:
+        if coming is not None and coming.record.digest != record.digest and not coming.row.document:
             raise ManifestError(f"{entry.row.name!r}: attempt {coming.row.attempt} is neither committed nor aborted")
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._new_share(lane, entry, terms, deals, body.parts)

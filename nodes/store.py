@@ -68,7 +68,8 @@ class Row:
     """One epoch of one key as this node keeps it.
 
     ``sealed`` is the share under the KEK, or empty where the node missed the creation; ``certificate`` is empty until
-    the commit; ``document`` is the client's destroy order once destroyed. Invariant: a destroyed key has no share.
+    the commit; ``document`` is the client's destroy order once destroyed, or the abort notice on the next epoch of a
+    key that is kept until another attempt replaces it. Invariant: a destroyed key has no share.
     """
 
     key_id: bytes

@@ -5,6 +5,7 @@ No socket is open here: the test carries the messages, as the coordinator does, 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -318,7 +319,9 @@ def test_both_rows_survive_a_restart_and_either_can_come_of_it(scene: Scene) -> 
         assert node.entry.row.epoch == 1
         assert [each.row.epoch for each in node.catalogue.prepared()] == [2]
     scene.nodes["node1"].holder.abort(scene.world.abort(scene.key_id, scene.attempt))
-    assert scene.nodes["node1"].epochs() == {1: "committed"}
+    scene.nodes["node1"].restart()
+    assert scene.nodes["node1"].entry.row.epoch == 1
+    assert scene.nodes["node1"].catalogue.prepared() == []  # nobody is asked about it any more
     scene.commit(["node2"], certificate)
     scene.nodes["node2"].restart()
     assert scene.nodes["node2"].entry.record.digest == record.digest
@@ -728,16 +731,44 @@ def test_there_are_no_two_of_one_epoch(scene: Scene) -> None:
     assert scene.nodes["node3"].entry.record.digest == record.digest
 
 
-def test_a_node_that_lost_its_prepared_share_says_so_and_refreshes_no_more(scene: Scene) -> None:
-    """All the others went on: its old share is worthless, and it only knows the key."""
+def test_a_registry_that_lies_to_some_holders_costs_no_share(scene: Scene) -> None:
+    """It has everybody's receipts, tells some that the attempt was aborted, and gives others the certificate.
+
+    The others' certificate, which comes with the next request of a combiner, puts it right.
+    """
+    record, certificate = scene.prepared()
+    for name in ("node1", "node2", "node3"):
+        scene.nodes[name].holder.abort(scene.world.abort(scene.key_id, scene.attempt))
+    scene.commit(["node4", "node5"], certificate)
+    for name in ("node1", "node2", "node3"):
+        scene.nodes[name].restart()
+        grant = scene.world.grant(scene.dealt, "node4", epoch=2)
+        body = ShareRelease(scene.key_id, grant, certificate)
+        scene.nodes[name].holder.release(scene.lane, body, scene.member("node4"))
+        assert scene.nodes[name].epochs() == {2: "committed"}
+        assert scene.nodes[name].entry.record.digest == record.digest
+    assert scene.is_key([node.share() for node in scene.nodes.values()][:3])
+
+
+def test_a_share_is_not_erased_without_its_successor(scene: Scene) -> None:
+    """Books with a true certificate of an epoch that this node has no share of change nothing but the log."""
     record, certificate = scene.prepared()
     node = scene.nodes["node3"]
-    node.holder.abort(scene.world.abort(scene.key_id, scene.attempt))
-    node.holder.catch_up(books(scene, record, certificate))
-    assert node.epochs() == {2: "committed"}
-    assert node.entry.row.sealed == b""
-    scene.commit([name for name in scene.names if name != "node3"], certificate)
-    scene.order = scene.new_order()
+    before = node.share()
+    coming = node.catalogue.next_of(scene.key_id)
+    assert coming is not None
+    node.store.delete(coming.row)
+    node.restart()
+    for _ in range(2):
+        assert node.holder.catch_up(books(scene, record, certificate)) is None
+        assert node.epochs() == {1: "committed"}
+        assert node.share() == before
+
+
+def test_a_node_without_a_share_says_so(scene: Scene) -> None:
+    """It missed the creation and only knows the key: there is nothing to renew."""
+    node = scene.nodes["node3"]
+    node.catalogue.put(node.store.put(dataclasses.replace(node.entry.row, sealed=b"")))
     with pytest.raises(QuorumUnavailable, match="has no share") as caught:
         scene.deal("node3")
     assert caught.value.missing == ("node3",)

@@ -1,0 +1,265 @@
+"""The registry's part in a refresh: one attempt at a time, each epoch after the last, and no word taken back."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec.structs import replace
+
+from balancer.registry import CHANGE_LEASE_MS, SqliteRegistry
+from engine.errors import AccessDenied, KeyNotFound, ManifestError, Overloaded, RegistryUnavailable
+from engine.protocol.manifest import (
+    CLOCK_SKEW_MS,
+    RefreshOrder,
+    key_manifests,
+    open_abort,
+    open_certificate,
+    open_key_manifest,
+    refresh_orders,
+)
+from engine.protocol.signed import read_unverified, sign_envelope
+
+
+class Key:
+    """A committed key and the documents of its changes."""
+
+    def __init__(self, world: Any, registry: SqliteRegistry) -> None:
+        self.world, self.registry = world, registry
+        self.created = world.order()
+        self.manifest: bytes = world.commit(registry, self.created)
+        self.certificate: bytes = registry.reserve(self.created, "node-0", world.now_ms).certificate
+        self.key_id: bytes = self.told.key_id
+        self.dealer = self.told.holders[0].node
+        self.nonce = 0
+
+    @property
+    def told(self) -> Any:
+        return key_manifests.decode(read_unverified(self.manifest).payload)
+
+    def order(self, client: str = "alice", **changes: Any) -> bytes:
+        self.nonce += 1
+        order = RefreshOrder(
+            self.key_id, "orders", self.told.epoch, self.nonce.to_bytes(16, "big"), self.world.now_ms + 60_000
+        )
+        payload = refresh_orders.encode(replace(order, **changes))
+        return sign_envelope("order.refresh", 1, payload, self.world.keys[client])
+
+    def change(self, order: bytes, dealer: str = "", later_ms: int = 0) -> Any:
+        now_ms = self.world.now_ms + later_ms
+        return self.registry.change(order, self.manifest, self.certificate, dealer or self.dealer, now_ms)
+
+    def next_manifest(self, order: bytes, attempt: int, dealer: str = "", **changes: Any) -> bytes:
+        manifest = replace(
+            self.told,
+            epoch=self.told.epoch + 1,
+            attempt=attempt,
+            previous=read_unverified(self.manifest).digest,
+            change=order,
+            holders=[replace(holder, commitment=bytes([attempt]) * 32) for holder in self.told.holders],
+        )
+        payload = key_manifests.encode(replace(manifest, **changes))
+        return sign_envelope("key", 1, payload, self.world.keys[dealer or self.dealer])
+
+    def commit(self, manifest: bytes, receipts: list[bytes] | None = None) -> bytes:
+        given = self.world.receipts(manifest) if receipts is None else receipts
+        return self.registry.commit(manifest, given, self.world.now_ms)
+
+    def refresh(self) -> None:
+        order = self.order()
+        manifest = self.next_manifest(order, self.change(order).attempt)
+        self.certificate, self.manifest = self.commit(manifest), manifest
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "registry.db"
+
+
+@pytest.fixture
+def key(world: Any, path: Path) -> Iterator[Key]:
+    opened = world.open(path)
+    made = Key(world, opened)
+    yield made
+    made.registry.close()
+
+
+def test_epochs_follow_each_other_and_attempts_count_on(key: Key) -> None:
+    """Each certificate is good; the create order now gets the newest epoch back."""
+    for epoch in (2, 3, 4):
+        key.refresh()
+        record = open_key_manifest(key.manifest, key.world.cluster)
+        assert len(open_certificate(key.certificate, record, key.world.cluster)) == 3
+        assert (record.manifest.epoch, record.manifest.attempt) == (epoch, epoch)
+        assert key.commit(key.manifest) == key.certificate
+        (entry,) = key.registry.sync(key.dealer, 0).entries
+        assert (entry.manifest, entry.certificate, entry.state) == (key.manifest, key.certificate, "committed")
+    again = key.registry.reserve(key.created, "node-0", key.world.now_ms)
+    assert (again.attempt, again.manifest) == (0, key.manifest)
+
+
+def test_an_epoch_that_is_past_needs_nothing_more(key: Key) -> None:
+    order = key.order()
+    key.refresh()
+    done = key.change(order)
+    assert (done.attempt, done.manifest, done.certificate, done.aborts) == (0, key.manifest, key.certificate, [])
+
+
+def test_the_same_order_again_aborts_its_earlier_attempt(key: Key) -> None:
+    """Another coordinator goes on at once; the first attempt can't commit any more."""
+    order = key.order()
+    assert key.change(order).attempt == 2
+    second = key.change(order, key.told.holders[1].node)
+    assert (second.attempt, len(second.aborts)) == (3, 1)
+    notice = open_abort(second.aborts[0], key.world.cluster)
+    assert (notice.key_id, notice.attempt) == (key.key_id, 2)
+    with pytest.raises(ManifestError, match=r"attempt 2 .* can't commit: attempt 3 is pending"):
+        key.commit(key.next_manifest(order, 2))
+    assert key.registry.outcome(key.key_id, 2, key.world.now_ms).state == "aborted"
+    assert key.registry.outcome(key.key_id, 3, key.world.now_ms).state == "pending"
+    assert key.registry.outcome(key.key_id, 4, key.world.now_ms).state == "pending"
+
+
+def test_another_order_waits_until_the_coordinator_counts_as_dead(key: Key) -> None:
+    first, other = key.order(), key.order()
+    key.change(first)
+    with pytest.raises(Overloaded, match="is being refreshed"):
+        key.change(other, later_ms=CHANGE_LEASE_MS - 1)
+    taken = key.change(other, later_ms=CHANGE_LEASE_MS)
+    assert taken.attempt == 3
+    with pytest.raises(ManifestError, match="its order is not the one of this attempt"):
+        key.commit(key.next_manifest(first, 3))
+    assert key.commit(key.next_manifest(other, 3))
+
+
+def test_no_notice_is_signed_on_what_was_committed(key: Key) -> None:
+    """Not among those of a new attempt, and not on a question: a past epoch is answered with the last certificate."""
+    key.refresh()
+    key.refresh()
+    order = key.order()
+    assert key.change(order).aborts == []
+    again = key.change(order)
+    assert [open_abort(raw, key.world.cluster).attempt for raw in again.aborts] == [4]
+    for attempt in (1, 2, 3):
+        told = key.registry.outcome(key.key_id, attempt, key.world.now_ms + 10**9)
+        assert (told.state, told.document) == ("committed", key.certificate)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"previous": bytes(32)}, "does not follow the epoch"),
+        ({"check_value": b"x" * 32}, "can't change check_value"),
+        ({"epoch": 3}, "differs from the client's refresh order"),
+        ({"threshold": 1}, "differs from the client's order"),
+    ],
+)
+def test_what_does_not_follow_does_not_commit(key: Key, changes: dict[str, Any], match: str) -> None:
+    order = key.order()
+    attempt = key.change(order).attempt
+    with pytest.raises(ManifestError, match=match):
+        key.commit(key.next_manifest(order, attempt, **changes))
+    with pytest.raises(ManifestError, match=r"attempt 3 .* can't commit"):
+        key.commit(key.next_manifest(order, attempt + 1))
+    swapped = [replace(key.told.holders[0], x=3), key.told.holders[1], replace(key.told.holders[2], x=1)]
+    with pytest.raises(ManifestError, match="can't change the holders"):
+        key.commit(key.next_manifest(order, attempt, holders=swapped))
+    with pytest.raises(ManifestError, match="dealt by"):
+        key.commit(key.next_manifest(order, attempt, key.told.holders[1].node))
+    assert key.commit(key.next_manifest(order, attempt))
+
+
+def test_all_holders_must_have_stored(key: Key) -> None:
+    order = key.order()
+    manifest = key.next_manifest(order, key.change(order).attempt)
+    receipts = key.world.receipts(manifest)
+    for given in (receipts[:2], [*receipts[:2], receipts[0]]):
+        with pytest.raises(ManifestError, match="receipts of 2 holders, 3 are needed"):
+            key.commit(manifest, given)
+    assert key.commit(manifest, receipts)
+
+
+def test_who_may_begin_and_who_may_give_up(key: Key) -> None:
+    order = key.order()
+    stranger = next(node for node in key.world.nodes if node not in {each.node for each in key.told.holders})
+    with pytest.raises(AccessDenied, match="is no holder"):
+        key.change(order, stranger)
+    with pytest.raises(AccessDenied, match="may not refresh"):
+        key.change(key.order("bob"))
+    with pytest.raises(ManifestError, match="expired"):
+        key.change(order, later_ms=60_000 + CLOCK_SKEW_MS + 1)
+    attempt = key.change(order).attempt
+    with pytest.raises(AccessDenied, match="deals no attempt"):
+        key.registry.abort(key.key_id, attempt, key.told.holders[1].node)
+    for _ in range(2):
+        told = key.registry.abort(key.key_id, attempt, key.dealer)
+        assert open_abort(told.document, key.world.cluster).attempt == attempt
+    with pytest.raises(ManifestError, match="is ended"):
+        key.commit(key.next_manifest(order, attempt))
+    assert key.change(key.order()).attempt == attempt + 1
+
+
+def test_an_expired_attempt_is_aborted_when_it_is_asked_about(key: Key) -> None:
+    order = key.order()
+    attempt = key.change(order).attempt
+    late = key.world.now_ms + 60_000 + CLOCK_SKEW_MS + 1
+    assert key.registry.outcome(key.key_id, attempt, late).state == "aborted"
+    with pytest.raises(ManifestError, match="is ended"):
+        key.commit(key.next_manifest(order, attempt))
+
+
+def test_a_destroyed_key_is_not_refreshed(key: Key) -> None:
+    order = key.order()
+    attempt = key.change(order).attempt
+    key.registry.destroy(key.world.destroy_order(key.created), key.world.now_ms)
+    with pytest.raises(ManifestError, match="is not being changed"):
+        key.commit(key.next_manifest(order, attempt))
+    with pytest.raises(KeyNotFound):
+        key.change(key.order())
+    assert key.registry.outcome(key.key_id, attempt, key.world.now_ms).state == "aborted"
+
+
+def test_what_was_begun_and_committed_survives_a_restart(key: Key, path: Path) -> None:
+    key.refresh()
+    order = key.order()
+    attempt = key.change(order).attempt
+    key.registry.close()
+    key.registry = key.world.open(path)
+    key.certificate = key.commit(key.next_manifest(order, attempt))
+    assert key.registry.outcome(key.key_id, 2, key.world.now_ms).state == "committed"
+    assert key.registry.count() == 1
+
+
+def test_a_registry_that_fell_back_takes_in_what_the_holders_prove(key: Key, path: Path) -> None:
+    """An old copy of the file knows epoch 1; the coordinator's certificate tells it of epoch 3."""
+    key.registry.close()
+    copy = path.read_bytes()
+    key.registry = key.world.open(path)
+    key.refresh()
+    key.refresh()
+    key.registry.close()
+    for leftover in path.parent.glob("registry.db-*"):
+        leftover.unlink()
+    path.write_bytes(copy)
+    key.registry = key.world.open(path)
+    forged = key.certificate[:-1] + bytes([key.certificate[-1] ^ 1])
+    with pytest.raises(ManifestError):
+        key.registry.change(key.order(), key.manifest, forged, key.dealer, key.world.now_ms)
+    reserved = key.change(key.order())
+    assert reserved.attempt == 4
+    assert key.registry.sync(key.dealer, 0).entries[0].manifest == key.manifest
+
+
+def test_a_damaged_row_of_a_change_is_noticed(key: Key, path: Path) -> None:
+    key.change(key.order())
+    key.registry.close()
+    store = sqlite3.connect(path)
+    store.execute("UPDATE changes SET attempt = 9")
+    store.commit()
+    store.close()
+    key.registry = key.world.open(path)
+    with pytest.raises(RegistryUnavailable, match="damaged"):
+        key.change(key.order())
