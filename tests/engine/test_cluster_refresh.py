@@ -183,7 +183,7 @@ SOME = ("dealer.refresh.renewed", "dealer.refresh.committed", "holder.renew.reco
 
 
 def _crash_through(cluster: LocalCluster, points: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the coordinator, a holder too, die at each point of a refresh; then the key is whole, and the next refresh works."""
+    """Let the coordinator, a holder too, die at each point: the key stays whole, and the next refresh works."""
     with engine.connect(cluster.client_config) as kq:
         kq.create_key("data", "aes-256-gcm", threshold=3, shares=5)
         before = kq.encrypt("data", b"from before")
