@@ -87,7 +87,8 @@ class ShareHolder:
         self._algorithms = frozenset(algorithms)
         self._ledger = ledger
         self._now_ms = ledger.clock.now_ms
-        self.shares = shares or ShareCache(CacheLimits(60.0, 16), time.monotonic)
+        # An empty cache is false: `or` would put another one in its place.
+        self.shares = ShareCache(CacheLimits(60.0, 16), time.monotonic) if shares is None else shares
         catalogue.watch(self._changed)
         self._untidy = True  # an earlier start may have ended before it could
 

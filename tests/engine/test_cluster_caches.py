@@ -153,7 +153,7 @@ def test_when_its_uses_are_over_a_key_needs_a_grant_again(cluster: LocalCluster,
     """A combiner that may use a loaded key three times asks for a grant then; the library sends it by itself."""
     config = cluster.path / "nodes" / "node1" / "node.toml"
     usual = tomllib.loads(config.read_text(encoding="utf-8"))
-    write_toml(config, {**usual, "cache": {"max_uses": 3}})
+    write_toml(config, {**usual, "cache": {"max_uses": 3, "max_shares": 0}})
     try:
         cluster.restart("node1")
         client.encrypt("node1")
@@ -168,6 +168,7 @@ def test_when_its_uses_are_over_a_key_needs_a_grant_again(cluster: LocalCluster,
         for _ in range(4):
             client.encrypt("node1")
         assert client.caches("node1")["keys"].uses >= 2
+        assert client.caches("node1")["shares"].entries == client.caches("node1")["shares"].hits == 0
     finally:
         write_toml(config, usual)
         cluster.restart("node1")

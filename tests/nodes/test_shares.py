@@ -199,6 +199,15 @@ def test_releases_do_not_unseal_each_time_and_a_new_epoch_drops_the_old(held: He
     assert held.holder.shares.statistics().evictions["changed"] == 1
 
 
+def test_the_holder_keeps_shares_within_the_limits_of_the_cache_it_was_given(held: Held) -> None:
+    entry = held.put(0)
+    for _ in range(1 + LIMITS.max_uses):
+        held.value(entry)
+    assert held.unsealed == 1
+    held.value(entry)
+    assert held.unsealed == 2
+
+
 def test_a_share_that_became_old_while_it_was_opened_does_not_stay(held: Held) -> None:
     first = held.put(0)
     held.put(1)
