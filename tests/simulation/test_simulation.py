@@ -1,0 +1,125 @@
+"""Thousands of seeds of the deterministic simulation, and the planted bugs that it must notice.
+
+``run.py`` beside this file runs the seeds, in processes of their own: the code is changed for the simulation there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN = Path(__file__).parent / "run.py"
+SEEDS = 10_000
+PROCESSES = 2
+TIMEOUT_S = 900
+"""It only ends a run that hangs."""
+BUGS_MIN = 10
+
+
+class Runner:
+    """Processes of ``run.py``; they end with the test."""
+
+    def __init__(self) -> None:
+        self._running: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str, hash_seed: int = 0) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, str(RUN), *arguments],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": str(hash_seed)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._running.append(process)
+        return process
+
+    @staticmethod
+    def finish(process: subprocess.Popen[str]) -> tuple[int, list[dict[str, Any]], str]:
+        """Exit status, what it told, and its standard error."""
+        out, err = process.communicate(timeout=TIMEOUT_S)
+        return process.returncode, [json.loads(line) for line in out.splitlines()], err
+
+    def end(self) -> None:
+        for process in self._running:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    made = Runner()
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="module")
+def noticed(runner: Runner) -> dict[str, dict[str, Any]]:
+    """What became of each planted bug."""
+    _, told, err = runner.finish(runner.start("--bugs"))
+    assert told, err
+    return {each["bug"]: each for each in told}
+
+
+def test_no_seed_violates_an_invariant(runner: Runner) -> None:
+    part = SEEDS // PROCESSES
+    processes = [
+        runner.start("--first", str(index * part), "--count", str(part), hash_seed=index) for index in range(PROCESSES)
+    ]
+    totals: Counter[str] = Counter()
+    for process in processes:
+        status, told, err = runner.finish(process)
+        assert status == 0, err
+        totals.update(told[-1]["totals"])
+    assert totals["seeds"] == SEEDS
+    # It is a proof of nothing if nothing happens: every kind of fault and attack is there often, and keys are used.
+    assert totals["keys"] > SEEDS
+    assert totals["gathers"] > SEEDS
+    assert totals["refreshes"] > SEEDS // 10
+    assert totals["checked"] > SEEDS // 2
+    features = {name: count for name, count in totals.items() if name.startswith("feature ")}
+    faults = ("point", "die", "commit", "break", "cut", "loss", "double", "slow", "step", "full")
+    for kind in (*faults, "liar", "thief", "clock attack", "rogue", "two creators"):
+        assert features[f"feature {kind}"] > SEEDS // 50, features
+
+
+def test_a_seed_is_the_same_course_of_events_every_time(runner: Runner) -> None:
+    """In processes whose hashes of strings differ; and two seeds differ."""
+    first, second = (runner.start("--first", "0", "--count", "15", hash_seed=each) for each in (1, 2))
+    one, two = ([each.get("trace") for each in runner.finish(process)[1]] for process in (first, second))
+    assert one == two
+    assert len(set(one[:15])) == 15
+
+
+def test_every_planted_bug_is_noticed(noticed: dict[str, dict[str, Any]]) -> None:
+    """Each within its own number of seeds, all of which the code as it is passes: they are among those above."""
+    assert len(noticed) >= BUGS_MIN
+    assert max(each["within"] for each in noticed.values()) <= SEEDS
+    unnoticed = [f"{name}: {each['what']}" for name, each in noticed.items() if each["found"] is None]
+    assert not unnoticed
+
+
+def test_a_violation_tells_how_to_see_it_again(runner: Runner, noticed: dict[str, dict[str, Any]]) -> None:
+    seed = noticed["grant-combiner"]["found"]["seed"]
+    status, told, err = runner.finish(runner.start("--seed", str(seed), "--bug", "grant-combiner"))
+    assert status == 1
+    assert f"seed {seed}: " in err
+    assert "scenario: " in err
+    assert "last events:" in err
+    command = err.split("again: ")[1].splitlines()[0]
+    again = subprocess.run(
+        shlex.split(command), cwd=ROOT, capture_output=True, text=True, check=False, timeout=TIMEOUT_S
+    )
+    assert again.stderr == err
+    assert told[0]["seed"] == seed
