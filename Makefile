@@ -54,9 +54,9 @@ bench-shamir: ## measure the Shamir core beside its rivals (needs nasm, libisal2
 	@$(BIN)/python bench/shamir.py $(BENCH_ARGS)
 
 .PHONY: assurance
-assurance: ## the long proofs of the Shamir core: valgrind, timing, instruction counts, sanitizers
+assurance: ## the long proofs: the Shamir core under valgrind and sanitizers, timing, a million changed messages
 	@.ci/setup test,lint
-	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance $(PYTEST_ARGS)
+	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance tests/nodes/test_tampering.py $(PYTEST_ARGS)
 
 .PHONY: crash
 crash: ## kill -9 at every named step and at random ones, and power cuts (root); KEYQUORUM_CRASH_S bounds what is random

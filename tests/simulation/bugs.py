@@ -42,7 +42,7 @@ class Bug:
 
     what: str
     plant: Patch
-    within: int = 150
+    within: int = 400
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -433,7 +433,7 @@ BUGS: dict[str, Bug] = {
     "clock-forgotten": Bug(
         "a restart forgets how late it was",
         _replace(ShareStore, "clock_mark", lambda self: ClockMark(0, 0)),
-        1500,
+        600,
     ),
     "old-share-kept": Bug("a refresh keeps the share of the epoch before", _keeps_old_epoch),
     "early-acknowledgement": Bug("a key is acknowledged before the registry's commit", _early_acknowledgement, 400),

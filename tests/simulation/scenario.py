@@ -537,6 +537,7 @@ class World:
         self.acknowledged: dict[str, list[Acknowledged]] = {}
         self.grants_seen: list[tuple[str, bytes, bytes]] = []
         self.used: dict[tuple[str, str, bytes], tuple[bytes, int, float]] = {}
+        self.on_release: Callable[[str, Any, Any], None] = lambda holder, body, sender: None
         self.gathered: set[tuple[str, bytes]] = set()
         self.refreshes = 0
         self.checked = 0
@@ -601,6 +602,7 @@ class World:
         elif entry.row.state != "committed":
             why = f"the share is {entry.row.state}"
         why = why or self._used_before(holder, proc, signed, grant.nonce)
+        self.on_release(holder, body, sender)
         if why:
             raise Violated(
                 f"{holder} released its share of {name!r} to {sender.name} for a grant that is no good: {why}"
@@ -870,6 +872,25 @@ def thief(world: World, name: str) -> None:
     sim.after(0.5 + r.random(), act)
 
 
+def restart_attack(world: World, name: str) -> None:
+    """The thief's helper kills a holder that has just released its share to it, and it asks again by the same grant."""
+    world.features.append("restart attack")
+    channel = SimChannel(world.net, f"thief-{name}", CURVE[name])
+    channel.arrived = lambda arrival: None
+    left = [3]
+
+    def again(holder: str, body: Any, sender: Any) -> None:
+        if sender.name != name or world.healed or not left[0]:
+            return
+        left[0] -= 1
+        raw = REQUEST_CODECS[SHARE_RELEASE].encode(body)
+        world.sim.after(0.01, world.nodes[holder].crash)
+        world.sim.after(0.2, world.nodes[holder].start)
+        world.sim.after(0.3, lambda: _try(channel, holder, SHARE_RELEASE, raw))
+
+    world.on_release = again
+
+
 def clock_attack(world: World, victim: Proc) -> None:
     """The thief's helper sets a holder's clock far ahead, long enough to be believed, kills it and sets it back."""
     world.features.append("clock attack")
@@ -1109,6 +1130,8 @@ def _run(world: World) -> None:
         world.play("bob", lambda client: stranger(world, client, "k"))
     if evil == "thief":
         thief(world, node)
+        if r.random() < 0.2:
+            restart_attack(world, node)
         if r.random() < 0.25:
             clock_attack(world, world.nodes[r.choice([each for each in NODES if each != node])])
     if evil == "rogue":

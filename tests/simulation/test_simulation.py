@@ -90,7 +90,7 @@ def test_no_seed_violates_an_invariant(runner: Runner) -> None:
     assert totals["checked"] > SEEDS // 2
     features = {name: count for name, count in totals.items() if name.startswith("feature ")}
     faults = ("point", "die", "commit", "break", "cut", "loss", "double", "slow", "step", "full")
-    for kind in (*faults, "liar", "thief", "clock attack", "rogue", "two creators"):
+    for kind in (*faults, "liar", "thief", "clock attack", "restart attack", "rogue", "two creators"):
         assert features[f"feature {kind}"] > SEEDS // 50, features
 
 
