@@ -395,6 +395,8 @@ class Step:
             frame, offset, exact = place  # type: ignore[misc]
             if value[0] == VECTOR:
                 self.analysis.findings.spills.add(f"{self.function}+{self.each.at:#x}: {self.each.text}")
+            if frame == "aligned" and exact and offset + (size or 1) > 0:
+                raise self.unknown()  # it would lie in the frame above
             if exact and size is not None and not partly:
                 self.state.stack |= {(frame, offset + i): value for i in range(size)}
             else:
