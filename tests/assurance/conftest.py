@@ -21,7 +21,8 @@ SOURCES = HERE.parents[1] / "src" / "gf256"
 FLAGS = ["-O3", "-std=c11", "-g", "-D_DEFAULT_SOURCE", f"-I{SOURCES}", f"-I{HERE}"]
 EXTENSION = [*shlex.split(sysconfig.get_config_var("CFLAGS") or ""), "-fPIC", "-fvisibility=hidden", *FLAGS]
 """As setup.py compiles the package itself."""
-EMULATED = ["-include", "emulated_vectors.h", "-maes", "-mssse3"]
+EMULATED = ["-include", "emulated_vectors.h", "-maes", "-mssse3", "-O1", "-fno-inline"]
+"""Optimized, it would take minutes: each vector is an array, and the loops are unrolled."""
 VECTORS = ("gf256_gfni512.c", "gf256_gfni256.c", "gf256_aes.c", "gf256_draw512.c")
 """What uses instructions that valgrind does not know."""
 
@@ -84,27 +85,29 @@ class Native:
         """Compile a program, once; ``emulated`` is without the instructions that valgrind does not know."""
         made = (name, emulated, patch)
         if made not in self._made:
-            folder = self._folder(name)
-            objects: list[Path] = []
-            for source in sorted(SOURCES.glob("*.c")):
-                objects.append(folder / f"{source.stem}.o")
-                extra = EMULATED if emulated and source.name in VECTORS else []
-                command("cc", *FLAGS, *extra, "-c", "-o", objects[-1], self._patched(source, folder, patch))
+            objects = [self._object(source, emulated, patch) for source in sorted(SOURCES.glob("*.c"))]
             define = ["-DEMULATED"] if emulated else []
-            target = folder / name
+            target = self._folder(name) / name
             command("cc", *FLAGS, *define, "-o", target, HERE / f"{name}.c", *objects, "-lm", "-lpthread")
             self._made[made] = target
         return self._made[made]
 
-    def _patched(self, source: Path, folder: Path, patch: Patch | None) -> Path:
-        if patch is None or source.name != patch[0]:
-            return source
-        _, old, new = patch
-        text = source.read_text(encoding="utf-8")
-        assert old in text, f"{source.name} has changed; plant this elsewhere: {new}"
-        planted = folder / source.name
-        planted.write_text(text.replace(old, new), encoding="utf-8")
-        return planted
+    def _object(self, source: Path, emulated: bool, patch: Patch | None) -> Path:
+        """One source, compiled once as it is and once for each patch of it."""
+        emulated = emulated and source.name in VECTORS
+        patch = patch if patch is not None and source.name == patch[0] else None
+        made = (source.name, emulated, patch)
+        if made not in self._made:
+            folder = self._folder(source.stem)
+            if patch is not None:
+                text = source.read_text(encoding="utf-8")
+                assert patch[1] in text, f"{source.name} has changed; plant this elsewhere: {patch[2]}"
+                source = folder / source.name
+                source.write_text(text.replace(patch[1], patch[2]), encoding="utf-8")
+            self._made[made] = folder / f"{source.stem}.o"
+            extra = EMULATED if emulated else []
+            command("cc", *FLAGS, *extra, "-c", "-o", self._made[made], source)
+        return self._made[made]
 
     def build_for(self, compiler: str, name: str, extra: Sequence[str] = ()) -> Path:
         """Compile a program with another compiler."""
