@@ -447,7 +447,7 @@ class Step:
             return self.jump()
         if name in ("call", "callq"):
             self.call()
-            return True
+            return not self.each.symbol.startswith("__stack_chk_fail")
         if name in ("leave", "leaveq"):
             self.state.registers["rsp"] = self.state.registers["rbp"]
             self.pop("%rbp")
@@ -623,6 +623,8 @@ class Step:
             return
         values = [self.get(operand, size) for operand in operands]
         constant = int(operands[0][1:], 0) if operands[0].startswith("$") else None
+        if constant is not None and constant >= 1 << 63:
+            constant -= 1 << 64
         if name in ("add", "sub") and constant is not None and size == 8:
             result = moved(values[-1], constant if name == "add" else -constant)
         elif name == "and" and into == "%rsp" and constant is not None:

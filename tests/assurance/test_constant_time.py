@@ -98,7 +98,7 @@ PLANTED = {
     "the draw": (
         "gf256_draw512.c",
         "_mm512_storeu_si512(to[d] + at, drawn[d][lane]);",
-        '_mm512_storeu_si512(to[d] + at, drawn[d][lane]); if (to[d][at] == 7) __asm__ volatile("nop");',
+        '{ _mm512_storeu_si512(to[d] + at, drawn[d][lane]); if (to[d][at] == 7) __asm__ volatile("nop"); }',
     ),
     "the VAES generator": (
         "gf256_aes.c",
