@@ -31,7 +31,7 @@ __all__ = ["SIGNATURES", "Findings", "Unknown", "analyse"]
 
 STACK, PUBLIC, STREAM, TABLE, ROW, EITHER, SECRET, VECTOR = -1, 0, 1, 2, 3, 4, 5, 6
 BLOCK_OFFSET, BLOCK_BYTES = 240, 8  # of gf256_stream.block, behind 15 round keys
-ANYWHERE = -(1 << 40)
+ANYWHERE, FRAME_MAX = -(1 << 40), 1 << 13
 
 Place = tuple[str, int, bool] | int | None
 Value = tuple[int, Place]
@@ -185,7 +185,7 @@ def moved(value: Value, by: int) -> Value:
         return (STREAM, value[1] + by)
     if value[0] == STACK and isinstance(value[1], tuple):
         frame, offset, exact = value[1]
-        if not exact and by < 0:
+        if not exact and offset + by < -FRAME_MAX:  # a loop that counts down
             return (STACK, (frame, ANYWHERE, False))
         return (STACK, (frame, offset + by, exact))
     return value
