@@ -59,7 +59,7 @@ def needs(tool: str, package: str) -> str:
 
 def command(*words: str | Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:
     """Run a command; another exit status than the one expected fails the test with its output."""
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, timeout=1800)
     if status is not None:
         assert done.returncode == status, f"{words}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done

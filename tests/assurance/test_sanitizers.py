@@ -32,7 +32,7 @@ def test_the_core_suite_under_the_sanitizers(native: Any, tmp_path: Path) -> Non
         (tmp_path / room / "__init__.py").touch()
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     environment = {**os.environ, "KEYQUORUM_SANITIZE": "address,undefined"}
-    subprocess.run(build, cwd=tmp_path, env=environment, check=True, timeout=300, capture_output=True)
+    subprocess.run(build, cwd=tmp_path, env=environment, check=True, timeout=1800, capture_output=True)
     environment |= {
         "LD_PRELOAD": " ".join(libraries),
         "PYTHONMALLOC": "malloc",
@@ -47,6 +47,6 @@ def test_the_core_suite_under_the_sanitizers(native: Any, tmp_path: Path) -> Non
     subprocess.run([sys.executable, "-c", check, str(tmp_path)], env=environment, check=True, timeout=60)
     run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--override-ini=addopts=", *tests]
     run += ["--import-mode=importlib", "--rootdir", str(tmp_path)]
-    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=1800)
+    done = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=3600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "runtime error" not in done.stderr
