@@ -38,7 +38,7 @@ lint: ## ruff, mypy, import-linter and stubtest; any finding fails
 	@echo "lint: stubtest"; MYPYPATH=src $(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml engine._fastshamir
 
 .PHONY: bench
-bench: ## run the benchmarks and save them as build/bench/latest.json
+bench: ## run the benchmarks, saved as build/bench/latest.json (PYTEST_ARGS="--benchmark-save=before" keeps them)
 	@.ci/setup test,lint
 	@mkdir -p build/bench
 	@$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only --benchmark-json=build/bench/latest.json $(PYTEST_ARGS)
@@ -54,9 +54,10 @@ bench-shamir: ## measure the Shamir core beside its rivals (needs nasm, libisal2
 	@$(BIN)/python bench/shamir.py $(BENCH_ARGS)
 
 .PHONY: assurance
-assurance: ## the long proofs: the Shamir core under valgrind and sanitizers, timing, a million changed messages
+assurance: ## the long proofs: valgrind, timing, NEON, sanitizers, a million changed messages (20 minutes)
 	@.ci/setup test,lint
-	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance tests/nodes/test_tampering.py $(PYTEST_ARGS)
+	@tests/assurance/tools
+	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance tests/nodes/test_tampering.py --verbose $(PYTEST_ARGS)
 
 .PHONY: crash
 crash: ## kill -9 at every named step and at random ones, and power cuts (root); KEYQUORUM_CRASH_S bounds what is random

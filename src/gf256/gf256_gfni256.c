@@ -11,12 +11,8 @@
 
 #include <string.h>
 
-#ifdef GF256_EMULATE_GFNI
-#include "emulated_gfni.h"
-#else
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2,gfni")))
-#endif
 
 enum { VECTOR_BYTES = 32, ROWS_MAX = 5 };
 

@@ -8,12 +8,8 @@
 
 #if defined(__x86_64__)
 
-#ifdef GF256_EMULATE_GFNI
-#include "emulated_gfni.h"
-#else
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx512f,avx512bw,gfni")))
-#endif
 
 enum { VECTOR_BYTES = 64, ROWS_MAX = 8 };
 

@@ -47,6 +47,23 @@ def test_vaults_parts_both_ways(secret: bytes, threshold: int, spare: int) -> No
     assert reconstruct_key([read_vault_part(part) for part in theirs[spare:]], threshold=threshold) == secret
 
 
+PRIVY_SECRET = b"Keyquorum and privy agree"
+PRIVY_PARTS = (
+    "8b2aac75c8bc6aafe1b2067a587bbaf60b85aa90cb999cb830b0",
+    "d6c459dbb8199b446d3a1a81e1b269cdb22a69b081c9ddea442d",
+    "bed0a5ea9b0f840a37a69fcbc2aca88ba49e09025511d3a64856",
+    "a3dc7023c428d441aacca8d1f07a371d0cf8b4eb2add209750ff",
+    "1982dd2b3842785e33b6bd756092dbdf10a35c1563e34e6cf20f",
+)
+"""Written by ``split(secret, 5, 3)`` of npm's shamir-secret-sharing 0.0.4; tests/assurance runs it both ways."""
+
+
+def test_parts_that_privy_wrote_are_read() -> None:
+    parts = [read_vault_part(bytes.fromhex(part)) for part in PRIVY_PARTS]
+    for some in combinations(parts, 3):
+        assert reconstruct_key(some, threshold=3) == PRIVY_SECRET
+
+
 @relaxed
 @given(st.binary(min_size=1, max_size=100), st.integers(1, 255))
 def test_a_vault_part_is_read_as_it_was_written(y: bytes, x: int) -> None:
