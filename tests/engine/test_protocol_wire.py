@@ -162,8 +162,8 @@ def longer(value: int) -> list[bytes]:
 @pytest.mark.parametrize("encoding", range(8))
 @pytest.mark.parametrize("value", [0, 1, 127])
 def test_an_integer_longer_than_need_be_is_refused(value: int, encoding: int) -> None:
-    codec = REPLY_CODECS["flush"]
-    assert codec.decode(b"\x91" + bytes([value])).dropped == value
+    codec = REQUEST_CODECS["registry.sync"]
+    assert codec.decode(b"\x91" + bytes([value])).after == value
     with pytest.raises(ProtocolError, match="not in canonical form"):
         codec.decode(b"\x91" + longer(value)[encoding])
 
