@@ -243,7 +243,7 @@ class AuditLog:
                 raise OSError(errno.EIO, f"the disk has not synced {segment.size - segment.durable} bytes")
             written = os.pwrite(segment.descriptor, line, segment.size)
             if written != len(line):
-                raise OSError(errno.ENOSPC, f"the disk took {written} of {len(line)} bytes")
+                raise OSError(errno.ENOSPC, f"the disk took {written} of {len(line)} bytes: it is full, or at a quota")
         except OSError as error:
             self._broke(error)
             raise AuditUnavailable(f"{record.node}: the audit log can't be written: {self._problem}") from None

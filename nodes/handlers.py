@@ -759,6 +759,7 @@ class Handlers:
                 algorithms=list(self._token.algorithms),
                 missing=missing,
                 audit=self._audit.problem[:MAX_ERROR_DETAIL],
+                store=self._ledger.problem[:MAX_ERROR_DETAIL],
                 alarms=[each for each in (self._audit.broken, *self._witness.alarms.values()) if each],
                 clock=self._ledger.clock.complaint(),
             ),

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from engine.errors import AccessDenied, Overloaded
+from engine.errors import AccessDenied, Overloaded, StoreUnavailable
 from engine.protocol.grant import Grant
 from engine.protocol.manifest import CLOCK_SKEW_MS
 from engine.protocol.signed import Signed
@@ -53,6 +53,8 @@ class GrantLedger:
         monotonic_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
+        self.problem = ""
+        """Why the store could not be written when it was last tried; empty if it could."""
         self._store = store
         self._monotonic_s = monotonic_s
         self._limits = ReleaseLimits(limits or Limits(), monotonic_s())
@@ -125,10 +127,13 @@ class GrantLedger:
             forget_ms = now_ms - CLOCK_SKEW_MS if prune else 0
             try:
                 self._store.note_grants(fresh, now_ms, forget_ms)
-            except BaseException:
+            except BaseException as error:
                 with self._lock:
                     self._unwritten = fresh + self._unwritten
+                if isinstance(error, StoreUnavailable):
+                    self.problem = str(error)
                 raise
+            self.problem = ""
             self._marked_ms = now_ms
             if prune:
                 self._pruned_ms = now_ms

@@ -17,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import pytest
 import structlog
 
 from engine import __version__, errors
-from engine.cli import keyops, output
+from engine.cli import keyops, local, output
 from engine.cli.main import cli, run
 from engine.cli.output import Settings, reading, writing
+from engine.client.calls import MemberStatus
 from engine.client.client import load_settings
 from engine.client.config import load_cluster, load_identity, read_card
+from engine.protocol.requests import NodeStatus
 
 PASSPHRASE = "correct horse battery"
 POLICY = """\
@@ -218,6 +221,22 @@ def test_missing_holders_are_named_in_json(keyquorum: Command, monkeypatch: pyte
     monkeypatch.setattr(keyops, "connect", fail)
     told = keyquorum("flush", "--config", "client.toml", "-o", "json")
     assert json.loads(told.err)["names"] == ["node4", "node5"]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "state", "trouble"),
+    [
+        ({}, "up", []),
+        ({"audit": "full"}, "not ready", ["serves nothing: the audit log can't be written: full"]),
+        ({"store": "full"}, "not ready", ["serves only the keys that are loaded: full"]),
+    ],
+)
+def test_status_says_why_a_node_is_not_ready(reasons: dict[str, str], state: str, trouble: list[str]) -> None:
+    usual = NodeStatus("n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "")
+    member = MemberStatus("n1", "node", "tcp://127.0.0.1:1", "", msgspec.structs.replace(usual, **reasons), None)
+    assert local._state(member) == state
+    assert local._member_json(member)["ready"] is (not reasons)
+    assert local._troubles(member) == trouble
 
 
 def test_configuration_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,7 @@ def _member_json(member: MemberStatus) -> dict[str, Any]:
         "endpoint": member.endpoint,
         "location": member.location,
         "up": member.status is not None,
-        "ready": member.status is not None and not getattr(member.status, "audit", ""),
+        "ready": _state(member) == "up",
         "error": "" if member.error is None else str(member.error),
         "status": None if member.status is None else _fields(member.status),
     }
@@ -203,7 +203,7 @@ def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
 def _state(member: MemberStatus) -> str:
     if member.error is not None:
         return str(getattr(member.error, "code", "error"))
-    return "not ready" if getattr(member.status, "audit", "") else "up"
+    return "not ready" if any(getattr(member.status, name, "") for name in ("audit", "store")) else "up"
 
 
 def _troubles(member: MemberStatus) -> list[str]:
@@ -211,5 +211,6 @@ def _troubles(member: MemberStatus) -> list[str]:
     if not isinstance(member.status, NodeStatus):
         return []
     unready = [f"serves nothing: the audit log can't be written: {member.status.audit}"] if member.status.audit else []
+    store = [f"serves only the keys that are loaded: {member.status.store}"] if member.status.store else []
     clock = [member.status.clock] if member.status.clock else []
-    return [*unready, *clock, *member.status.alarms]
+    return [*unready, *store, *clock, *member.status.alarms]

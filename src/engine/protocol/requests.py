@@ -186,8 +186,8 @@ class NodeStats(Message, frozen=True):
 class NodeStatus(Message, frozen=True):
     """What a node tells an operator.
 
-    ``audit`` says why it serves nothing, empty if it does; ``alarms`` are contradictions in audit logs, also in its
-    own; ``clock`` is empty, or what is wrong with the machine's clock.
+    ``audit`` says why it serves nothing, ``store`` why it serves loaded keys alone, empty if it does; ``alarms`` are
+    contradictions in audit logs, also in its own; ``clock`` is empty, or what is wrong with the machine's clock.
     """
 
     node: Name
@@ -203,6 +203,7 @@ class NodeStatus(Message, frozen=True):
     algorithms: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=64)]
     missing: Annotated[list[Text], Meta(max_length=64)]
     audit: Text
+    store: Text
     alarms: Annotated[list[Text], Meta(max_length=32)]
     clock: Text
 
