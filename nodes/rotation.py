@@ -57,6 +57,8 @@ def rotate(
     if config.pin.kind == "env" and (new_pin is None or new_pin == config.pin):
         raise ConfigError(f"the PIN comes from {config.pin}: the fresh one must come from another variable")
     settle(config, data)
+    if new_pin is not None and new_pin.read() == config.pin.read():
+        raise ConfigError(f"the PIN in {new_pin} is the one in use: a rotation needs a fresh one")
     draft, tokens = data / DRAFT, data / "tokens"
     draft.mkdir(mode=0o700)
     sync_folder(data)

@@ -175,6 +175,10 @@ def test_a_pin_of_the_operators_own(place: Place) -> None:
     done = place.run("rotate-kek", "--new-pin-env", "FRESH", FRESH=OTHER_PIN)
     assert done.returncode == 0, done.stderr
     assert place.pin.read_text().strip() == OTHER_PIN
+    same = place.run("rotate-kek", "--new-pin-env", "FRESH", FRESH=OTHER_PIN)
+    assert same.returncode == 1
+    assert "a rotation needs a fresh one" in same.stderr
+    assert OTHER_PIN not in same.stderr
     place.check()
 
 
