@@ -149,6 +149,11 @@ def test_whatever_is_done_to_a_log_is_found(cluster_folder: Any, until: Any, cap
     assert {("fork", "node1"), ("alarm", "node2")} <= set(found)
     assert [note.split()[:4] for note in notes] == [["torn:", "cut", "7", "bytes"]]
 
+    # a log that is not given, whole, is no finding, yet told
+    other, manifest = str(log_of(tmp_path / "edit", "node2")), str(folder.root / "cluster.manifest")
+    assert run(["audit", "verify", other, "--manifest", manifest, "--pin", folder.pin]) == 0
+    assert "note: no log of 'node1' is given, though it had signed record" in capsys.readouterr().out
+
 
 # --- a full disk ---
 
@@ -205,8 +210,10 @@ def test_a_full_disk_ends_no_node_and_service_resumes(small_disks: Any, until: A
         make_many()
     folder.operate("node1", dealt, "encrypt", b"x", grant=False)
     assert status(folder, "node1").audit == ""
+    until(lambda: "disk is full" in status(folder, "node1").store, "the status tells of the store's disk")
     (data / "filler").unlink()
     folder.make_key("node1")
+    until(lambda: not status(folder, "node1").store, "the status tells that the store is written again")
 
     # the audit log's disk
     with pytest.raises(OSError, match="No space"):

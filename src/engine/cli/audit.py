@@ -145,7 +145,8 @@ def verify(
                 told.add(finding)
             for log in logs:
                 done = _heads_of(log, claims, told, progress, done)
-    _report(settings, logs, told)
+        missing = _missing(logs, claims)
+    _report(settings, logs, told, missing)
     if told.count:
         context.exit(FAILED_CHECK)
 
@@ -229,6 +230,16 @@ def _between(logs: Sequence[_Log], claims: _Claims) -> Iterator[Finding]:
         yield Finding("fork", file, line, f"{node!r} signed two different records {seq}")
 
 
+def _missing(logs: Sequence[_Log], claims: _Claims) -> list[dict[str, Any]]:
+    """Nodes of which heads are kept and no log is given: so one that was removed whole is told, if not as a finding."""
+    nodes = {log.check.node for log in logs}
+    return [
+        {"node": node, "log": log_id.hex(), "last": seq, "file": file, "line": line}
+        for node, log_id, seq, file, line in claims.logs()
+        if node not in nodes
+    ]
+
+
 def _heads_of(log: _Log, claims: _Claims, told: _Told, progress: Any, done: int) -> int:
     """Compare the log with the heads that its node signed, in one more pass over both in order."""
     heads = claims.of_log(log.check.node, log.check.log_id)
@@ -255,7 +266,7 @@ def _heads_of(log: _Log, claims: _Claims, told: _Told, progress: Any, done: int)
     return done
 
 
-def _report(settings: Settings, logs: Sequence[_Log], told: _Told) -> None:
+def _report(settings: Settings, logs: Sequence[_Log], told: _Told, missing: Sequence[dict[str, Any]]) -> None:
     value = {
         "good": not told.count,
         "logs": [
@@ -270,6 +281,7 @@ def _report(settings: Settings, logs: Sequence[_Log], told: _Told) -> None:
             }
             for log in logs
         ],
+        "missing": missing,
         "findings": [msgspec.to_builtins(each) for each in told.kept],
         "found": told.count,
     }
@@ -279,6 +291,9 @@ def _report(settings: Settings, logs: Sequence[_Log], told: _Told) -> None:
     for log in logs:
         for file, line, text in log.check.notes:
             click.echo(one_line(f"{file}:{line}: note: {text}"))
+    for each in missing:
+        text = f"no log of {each['node']!r} is given, though it had signed record {each['last']}, as kept here"
+        click.echo(one_line(f"{each['file']}:{each['line']}: note: {text}"))
     for finding in told.kept:
         click.echo(one_line(f"{finding.file}:{finding.line}: {finding.kind}: {finding.text}"))
     if told.count > len(told.kept):
