@@ -217,7 +217,10 @@ def public(settings: Settings, name: str, out: str) -> None:
 @common_options(connects=True)
 @click.pass_obj
 def refresh(settings: Settings, name: str) -> None:
-    """Replace all shares of a key by new ones. The key stays; shares that were stolen before are worthless."""
+    """Replace all shares of a key by new ones. The key stays; shares that were stolen before are worthless.
+
+    All its holders must be up and have their share.
+    """
     with _engine(settings) as kq, spinner(settings, f"refreshing {name}"):
         info = kq.refresh_key(name, timeout=settings.timeout_s)
     _emit_info(settings, asdict(info))
