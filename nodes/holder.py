@@ -163,11 +163,20 @@ class ShareHolder:
     def settle(self, entry: Entry, certificate: bytes) -> Entry:
         """The committed entry after what the certificate proves: that of the key, or of its next epoch.
 
-        A certificate of another epoch changes nothing: of an earlier one, or of one that this node never prepared.
+        A certificate of another epoch changes nothing: of an earlier one, or of one that this node never prepared. Nor
+        does one of an attempt that this node has pledged not to follow: others count on that.
         """
         if entry.row.state == "committed":
             coming = self._catalogue.next_of(entry.row.key_id)
             if coming is None or read_certificate(certificate) != coming.record.digest:
+                return entry
+            if self.pledged(entry) > coming.row.attempt:
+                open_certificate(certificate, coming.record, self._cluster)
+                log.error(
+                    "a certificate of an attempt that was given up: the registry contradicts itself",
+                    key=entry.row.name,
+                    attempt=coming.row.attempt,
+                )
                 return entry
             return self._advance(entry, coming, certificate)
         if entry.row.state == "destroyed":
@@ -196,6 +205,14 @@ class ShareHolder:
         advanced = self._catalogue.put(row)
         self._erase_soon()
         return advanced
+
+    def pledged(self, entry: Entry) -> int:
+        """The first attempt at the next epoch that this node may still follow, by what it told others; 0 for any."""
+        return self._store.pledged(entry.row.key_id)
+
+    def pledge(self, entry: Entry, attempt: int) -> None:
+        """Never go on to an epoch that an attempt below this one made; durable when this returns."""
+        self._store.pledge(entry.row.key_id, attempt)
 
     def _erase_soon(self) -> None:
         """Empty the store's log of what was erased now, or where it is in use, at the next ``tidy``."""
@@ -245,6 +262,9 @@ class ShareHolder:
         failpoint("holder.release.checked")
         if coming is not None:
             entry = self.settle(entry, body.certificate)
+            if entry.record.digest != coming.record.digest:
+                # Certified, but this node pledged not to follow it, and so keeps both shares: each can be had.
+                entry = coming
         self._ledger.release(grant, signed)
         failpoint("holder.release.spent")
         share, salt = self.own_share(lane, entry)

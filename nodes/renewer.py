@@ -77,10 +77,16 @@ class Renewer:
         return Dealt(statement, parts)
 
     def refresh(self, lane: Lane, body: ShareRefresh, sender: Member) -> Refreshed:
-        """The signed commitment to what this node's share becomes by these deals, and the values of the check."""
+        """The signed commitment to what this node's share becomes by these deals, and the values of the check.
+
+        It is a pledge too: this node will follow no earlier attempt. The statements of all so are what lets a holder
+        put this attempt's share in the place of an earlier one's.
+        """
         entry, terms = self._begin(body.order, body.attempt, sender)
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._new_share(lane, entry, terms, deals, body.parts)
+        self._holder.pledge(entry, terms.attempt)
+        failpoint("holder.refresh.pledged")
         statement = sign_part_statement(terms, deals, new, self._signing, self._now_ms())
         failpoint("holder.refresh.stated")
         return Refreshed(statement)
@@ -90,7 +96,7 @@ class Renewer:
         record = open_key_manifest(body.manifest, self._cluster, self._now_ms())
         if record.dealer != sender.name:
             raise AccessDenied(f"{sender.name!r} sends the manifest of {record.dealer!r}")
-        entry, terms = self._begin(record.manifest.change, record.manifest.attempt, sender)
+        entry, terms = self._begin(record.manifest.change, record.manifest.attempt, sender, renews=record.digest)
         check_successor(record, entry.record)
         for notice in body.aborts:
             self._holder.abort(notice)
@@ -102,8 +108,13 @@ class Renewer:
         self._check(record, terms, deals, body.statements, new)
         return self._holder.store_prepared(lane, record, new.share, new.salt)
 
-    def _begin(self, raw_order: bytes, attempt: int, sender: Member, certificate: bytes = b"") -> tuple[Entry, Terms]:
-        """What a step rests on: the client's order, the epoch it names, which this node holds, and the attempt."""
+    def _begin(
+        self, raw_order: bytes, attempt: int, sender: Member, certificate: bytes = b"", renews: bytes = b""
+    ) -> tuple[Entry, Terms]:
+        """What a step rests on: the client's order, the epoch it names, which this node holds, and the attempt.
+
+        ``renews`` is the hash of the manifest that is to be stored: an attempt has one, and no other is taken for it.
+        """
         order, signed = open_refresh_order(raw_order, self._cluster, self._now_ms())
         entry = self._catalogue.by_id(order.key_id)
         if entry is not None and entry.row.state != "destroyed" and certificate:
@@ -121,7 +132,9 @@ class Renewer:
                 f"{self._node} is a holder of {order.name!r}, but has no share; a refresh needs all", [self._node]
             )
         coming = self._catalogue.next_of(order.key_id)
-        known = max(entry.row.attempt + 1, coming.row.attempt if coming else 1)
+        known = max(entry.row.attempt + 1, self._holder.pledged(entry))
+        if coming is not None:
+            known = max(known, coming.row.attempt + (coming.record.digest != renews))
         if attempt < known:
             raise ManifestError(
                 f"attempt {attempt} of {order.name!r} was given out before; {self._node} knows {known}: the registry "

@@ -42,6 +42,7 @@ SEALED: Final[Mapping[str, Mapping[str, Callable[[Mapping[str, Any], str], bytes
     "keys": {"sealed": _share_seal},
     "grants": {},
     "clock": {},
+    "pledges": {},
 }
 """Table -> column sealed by the KEK -> its associated data, of a row and the node's name.
 

@@ -27,7 +27,7 @@ from nodes.token import Lane
 
 __all__ = ["ClockMark", "Row", "ShareStore", "StoreCorrupt", "UsedGrant", "seal_context", "tag_of"]
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 SALT_BYTES: Final = 32
 UNWRITABLE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY})
 SEALED_NAME: Final = "sealed/"
@@ -55,7 +55,10 @@ CREATE TABLE clock (
     one INTEGER PRIMARY KEY CHECK (one = 1), mark_ms INTEGER NOT NULL, floor_ms INTEGER NOT NULL, tag BLOB NOT NULL
 );
 """
-MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2}
+_SCHEMA_3: Final = """
+CREATE TABLE pledges (key_id BLOB PRIMARY KEY, attempt INTEGER NOT NULL, tag BLOB NOT NULL) WITHOUT ROWID;
+"""
+MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2, 3: _SCHEMA_3}
 """Schema version -> the statements that lead there from the one before."""
 
 
@@ -296,7 +299,8 @@ class ShareStore:
             if forget_ms:
                 self._db.execute("DELETE FROM grants WHERE expires_ms < ?", (forget_ms,))
             self._db.executemany(
-                "INSERT INTO grants VALUES (?, ?, ?, ?, ?)", [(*row, self._tag_of("grants", row)) for row in rows]
+                "INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?, ?)",
+                [(*row, self._tag_of("grants", row)) for row in rows],
             )
             before = self.clock_mark()
             self._write_mark(ClockMark(max(mark_ms, before.mark_ms), before.floor_ms))
@@ -309,6 +313,24 @@ class ShareStore:
     def _write_mark(self, mark: ClockMark) -> None:
         values = (1, mark.mark_ms, mark.floor_ms)
         self._db.execute("INSERT OR REPLACE INTO clock VALUES (?, ?, ?, ?)", (*values, self._tag_of("clock", values)))
+
+    # --- pledges ---
+
+    def pledged(self, key_id: bytes) -> int:
+        """The attempt to change the key below which none is followed here any more, checked; 0 if there is none."""
+        rows = self._select("SELECT key_id, attempt, tag FROM pledges WHERE key_id = ?", key_id)
+        return int(self._checked("pledges", rows[0])[1]) if rows else 0
+
+    def pledge(self, key_id: bytes, attempt: int) -> None:
+        """Never follow an attempt below this one; durable."""
+        with self._lock:
+            if self.pledged(key_id) >= attempt:
+                return
+            values = (key_id, attempt)
+            with self._transaction():
+                self._db.execute(
+                    "INSERT OR REPLACE INTO pledges VALUES (?, ?, ?)", (*values, self._tag_of("pledges", values))
+                )
 
     # --- reading ---
 
@@ -355,6 +377,7 @@ class ShareStore:
         with self._lock:
             with self._transaction():
                 self._db.execute("DELETE FROM keys WHERE key_id = ?", (row.key_id,))
+                self._db.execute("DELETE FROM pledges WHERE key_id = ?", (row.key_id,))
                 self._write(row)
             stored = self._read("WHERE key_id = ?", row.key_id)
         if stored != [row]:

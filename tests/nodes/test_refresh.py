@@ -930,3 +930,91 @@ def test_the_order_of_a_past_epoch_stands(scene: Scene) -> None:
     assert (order.from_epoch, signed.issuer) == (1, "alice")
     with pytest.raises(ManifestError, match="expired"):
         open_refresh_order(record.manifest.change, scene.world.cluster, scene.world.now_ms)
+
+
+# --- a coordinator with the balancer's key ---
+
+
+def test_an_attempt_has_one_manifest(scene: Scene) -> None:
+    """A holder that gave its receipt for one gives none for another with the same number, aborted or not."""
+    sets = [scene.deals(), scene.deals()]
+    stated = [scene.statements(deals) for deals in sets]
+    first, other = [scene.manifest(statements) for statements in stated]
+    assert scene.renew("node2", sets[0], stated[0], first)
+    for notices in ([], [scene.world.abort(scene.key_id, scene.attempt)]):
+        with pytest.raises(ManifestError, match="was given out before"):
+            scene.renew("node2", sets[1], stated[1], other, aborts=notices)
+    assert scene.renew("node2", sets[0], stated[0], first)
+    assert scene.renew("node3", sets[1], stated[1], other)
+
+
+def test_an_attempt_that_others_count_on_being_given_up_stays_so(scene: Scene) -> None:
+    """The statement on a later one is a pledge, kept over a restart: no receipt, no deal and no commit any more."""
+    early, late = scene.attempt, scene.attempt + 1
+    order, terms = scene.order, scene.terms
+    deals = scene.deals()
+    statements = scene.statements(deals)
+    later_attempt(scene)
+    scene.state("node2", scene.deals())
+    scene.nodes["node2"].restart()
+    assert scene.nodes["node2"].store.pledged(scene.key_id) == late
+    scene.attempt, scene.order, scene.terms = early, order, terms
+    for step in (
+        lambda: scene.deal("node2"),
+        lambda: scene.state("node2", deals),
+        lambda: scene.renew("node2", deals, statements),
+    ):
+        with pytest.raises(ManifestError, match="was given out before"):
+            step()
+    assert scene.nodes["node2"].epochs() == {1: "committed"}
+
+
+def later_attempt(scene: Scene) -> None:
+    """Go on to the next attempt of the same order, as a registry does."""
+    scene.attempt += 1
+    scene.terms = Terms(scene.record, scene.attempt, scene.terms.order)
+
+
+def serving(scene: Scene, names: Sequence[str], epoch: int, certificate: bytes) -> list[Share]:
+    """The shares of an epoch that a combiner gets of these holders under a client's fresh grants."""
+    shares = []
+    for name in names:
+        grant = scene.world.grant(scene.dealt, COORDINATOR, epoch=epoch)
+        try:
+            body = ShareRelease(scene.key_id, grant, certificate)
+            released = scene.nodes[name].holder.release(scene.lane, body, scene.member(COORDINATOR))
+        except EngineError:
+            continue
+        shares.append(Share(released.x, released.y))
+    return shares
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("committed", [2, 1])
+def test_two_attempts_at_one_epoch_do_not_split_the_holders(scene: Scene, committed: int, early: bool) -> None:
+    """One holder that coordinates, with the balancer's key, can't leave the four others without a common epoch.
+
+    It has an attempt prepared by all, which so can commit; calls it aborted where that suits it, and has a later
+    attempt take its place there; and commits the first one at the rest. Its own share it keeps to itself.
+    """
+    rest = scene.names[1:]
+    record, certificate = scene.prepared()
+    later_attempt(scene)
+    deals = scene.deals()
+    if early:
+        scene.commit(rest[:committed], certificate)
+    statements = {}
+    for name in scene.names:
+        try:
+            statements[name] = scene.state(name, deals)
+        except EngineError:
+            assert early
+    notice = scene.world.abort(scene.key_id, record.manifest.attempt)
+    for name in rest[committed:]:
+        if len(statements) == len(scene.names):
+            scene.renew(name, deals, statements, aborts=[notice])
+    scene.commit(rest, certificate)
+    for node in scene.nodes.values():
+        node.restart()
+    certificates_of = {1: b"", 2: certificate}
+    assert any(len(serving(scene, rest, epoch, certificates_of[epoch])) >= 3 for epoch in (1, 2))
