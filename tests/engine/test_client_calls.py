@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
 from engine.client import calls as calls_module
 from engine.client.calls import Calls, Exchange, KeySummary, answered_by_any, merge_lists
@@ -22,6 +23,7 @@ from engine.errors import (
     InvalidTag,
     KeyExists,
     KeyNotFound,
+    ManifestError,
     NeedGrant,
     NodeUnavailable,
     Overloaded,
@@ -41,6 +43,7 @@ from engine.protocol.manifest import (
     Member,
     PolicyRule,
     Receipt,
+    RefreshOrder,
     certificates,
     chain_pin,
     create_orders,
@@ -50,6 +53,7 @@ from engine.protocol.manifest import (
     open_create_order,
     open_key_manifest,
     receipts,
+    refresh_orders,
 )
 from engine.protocol.requests import (
     REPLY_CODECS,
@@ -84,7 +88,7 @@ class World:
         order = CreateOrder(key_id, name, algo, 3, 5, "generate", NOW_MS + 60_000)
         return self.deal(sign_envelope("order.create", 1, create_orders.encode(order), self.keys["app"]))
 
-    def deal(self, raw_order: bytes) -> KeyDescription:
+    def deal(self, raw_order: bytes, dealer: str = "n1", refresh: bytes = b"") -> KeyDescription:
         """What a dealer makes of an order."""
         order, _ = open_create_order(raw_order, self.cluster, None)
         public = b"\x30" + bytes(50) if algorithm(order.algorithm).asymmetric else b""
@@ -92,7 +96,9 @@ class World:
         manifest = KeyManifest(
             order.key_id, order.name, 1, 1, 1, order.algorithm, 3, holders, public, bytes(32), raw_order, b""
         )
-        raw = sign_envelope("key", 1, key_manifests.encode(manifest), self.keys["n1"])
+        if refresh:
+            manifest = replace(manifest, epoch=2, attempt=2, previous=bytes(32), change=refresh)
+        raw = sign_envelope("key", 1, key_manifests.encode(manifest), self.keys[dealer])
         record = open_key_manifest(raw, self.cluster)
         signed = [
             sign_envelope("receipt", 1, receipts.encode(Receipt(order.key_id, record.digest, x)), self.keys[node])
@@ -430,6 +436,28 @@ class TestDescribe:
         )
         assert (info.holders, info.key_id, info.dealer) == (NODES, (b"i" * 16).hex(), "n1")
 
+    def test_a_node_that_is_behind_does_not_lead_back(self, play: Play, world: World) -> None:
+        """Whoever still tells of the epoch before, by delay or malice, is passed over once a later one was seen."""
+        order = CreateOrder(b"i" * 16, "k", "aes-256-gcm", 3, 5, "generate", NOW_MS + 60_000)
+        raw = sign_envelope("order.create", 1, create_orders.encode(order), world.keys["app"])
+        change = RefreshOrder(b"i" * 16, "k", 1, bytes(16), NOW_MS + 60_000)
+        new = world.deal(
+            raw, refresh=sign_envelope("order.refresh", 1, refresh_orders.encode(change), world.keys["app"])
+        )
+        record = open_key_manifest(new.manifest, world.cluster)
+        play.answers["describe"] = new
+        assert encrypt(play) == b"ct"
+        behind, *others = play.router.holders("k")
+        play.load = IDLE
+        play.router.forget_loaded("k")
+        for answers in ({behind: world.deal(raw)}, dict.fromkeys((behind, *others), world.deal(raw))):
+            play.answers |= {(node, "describe"): answer for node, answer in answers.items()}
+            play.answers["encrypt"] = [StaleKey("another epoch"), Result(b"ct")]
+            assert encrypt(play) == b"ct"
+            node = play.verbs("encrypt")[-1]
+            grant, _ = check_grant(play.bodies[-1].grant, record, node, world.cluster, NOW_MS)
+            assert grant.epoch == 2
+
     def test_a_symmetric_key_has_no_public_key(self, play: Play, world: World) -> None:
         with pytest.raises(ValueError, match="symmetric"):
             play.run(play.calls.public_key("k", 5.0))
@@ -504,7 +532,7 @@ class TestShapes:
 
 
 def dealing(world: World) -> Callable[[str, Any], KeyDescription]:
-    return lambda peer, body: world.deal(body.order)
+    return lambda peer, body: world.deal(body.order, peer)
 
 
 class TestCreate:
@@ -524,6 +552,19 @@ class TestCreate:
         assert play.bodies[0].order == play.bodies[1].order
         order, signed = open_create_order(play.bodies[0].order, world.cluster, NOW_MS)
         assert (signed.serial, order.expires_ms) == (NOW_MS, NOW_MS + 75_000)
+
+    def test_a_key_of_a_dealer_that_was_not_asked_is_refused(self, world: World) -> None:
+        """With the balancer's key, a node could take the order from another's hands and deal a key that it knows."""
+        play = Play(world, {})
+        first, second, *_, last = play.router.holders("k")
+        play.answers["generate"] = lambda peer, body: world.deal(body.order, last)
+        with pytest.raises(ManifestError, match=f"{last!r} dealt the key, which was never asked to"):
+            play.run(play.calls.create_key("k", "aes-256-gcm", 3, 5, 15.0))
+        assert play.verbs("generate") == [first]
+        # The first dealer may have died with its work done; the second then tells of it.
+        play.answers[first, "generate"] = Lost(DeadlineExceeded("silent"))
+        play.answers[second, "generate"] = lambda peer, body: world.deal(body.order, first)
+        assert play.run(play.calls.create_key("k", "aes-256-gcm", 3, 5, 15.0)).dealer == first
 
     @pytest.mark.parametrize("error", [KeyExists("taken"), AccessDenied("policy"), ValueError("odd")])
     def test_final_refusals(self, world: World, error: Exception) -> None:

@@ -307,6 +307,12 @@ class _Trail:
         return DeadlineExceeded(f"{self.what}: no node served it in time ({self.told()})")
 
 
+def _newer(found: Description, known: Description) -> bool:
+    """Whether it is of another key of that name, or of a later epoch: so a node that is behind leads nobody back."""
+    new, old = found.record.manifest, known.record.manifest
+    return new.key_id != old.key_id or (new.version, new.epoch) > (old.version, old.epoch)
+
+
 class _Descriptions:
     """Verified descriptions by key name, the longest unused forgotten beyond ``MAX_DESCRIPTIONS``; thread-safe."""
 
@@ -532,7 +538,7 @@ class Calls:
         return known.info.public_key
 
     def _described(self, name: str, trail: _Trail, unlike: Description | None = None) -> Call[Description]:
-        """Ask for the key's description, preferring one that differs from ``unlike``, which proved old somewhere."""
+        """Ask for the key's description, preferring one that is newer than ``unlike``, which proved old somewhere."""
         known = self._descriptions.get(name)
         if known is not None:
             return known
@@ -566,9 +572,10 @@ class Calls:
                 except (ManifestError, ProtocolError, AccessDenied) as error:
                     trail.failures[node] = ManifestError(f"its description of the key does not verify: {error}")
                     continue
-                if unlike is None or found.record.digest != unlike.record.digest:
+                if unlike is None or _newer(found, unlike):
                     return found
-                same = found
+                older = found.record.digest != unlike.record.digest
+                same = same or (unlike if older else found)
         return same
 
     def _unknown(self, name: str, trail: _Trail) -> None:
@@ -679,22 +686,36 @@ class Calls:
     def _creating(self, order: CreateOrder, material: bytes, trail: _Trail) -> Call[KeyInfo]:
         raw = sign_envelope("order.create", self._now_ms(), create_orders.encode(order), self._signing)
         verb = RequestType.GENERATE if order.operation == "generate" else RequestType.IMPORT
-        described = yield from self._dealing(verb, order.name, Create(raw, material), trail)
+        asked: set[str] = set()
+        described = yield from self._dealing(verb, order.name, Create(raw, material), trail, asked)
         known = self._opened(order.name, described)
         if known.record.manifest.key_id != order.key_id:
             raise ManifestError(f"create {order.name!r}: the dealer answered with another key of that name")
+        if known.record.dealer not in asked:
+            # The dealer knows the key. Who passes the order on to a dealer of its own choice could have it made there.
+            raise ManifestError(
+                f"create {order.name!r}: {known.record.dealer!r} dealt the key, which was never asked to; it may know "
+                "it: destroy it"
+            )
         self._descriptions.put(order.name, known)
         return known.info
 
-    def _dealing(self, verb: str, name: str, message: object, trail: _Trail) -> Call[Any]:
-        """Send an order to one dealer after the other until one carries it out; the order makes that idempotent."""
+    def _dealing(
+        self, verb: str, name: str, message: object, trail: _Trail, asked: set[str] | None = None
+    ) -> Call[Any]:
+        """Send an order to one dealer after the other until one carries it out; the order makes that idempotent.
+
+        ``asked`` takes in who was sent it.
+        """
         without_registry = 0
+        asked = set() if asked is None else asked
         while True:
             trail.begin_round()
             for node in dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)):
                 if trail.left_s() <= 0:
                     break
                 timeout_s = trail.attempt_s(CREATE_ATTEMPT_MIN_S, 1 / 2)
+                asked.add(node)
                 outcome = yield from self._ask(node, verb, message, timeout_s, counted=False)
                 if isinstance(outcome, _Lost):
                     trail.failures[node] = outcome.error
