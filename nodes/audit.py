@@ -139,6 +139,7 @@ class AuditLog:
         self.broken = ""
         """What was found wrong with the log's end at the start; the node goes on, and says it."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync_folder(folder.parent)  # else a power cut could take the folder with all that is synced in it
         self._seq, self._hash, self._log_id = 0, b"", b""
         self._durable = (0, b"")
         self._segment = self._open()

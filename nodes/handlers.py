@@ -834,14 +834,24 @@ class Handlers:
     def _audit_head(self, call: _Call, body: AuditNotice) -> None:
         """Write another node's head into this log, so that it can't take it back."""
         heard = self._witness.hear(body.head, call.incoming.member, self._clock())
-        if heard is not None:
-            self._witnessed(call.incoming.member.name, heard)
-        self._answer(call, Empty())
+        if heard is None:
+            self._answer(call, Empty())
+            return
 
-    def _witnessed(self, member: str, heard: Heard) -> None:
+        def written(failure: AuditUnavailable | None) -> None:
+            if failure is None:
+                self._witness.wrote(heard)
+                self._answer(call, Empty())
+            else:
+                self._fail(call, failure)
+
+        # Its node tells it once: what it takes for confirmed must outlive a power cut here.
+        self._audit.when_durable(self._witnessed(call.incoming.member.name, heard), written)
+
+    def _witnessed(self, member: str, heard: Heard) -> int:
         if heard.event == chain.PEER_FORK:
             log.error("audit logs contradict each other", member=member, reason=heard.detail)
-        self._audit.write(
+        return self._audit.write(
             Record(
                 time_ms=self._now_ms(),
                 node=self._node,

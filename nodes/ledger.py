@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -31,6 +32,8 @@ MARK_EVERY_MS: Final = 3_000
 PRUNE_EVERY_MS: Final = 5_000
 MAX_REMEMBERED: Final = 100_000
 """Grants remembered at a time; more are answered ``overloaded``."""
+MAX_OF_CLIENT: Final = 25_000
+"""The same of one client, so that none fills up the room of all: what it may have released in 40 s is a third of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class GrantLedger:
         self._floor_ms = store.clock_mark().floor_ms
         known = store.used_grants()
         self._used = {(each.issuer, each.nonce): _Use(each.digest, each.expires_ms, 0.0) for each in known}
+        self._of_client = Counter(each.issuer for each in known)
         self._unwritten: list[UsedGrant] = []
         self._marked_ms = 0
         self._pruned_ms = 0
@@ -104,10 +108,15 @@ class GrantLedger:
             if before.digest != signed.digest:
                 raise AccessDenied(f"another grant of {signed.issuer!r} with this nonce was used already")
             raise AccessDenied(f"the grant {signed.digest.hex()[:16]} of {signed.issuer!r} was used already")
+        if self.clock.now_ms() > grant.expires_ms + CLOCK_SKEW_MS:  # it was checked, but may be forgotten since
+            raise AccessDenied("the grant expired while the request waited")
         if grant.not_before_ms < self._floor_ms:
             raise AccessDenied("the grant was made before this node's clock was reset; a new one is needed")
         if len(self._used) >= MAX_REMEMBERED:
             raise Overloaded(f"{MAX_REMEMBERED} grants that have not expired are remembered")
+        if self._of_client[signed.issuer] >= MAX_OF_CLIENT:
+            raise Overloaded(f"{MAX_OF_CLIENT} grants of {signed.issuer!r} that have not expired are remembered")
+        self._of_client[signed.issuer] += 1
         self._used[key] = _Use(signed.digest, grant.expires_ms, answerable_s)
         self._unwritten.append(UsedGrant(signed.issuer, grant.nonce, signed.digest, grant.expires_ms))
 
@@ -144,3 +153,4 @@ class GrantLedger:
         with self._lock:
             for key in [key for key, use in self._used.items() if use.expires_ms < before_ms]:
                 del self._used[key]
+                self._of_client[key[0]] -= 1

@@ -32,6 +32,7 @@ class Heard:
     event: str
     detail: str
     text: str
+    head: AuditHead
 
 
 class Witness:
@@ -40,20 +41,25 @@ class Witness:
     def __init__(self, node: str, cluster: Cluster, known: Iterable[Record] = ()) -> None:
         self._cluster = cluster
         self._newest: dict[str, AuditHead] = {}
+        self._written: dict[str, tuple[bytes, int, bytes]] = {}
         self._told: dict[str, int] = {}
         self._times: dict[str, list[float]] = {}
         self.alarms: dict[str, str] = {}
         for record in known:
             try:
-                self._newest[record.member] = head_of_text(record.head, cluster.sign_key_ever("node"))
+                head = head_of_text(record.head, cluster.sign_key_ever("node"))
             except EngineError:
                 continue
+            self._newest[record.member], self._written[record.member] = head, _line(head)
         names = sorted(cluster.nodes)
         place = names.index(node)
         self.audience = tuple((names[place + 1 :] + names[:place])[:MAX_WITNESSES])
 
     def hear(self, raw: bytes, sender: Member, now_s: float) -> Heard | None:
-        """Take in a head that ``sender``'s connection brought; None if it is known already."""
+        """What to record of a head that ``sender``'s connection brought, and then to tell ``wrote``.
+
+        None if it is known already.
+        """
         recent = [each for each in self._times.get(sender.name, ()) if now_s - each < BURST_S]
         if len(recent) >= BURST:
             raise Overloaded(f"{sender.name!r} told {BURST} audit heads within {BURST_S:g} s")
@@ -62,15 +68,19 @@ class Witness:
         if head.node != sender.name:
             raise AccessDenied(f"{sender.name!r} brings an audit head of {head.node!r}")
         before, text = self._newest.get(head.node), base64.b64encode(raw).decode()
-        if before is not None and (before.log_id, before.seq, before.hash) == (head.log_id, head.seq, head.hash):
+        if self._written.get(head.node) == _line(head):
             return None
         self._newest[head.node] = head
         problem = "" if before is None else contradiction(before, head)
         if not problem:
-            return Heard(chain.PEER_HEAD, f"record {head.seq}", text)
+            return Heard(chain.PEER_HEAD, f"record {head.seq}", text, head)
         if head.node in self.alarms or len(self.alarms) < MAX_ALARMS:
             self.alarms[head.node] = problem
-        return Heard(chain.PEER_FORK, problem, text)
+        return Heard(chain.PEER_FORK, problem, text, head)
+
+    def wrote(self, heard: Heard) -> None:
+        """The record is on the disk: the head need not be recorded again."""
+        self._written[heard.head.node] = _line(heard.head)
 
     def to_tell(self, seq: int) -> tuple[str, ...]:
         """Who has not confirmed our head of record ``seq`` yet."""
@@ -80,6 +90,11 @@ class Witness:
         """These have confirmed it."""
         for name in names:
             self._told[name] = max(seq, self._told.get(name, 0))
+
+
+def _line(head: AuditHead) -> tuple[bytes, int, bytes]:
+    """Which line of which log a head names."""
+    return head.log_id, head.seq, head.hash
 
 
 def contradiction(before: AuditHead, head: AuditHead) -> str:

@@ -22,7 +22,17 @@ from engine.errors import (
     QuorumUnavailable,
     TokenError,
 )
-from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Destroy, Empty, Flush, Operate, Prewarm
+from engine.protocol.audit import AuditHead, sign_head
+from engine.protocol.requests import (
+    REPLY_CODECS,
+    REQUEST_CODECS,
+    AuditNotice,
+    Destroy,
+    Empty,
+    Flush,
+    Operate,
+    Prewarm,
+)
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
 from engine.sharing import SecretBuffer, blind
 from nodes.cache import CacheLimits
@@ -511,6 +521,28 @@ def test_what_destroys_waits_for_the_disk_in_every_mode(scene: Scene) -> None:
     assert scene.outcome(number) == "waits"
     scene.audit.sync()
     assert scene.outcome(number) == "ok"
+
+
+def test_a_head_is_confirmed_once_its_record_is_on_the_disk(scene: Scene) -> None:
+    """Its node does not tell it again, so a power cut or a full disk here must not lose what was confirmed."""
+
+    def told() -> int:
+        head = AuditHead("node2", bytes(32), 9, b"h" * 32, 1)
+        return scene.send("audit.head", AuditNotice(sign_head(head, scene.world.keys["node2"])), client="node2")
+
+    scene.audit.held = True
+    number = told()
+    assert scene.outcome(number) == "waits"
+    scene.audit.sync(AuditUnavailable("the disk is gone"))
+    assert scene.outcome(number) == "AuditUnavailable"
+    number = told()
+    assert scene.outcome(number) == "waits"
+    scene.audit.sync()
+    assert scene.outcome(number) == "ok"
+    assert [record.event for record in scene.records].count("peer-head") == 2
+    assert scene.outcome(told()) == "ok"
+    assert [record.event for record in scene.records].count("peer-head") == 2
+    assert scene.handlers.pending == 0
 
 
 def test_without_a_record_nothing_is_answered_but_the_status(scene: Scene) -> None:

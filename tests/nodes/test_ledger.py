@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -144,8 +145,8 @@ class Book:
         self.store.close()
         self.open()
 
-    def grant(self) -> tuple[Grant, Signed]:
-        begins = self.hands.wall_ms
+    def grant(self, begins: int = 0) -> tuple[Grant, Signed]:
+        begins = begins or self.hands.wall_ms
         raw = self.world.grant(self.dealt, "node2", not_before_ms=begins, expires_ms=begins + 10_000)
         signed = read_unverified(raw)
         last = signed.payload[-16:]
@@ -216,7 +217,7 @@ def test_the_mark_is_written_now_and_then_and_never_goes_back(book: Book) -> Non
     assert marked == NOW + MARK_EVERY_MS
     book.hands.wall_ms -= 10_000_000
     book.restart()
-    book.ledger.release(*book.grant())
+    book.ledger.release(*book.grant(book.ledger.clock.now_ms()))
     assert book.store.clock_mark().mark_ms >= marked
     book.store.note_grants([], NOW - 5)
     assert book.store.clock_mark().mark_ms >= marked
@@ -249,6 +250,35 @@ def test_a_full_memory_refuses_instead_of_forgetting(book: Book, monkeypatch: py
         book.ledger.spend(*book.grant())
     with pytest.raises(AccessDenied):
         book.ledger.spend(*used[0])
+
+
+def test_one_client_does_not_fill_the_room_of_others(book: Book, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "MAX_OF_CLIENT", 3)
+    for _ in range(3):
+        book.ledger.spend(*book.grant())
+    for restart in (False, True):
+        if restart:
+            book.ledger.flush()
+            book.restart()
+        with pytest.raises(Overloaded, match="3 grants of 'alice'"):
+            book.ledger.spend(*book.grant())
+        other, signed = book.grant()
+        book.ledger.spend(other, dataclasses.replace(signed, issuer="bob"))
+    book.hands.pass_ms(10_001 + CLOCK_SKEW_MS)
+    book.ledger.flush()
+    book.ledger.spend(*book.grant())
+
+
+def test_a_grant_that_is_forgotten_while_its_request_waits_is_not_taken_for_new(book: Book) -> None:
+    """Between the check of its expiry and its use another thread may forget that it was used."""
+    old = book.grant()
+    book.ledger.release(*old)
+    book.hands.pass_ms(10_001 + CLOCK_SKEW_MS)
+    book.ledger.flush()
+    assert len(book.ledger) == 0
+    for use in (book.ledger.release, book.ledger.spend):
+        with pytest.raises(AccessDenied, match="expired"):
+            use(*old)
 
 
 def test_a_write_that_fails_is_made_up_for_and_lets_nothing_through(book: Book) -> None:

@@ -26,7 +26,10 @@ class Scene:
 
     def hear(self, raw: bytes, sender: str = "node2") -> Any:
         self.now_s += BURST_S
-        return self.witness.hear(raw, self.world.cluster.members[sender], self.now_s)
+        heard = self.witness.hear(raw, self.world.cluster.members[sender], self.now_s)
+        if heard is not None:
+            self.witness.wrote(heard)
+        return heard
 
 
 @pytest.fixture
@@ -59,6 +62,14 @@ def test_a_contradiction_is_told_and_the_new_branch_is_followed(
     later = scene.head(20, log=changes.get("log", LOG))
     assert scene.hear(later).event == "peer-head"
     assert told in scene.witness.alarms["node2"]
+
+
+def test_a_head_that_was_not_written_down_is_not_known(scene: Scene, world: Any) -> None:
+    """It is recorded when it is told again; and what it contradicts is seen all the same."""
+    member = world.cluster.members["node2"]
+    for _ in range(2):
+        assert scene.witness.hear(scene.head(9), member, 0.0).event == "peer-head"
+    assert scene.witness.hear(scene.head(4), member, 0.0).event == "peer-fork"
 
 
 def test_what_was_known_before_a_restart_counts(scene: Scene, world: Any) -> None:
