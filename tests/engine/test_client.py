@@ -48,7 +48,7 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Flushed, KeyDescription, KeyEntry, KeyList, Result
 from engine.protocol.routing import RoutingTable, seal_table
-from engine.protocol.signed import sign_envelope
+from engine.protocol.signed import SigningKey, sign_envelope
 from engine.protocol.wire import Load, Status
 
 NODES = ("n1", "n2", "n3")
@@ -378,6 +378,8 @@ class TestTables:
             "may not sign": seal_table(world.table(9), world.identities["n1"].signing),
             "expired": seal_table(world.table(9, expires_ms=1_000), signing),
             "do not match": seal_table(world.table(9, price_us=[1]), signing),
+            "is wrong": seal_table(world.table(9), SigningKey("bal", world.identities["n1"].signing._private)),
+            "(0, 9): (1, 5) is in force": seal_table(world.table(9, fencing_epoch=0), signing),
             "envelope": b"garbage",
         }
         for number, (reason, raw) in enumerate(bad.items(), 1):

@@ -415,6 +415,29 @@ def a_forged_commit_is_not_taken(cluster: LocalCluster, words: Any, line: Callab
         assert code in ("manifest-error", "stale-key"), f"{verb}: {code} {told!r}"
 
 
+def test_a_stolen_balancers_abort_of_a_committed_key_changes_nothing(
+    cluster: LocalCluster, words: Any, line: Callable[[str], Line]
+) -> None:
+    """It is answered, as the notice on an attempt that is over would be; every share stays, also over a restart."""
+    record, certificate = described(line(STOLEN[0]), cluster, "app/data")
+    before = {node: status(cluster, node).shares for node in HONEST}
+    for attempt in (1, 2, 2**31 - 1):
+        notice = words.abort(record.manifest.key_id, attempt, signer=BALANCER)
+        for me in STOLEN:
+            asked = [(node, "share.abort", encoded("share.abort", Abort(notice))) for node in HONEST]
+            assert [code for code, _ in line(me).ask(asked)] == ["ok"] * len(HONEST)
+    cluster.restart(HONEST[0])
+    for node in HONEST:
+        assert status(cluster, node).shares == before[node]
+        assert described(line(STOLEN[0]), cluster, "app/data", node)[0].digest == record.digest
+    now_ms = time.time_ns() // 1_000_000
+    grant = issue_grant(words.keys["local"], record, "encrypt", STOLEN[0], now_ms, 30_000, os.urandom(16))
+    body = encoded("share.release", ShareRelease(record.manifest.key_id, grant, certificate))
+    for code, told in line(STOLEN[0]).ask([(node, "share.release", body) for node in HONEST]):
+        assert code == "ok", told
+    still_serves(cluster)
+
+
 # --- replays ---
 
 

@@ -33,6 +33,7 @@ from engine.errors import (
     ProtocolError,
     StaleKey,
 )
+from engine.protocol.manifest import PolicyRule, issue_cluster_manifest
 from engine.protocol.requests import (
     BODIES,
     Create,
@@ -48,9 +49,11 @@ from engine.protocol.requests import (
     SharePrepare,
     ShareRelease,
 )
+from engine.protocol.signed import SigningKey
 from engine.protocol.wire import MAX_DATA, MAX_MESSAGE, PROTOCOL_VERSION, Request, error_codec, reply_codec
 
 NODE = "node1"
+RULES = [PolicyRule("alice", "*", ["*"])]
 STATUS_BODY = b"\x90"
 CURVE_OVERHEAD = 33
 """What CURVE adds to a message on the wire (RFC 26, MESSAGE command); ZMQ_MAXMSGSIZE counts it too."""
@@ -543,3 +546,53 @@ def test_a_kill_loses_nothing_that_was_acknowledged(cluster_folder: Any) -> None
     cluster_folder.start(NODE)
     for each, ciphertext in zip(dealt, sealed, strict=True):
         assert cluster_folder.operate(NODE, each, "decrypt", ciphertext) == b"kept"
+
+
+def test_no_older_and_no_forged_manifest_is_started_with(cluster_folder: Any) -> None:
+    """What a thief can lay in a node's way: the manifest before, one of its own, another cluster's."""
+    world, place = cluster_folder.world, cluster_folder.root / "cluster.manifest"
+    first = world.chain
+
+    def issued(chain: bytes, signer: Any = None, **changes: Any) -> bytes:
+        told = {"name": "test", "members": world.members, "rules": RULES, "chain": chain, **changes}
+        return issue_cluster_manifest(operators=[signer or world.keys["op"]], **told)
+
+    second = issued(first)
+    third = issued(second)
+    stolen = sign_key_of(world.keys["node2"], "op")
+    bad = {
+        "serial 1; 'node1' has served under 2 already": first,
+        "the signature of 'op' is wrong": issued(second, stolen, rules=[PolicyRule("*", "*", ["*"])]),
+        "'node2' may not sign this": issued(second, world.keys["node2"]),
+        "the first one has hash": issued(b"", groups=512),
+        "serial 3 does not follow 1": joined(first, third),
+        "does not follow 2": joined(second, issued(issued(first, rules=[]))),
+        "cluster manifest file": second[:-1],
+    }
+    assert cluster_folder.init(NODE).returncode == 0
+    place.write_bytes(second)
+    node = cluster_folder.start(NODE)
+    node.process.kill()
+    node.process.wait(20)
+    for reason, chain in bad.items():
+        place.write_bytes(chain)
+        refused = cluster_folder.spawn(NODE)
+        assert refused.process.wait(60) != 0, reason
+        assert reason in refused.log, refused.log
+        assert '"serving"' not in refused.log
+        assert "Traceback" not in refused.log
+    place.write_bytes(third)
+    cluster_folder.start(NODE)
+    with cluster_folder.channel("alice") as channel:
+        assert ask(channel, NODE, "status", Empty(), 10).cluster_serial == 3
+
+
+def sign_key_of(key: SigningKey, name: str) -> SigningKey:
+    """That key under another's name."""
+    return SigningKey(name, key._private)
+
+
+def joined(chain: bytes, other: bytes) -> bytes:
+    """The chain with the last manifest of another one at its end."""
+    (envelopes,), (others,) = msgspec.msgpack.decode(chain), msgspec.msgpack.decode(other)
+    return msgspec.msgpack.encode([[*envelopes, others[-1]]])
