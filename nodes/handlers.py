@@ -962,6 +962,9 @@ class Handlers:
             if not isinstance(error, RegistryUnavailable):
                 log.warning("catching up with the registry failed", reason=str(error))
             return
+        if self._audit.problem:  # no share goes without a record; the books are read again
+            self._catching_up = False
+            return
         books, cursor, outcomes = told
 
         def done(taken: tuple[list[bytes], bool] | None, failure: Exception | None) -> None:
@@ -994,22 +997,46 @@ class Handlers:
         except EngineError as error:
             log.warning("an erasure is not finished yet", reason=str(error))
         for item in books:
+            before = self._catalogue.by_id(item.key_id)
             try:
                 key_id = self._holder.catch_up(item)
+                self._record_change(item.key_id, before)
             except EngineError as error:
                 log.warning("the registry's entry was refused", key_id=item.key_id.hex(), reason=str(error))
                 well = False
                 continue
             gone += [key_id] if key_id else []
         for entry, outcome in outcomes:
+            before = self._catalogue.by_id(entry.row.key_id)
             try:
                 if outcome.state == "committed":
                     self._holder.commit(ShareCommit(entry.row.key_id, outcome.document))
                 elif outcome.state == "aborted":
                     self._holder.abort(outcome.document)
+                self._record_change(entry.row.key_id, before)
             except EngineError as error:
                 log.warning("the registry's outcome was refused", key=entry.row.name, reason=str(error))
         return gone, well
+
+    def _record_change(self, key_id: bytes, before: Entry | None) -> None:
+        """Record what became of a key by the registry's word, without any request; by the worker that did it."""
+        now = self._catalogue.by_id(key_id)
+        entry = now or before
+        if entry is None or now is before:
+            return
+        name = entry.row.name
+        self._audit.write(
+            Record(
+                time_ms=self._now_ms(),
+                node=self._node,
+                boot=self._boot_text,
+                request=0,
+                event=chain.BOOKS,
+                key=name if self._audit_name is None else self._audit_name(name),
+                outcome=now.row.state if now else "aborted",
+                detail=f"epoch {entry.row.epoch}",
+            )
+        )
 
     def close(self) -> None:
         """Let every loaded key go."""

@@ -32,13 +32,14 @@ from engine.protocol.requests import (
     Flush,
     Operate,
     Prewarm,
+    SyncEntry,
 )
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
 from engine.sharing import SecretBuffer, blind
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
 from nodes.clock import TrustedClock
-from nodes.deal import Gathered
+from nodes.deal import Cursor, Gathered
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
@@ -543,6 +544,23 @@ def test_a_head_is_confirmed_once_its_record_is_on_the_disk(scene: Scene) -> Non
     assert scene.outcome(told()) == "ok"
     assert [record.event for record in scene.records].count("peer-head") == 2
     assert scene.handlers.pending == 0
+
+
+def test_what_the_registry_s_word_changes_has_a_record(scene: Scene) -> None:
+    """A share can end without a request; not without a record, nor while none can be written."""
+    manifest = scene.dealt.record.raw
+    order = scene.world.destroy_order(scene.dealt.key_id, "orders")
+    kept = SyncEntry(scene.dealt.key_id, "committed", manifest, scene.world.certificate(scene.dealt), b"")
+    gone = SyncEntry(scene.dealt.key_id, "destroyed", manifest, kept.certificate, order)
+    for problem, item, events in (("", kept, []), ("disk full", gone, []), ("", gone, ["books"]), ("", gone, [])):
+        scene.audit.problem = problem
+        before = len(scene.records)
+        scene.handlers._caught_up(([item], Cursor(1, 1), []), None)
+        scene.local.run()
+        assert [record.event for record in scene.records[before:]] == events
+    told = scene.records[-1]
+    assert (told.key, told.outcome, told.detail, told.request) == ("orders", "destroyed", "epoch 1", 0)
+    assert scene.catalogue.by_name("orders") is None
 
 
 def test_without_a_record_nothing_is_answered_but_the_status(scene: Scene) -> None:
