@@ -21,7 +21,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
@@ -652,12 +652,12 @@ class SqliteRegistry:
         if found is None:
             return None
         row = _Row(*found[:-1])
-        if found[-1] != _hash(astuple(row)):
+        if found[-1] != _hash(_values(row)):
             raise RegistryUnavailable(f"the registry's row of the key {key_id.hex()} is damaged")
         return row
 
     def _put(self, row: _Row) -> None:
-        fields = astuple(row)
+        fields = _values(row)
         marks = ", ".join("?" * (len(fields) + 1))
         self._store.execute(f"INSERT OR REPLACE INTO keys VALUES ({marks})", (*fields, _hash(fields)))  # noqa: S608 - marks only
 
@@ -667,12 +667,12 @@ class SqliteRegistry:
         if found is None:
             return None
         change = _Change(*found[:-1])
-        if found[-1] != _hash(astuple(change)):
+        if found[-1] != _hash(_values(change)):
             raise RegistryUnavailable(f"the registry's row of a change of the key {key_id.hex()} is damaged")
         return change
 
     def _put_change(self, change: _Change) -> None:
-        fields = astuple(change)
+        fields = _values(change)
         self._store.execute("INSERT OR REPLACE INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*fields, _hash(fields)))
 
     def _is_past(self, key_id: bytes, attempt: int) -> bool:
@@ -693,6 +693,11 @@ class SqliteRegistry:
 
 def _names(row: _Row) -> list[str]:
     return row.holders.decode().split("\n")
+
+
+def _values(row: _Row | _Change) -> tuple[object, ...]:
+    """The columns of a row, in order (``dataclasses.astuple`` would copy each)."""
+    return tuple(getattr(row, name) for name in row.__dataclass_fields__)
 
 
 def _hash(fields: tuple[object, ...]) -> bytes:

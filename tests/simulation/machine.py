@@ -174,13 +174,17 @@ class Sim:
         events = self._events
         while events and events[0][0] <= until_s and not done():
             when, _, do = heapq.heappop(events)
-            self.now = when
+            self.now = max(self.now, when)
             self.steps += 1
             if self.steps > MAX_EVENTS:
                 raise Violated(f"more than {MAX_EVENTS} events")
             do()
         if not done():
             self.now = max(self.now, until_s)
+
+    def skip(self, seconds: float) -> None:
+        """Let time pass for which all sleep; what was to be done meanwhile is done afterwards."""
+        self.now += seconds
 
     def tell(self, what: str) -> None:
         """Note an event: it counts for the trace's hash, and the last ones are shown when an invariant fails."""
@@ -521,7 +525,7 @@ class Disk:
 
     def __init__(self, sim: Sim, owner: str) -> None:
         self._sim = sim
-        self._owner = owner
+        self.owner = owner
         self.full = False
         self.crash_in = -1
         self.crash_after_commit = False
@@ -562,9 +566,13 @@ class Disk:
             self.die("after")
 
     def die(self, when: str) -> None:
-        self._sim.tell(f"{self._owner} dies {when} a commit")
+        self._sim.tell(f"{self.owner} dies {when} a commit")
         self.on_crash()
         raise Crashed
+
+
+FRESH_FILES: dict[tuple[str, str], bytes] = {}
+"""(process, file) -> the file as its first start leaves it, so that not every seed makes every table."""
 
 
 class DiskPath:
@@ -593,6 +601,9 @@ class Connection:
         if raw is None:
             raw = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
             self._disk.files[path.name] = raw
+            fresh = FRESH_FILES.get((self._disk.owner, path.name))
+            if fresh is not None:
+                raw.deserialize(fresh)
         self._raw = raw
         self._name = path.name
         self._synchronous = False

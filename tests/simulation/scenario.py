@@ -32,7 +32,7 @@ from casting import (
     verifies_once,
 )
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
-from machine import SQLITE, Crashed, Disk, Network, Sim, SimChannel, SimListener, SimWorker, Violated
+from machine import FRESH_FILES, SQLITE, Crashed, Disk, Network, Sim, SimChannel, SimListener, SimWorker, Violated
 
 import balancer.registry
 import engine.protocol.signed
@@ -92,14 +92,19 @@ from nodes.store import ShareStore
 from nodes.witness import Witness
 
 BASE_MS = 1_800_000_000_000
-CHAOS_S = 6.5
-"""The time in which things go wrong; then everything is healed."""
-HEAL_S = 8.0
+CHAOS_S = {"short": 3.0, "long": 6.5}
+"""The time in which things go wrong, of a short and of a long course; then everything is healed."""
+THIEF_S = 1.5
+"""For how long after that a thief goes on."""
+SHORT_PART = 0.65
+"""How many of the seeds are short."""
+HEAL_S = 12.0
 """How long the cluster gets to catch up before it is checked."""
-ORPHAN_S = 80.0
+ORPHAN_S = 75.0
 LATE_S = 0.02
 MARK_S = (MARK_EVERY_MS + 1500) / 1000
 """By then a node has written down how late it is: the mark is looked at once a second."""
+KEKS = {name: os.urandom(32) for name in NODES}
 DESTROYED = 3
 """The registry's number of that state."""
 FOLDER = Path(__file__).parent.relative_to(Path(__file__).parents[2])
@@ -317,7 +322,6 @@ class Node(Proc):
 
     def __init__(self, world: World, name: str) -> None:
         super().__init__(world, name)
-        self.kek = os.urandom(32)
         self._newest_ms = 0
         self._looked: list[tuple[float, int]] = []
         self.listener: SimListener
@@ -325,7 +329,7 @@ class Node(Proc):
 
     def _open(self) -> None:
         world, sim, alive = self.world, self.sim, self.alive()
-        lane: Any = SimLane(self.kek)
+        lane: Any = SimLane(KEKS[self.name])
         token: Any = SimToken()
         path: Any = self.disk.path("shares.db")
         store = ShareStore(path, self.name, lane)
@@ -396,6 +400,11 @@ class Node(Proc):
     def _soon(self, do: Callable[[], None]) -> None:
         """What the real server does by its mailbox."""
         self.sim.after(0.00001, self.inside(do))
+
+    def read_since(self, since_s: float) -> bool:
+        """Whether it has begun to read the registry's books since then, is done, and has nothing under way."""
+        handlers = self.handlers
+        return handlers._looked_s >= since_s and not handlers._catching_up and not handlers.pending
 
     def look_at_clock(self) -> None:
         """Note what the machine's clock says as the node reads it."""
@@ -548,7 +557,9 @@ class World:
         self._clients = itertools.count()
         self.scripts = 0
         self.threshold, self.shares = self.sim.random.choice(((2, 3), (2, 3), (2, 4), (3, 4)))
-        self.features = [f"{self.threshold} of {self.shares}"]
+        self.length = "short" if self.sim.random.random() < SHORT_PART else "long"
+        self.chaos_s = CHAOS_S[self.length]
+        self.features = [self.length, f"{self.threshold} of {self.shares}"]
         self.audit_strict = self.sim.random.random() < 0.3
         WatchedGathering.world = self
 
@@ -763,8 +774,8 @@ def owner(world: World, client: Client, name: str, *, destroys: bool) -> Script:
         yield r.random()
     if key is None:
         return
-    for _ in range(r.randrange(2, 5)):
-        yield r.random() * 1.5
+    for _ in range(r.randrange(1, 2 if world.length == "short" else 5)):
+        yield r.random() * (0.6 if world.length == "short" else 1.5)
         yield from world.checked_use(key, r.choice(USES[algorithm]), client, r.choice((0.3, 1.0, 2.0)))
         if r.random() < 0.25:
             yield from repeat_order(world, client, name, algorithm, key.order)
@@ -808,8 +819,8 @@ def user(world: World, client: Client, name: str) -> Script:
     """Uses a key that another made, and tries what it may not do."""
     r = world.sim.random
     yield 0.2 + r.random()
-    for _ in range(r.randrange(2, 6)):
-        yield r.random() * 1.2
+    for _ in range(r.randrange(1, 3 if world.length == "short" else 5)):
+        yield r.random() * (0.6 if world.length == "short" else 1.2)
         keys = world.acknowledged.get(name)
         if not keys:
             continue
@@ -866,8 +877,8 @@ def thief(world: World, name: str) -> None:
             for holder in r.sample(NODES, 2):
                 if holder != name:
                     _try(channel, holder, SHARE_RELEASE, body)
-        if sim.now < CHAOS_S + 3:
-            sim.after(r.random() * 1.2, act)
+        if sim.now < world.chaos_s + THIEF_S:
+            sim.after(r.random() * 0.9, act)
 
     sim.after(0.5 + r.random(), act)
 
@@ -994,7 +1005,7 @@ def faults(world: World) -> dict[str, Callable[[], None]]:
         kind = r.choice(
             ("point", "point", "point", "die", "commit", "break", "cut", "loss", "double", "slow", "step", "full")
         )
-        when = r.random() * CHAOS_S * 0.7
+        when = r.random() * world.chaos_s * 0.7
         world.features.append(kind)
         if kind == "point":
             point = r.choice(POINTS)
@@ -1006,7 +1017,7 @@ def faults(world: World) -> dict[str, Callable[[], None]]:
             proc.disk.crash_after_commit = r.random() < 0.5
         elif kind == "break":
             for _ in range(3):
-                sim.at(r.random() * CHAOS_S, lambda proc=proc, peer=peer: net.break_between(proc.name, peer.name))
+                sim.at(r.random() * world.chaos_s, lambda proc=proc, peer=peer: net.break_between(proc.name, peer.name))
         elif kind == "cut":
             pair = (proc.name, peer.name)
             sim.at(when, lambda pair=pair: net.cut.add(pair))
@@ -1020,7 +1031,7 @@ def faults(world: World) -> dict[str, Callable[[], None]]:
         elif kind == "step":
             step = r.choice((-600_000, -20_000, -4_000, 3_000, 60_000))
             sim.at(when, lambda proc=proc, step=step: world.step_clock(proc, step))
-            back_s = min(when + 1 + r.random() * 5, CHAOS_S - 0.01)
+            back_s = min(when + 1 + r.random() * 5, world.chaos_s - 0.01)
             sim.at(back_s, lambda proc=proc, step=step: world.step_clock(proc, -step))
             if r.random() < 0.4:
                 sim.at(back_s, lambda proc=proc: die(proc))
@@ -1071,7 +1082,21 @@ def simulated() -> Generator[None, None, None]:
         stack.enter_context(mock.patch.object(nodes.deal, "Gathering", WatchedGathering))
         stack.enter_context(mock.patch.object(engine.protocol.signed, "_verify", verifies_once))
         stack.enter_context(mock.patch.object(engine.protocol.signed, "_parse", parses_once))
+        stack.enter_context(mock.patch.dict(FRESH_FILES, _fresh_files(), clear=True))
         yield
+
+
+def _fresh_files() -> dict[tuple[str, str], bytes]:
+    """The files of a cluster that was just started."""
+    world = World(0)
+    for proc in world.procs.values():
+        proc.start()
+    files = {
+        (proc.name, name): raw.serialize() for proc in world.procs.values() for name, raw in proc.disk.files.items()
+    }
+    for proc in world.procs.values():
+        proc.disk.close()
+    return files
 
 
 def run_seed(seed: int, how: str = "") -> Report:
@@ -1119,7 +1144,7 @@ def _run(world: World) -> None:
         proc.skew_ms = r.randrange(-1500, 1500)
         proc.start()
     failpoints.arm(faults(world))
-    names = r.choice((("k",), ("k",), ("k", "l")))
+    names = ("k",) if world.length == "short" else r.choice((("k",), ("k", "l")))
     for name in names:
         world.play("alice", lambda client, name=name: owner(world, client, name, destroys=r.random() < 0.3))
     if r.random() < 0.25:
@@ -1132,15 +1157,16 @@ def _run(world: World) -> None:
         thief(world, node)
         if r.random() < 0.2:
             restart_attack(world, node)
-        if r.random() < 0.25:
+        if world.length == "long" and r.random() < 0.4:
             clock_attack(world, world.nodes[r.choice([each for each in NODES if each != node])])
     if evil == "rogue":
         rogue_registry(world, node)
-    sim.run(CHAOS_S)
+    sim.run(world.chaos_s)
     _heal(world)
-    sim.run(CHAOS_S + HEAL_S)
+    _settle(world)
     if any(row.state == "prepared" and not _given_up(row) for node in world.nodes.values() for row in node.rows()):
-        sim.run(sim.now + ORPHAN_S)  # until the order of an attempt whose dealer died has run out
+        sim.skip(ORPHAN_S)  # until the order of an attempt whose dealer died has run out
+        _settle(world)
     if world.scripts:
         raise Violated(f"{world.scripts} scripts did not end")
     _check_books(world)
@@ -1159,6 +1185,20 @@ def _heal(world: World) -> None:
         proc.disk.crash_in = -1
         proc.skew_ms = max(-1500, min(1500, proc.skew_ms))
         proc.start()
+
+
+def _settle(world: World) -> None:
+    """Let time pass until every node has read the registry's books anew and all is quiet, at most HEAL_S."""
+    sim = world.sim
+    since_s, until_s = sim.now + 0.3, sim.now + HEAL_S
+
+    def quiet() -> bool:
+        return not world.scripts and all(node.read_since(since_s) for node in world.nodes.values())
+
+    sim.run(sim.now + THIEF_S + 1.5)
+    while sim.now < until_s and not quiet():
+        sim.run(sim.now + 0.25)
+    sim.run(sim.now + 0.5)
 
 
 def _check_books(world: World) -> None:
