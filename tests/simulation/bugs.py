@@ -1,7 +1,7 @@
 """Faults that are put into the real code, one at a time: the simulation must notice each.
 
 A ``Bug`` changes the code for as long as its ``planted()`` lasts. ``within`` is the number of seeds, counted from 0,
-among which at least one must fail.
+among which at least one must fail; those without the features that it ``needs`` can't notice it and are not run.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Bug:
     what: str
     plant: Patch
     within: int = 400
+    needs: frozenset[str] = frozenset()
 
     @contextmanager
     def planted(self) -> Iterator[None]:
@@ -403,49 +404,65 @@ BUGS: dict[str, Bug] = {
     "commitment": Bug(
         "shares are not held against their commitments",
         _replace(nodes.gather, "commitment", lambda salt, context, share: _Anything()),
+        needs=frozenset({"liar"}),
     ),
-    "counted-twice": Bug("a gathering counts one holder twice", _counts_twice),
+    "counted-twice": Bug("a gathering counts one holder twice", _counts_twice, needs=frozenset({"3 of 4"})),
     "asks-all": Bug("a gathering asks every holder at once", _asks_all),
     "no-deadline": Bug("a gathering does not keep its deadline", _no_deadline, 400),
-    "blames-nobody": Bug("a wrong share is left out, its holder not named", _blames_nobody),
+    "blames-nobody": Bug("a wrong share is left out, its holder not named", _blames_nobody, needs=frozenset({"liar"})),
     "grant-expiry": Bug(
         "a holder does not look at a grant's expiry",
         _grant_with(
             lambda raw, record, combiner, cluster, now: (raw, record, combiner, cluster, _told(raw).not_before_ms)
         ),
-        400,
+        1500,
+        needs=frozenset({"thief", "long"}),
     ),
-    "grant-combiner": Bug("a grant's combiner is not held against the connection", _grant_with(_any_combiner)),
+    "grant-combiner": Bug(
+        "a grant's combiner is not held against the connection", _grant_with(_any_combiner), needs=frozenset({"thief"})
+    ),
     "grant-policy": Bug(
         "a holder does not check the policy",
         _grant_with(lambda raw, record, combiner, cluster, now: (raw, record, combiner, _Lenient(cluster), now)),
+        needs=frozenset({"thief"}),
     ),
-    "grant-signature": Bug("a grant's signature is not checked", _unsigned),
-    "grant-key": Bug("a grant for one key opens another", _grant_with(_other_key), 1500),
-    "grant-epoch": Bug("a grant for one epoch opens another", _grant_with(_any_epoch), 400),
-    "grant-reused": Bug("a grant is good again and again", _reusable),
-    "grants-forgotten": Bug("a restart forgets the used grants", _forgets, 600),
-    "grants-unwritten": Bug("used grants are not written down", _replace(GrantLedger, "flush", lambda self: None), 600),
+    "grant-signature": Bug("a grant's signature is not checked", _unsigned, needs=frozenset({"thief"})),
+    "grant-key": Bug(
+        "a grant for one key opens another", _grant_with(_other_key), 1500, needs=frozenset({"thief", "two names"})
+    ),
+    "grant-epoch": Bug("a grant for one epoch opens another", _grant_with(_any_epoch), 400, needs=frozenset({"thief"})),
+    "grant-reused": Bug("a grant is good again and again", _reusable, needs=frozenset({"thief"})),
+    "grants-forgotten": Bug("a restart forgets the used grants", _forgets, 600, needs=frozenset({"restart attack"})),
+    "grants-unwritten": Bug(
+        "used grants are not written down",
+        _replace(GrantLedger, "flush", lambda self: None),
+        600,
+        needs=frozenset({"restart attack"}),
+    ),
     "clock-back": Bug(
         "a clock that is set back revives a grant",
         _replace(TrustedClock, "now_ms", lambda self: self._wall_ms()),
         1500,
+        needs=frozenset({"clock attack"}),
     ),
     "clock-forgotten": Bug(
         "a restart forgets how late it was",
         _replace(ShareStore, "clock_mark", lambda self: ClockMark(0, 0)),
         1500,
+        needs=frozenset({"clock attack"}),
     ),
     "old-share-kept": Bug("a refresh keeps the share of the epoch before", _keeps_old_epoch),
     "early-acknowledgement": Bug("a key is acknowledged before the registry's commit", _early_acknowledgement, 400),
     "few-receipts": Bug("a key is committed with the receipts of t-1 holders", _few_receipts, 400),
     "order-forgotten": Bug("a retry of an order makes another key", _forgets_order),
-    "two-of-a-name": Bug("two keys may have one name", _no_names),
+    "two-of-a-name": Bug("two keys may have one name", _no_names, needs=frozenset({"two creators"})),
     "unsynced": Bug("the stores are not synced at a commit", _unsynced),
     "abort-committed": Bug("an abort notice deletes a committed share", _aborts_anything),
-    "prepared-dropped": Bug("prepared shares are dropped at a start", _drops_prepared, 600),
+    "prepared-dropped": Bug("prepared shares are dropped at a start", _drops_prepared, 1500),
     "receipt-first": Bug("a receipt is given before the share is stored", _receipt_first, 600),
-    "certificate": Bug("a holder does not check the commit certificate", _trusts_certificates),
+    "certificate": Bug(
+        "a holder does not check the commit certificate", _trusts_certificates, needs=frozenset({"rogue"})
+    ),
     "destroyed-kept": Bug("the share of a destroyed key stays in the store", _keeps_destroyed),
     "destruction-missed": Bug("a destruction that a node missed is never made up for", _destroys_silently, 400),
     "answered-twice": Bug("some refusals are sent twice", _answers_twice),

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from bugs import BUGS
 from machine import Violated
-from scenario import run_seed, simulated
+from scenario import features, run_seed, simulated
 
 
 def write(**told: Any) -> None:
@@ -35,6 +35,8 @@ def find_bugs() -> int:
         found = None
         with bug.planted():
             for seed in range(bug.within):
+                if not bug.needs <= features(seed):
+                    continue
                 try:
                     run_seed(seed)
                 except Violated as error:

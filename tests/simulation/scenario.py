@@ -538,8 +538,6 @@ class World:
         self.sim = Sim(seed)
         self.net = Network(self.sim)
 
-        self.liar = ""
-        self.thief = ""
         self.gathers = 0
         self.releases = 0
         self.refusals = 0
@@ -556,12 +554,28 @@ class World:
         self.procs: dict[str, Proc] = {**self.nodes, BALANCER: self.registry}
         self._clients = itertools.count()
         self.scripts = 0
-        self.threshold, self.shares = self.sim.random.choice(((2, 3), (2, 3), (2, 4), (3, 4)))
-        self.length = "short" if self.sim.random.random() < SHORT_PART else "long"
-        self.chaos_s = CHAOS_S[self.length]
-        self.features = [self.length, f"{self.threshold} of {self.shares}"]
-        self.audit_strict = self.sim.random.random() < 0.3
         WatchedGathering.world = self
+        self._cast(self.sim.random)
+
+    def _cast(self, r: Random) -> None:
+        """Draw what kind of course this is, and who is in it."""
+        self.threshold, self.shares = r.choice(((2, 3), (2, 3), (2, 4), (3, 4)))
+        self.length = "short" if r.random() < SHORT_PART else "long"
+        self.chaos_s = CHAOS_S[self.length]
+        self.audit_strict = r.random() < 0.3
+        self.evil = r.choice(("", "", "liar", "thief", "thief", "rogue"))
+        self.evil_node = r.choice(NODES)
+        self.liar = self.evil_node if self.evil == "liar" else ""
+        self.thief = self.evil_node if self.evil == "thief" else ""
+        self.names = ("k",) if self.length == "short" else r.choice((("k",), ("k", "l")))
+        drawn = {
+            "two names": len(self.names) > 1,
+            "two creators": r.random() < 0.25,
+            "restart attack": r.random() < 0.2 and self.evil == "thief",
+            "clock attack": r.random() < 0.4 and self.evil == "thief" and self.length == "long",
+        }
+        self.features = [self.length, f"{self.threshold} of {self.shares}", self.evil or "all honest"]
+        self.features += [name for name, there in drawn.items() if there]
 
     # --- what is observed ---
 
@@ -885,7 +899,6 @@ def thief(world: World, name: str) -> None:
 
 def restart_attack(world: World, name: str) -> None:
     """The thief's helper kills a holder that has just released its share to it, and it asks again by the same grant."""
-    world.features.append("restart attack")
     channel = SimChannel(world.net, f"thief-{name}", CURVE[name])
     channel.arrived = lambda arrival: None
     left = [3]
@@ -904,7 +917,6 @@ def restart_attack(world: World, name: str) -> None:
 
 def clock_attack(world: World, victim: Proc) -> None:
     """The thief's helper sets a holder's clock far ahead, long enough to be believed, kills it and sets it back."""
-    world.features.append("clock attack")
     begun_s = 0.8 + world.sim.random.random() * 0.3
 
     def end() -> None:
@@ -1099,6 +1111,11 @@ def _fresh_files() -> dict[tuple[str, str], bytes]:
     return files
 
 
+def features(seed: int) -> frozenset[str]:
+    """What is drawn of a seed before it begins."""
+    return frozenset(World(seed).features)
+
+
 def run_seed(seed: int, how: str = "") -> Report:
     """Run one seed inside ``simulated()``; ``Violated`` tells what went wrong, and how to see it again.
 
@@ -1134,32 +1151,25 @@ def run_seed(seed: int, how: str = "") -> Report:
 
 
 def _run(world: World) -> None:
-    sim, r = world.sim, world.sim.random
-    evil = r.choice(("", "", "liar", "thief", "thief", "rogue"))
-    world.features.append(evil or "all honest")
-    node = r.choice(NODES)
-    world.liar = node if evil == "liar" else ""
-    world.thief = node if evil == "thief" else ""
+    sim, r, node = world.sim, world.sim.random, world.evil_node
     for proc in world.procs.values():
         proc.skew_ms = r.randrange(-1500, 1500)
         proc.start()
     failpoints.arm(faults(world))
-    names = ("k",) if world.length == "short" else r.choice((("k",), ("k", "l")))
-    for name in names:
+    for name in world.names:
         world.play("alice", lambda client, name=name: owner(world, client, name, destroys=r.random() < 0.3))
-    if r.random() < 0.25:
-        world.features.append("two creators")
+    if "two creators" in world.features:
         world.play("dave", lambda client: owner(world, client, "k", destroys=False))
     world.play("carol", lambda client: user(world, client, "k"))
     if r.random() < 0.3:
         world.play("bob", lambda client: stranger(world, client, "k"))
-    if evil == "thief":
+    if world.evil == "thief":
         thief(world, node)
-        if r.random() < 0.2:
-            restart_attack(world, node)
-        if world.length == "long" and r.random() < 0.4:
-            clock_attack(world, world.nodes[r.choice([each for each in NODES if each != node])])
-    if evil == "rogue":
+    if "restart attack" in world.features:
+        restart_attack(world, node)
+    if "clock attack" in world.features:
+        clock_attack(world, world.nodes[r.choice([each for each in NODES if each != node])])
+    if world.evil == "rogue":
         rogue_registry(world, node)
     sim.run(world.chaos_s)
     _heal(world)
