@@ -50,10 +50,22 @@ DRAIN_S: Final = 5.0
 SETTLE_AFTER_MS: Final = 30_000
 """A share prepared longer ago than this is asked about at the registry."""
 MAX_CREATIONS_WAITING: Final = 64
+ZERO_COPY_RECV: Final = 10
+"""libzmq's option of that name (zmq.h), which pyzmq names only in draft builds."""
 BATCH: Final = 256
 """Requests taken in before the mailbox is looked at again."""
 
 log = structlog.get_logger()
+
+
+def _context() -> zmq.Context[Any]:
+    """A context whose sockets copy each message out of the receive buffer before it is deciphered.
+
+    Else libzmq deciphers messages in that buffer, which keeps the last one, a share maybe, until another arrives.
+    """
+    context: zmq.Context[Any] = zmq.Context()
+    context.set(ZERO_COPY_RECV, 0)
+    return context
 
 
 def _within_locked_memory(limits: CacheLimits) -> CacheLimits:
@@ -113,7 +125,7 @@ class Server:
             head_every_s=config.audit_head_every_s,
         )
         names = AuditNames(self._store, lane) if config.audit_key_names == "hmac" else None
-        self._context: zmq.Context[Any] = zmq.Context()
+        self._context = _context()
         self._gate = Gate(self._context, cluster)
         me = cluster.nodes[identity.name]
         self.endpoint = config.bind or me.endpoint
@@ -144,12 +156,13 @@ class Server:
         self._local: Worker[Lane] = Worker("local", self._mailbox, token.lane, lambda state: None)
         jobs: queue.Queue[Any] = queue.Queue(1_000)
         self._talkers = [
-            Worker(f"talker-{i}", self._mailbox, make_talker, Talker.close, jobs) for i in range(config.workers)
+            Worker(f"talker-{i}", self._mailbox, make_talker, Talker.close, jobs, Talker.drop_late)
+            for i in range(config.workers)
         ]
         self._slow: Worker[Lane] = Worker("slow", self._mailbox, token.lane, lambda state: None)
         # One creation at a time, and few that wait: making keys must not keep the node from using them.
         self._dealer: Worker[Talker] = Worker(
-            "dealer", self._mailbox, make_talker, Talker.close, queue.Queue(MAX_CREATIONS_WAITING)
+            "dealer", self._mailbox, make_talker, Talker.close, queue.Queue(MAX_CREATIONS_WAITING), Talker.drop_late
         )
         self._handlers = Handlers(
             node=identity.name,

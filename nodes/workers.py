@@ -19,6 +19,8 @@ from engine.errors import Overloaded
 __all__ = ["Mailbox", "Worker"]
 
 MAX_JOBS: Final = 1_000
+IDLE_S: Final = 1.0
+"""A worker that had no job for so long looks after its state, each time anew."""
 
 S = TypeVar("S")
 R = TypeVar("R")
@@ -70,11 +72,13 @@ class Worker(Generic[S]):
         make_state: Callable[[], S],
         close_state: Callable[[S], None],
         jobs: queue.Queue[Any] | None = None,
+        idle: Callable[[S], None] | None = None,
     ) -> None:
         self._jobs: queue.Queue[Any] = queue.Queue(MAX_JOBS) if jobs is None else jobs
         self._mailbox = mailbox
         self._make_state = make_state
         self._close_state = close_state
+        self._idle = idle
         self._ending = False
         self._failure: Exception | None = None
         self._ready = threading.Event()
@@ -120,10 +124,16 @@ class Worker(Generic[S]):
             self._ready.set()
         try:
             while not (self._ending and self._jobs.empty()):
-                work, done = self._jobs.get()
+                try:
+                    work, done = self._jobs.get(timeout=None if self._idle is None else IDLE_S)
+                except queue.Empty:
+                    if self._idle is not None:
+                        self._idle(state)
+                    continue
                 if work is None:
                     return
                 self._mailbox.post(_outcome(work, state, done))
+                del work, done
         finally:
             self._close_state(state)
 

@@ -33,7 +33,7 @@ def lie(self, lane, entry):
     share, salt = honest(self, lane, entry)
     return Share(share.x, bytes([share.y[0] ^ 1]) + share.y[1:]), salt
 ShareHolder.own_share = lie
-from nodes.__main__ import run
+from nodes.command import run
 sys.argv[1:1] = ["--config"]
 sys.exit(run())
 """

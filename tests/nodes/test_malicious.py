@@ -571,7 +571,7 @@ class stepped:  # noqa: N801 - used as a function is
             "import sys, time\n"
             "right, by_ns = time.time_ns, int(sys.argv.pop(1)) * 1_000_000\n"
             "time.time_ns = lambda: right() + by_ns\n"
-            "from nodes.__main__ import run\n"
+            "from nodes.command import run\n"
             "sys.exit(run())\n"
         )
         config = self.cluster.path / "nodes" / self.node / "node.toml"

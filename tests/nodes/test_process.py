@@ -482,7 +482,7 @@ def test_the_command_makes_its_process_undumpable_before_it_reads_a_pin(cluster_
     script = """
 import ctypes, os, resource, sys
 from nodes.config import PinSource
-import nodes.__main__ as command
+import nodes.command as command
 libc = ctypes.CDLL(None)
 assert libc.prctl(3, 0, 0, 0, 0) == 1
 def read(self):

@@ -217,3 +217,25 @@ def test_a_worker_whose_state_can_not_be_made_is_told_at_once(mailbox: Mailbox) 
 
     with pytest.raises(TokenError, match="no further session"):
         Worker("test", mailbox, fail, lambda state: None)
+
+
+def test_a_worker_without_jobs_looks_after_its_state_and_still_takes_jobs(
+    mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nodes.workers.IDLE_S", 0.01)
+    seen: list[str] = []
+    twice = threading.Event()
+
+    def idle(state: str) -> None:
+        seen.append(state)
+        if len(seen) == 2:
+            twice.set()
+
+    worker = started(mailbox, idle=idle)
+    assert twice.wait(20)
+    answers: list[Any] = []
+    worker.submit(lambda state: state + "!", lambda result, error: answers.append((result, error)))
+    drain(mailbox, lambda: bool(answers))
+    assert answers == [("state!", None)]
+    ended(worker)
+    assert set(seen) == {"state"}
