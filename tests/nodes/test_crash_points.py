@@ -299,7 +299,10 @@ class Scene:
             books, node.cursor = node.conversation.registry_books(talker, node.cursor)
             stale = node.catalogue.prepared()
             outcomes = [(entry, node.conversation.outcome(talker, entry)) for entry in stale]
-            _, well = Handlers._take_in(SimpleNamespace(_holder=node.holder), books, outcomes)  # type: ignore[arg-type]
+            loop: Any = SimpleNamespace(
+                _holder=node.holder, _catalogue=node.catalogue, _record_change=lambda key_id, before: None
+            )
+            _, well = Handlers._take_in(loop, books, outcomes)
             node.cursor = node.cursor if well else Cursor()
 
         try:
