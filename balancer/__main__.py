@@ -102,7 +102,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             publish=settings.publish_bind,
             fencing_epoch=registry.fencing_epoch,
         )
-        service = Service(listener, registry, cluster, identity.name, loop)
+        service = Service(listener, registry, cluster, identity.name, loop, settings.limits)
         _serve(service, listener, wake, lifeline)
         log.info("stopped", balancer=identity.name)
 

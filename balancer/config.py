@@ -11,6 +11,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from balancer.history import HISTORY_TICKS_MAX
+from engine.client.admission import LimitsTable, ServiceLimits
 from engine.client.config import Identity, load_cluster, load_config, load_identity, resolve
 from engine.errors import ConfigError
 from engine.protocol.manifest import Cluster
@@ -32,6 +33,7 @@ class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     publish_bind: Endpoint = ""
     tick_ms: Annotated[int, Meta(ge=50, le=60_000)] = 1_000
     history_ticks: Annotated[int, Meta(ge=100, le=HISTORY_TICKS_MAX)] = 600
+    limits: LimitsTable = LimitsTable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Settings:
     publish_bind: str
     tick_ms: int
     history_ticks: int
+    limits: ServiceLimits
 
 
 def load_settings(path: str | os.PathLike[str]) -> Settings:
@@ -75,6 +78,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         publish_bind=publish_bind,
         tick_ms=config.tick_ms,
         history_ticks=config.history_ticks,
+        limits=config.limits.service(),
     )
 
 

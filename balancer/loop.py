@@ -6,6 +6,7 @@ registry. What is decided is decided elsewhere, in pure functions; here are the 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from balancer.plan import TableStamp, assignment_problem, generate_routing_table
 from balancer.publisher import Publisher
 from balancer.registry import Registry
 from engine._version import __version__
+from engine.client.admission import ServiceLimits, welcome
 from engine.client.config import Identity
 from engine.client.listener import Incoming, Listener
 from engine.client.transport import Arrival, Channel, raise_for_status
@@ -29,6 +31,7 @@ from engine.errors import AccessDenied, EngineError, ProtocolError
 from engine.keys import RequestType
 from engine.protocol.manifest import Cluster
 from engine.protocol.requests import (
+    HELLO,
     REGISTRY_ABORT,
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
@@ -47,6 +50,7 @@ from engine.protocol.requests import (
     Committed,
     Destroy,
     Empty,
+    Hello,
     NodeStats,
     Outcome,
     OutcomeReply,
@@ -55,6 +59,7 @@ from engine.protocol.requests import (
     Sync,
     SyncPage,
     Table,
+    Welcome,
     balancer_status_codec,
 )
 from engine.protocol.routing import RoutingTable, seal_table
@@ -230,7 +235,7 @@ class ControlLoop:
 
 
 class Service:
-    """Answers members: the registry's verbs to nodes, ``table`` and ``status`` to anybody. One thread runs it."""
+    """Answers members: the registry's verbs to nodes, the other verbs to anybody. One thread runs it."""
 
     def __init__(
         self,
@@ -239,6 +244,7 @@ class Service:
         cluster: Cluster,
         name: str,
         loop: ControlLoop,
+        limits: ServiceLimits,
         now_ms: Callable[[], int] = now_ms,
     ) -> None:
         self._listener = listener
@@ -246,6 +252,8 @@ class Service:
         self._cluster = cluster
         self._name = name
         self._loop = loop
+        self._limits = limits
+        self._boot = os.urandom(16)
         self._now_ms = now_ms
         self._begun = time.monotonic()
         self._verbs: dict[str, Callable[[str, Any], Any]] = {
@@ -256,6 +264,7 @@ class Service:
             REGISTRY_SYNC: self._sync,
             REGISTRY_OUTCOME: self._outcome,
             REGISTRY_ABORT: self._abort,
+            HELLO: self._hello,
             TABLE: self._table,
             RequestType.STATUS: self._status,
         }
@@ -315,6 +324,9 @@ class Service:
 
     def _abort(self, member: str, body: Outcome) -> OutcomeReply:
         return self._registry.abort(body.key_id, body.attempt, member)
+
+    def _hello(self, member: str, body: Hello) -> Welcome:
+        return welcome(body, self._name, self._boot, self._cluster, self._limits)
 
     def _table(self, member: str, body: Empty) -> Table:
         """The table in force; empty too where it is longer than a message: then it comes by subscription alone."""

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import unquote
 
-from msgspec import Meta, Struct, structs
+from msgspec import Meta, Struct
 
+from engine.client.admission import LimitsTable, ServiceLimits
 from engine.client.config import check_private, load_config, resolve
 from engine.errors import ConfigError
 from nodes.cache import CacheLimits
@@ -68,11 +69,13 @@ _Rate = Annotated[float, Meta(gt=0, le=1_000_000)]
 _LIMITS = Limits()
 
 
-class _Limits(Struct, frozen=True, forbid_unknown_fields=True):
+class _Limits(LimitsTable, frozen=True, forbid_unknown_fields=True, kw_only=True):
     client_per_s: _Rate = _LIMITS.client_per_s
     combiner_per_s: _Rate = _LIMITS.combiner_per_s
     total_per_s: _Rate = _LIMITS.total_per_s
-    burst_s: Annotated[float, Meta(gt=0, le=3_600)] = _LIMITS.burst_s
+
+    def releases(self) -> Limits:
+        return Limits(self.client_per_s, self.combiner_per_s, self.total_per_s, self.burst_s)
 
 
 class _File(Struct, frozen=True, forbid_unknown_fields=True):
@@ -152,6 +155,7 @@ class NodeConfig:
     audit_head_every_s: float
     audit_segment_bytes: int
     limits: Limits
+    service_limits: ServiceLimits
 
 
 def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
@@ -176,7 +180,8 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         audit_key_names=file.audit.key_names,
         audit_head_every_s=file.audit.head_every_s,
         audit_segment_bytes=file.audit.segment_mib * 1024 * 1024,
-        limits=Limits(**structs.asdict(file.limits)),
+        limits=file.limits.releases(),
+        service_limits=file.limits.service(),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from engine._version import __version__
+from engine.client.admission import ServiceLimits, welcome
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
     AccessDenied,
@@ -47,6 +48,7 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.requests import (
     AUDIT_HEAD,
+    HELLO,
     REPLY_CODECS,
     REQUEST_CODECS,
     SHARE_ABORT,
@@ -68,6 +70,7 @@ from engine.protocol.requests import (
     Empty,
     Flush,
     Flushed,
+    Hello,
     HolderLatency,
     KeyDescription,
     KeyEntry,
@@ -133,9 +136,10 @@ DURABLE_VERBS: Final = frozenset(
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
-UNRECORDED: Final = frozenset({STATS, AUDIT_HEAD})
-"""Verbs that are recorded only where they fail: figures for the balancer, and heads, which have their own records."""
-ALWAYS_ANSWERED: Final = frozenset({RequestType.STATUS})
+UNRECORDED: Final = frozenset({HELLO, STATS, AUDIT_HEAD})
+"""Verbs that are recorded only where they fail: introductions, figures for the balancer, and heads, which have their
+own records."""
+ALWAYS_ANSWERED: Final = frozenset({HELLO, RequestType.STATUS})
 """Verbs that are answered also while no record can be written."""
 HEADS_EVERY_S: Final = 1.0
 """How often the node looks whether others are to be told of its audit log's head."""
@@ -260,6 +264,7 @@ class Handlers:
         cache_limits: CacheLimits,
         signatures: SignatureCache,
         ledger: GrantLedger,
+        limits: ServiceLimits,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
@@ -285,6 +290,7 @@ class Handlers:
         self._dealer = dealer
         self._replier = replier
         self._ledger = ledger
+        self._limits = limits
         self._now_ms = ledger.clock.now_ms
         self._writing_ledger = False
         self._clock_complaint = ""
@@ -314,6 +320,7 @@ class Handlers:
             RequestType.PREWARM: self._prewarm,
             RequestType.FLUSH: self._flush,
             RequestType.STATUS: self._status,
+            HELLO: self._hello,
             STATS: self._stats,
             SHARE_PREPARE: self._share_prepare,
             SHARE_COMMIT: self._share_commit,
@@ -764,6 +771,9 @@ class Handlers:
                 clock=self._ledger.clock.complaint(),
             ),
         )
+
+    def _hello(self, call: _Call, body: Hello) -> None:
+        self._answer(call, welcome(body, self._node, self._boot, self._cluster, self._limits))
 
     def _stats(self, call: _Call, body: Empty) -> None:
         busiest = sorted(self._group_counts.items(), key=lambda item: -item[1])[:MAX_GROUPS_TOLD]

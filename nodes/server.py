@@ -187,6 +187,7 @@ class Server:
             cache_limits=config.key_cache,
             signatures=signatures,
             ledger=ledger,
+            limits=config.service_limits,
         )
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)

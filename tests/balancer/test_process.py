@@ -52,6 +52,7 @@ from engine.protocol.manifest import (
     receipts,
 )
 from engine.protocol.requests import (
+    HELLO,
     REGISTRY_COMMIT,
     REGISTRY_OUTCOME,
     REGISTRY_RESERVE,
@@ -63,6 +64,7 @@ from engine.protocol.requests import (
     ClassCount,
     Commit,
     Empty,
+    Hello,
     NodeStats,
     Outcome,
     Reserve,
@@ -192,6 +194,9 @@ class CountingNode:
             if not self._listener.socket.poll(20):
                 continue
             while (incoming := self._listener.receive()) is not None:
+                if incoming.request.verb == HELLO:
+                    self._listener.fail(incoming, ProtocolError("no time for that"))
+                    continue
                 assert incoming.request.verb == STATS
                 served += 50
                 stats = NodeStats(boot, served, 0, [ClassCount(SIGN, served, 0, served * 200)], [], [])
@@ -343,6 +348,15 @@ def test_a_key_is_registered_and_survives_a_restart(site: Site) -> None:
         while newest.fencing_epoch == table.fencing_epoch:
             newest = next_table(site, subscriber, newest)
         assert newest.order > table.order
+
+
+def test_hello_tells_who_the_balancer_is(site: Site) -> None:
+    with running(site), connected(site, "client") as channel:
+        call(channel, TABLE, Empty())
+        told = channel.welcome("balancer")
+        assert told is not None
+        assert (told.name, told.cluster_serial, told.cluster_digest) == ("balancer", 1, site.cluster.digest)
+        assert call(channel, HELLO, Hello(1, "0")) == told
 
 
 def test_every_request_is_answered(site: Site) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import zmq
 
+from engine.client.admission import ServiceLimits, welcome
 from engine.client.config import CurveIdentity, Identity, create_identity
-from engine.client.listener import Gate, Incoming, Listener
+from engine.client.listener import IDLE, Gate, Incoming, Listener
 from engine.client.transport import Channel, ask, connect_options, raise_for_status, watch
-from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, ProtocolError
+from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
-from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Flush, Flushed
-from engine.protocol.wire import MAX_MESSAGE, ErrorBody, Request, Status, error_codec, request_codec
+from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Flush, Flushed, Hello, Welcome
+from engine.protocol.wire import MAX_MESSAGE, ErrorBody, Reply, Request, Status, error_codec, reply_codec, request_codec
 
 FLUSH = REQUEST_CODECS["flush"].encode(Flush(""))
 Handler = Callable[[Listener, Incoming], None]
@@ -36,8 +37,19 @@ class Node:
         self.member = cluster.members[identity.name]
         self.identity, self.cluster, self.handler = identity, cluster, handler
         self.served = 0
+        self.greeted = 0
         self.refused = 0
+        self.greet: Handler = self.welcome
         self.start()
+
+    def welcome(self, listener: Listener, incoming: Incoming) -> None:
+        try:
+            hello = REQUEST_CODECS[HELLO].decode(incoming.request.body)
+            told = welcome(hello, self.member.name, bytes(16), self.cluster, ServiceLimits())
+        except ProtocolError as error:
+            listener.fail(incoming, error)
+            return
+        listener.reply(incoming, Status.OK, REPLY_CODECS[HELLO].encode(told))
 
     def start(self) -> None:
         self._stop = threading.Event()
@@ -59,6 +71,10 @@ class Node:
         while not self._stop.is_set():
             listener.socket.poll(10)
             while (incoming := listener.receive()) is not None:
+                if incoming.request.verb == HELLO:
+                    self.greeted += 1
+                    self.greet(listener, incoming)
+                    continue
                 self.served += 1
                 self.handler(listener, incoming)
             self.refused = listener.refused
@@ -118,6 +134,60 @@ def channel(world: World, context: zmq.Context[Any]) -> Iterator[Channel]:
 
 def test_a_request_is_answered_and_its_sender_known(node: Node, channel: Channel) -> None:
     assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+
+
+def test_hello_goes_first_on_a_connection_and_is_kept(node: Node, world: World, channel: Channel) -> None:
+    assert channel.welcome("n1") is None
+    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+    told = channel.welcome("n1")
+    assert told is not None
+    assert (told.name, told.cluster_serial, told.cluster_digest) == ("n1", 1, world.cluster.digest)
+    assert told.limits == ServiceLimits().served()
+    for _ in range(3):
+        ask(channel, "n1", "flush", Flush(""), 5.0)
+    assert (node.greeted, node.served) == (1, 4)
+    node.stop()
+    node.start()
+    until = time.monotonic() + 10
+    while not channel._connections["n1"].socket.poll(10, zmq.POLLOUT):
+        assert time.monotonic() < until
+    ask(channel, "n1", "flush", Flush(""), 5.0)
+    assert node.greeted == 2
+
+
+def test_a_version_that_does_not_fit_is_told_with_both(node: Node, world: World, channel: Channel) -> None:
+    """The server is of another age: its range does not hold this side's version."""
+
+    def far(listener: Listener, incoming: Incoming) -> None:
+        body = REPLY_CODECS[HELLO].encode(
+            Welcome(9, 8, 10, "9.1", "n1", bytes(16), 1, bytes(32), ServiceLimits().served())
+        )
+        reply = Reply(9, incoming.request.id, Status.OK, body, IDLE, {})
+        listener.socket.send_multipart([incoming.route, reply_codec.encode(reply)])
+
+    node.greet = far
+    node.handler = lambda listener, incoming: None
+    told = r"n1 \(keyquorum 9.1\) speaks protocol version 9 and takes 8 to 10; this side \(.*\) speaks 1"
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match=told):
+            channel.call("n1", "flush", FLUSH, 60.0)
+    assert node.served == 1
+
+
+def test_a_hello_of_a_far_version_is_refused_with_both(node: Node, world: World, context: zmq.Context[Any]) -> None:
+    with raw_socket(context, world.client.transport, world.members["n1"]) as socket:
+        socket.send(request_codec.encode(Request(9, 5, HELLO, 1000, REQUEST_CODECS[HELLO].encode(Hello(9, "9")), {})))
+        assert socket.poll(10_000)
+        reply = reply_codec.decode(socket.recv())
+        assert reply.id == 5
+        with pytest.raises(ProtocolError, match="protocol version 9; this side speaks 1 and takes 1 to 2"):
+            raise_for_status(reply)
+
+
+def test_a_server_that_is_too_busy_for_hello_still_serves(node: Node, channel: Channel) -> None:
+    node.greet = lambda listener, incoming: listener.fail(incoming, Overloaded("no"))
+    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+    assert channel.welcome("n1") is None
 
 
 def test_many_requests_are_under_way_at_once(node: Node, channel: Channel) -> None:

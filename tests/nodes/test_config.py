@@ -95,7 +95,10 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
         ({"limits": {"combiner_per_s": -1.0}}, "combiner_per_s"),
         ({"limits": {"total_per_s": 1e7}}, "total_per_s"),
         ({"limits": {"burst_s": 0}}, "burst_s"),
-        ({"limits": {"requests_per_s": 1}}, "unknown field `requests_per_s`"),
+        ({"limits": {"requests_per_s": 0}}, "requests_per_s"),
+        ({"limits": {"requests": 0}}, "requests"),
+        ({"limits": {"connections": -1}}, "connections"),
+        ({"limits": {"clients_per_s": 1}}, "unknown field `clients_per_s`"),
     ],
 )
 def test_each_mistake_is_told_with_its_place(tmp_path: Path, changes: dict[str, Any], match: str) -> None:

@@ -24,6 +24,7 @@ import pytest
 from balancer.loop import Service
 from balancer.registry import SqliteRegistry
 from engine import failpoints
+from engine.client.admission import ServiceLimits
 from engine.client.transport import Arrival
 from engine.errors import EngineError, KeyNotFound, NodeUnavailable
 from engine.keys import ALGORITHMS
@@ -87,7 +88,7 @@ class Member:
         world = self.scene.world
         if self.name == BALANCER:
             self.store = SqliteRegistry(self.folder / "registry.db", world.cluster, world.keys[BALANCER], world.now_ms)
-            self.service = Service(None, self.store, world.cluster, BALANCER, None, world.clock)  # type: ignore[arg-type]
+            self.service = Service(None, self.store, world.cluster, BALANCER, None, ServiceLimits(), world.clock)  # type: ignore[arg-type]
         else:
             self.store = ShareStore(self.folder / "shares.db", self.name, self.scene.lane)
             self.catalogue = Catalogue(self.store.rows())

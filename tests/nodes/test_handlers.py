@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from pkcs11 import Attribute
 
+from engine.client.admission import ServiceLimits
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
     AuditUnavailable,
@@ -159,6 +160,7 @@ class Scene:
             cache_limits=CacheLimits(300.0, 4, max_uses),
             signatures=self.signatures,
             ledger=self.ledger,
+            limits=ServiceLimits(),
         )
 
     def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float) -> Gathered:

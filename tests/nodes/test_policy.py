@@ -9,7 +9,7 @@ import pytest
 from engine.errors import AccessDenied, EngineError, ProtocolError
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
-from engine.protocol.requests import BODIES, NODE_VERBS, REGISTRY_VERBS, STATS, TABLE
+from engine.protocol.requests import BODIES, HELLO, NODE_VERBS, REGISTRY_VERBS, STATS, TABLE
 from nodes.policy import check_key, check_verb
 
 ROLES = {"alice": "client", "bob": "client", "carol": "client", "node1": "node", "balancer": "balancer"}
@@ -22,6 +22,7 @@ ALLOWED = {
     "describe": {"alice", "bob", "carol", "node1"},
     "status": {"alice", "node1", "balancer"},
     STATS: {"balancer"},
+    HELLO: set(ROLES),
 }
 
 

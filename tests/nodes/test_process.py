@@ -41,6 +41,7 @@ from engine.protocol.requests import (
     Destroy,
     Empty,
     Flush,
+    Hello,
     ListKeys,
     NodeStatus,
     Operate,
@@ -75,6 +76,28 @@ def raw(live: Any) -> Iterator[zmq.Socket[bytes]]:
         dealer.rcvtimeo = dealer.sndtimeo = 10_000
         dealer.connect(live.world.cluster.nodes[NODE].endpoint)
         yield dealer
+
+
+def test_hello_tells_who_the_node_is_and_is_not_recorded(live: Any, until: Callable[..., Any]) -> None:
+    with live.channel("bob") as channel:  # whom no rule allows anything
+        with pytest.raises(AccessDenied):
+            ask(channel, NODE, "describe", Describe("nothing"), 10)
+        told = channel.welcome(NODE)
+    assert told is not None
+    assert (told.name, told.version, told.cluster_serial) == (NODE, PROTOCOL_VERSION, 1)
+    assert told.cluster_digest == live.world.cluster.digest
+    assert told.limits.message == MAX_MESSAGE
+    with live.channel("bob") as channel:
+        with pytest.raises(ProtocolError, match="protocol version 9; this side speaks 1"):
+            ask(channel, NODE, "hello", Hello(9, "9.0"), 10)
+        again = ask(channel, NODE, "hello", Hello(PROTOCOL_VERSION, "0"), 10)
+    assert again == told
+
+    def recorded() -> list[str]:
+        mine = [each for each in records(live) if (each.get("member"), each.get("verb")) == ("bob", "hello")]
+        return [each["outcome"] for each in mine if each["event"] == "reply"]
+
+    assert until(recorded, "the hello that failed is recorded") == ["protocol-error"]
 
 
 def request(

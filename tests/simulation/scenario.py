@@ -41,6 +41,7 @@ import nodes.store
 from balancer.loop import Service, Standing
 from balancer.registry import SqliteRegistry
 from engine import failpoints
+from engine.client.admission import ServiceLimits
 from engine.client.calls import Calls, Exchange, Pause
 from engine.errors import (
     AuditUnavailable,
@@ -390,6 +391,7 @@ class Node(Proc):
             renewer=renewer,
             coordinator=coordinator,
             ledger=ledger,
+            limits=ServiceLimits(),
             clock=self.clock,
         )
         self.catalogue.watch(lambda entry: self._soon(lambda: self.handlers.key_changed(entry)))
@@ -447,7 +449,7 @@ class Registry(Proc):
         self.listener = SimListener(self.world.net, self.name, CLUSTER)
         self.registry = SqliteRegistry(path, CLUSTER, KEYS[self.name], self.now_ms())
         loop: Any = mock.NonCallableMock(standing=Standing())
-        self.service = Service(self.listener, self.registry, CLUSTER, self.name, loop, self.now_ms)
+        self.service = Service(self.listener, self.registry, CLUSTER, self.name, loop, ServiceLimits(), self.now_ms)
         self.world.net.listeners[self.name] = (self.listener, self.inside(self.service.answer_waiting))
 
 

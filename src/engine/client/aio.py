@@ -46,6 +46,7 @@ from engine.client.transport import (
     CONNECT_TIMEOUT_S,
     FRAME_MAX,
     REDIAL_TIMEOUT_S,
+    Greeting,
     check_zmq_version,
     connect_options,
     watch,
@@ -85,6 +86,7 @@ class _Link:
         self._ids = itertools.count(1)
         self._opened_s = loop.time()
         self._up = False
+        self._greeting = Greeting(member.name)
         self.refused = False
         self._changed: list[asyncio.Future[None]] = []
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -112,8 +114,12 @@ class _Link:
         until_s = self._loop.time() + timeout_s
         if not self._up:
             await self._connected(timeout_s)
-        if len(self._pending) >= MAX_UNDER_WAY:
-            raise Overloaded(f"{MAX_UNDER_WAY} requests are under way at {self._name}")
+        if self._greeting.refusal is not None:
+            raise self._greeting.refusal
+        welcome = self._greeting.welcome
+        most = min(MAX_UNDER_WAY, welcome.limits.connection_requests) if welcome else MAX_UNDER_WAY
+        if len(self._pending) >= most:
+            raise Overloaded(f"{most} requests are under way at {self._name}")
         number = next(self._ids)
         timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
         data = request_codec.encode(Request(PROTOCOL_VERSION, number, verb, timeout_ms, body, {}))
@@ -131,8 +137,11 @@ class _Link:
 
     def _send(self, data: bytes) -> None:
         try:
+            if self._greeting.due:
+                self._socket.send(self._greeting.frame(next(self._ids)), zmq.DONTWAIT)
             self._socket.send(data, zmq.DONTWAIT)
         except zmq.Again:
+            self._greeting.lost()
             raise NodeUnavailable(f"{self._name}: the connection is down or its send queue is full") from None
         # Sending may swallow the edge of the descriptor, so what has come meanwhile is looked for.
         self._loop.call_soon(self._drain)
@@ -176,6 +185,7 @@ class _Link:
             self._up, self.refused = False, True
         elif event == zmq.EVENT_DISCONNECTED:
             self._up = False
+            self._greeting.lost()
             self._fail(NodeUnavailable(f"{self._name}: the connection broke"))
         self._wake()
 
@@ -184,6 +194,9 @@ class _Link:
             if len(frames) != 1:
                 raise ProtocolError(f"a reply of {len(frames)} frames, not 1")
             reply = reply_codec.decode(frames[0])
+            if self._greeting.number and reply.id == self._greeting.number:
+                self._greeting.answered(reply)
+                return
             check_version(reply.version)
         except ProtocolError as error:
             self._fail(ProtocolError(f"{self._name}: {error}"))

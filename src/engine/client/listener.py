@@ -19,6 +19,7 @@ from engine.client.config import CurveIdentity
 from engine.client.transport import FRAME_MAX, HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
 from engine.errors import EngineError, ProtocolError
 from engine.protocol.manifest import Cluster, Member
+from engine.protocol.requests import HELLO
 from engine.protocol.wire import (
     PROTOCOL_VERSION,
     ErrorBody,
@@ -138,7 +139,8 @@ class Listener:
                 raise ProtocolError(f"a request has 1 frame, this one {len(frames) - 1}")
             request = request_codec.decode(last.bytes)
             request_id = request.id
-            check_version(request.version)
+            if request.verb != HELLO:  # which is how two versions get to know each other
+                check_version(request.version)
         except ProtocolError as error:
             self._tell(member.name, str(error))
             self._send(route, Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}))

@@ -16,10 +16,18 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from engine._version import __version__
 from engine.client.config import CurveIdentity
-from engine.errors import AccessDenied, DeadlineExceeded, EngineError, NodeUnavailable, ProtocolError, error_from_code
+from engine.errors import (
+    AccessDenied,
+    DeadlineExceeded,
+    EngineError,
+    NodeUnavailable,
+    ProtocolError,
+    error_from_code,
+)
 from engine.protocol.manifest import Member
-from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS
+from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Hello, Welcome
 from engine.protocol.wire import (
     MAX_MESSAGE,
     MAX_TIMEOUT_MS,
@@ -33,12 +41,13 @@ from engine.protocol.wire import (
     request_codec,
 )
 
-__all__ = ["Arrival", "Channel", "Moved", "ask", "check_zmq_version", "connect_options", "raise_for_status"]
+__all__ = ["Arrival", "Channel", "Greeting", "Moved", "ask", "check_zmq_version", "connect_options", "raise_for_status"]
 
 CONNECT_TIMEOUT_S = 0.5
 """How long a request waits for a first connection (TCP and CURVE handshake) before the peer counts as unreachable."""
 REDIAL_TIMEOUT_S = 0.05
 """The same for a peer whose connection was lost or never came about; meanwhile libzmq goes on dialling."""
+HELLO_TIMEOUT_MS = 10_000
 RECONNECT_MS = 5
 RECONNECT_MAX_MS = 200
 HANDSHAKE_MS = 2_000
@@ -109,6 +118,52 @@ class Arrival:
     elapsed_us: float
 
 
+class Greeting:
+    """``hello`` on one connection: sent before the first request after each connecting, and what the peer said.
+
+    ``number`` is the id of the hello under way, 0 if none is; ``refusal`` why the peer's version does not fit.
+    """
+
+    __slots__ = ("due", "number", "peer", "refusal", "welcome")
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.lost()
+        self.welcome: Welcome | None = None
+
+    def lost(self) -> None:
+        """The connection broke: who answers the next one may be another start or another version."""
+        self.due, self.number = True, 0
+        self.refusal: ProtocolError | None = None
+
+    def frame(self, number: int) -> bytes:
+        """The hello to be sent under that id, with no wait for its answer."""
+        self.due, self.number = False, number
+        body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, __version__))
+        return request_codec.encode(Request(PROTOCOL_VERSION, number, HELLO, HELLO_TIMEOUT_MS, body, {}))
+
+    def answered(self, reply: Reply) -> None:
+        """Take in the answer; ``ProtocolError``, kept as ``refusal``, if the two versions do not fit."""
+        self.number = 0
+        try:
+            raise_for_status(reply)
+            told: Welcome = REPLY_CODECS[HELLO].decode(reply.body)
+        except (EngineError, ValueError) as error:
+            try:
+                check_version(reply.version)  # if it fits, whatever else kept the peer from answering is no matter
+            except ProtocolError:
+                self.refusal = ProtocolError(f"{self.peer}: {error}")
+                raise self.refusal from None
+            return
+        self.welcome = told
+        if not told.lowest <= PROTOCOL_VERSION <= told.highest:
+            self.refusal = ProtocolError(
+                f"{self.peer} (keyquorum {told.software}) speaks protocol version {told.version} and takes "
+                f"{told.lowest} to {told.highest}; this side (keyquorum {__version__}) speaks {PROTOCOL_VERSION}"
+            )
+            raise self.refusal
+
+
 @dataclass(slots=True)
 class _Pending:
     peer: str
@@ -121,6 +176,7 @@ class _Pending:
 class _Connection:
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
+    greeting: Greeting
     opened_s: float
     up: bool = False
     refused: bool = False
@@ -175,17 +231,27 @@ class Channel:
         ``NodeUnavailable`` if there is no connection, ``AccessDenied`` if the peer refuses this key.
         """
         connection = self._connected(peer, timeout_s)
+        if connection.greeting.refusal is not None:
+            raise connection.greeting.refusal
         token = next(self._tokens)
         timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
         data = request_codec.encode(Request(PROTOCOL_VERSION, token, verb, timeout_ms, body, {}))
         now = time.monotonic()
         try:
+            if connection.greeting.due:
+                connection.socket.send(connection.greeting.frame(next(self._tokens)), zmq.DONTWAIT)
             connection.socket.send(data, zmq.DONTWAIT)
         except zmq.Again:
+            connection.greeting.lost()
             raise NodeUnavailable(f"{peer}: the connection is down or its send queue is full") from None
         connection.pending.add(token)
         self._pending[token] = _Pending(peer, verb, now, now + timeout_s)
         return token
+
+    def welcome(self, peer: str) -> Welcome | None:
+        """What the peer said of itself when it was last connected to; None if it has not yet."""
+        connection = self._connections.get(peer)
+        return connection.greeting.welcome if connection else None
 
     def abandon(self, token: int) -> None:
         """Forget a request; a late reply is dropped."""
@@ -250,7 +316,7 @@ class Channel:
         socket.immediate = 1
         socket.maxmsgsize = FRAME_MAX
         monitor = watch(self._context, socket, _FIRST_EVENTS if first else _EVENTS)
-        connection = _Connection(socket, monitor, time.monotonic(), first=first)
+        connection = _Connection(socket, monitor, Greeting(peer), time.monotonic(), first=first)
         self._connections[peer] = connection
         self._by_socket[socket], self._by_monitor[monitor] = peer, peer
         self._poller.register(socket, zmq.POLLIN)
@@ -312,6 +378,10 @@ class Channel:
             if len(frames) != 1:
                 raise ProtocolError(f"a reply of {len(frames)} frames, not 1")
             reply = reply_codec.decode(frames[0])
+            greeting = self._connections[peer].greeting
+            if greeting.number and reply.id == greeting.number:
+                greeting.answered(reply)
+                return
             check_version(reply.version)
         except ProtocolError as error:
             # Without an id the reply ends no request; the request's deadline does.
@@ -333,6 +403,7 @@ class Channel:
                 connection.unreachable = True
             elif event == zmq.EVENT_DISCONNECTED:
                 connection.up = False
+                connection.greeting.lost()
                 for token in list(connection.pending):
                     self._finish(token, None, NodeUnavailable(f"{peer}: the connection broke"))
 

@@ -30,6 +30,47 @@ class Empty(Message, frozen=True):
     """``[]``."""
 
 
+class Hello(Message, frozen=True):
+    """``[version, software]``: what the sender speaks and is; sent first on a connection, with its first request."""
+
+    version: UInt
+    software: Annotated[str, Meta(max_length=32)]
+
+
+class ServedLimits(Message, frozen=True):
+    """What a member serves at most; more is answered ``overloaded``, or the connection is cut.
+
+    ``message`` is in bytes; ``requests`` are those under way in all, ``member_requests`` and ``connection_requests``
+    those of one member and over one of its connections; ``requests_per_s`` is a member's, for ever. ``connections``
+    are those in all, ``member_connections`` one member's.
+    """
+
+    message: UInt
+    requests: UInt
+    member_requests: UInt
+    connection_requests: UInt
+    requests_per_s: UInt
+    connections: UInt
+    member_connections: UInt
+
+
+class Welcome(Message, frozen=True):
+    """The answer to ``hello``: who this is, which versions it takes, its manifest, and what it serves at most.
+
+    ``boot`` is a random id of this start; ``cluster_digest`` the SHA-256 of the newest manifest's envelope.
+    """
+
+    version: UInt
+    lowest: UInt
+    highest: UInt
+    software: Annotated[str, Meta(max_length=32)]
+    name: Name
+    boot: Identifier
+    cluster_serial: UInt
+    cluster_digest: Digest
+    limits: ServedLimits
+
+
 class Operate(Message, frozen=True):
     """A use of a key: ``[key, key_id, data, associated_data, proof, digested, grant]``.
 
@@ -423,6 +464,7 @@ class Table(Message, frozen=True):
     table: Blob
 
 
+HELLO: Final = "hello"
 SHARE_PREPARE: Final = "share.prepare"
 SHARE_COMMIT: Final = "share.commit"
 SHARE_ABORT: Final = "share.abort"
@@ -453,6 +495,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     RequestType.PREWARM: (Prewarm, Empty),
     RequestType.FLUSH: (Flush, Flushed),
     RequestType.STATUS: (Empty, NodeStatus),
+    HELLO: (Hello, Welcome),
     SHARE_PREPARE: (SharePrepare, Prepared),
     SHARE_COMMIT: (ShareCommit, Empty),
     SHARE_ABORT: (Abort, Empty),

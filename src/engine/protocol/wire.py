@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 PROTOCOL_VERSION = 1
+LOWEST_VERSION = max(1, PROTOCOL_VERSION - 1)
+HIGHEST_VERSION = PROTOCOL_VERSION + 1
+"""The versions that this side takes: its neighbours too, so that a rolling upgrade can go on."""
 MAX_MESSAGE = 64 * 1024
 """Longest message in bytes; also the sockets' ZMQ_MAXMSGSIZE."""
 MAX_DATA = 48 * 1024
@@ -153,6 +156,9 @@ error_codec = Codec(ErrorBody, "error reply")
 
 
 def check_version(version: int) -> None:
-    """Refuse a peer that is more than one protocol version away, so that a rolling upgrade can go on."""
-    if abs(version - PROTOCOL_VERSION) > 1 or version < 1:
-        raise ProtocolError(f"protocol version {version}; this side speaks {PROTOCOL_VERSION} and its neighbours")
+    """Refuse a peer that is more than one protocol version away."""
+    if not LOWEST_VERSION <= version <= HIGHEST_VERSION:
+        raise ProtocolError(
+            f"protocol version {version}; this side speaks {PROTOCOL_VERSION} and takes {LOWEST_VERSION} to "
+            f"{HIGHEST_VERSION}"
+        )
