@@ -351,7 +351,7 @@ def test_a_key_is_registered_and_survives_a_restart(site: Site) -> None:
 
 
 def test_hello_tells_who_the_balancer_is(site: Site) -> None:
-    with running(site), connected(site, "client") as channel:
+    with running(site), connected(site, "alice") as channel:
         call(channel, TABLE, Empty())
         told = channel.welcome("balancer")
         assert told is not None
