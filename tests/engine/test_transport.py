@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket as socket_module
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -248,6 +249,32 @@ def test_a_restart_while_idle_does_not_fail_the_next_request(world: World, chann
         assert time.monotonic() < until
     assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
     node.stop()
+
+
+@pytest.mark.parametrize("garbage", [b"x" * 64, b"\xff" + bytes(8) + b"\x7f\x03" + bytes(200)])
+def test_a_garbled_handshake_parts_nobody_for_good(world: World, context: zmq.Context[Any], garbage: bytes) -> None:
+    """libzmq gives up a connection whose handshake was garbled; the channel dials again, with another socket."""
+    address = world.members["n1"].endpoint.removeprefix("tcp://").rsplit(":", 1)
+    with Channel(world.client.transport, world.members, context) as channel:
+        with socket_module.create_server((address[0], int(address[1]))) as liar:
+            liar.settimeout(10)
+            channel.dial(["n1"])
+            accepted, _ = liar.accept()
+            with accepted:
+                accepted.sendall(garbage)
+                assert channel._connections["n1"].monitor.poll(10_000)
+        node = Node(world.node, world.cluster)
+        until = time.monotonic() + 30
+        try:
+            while True:
+                try:
+                    assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+                    break
+                except NodeUnavailable:
+                    assert time.monotonic() < until, "the connection was given up for good"
+                    time.sleep(0.05)
+        finally:
+            node.stop()
 
 
 def test_silence_ends_at_the_deadline_and_a_late_reply_is_dropped(world: World, channel: Channel) -> None:

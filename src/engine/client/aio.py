@@ -46,6 +46,7 @@ from engine.client.transport import (
     CONNECT_TIMEOUT_S,
     FRAME_MAX,
     REDIAL_TIMEOUT_S,
+    REOPEN_S,
     Greeting,
     check_zmq_version,
     connect_options,
@@ -84,7 +85,7 @@ class _Link:
         self._loop = loop
         self._pending: dict[int, asyncio.Future[Reply]] = {}
         self._ids = itertools.count(1)
-        self._opened_s = loop.time()
+        self._opened_s = self._down_s = loop.time()
         self._up = False
         self._greeting = Greeting(member.name)
         self.refused = False
@@ -108,6 +109,12 @@ class _Link:
         self._socket.close(0)
         self._fail(error)
         self._wake()
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it has been down for so long that libzmq may have given it up, and nobody waits for it."""
+        waited_for = self._up or self._pending or self._changed
+        return not waited_for and self._loop.time() - self._down_s > REOPEN_S
 
     async def request(self, verb: str, body: bytes, timeout_s: float) -> Reply:
         """The reply to one request; raises ``EngineError`` where none comes."""
@@ -184,6 +191,8 @@ class _Link:
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self._up, self.refused = False, True
         elif event == zmq.EVENT_DISCONNECTED:
+            if self._up:
+                self._down_s = self._loop.time()
             self._up = False
             self._greeting.lost()
             self._fail(NodeUnavailable(f"{self._name}: the connection broke"))
@@ -511,6 +520,10 @@ class AsyncEngine:
 
     async def _exchange(self, step: Exchange) -> Reply:
         link = self._links.get(step.peer)
+        if link is not None and link.given_up:
+            del self._links[step.peer]
+            link.close(NodeUnavailable(f"{step.peer} can't be reached"))
+            link = None
         if link is None:
             member = self._members.get(step.peer)
             if member is None:

@@ -54,6 +54,9 @@ IDLE_MAX_S = 60.0
 REAP_EVERY_S = 10.0
 CLOSE_WAIT_S = 5.0
 TABLE_QUEUE = 4
+QUIET_MAX_S = 90.0
+"""A subscription that brings nothing for so long is made anew: libzmq may have given the connection up for good
+(``engine.client.transport.REOPEN_S``). It is longer than a balancer's longest tick."""
 
 T = TypeVar("T")
 
@@ -352,16 +355,28 @@ class TableFollower:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        sockets: list[zmq.Socket[bytes]] = []
+        heard_s: dict[zmq.Socket[bytes], float] = {}
+        balancers: dict[zmq.Socket[bytes], Member] = {}
+        poller = zmq.Poller()
+
+        def subscribe(balancer: Member) -> None:
+            socket = self._subscribe(balancer)
+            balancers[socket], heard_s[socket] = balancer, time.monotonic()
+            poller.register(socket, zmq.POLLIN)
+
         try:
-            poller = zmq.Poller()
             for balancer in self._settings.cluster.of_role("balancer"):
                 if balancer.publish_endpoint:
-                    sockets.append(self._subscribe(balancer))
-                    poller.register(sockets[-1], zmq.POLLIN)
+                    subscribe(balancer)
             while True:
-                for socket, _ in poller.poll(int(REAP_EVERY_S * 1000)) if sockets else self._sleep():
+                for socket, _ in poller.poll(int(REAP_EVERY_S * 1000)) if balancers else self._sleep():
+                    heard_s[socket] = time.monotonic()
                     self._received(socket.recv_multipart())
+                for socket in [each for each, since in heard_s.items() if time.monotonic() - since > QUIET_MAX_S]:
+                    poller.unregister(socket)
+                    del heard_s[socket]
+                    socket.close(0)
+                    subscribe(balancers.pop(socket))
                 self._chore()
         except zmq.ContextTerminated:
             pass
@@ -369,7 +384,7 @@ class TableFollower:
             if not self._context.closed:
                 log.warning("routing tables are not followed", reason=str(error))
         finally:
-            for socket in sockets:
+            for socket in balancers:
                 socket.close(0)
 
     def _sleep(self) -> list[tuple[zmq.Socket[bytes], int]]:

@@ -48,6 +48,12 @@ CONNECT_TIMEOUT_S = 0.5
 REDIAL_TIMEOUT_S = 0.05
 """The same for a peer whose connection was lost or never came about; meanwhile libzmq goes on dialling."""
 HELLO_TIMEOUT_MS = 10_000
+REOPEN_S = 3.0
+"""A connection that has been down for so long is dialled anew by another socket, when it is next needed.
+
+libzmq dials again by itself, except after bytes that are no ZMTP or CURVE: then it gives the connection up for good,
+and one flipped bit in a handshake would part two members until one is started again. A handshake may take less.
+"""
 RECONNECT_MS = 5
 RECONNECT_MAX_MS = 200
 HANDSHAKE_MS = 2_000
@@ -178,6 +184,7 @@ class _Connection:
     monitor: zmq.Socket[bytes]
     greeting: Greeting
     opened_s: float
+    down_s: float
     up: bool = False
     refused: bool = False
     unreachable: bool = False
@@ -295,6 +302,8 @@ class Channel:
         if not connection.pending and int(connection.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
             # What broke while nothing was under way must not end the request that is sent now.
             self._read_monitor(connection.monitor)
+        if not (connection.up or connection.pending) and time.monotonic() - connection.down_s > REOPEN_S:
+            connection = self._reopen(peer)
         if not connection.up:
             dialling_s = time.monotonic() - connection.opened_s
             self._await_up(connection, min(timeout_s, max(REDIAL_TIMEOUT_S, CONNECT_TIMEOUT_S - dialling_s)))
@@ -316,12 +325,21 @@ class Channel:
         socket.immediate = 1
         socket.maxmsgsize = FRAME_MAX
         monitor = watch(self._context, socket, _FIRST_EVENTS if first else _EVENTS)
-        connection = _Connection(socket, monitor, Greeting(peer), time.monotonic(), first=first)
+        now = time.monotonic()
+        connection = _Connection(socket, monitor, Greeting(peer), now, now, first=first)
         self._connections[peer] = connection
         self._by_socket[socket], self._by_monitor[monitor] = peer, peer
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
         socket.connect(member.endpoint)
+        return connection
+
+    def _reopen(self, peer: str) -> _Connection:
+        """Another socket to the peer; it has no longer to come up than the one before had."""
+        opened_s = self._connections[peer].opened_s
+        self._drop(peer)
+        connection = self._open(peer, first=True)
+        connection.opened_s = opened_s
         return connection
 
     def _await_up(self, connection: _Connection, timeout_s: float) -> None:
@@ -402,6 +420,8 @@ class Channel:
             elif event == zmq.EVENT_CONNECT_RETRIED:
                 connection.unreachable = True
             elif event == zmq.EVENT_DISCONNECTED:
+                if connection.up:
+                    connection.down_s = time.monotonic()
                 connection.up = False
                 connection.greeting.lost()
                 for token in list(connection.pending):
