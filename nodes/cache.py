@@ -132,6 +132,13 @@ class Cache(Generic[K, V]):
         self._let_go(gone)
         return len(gone)
 
+    def drop_values(self, chosen: Callable[[V], bool], reason: Reason) -> int:
+        """Let those leave whose value is ``chosen``; how many there were."""
+        with self._lock:
+            gone = self._take([key for key, entry in self._entries.items() if chosen(entry.value)], reason)
+        self._let_go(gone)
+        return len(gone)
+
     def clear(self, reason: Reason) -> int:
         """Let all leave; how many there were."""
         return self.drop(lambda key: True, reason)

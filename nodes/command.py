@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,12 +22,15 @@ from nodes import rotation
 from nodes.audit import AuditNames
 from nodes.clock import time_text
 from nodes.config import PinSource, load_node_config
+from nodes.health import EXIT_PIN, EXIT_TOKEN, Kind, TokenFault
 from nodes.rotation import STORE_NAME, rotate
 from nodes.server import Server, load_membership
 from nodes.store import ShareStore
 from nodes.token import Token, initialize_token
 
 CHECK_TIMEOUT_S = 600
+CHECK_ALARM_S = 60
+MAX_WITNESS = 1_000
 PROGRESS_ROWS = 1_000
 
 log = structlog.get_logger()
@@ -143,12 +147,19 @@ def check_draft(config_path: Path, new_pin_env: str | None) -> None:
 
 @main.command()
 @_CONFIG
-def check_token(config_path: Path) -> None:
+@click.option("--same-kek", is_flag=True, help="Only open what is on the standard input, as the node's own checks do.")
+def check_token(config_path: Path, same_kek: bool) -> None:
     """Log in to the token, use its KEK and list the algorithms it can serve."""
     configure_logging("error")
     harden_process()
+    if same_kek:
+        os.nice(10)
+        signal.alarm(CHECK_ALARM_S)  # nobody may be left to end a process whose token hangs
     config = load_node_config(config_path)
-    token = Token(config.token, config.data)
+    token = Token(config.token, config.data, probe=not same_kek)
+    if same_kek:
+        token.check_witness(bytes.fromhex(sys.stdin.read(MAX_WITNESS)))
+        return
     token.lane().check_kek()
     for name in token.algorithms:
         click.echo(name)
@@ -197,7 +208,7 @@ def reset_clock(config_path: Path) -> None:
 
 
 def run() -> int:
-    """The exit code: 0 done, 1 the user's mistake, 2 token or cluster could not."""
+    """The exit code: 0 done, 1 the user's mistake, 2 token or cluster could not, 3 the token did not take the PIN."""
     try:
         main(standalone_mode=False)
     except click.ClickException as error:
@@ -209,7 +220,9 @@ def run() -> int:
         return 130
     except EngineError as error:
         click.echo(f"error: {error}", err=True)
-        return 1 if error.code in ("config-error", "manifest-error") else 2
+        if isinstance(error, TokenFault) and error.kind is Kind.PIN:
+            return EXIT_PIN
+        return 1 if error.code in ("config-error", "manifest-error") else EXIT_TOKEN
     except OSError as error:
         click.echo(f"error: {error}", err=True)
         return 2

@@ -18,7 +18,7 @@ from engine.errors import ConfigError
 from nodes.cache import CacheLimits
 from nodes.limits import Limits
 
-__all__ = ["NodeConfig", "PinSource", "TokenConfig", "load_node_config"]
+__all__ = ["NodeConfig", "PinSource", "TokenCare", "TokenConfig", "load_node_config"]
 
 MODULE_PATHS = (
     "/usr/lib/softhsm/libsofthsm2.so",
@@ -37,6 +37,10 @@ class _Token(Struct, frozen=True, forbid_unknown_fields=True):
     pin: str = ""
     module: str = ""
     uri: str = ""
+    canary_every_s: Annotated[float, Meta(ge=0.1, le=3_600)] = 5.0
+    fresh_canary_every_s: Annotated[float, Meta(ge=0.5, le=86_400)] = 60.0
+    recycle_loads: Annotated[int, Meta(ge=0, le=10_000_000)] = 10_000
+    hang_after_s: Annotated[float, Meta(ge=1, le=3_600)] = 10.0
 
 
 class _Cache(Struct, frozen=True, forbid_unknown_fields=True):
@@ -135,6 +139,18 @@ class TokenConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenCare:
+    """How the token is looked after: seconds between canaries in the process and from fresh ones, objects that are made
+    in it until it is renewed (0: never), and for how long a call may go on until the supervisor ends the process.
+    """
+
+    canary_every_s: float = 5.0
+    fresh_canary_every_s: float = 60.0
+    recycle_loads: int = 10_000
+    hang_after_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
 class NodeConfig:
     """What ``node.toml`` says, with paths resolved against its folder."""
 
@@ -146,6 +162,7 @@ class NodeConfig:
     bind: str
     workers: int
     token: TokenConfig
+    care: TokenCare
     key_cache: CacheLimits
     share_cache: CacheLimits
     signature_cache: CacheLimits
@@ -170,6 +187,12 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         bind=file.bind,
         workers=file.workers,
         token=_token(path, file),
+        care=TokenCare(
+            file.token.canary_every_s,
+            file.token.fresh_canary_every_s,
+            file.token.recycle_loads,
+            file.token.hang_after_s,
+        ),
         key_cache=CacheLimits(file.cache.ttl_s, file.cache.max_keys, file.cache.max_uses, file.cache.max_bytes),
         share_cache=CacheLimits(
             file.cache.share_ttl_s, file.cache.max_shares, file.cache.share_max_uses, file.cache.share_max_bytes

@@ -30,6 +30,7 @@ from engine.errors import (
     ProtocolError,
     RegistryUnavailable,
     StaleKey,
+    TokenError,
 )
 from engine.failpoints import failpoint
 from engine.keys import OPERATIONS, RequestType
@@ -90,6 +91,7 @@ from engine.protocol.requests import (
     ShareRelease,
     ShareRenew,
     SyncEntry,
+    TokenHealth,
     classify_request,
 )
 from engine.protocol.signed import read_unverified
@@ -99,6 +101,7 @@ from nodes.audit import AuditLog
 from nodes.cache import Cache, CacheLimits, CacheStatistics
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
+from nodes.health import Kind, TokenFault
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
 from nodes.operations import check_operation, operate
@@ -139,6 +142,21 @@ DURABLE_VERBS: Final = frozenset(
 UNRECORDED: Final = frozenset({HELLO, STATS, AUDIT_HEAD})
 """Verbs that are recorded only where they fail: introductions, figures for the balancer, and heads, which have their
 own records."""
+WITHOUT_TOKEN: Final = frozenset(
+    {
+        RequestType.DESCRIBE,
+        RequestType.LIST,
+        RequestType.FLUSH,
+        RequestType.STATUS,
+        HELLO,
+        STATS,
+        AUDIT_HEAD,
+        SHARE_COMMIT,
+        SHARE_ABORT,
+        SHARE_DESTROY,
+    }
+)
+"""Verbs that need no token, and are served while it is out of service."""
 ALWAYS_ANSWERED: Final = frozenset({HELLO, RequestType.STATUS})
 """Verbs that are answered also while no record can be written."""
 HEADS_EVERY_S: Final = 1.0
@@ -191,6 +209,17 @@ class Replier(Protocol):
 
     def fail(self, incoming: Incoming, error: Exception, load: Load = IDLE) -> None:
         """Answer a request with an error."""
+
+
+class Health(Protocol):
+    """How the token is: its keeper."""
+
+    @property
+    def problem(self) -> str:
+        """Why it serves nothing; empty if it serves."""
+
+    def told(self) -> TokenHealth:
+        """For ``status``."""
 
 
 @dataclass(slots=True)
@@ -265,6 +294,7 @@ class Handlers:
         signatures: SignatureCache,
         ledger: GrantLedger,
         limits: ServiceLimits,
+        health: Health,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
@@ -291,6 +321,7 @@ class Handlers:
         self._replier = replier
         self._ledger = ledger
         self._limits = limits
+        self._health = health
         self._now_ms = ledger.clock.now_ms
         self._writing_ledger = False
         self._clock_complaint = ""
@@ -350,6 +381,8 @@ class Handlers:
             check_verb(self._cluster, incoming.member, request.verb)
             if self.pending > MAX_PENDING:
                 raise Overloaded(f"{MAX_PENDING} requests are under way")
+            if self._health.problem and request.verb not in WITHOUT_TOKEN:
+                raise TokenError(f"{self._node}: {self._health.problem}")
             body = REQUEST_CODECS[request.verb].decode(request.body)
             self._verbs[request.verb](call, body)
         except Exception as error:  # every request gets exactly one answer
@@ -509,6 +542,9 @@ class Handlers:
     def _with_key(self, call: _Call, entry: Entry, grant: bytes, use: Callable[[_Loaded], None]) -> None:
         """Use the key now if it is loaded, else when it has been gathered under the client's grant."""
         loaded = self._cache.get(_cached_as(entry), self._clock())
+        if loaded is not None and not loaded.key.lives:
+            self.token_renewed()
+            loaded = None
         if loaded is not None:
             use(loaded)
             return
@@ -567,24 +603,48 @@ class Handlers:
         if gathered is None:
             self._not_gathered(entry, leader, error)
             return
+        if is_slow(entry.algorithm):
+            self._load_aside(entry, gathered, last=False)
+            return
         size = len(gathered.secret)
-        if not is_slow(entry.algorithm):
+        try:
             try:
                 key = self._load_key(self._lane, entry, gathered)
-            except Exception as failure:
-                self._release_waiting(entry, None, failure)
-                return
-            failpoint("combiner.gather.loaded")
-            self._release_waiting(entry, _Loaded(key, slow=False, size=size), None)
+            except TokenFault as fault:
+                if not self._makes_room(fault):
+                    raise
+                key = self._load_key(self._lane, entry, gathered)
+        except Exception as failure:
+            self._release_waiting(entry, None, failure)
             return
+        finally:
+            gathered.secret.close()
+        failpoint("combiner.gather.loaded")
+        self._release_waiting(entry, _Loaded(key, slow=False, size=size), None)
+
+    def _load_aside(self, entry: Entry, gathered: Gathered, *, last: bool) -> None:
+        """Have the slow worker load the key; once more, after those that it has are destroyed, if it has no room."""
+        size = len(gathered.secret)
+
+        def done(key: LoadedKey | None, failure: Exception | None) -> None:
+            if not last and isinstance(failure, TokenFault) and self._makes_room(failure):
+                self._load_aside(entry, gathered, last=True)
+                return
+            gathered.secret.close()
+            self._release_waiting(entry, None if key is None else _Loaded(key, slow=True, size=size), failure)
+
         try:
-            self._slow.submit(
-                lambda lane: self._load_key(lane, entry, gathered),
-                lambda key, failure: self._release_waiting(entry, key and _Loaded(key, slow=True, size=size), failure),
-            )
+            self._slow.submit(lambda lane: self._load_key(lane, entry, gathered), done)
         except Overloaded as failure:
             gathered.secret.close()
             self._release_waiting(entry, None, failure)
+
+    def _makes_room(self, fault: TokenFault) -> bool:
+        """Let every loaded key go where the token says that it is full; whether there were any."""
+        if fault.kind is not Kind.MEMORY or not len(self._cache):
+            return False
+        log.warning("the token is full; the loaded keys leave it", reason=str(fault))
+        return self._cache.clear("room") > 0
 
     def _not_gathered(self, entry: Entry, leader: _Waiting, error: Exception | None) -> None:
         """Tell who waited; if the leader's time was too short, those who came later with more of it try again."""
@@ -599,10 +659,7 @@ class Handlers:
 
     @staticmethod
     def _load_key(lane: Lane, entry: Entry, gathered: Gathered) -> LoadedKey:
-        try:
-            return lane.load(entry.algorithm, unblind(gathered.secret), entry.manifest.public_key)
-        finally:
-            gathered.secret.close()
+        return lane.load(entry.algorithm, unblind(gathered.secret), entry.manifest.public_key)
 
     def _release_waiting(self, entry: Entry, loaded: _Loaded | None, error: Exception | None) -> None:
         waiting = self._gathering.pop(entry.row.key_id, [])
@@ -769,6 +826,7 @@ class Handlers:
                 store=self._ledger.problem[:MAX_ERROR_DETAIL],
                 alarms=[each for each in (self._audit.broken, *self._witness.alarms.values()) if each],
                 clock=self._ledger.clock.complaint(),
+                health=self._health.told(),
             ),
         )
 
@@ -1054,6 +1112,10 @@ class Handlers:
         self._holder.shares.clear("flushed")
 
     # --- what changed ---
+
+    def token_renewed(self) -> None:
+        """Every loaded key is gone from the token; forget those that were loaded before."""
+        self._cache.drop_values(lambda loaded: not loaded.key.lives, "flushed")
 
     def key_changed(self, entry: Entry) -> None:
         """Another version of a key, or its end: what was loaded leaves. A new epoch of a version changes nothing."""

@@ -6,6 +6,7 @@ import os
 import queue
 import resource
 import signal
+import sys
 import time
 from dataclasses import replace
 from typing import Any, Final
@@ -30,6 +31,7 @@ from nodes.config import NodeConfig
 from nodes.deal import Conversation, Talker
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
+from nodes.keeper import Keeper
 from nodes.ledger import GrantLedger
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
@@ -164,6 +166,12 @@ class Server:
         self._dealer: Worker[Talker] = Worker(
             "dealer", self._mailbox, make_talker, Talker.close, queue.Queue(MAX_CREATIONS_WAITING), Talker.drop_late
         )
+        self._keeper = Keeper(
+            token,
+            config.care,
+            [sys.executable, "-P", "-m", "nodes", "check-token", "--same-kek", "--config", str(config.path)],
+            renewed=lambda: self._mailbox.post(self._handlers.token_renewed),
+        )
         self._handlers = Handlers(
             node=identity.name,
             boot=boot,
@@ -188,6 +196,7 @@ class Server:
             signatures=signatures,
             ledger=ledger,
             limits=config.service_limits,
+            health=self._keeper,
         )
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)
@@ -211,6 +220,7 @@ class Server:
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
         if self._lifeline is not None:
             poller.register(self._lifeline, zmq.POLLIN)
+        self._keeper.start()
         log.info("serving", endpoint=self.endpoint)
         try:
             self._loop(poller)
@@ -253,6 +263,7 @@ class Server:
         self._mailbox.run()
 
     def _close(self) -> None:
+        self._keeper.stop(DRAIN_S)
         self._handlers.close()
         self._end(self._local, self._slow, *self._talkers)
         self._audit.stop(DRAIN_S)

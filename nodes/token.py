@@ -1,8 +1,12 @@
 """The PKCS#11 token: its one KEK, loaded keys as session objects, and the operations on them.
 
 Nothing else in the node touches PKCS#11. It knows no policy, no store and no socket. A ``Lane`` is one session used by
-one thread; objects belong to the lane that made them. The session that logged in stays open as long as the process:
+one thread; objects belong to the lane that made them. The session that logged in stays open until the token is renewed:
 closing it would log the whole process out (PKCS#11 v2.40, 5.6).
+
+Renewing (``Token.renew``) finalises and initialises the module in place, while no lane makes a call, and opens each
+lane's session again. It brings a lost session or login back, and the memory that SoftHSM keeps of each object that was
+ever made. Loaded keys end with it: handles are given out again, so each key knows the generation that it belongs to.
 
 python-pkcs11 takes and gives ``bytes``, which can't be wiped, and copies them into memory that it does not wipe. So
 where whole keys go in and shares come out the module's own functions are called, on locked memory (``_Module``).
@@ -13,34 +17,42 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pkcs11
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, utils
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, _pkcs11
-from pkcs11.exceptions import (
-    KeyHandleInvalid,
-    ObjectHandleInvalid,
-    PKCS11Error,
-    SessionClosed,
-    SessionHandleInvalid,
-    UserNotLoggedIn,
-)
+from pkcs11.exceptions import PKCS11Error
 from pkcs11.mechanisms import MGF, GCMParams
 from pkcs11.util.ec import encode_named_curve_parameters
 
 from engine.client.config import sync_folder, write_private
-from engine.errors import ConfigError, EngineError, InvalidSignature, InvalidTag, TokenError
+from engine.errors import ConfigError, EngineError, InvalidSignature, InvalidTag, NeedGrant, TokenError
 from engine.keys import ALGORITHMS, Algorithm, KeyKind, RequestType, generate_material, public_key_der
 from engine.sharing import SecretBuffer
 from nodes.config import PinSource, TokenConfig
+from nodes.health import Kind, TokenFault, classify
 
-__all__ = ["Lane", "LoadedKey", "Token", "initialize_token", "is_slow", "open_beside_fresh", "sync_tokens"]
+__all__ = [
+    "CallWatch",
+    "Lane",
+    "LoadedKey",
+    "Token",
+    "TokenBusy",
+    "initialize_token",
+    "is_slow",
+    "open_beside_fresh",
+    "sync_tokens",
+]
 
 KEK_LABEL: Final = "keyquorum-kek"
 NONCE_BYTES: Final = 12
@@ -49,15 +61,21 @@ PIN_BYTES: Final = 20
 """160 random bits: SoftHSM's derivation is weak, so the PIN itself must carry the strength."""
 PIN_CHARACTERS_MIN: Final = 32
 """Of a PIN that comes from elsewhere: 128 bits if it is random and in hex."""
+RENEWAL_PATIENCE_S: Final = 0.25
+"""How long a call waits for a renewal; then it fails, so that a token that is slow to open does not stop the loop."""
+QUIET_WAIT_S: Final = 5.0
+"""How long a renewal waits for the calls in progress."""
+WITNESS: Final = b"keyquorum-witness"
+"""What is sealed under the KEK at the start, so that another KEK is noticed later."""
 SLOW_US: Final = 300
 """An operation expected to take longer runs beside the loop that serves the quick ones."""
 
+_SILENT_KEK: Final = "the token's KEK does not answer"
+_FAILED: Final = "the token failed an operation"
 _EDWARDS25519: Final = b"\x13\x0cedwards25519"  # PrintableString, PKCS#11 v3.0, 2.3.10
 _SHA256_DIGEST_INFO: Final = bytes.fromhex("3031300d060960864801650304020105000420")  # RFC 8017, 9.2, note 1
 _CURVE_NAMES: Final = {256: "secp256r1", 384: "secp384r1"}
 _PSS: Final = (Mechanism.SHA256, MGF.SHA256, 32)
-_GONE: Final = (KeyHandleInvalid, ObjectHandleInvalid, SessionClosed, SessionHandleInvalid, UserNotLoggedIn)
-"""What says that key, session or login are gone: never the answer to a wrong tag."""
 _OAEP: Final = (Mechanism.SHA256, MGF.SHA256, None)
 _HMAC: Final = {"sha256": Mechanism.SHA256_HMAC, "sha512": Mechanism.SHA512_HMAC}
 _HMAC_BLOCK: Final = {"sha256": 64, "sha512": 128}
@@ -140,9 +158,9 @@ class _CkFunctionList(ctypes.Structure):
 CKF_OS_LOCKING_OK: Final = 2
 CKM_AES_GCM: Final = 0x1087
 CKR_OK: Final = 0
-CKR_GONE: Final = frozenset({0x60, 0x82, 0xB0, 0xB3, 0x101})
-"""The codes of the errors in ``_GONE``."""
+CKR_CRYPTOKI_NOT_INITIALIZED: Final = 0x190
 
+R = TypeVar("R")
 AttributeValue = bool | int | bytes | memoryview
 
 
@@ -298,14 +316,62 @@ def _load(config: TokenConfig, data: Path) -> tuple[Any, ctypes.CDLL]:
         native = ctypes.CDLL(str(config.module))
     except (PKCS11Error, OSError, RuntimeError) as error:
         raise TokenError(f"the PKCS#11 module {config.module} can't be loaded: {describe(error)}") from None
-    arguments = _InitializeArgs(flags=CKF_OS_LOCKING_OK)
-    for name, code in (
-        ("C_Finalize", native.C_Finalize(None)),
-        ("C_Initialize", native.C_Initialize(ctypes.byref(arguments))),
-    ):
-        if code != 0:
-            raise TokenError(f"{name} of {config.module} returned 0x{code:08x}")
+    _initialize_again(config, native)
     return library, native
+
+
+def _initialize_again(config: TokenConfig, native: ctypes.CDLL) -> None:
+    """C_Finalize and C_Initialize: every session and session object of the process ends."""
+    arguments = _InitializeArgs(flags=CKF_OS_LOCKING_OK)
+    for name, argument in (("C_Finalize", None), ("C_Initialize", ctypes.byref(arguments))):
+        code = getattr(native, name)(argument)
+        if code not in (CKR_OK, CKR_CRYPTOKI_NOT_INITIALIZED if name == "C_Finalize" else CKR_OK):
+            raise TokenFault(f"{name} of {config.module} returned 0x{code:08x}", code)
+
+
+_CODES: Final = {
+    "HostMemory": 0x02,
+    "SlotIDInvalid": 0x03,
+    "GeneralError": 0x05,
+    "FunctionFailed": 0x06,
+    "DataInvalid": 0x20,
+    "DataLenRange": 0x21,
+    "DeviceError": 0x30,
+    "DeviceMemory": 0x31,
+    "DeviceRemoved": 0x32,
+    "EncryptedDataInvalid": 0x40,
+    "EncryptedDataLenRange": 0x41,
+    "KeyHandleInvalid": 0x60,
+    "ObjectHandleInvalid": 0x82,
+    "OperationActive": 0x90,
+    "OperationNotInitialized": 0x91,
+    "PinIncorrect": 0xA0,
+    "PinInvalid": 0xA1,
+    "PinLenRange": 0xA2,
+    "PinExpired": 0xA3,
+    "PinLocked": 0xA4,
+    "SessionClosed": 0xB0,
+    "SessionHandleInvalid": 0xB3,
+    "TokenNotPresent": 0xE0,
+    "TokenNotRecognised": 0xE1,
+    "UserNotLoggedIn": 0x101,
+    "UserPinNotInitialized": 0x102,
+}
+"""python-pkcs11's errors, which keep no code, of the codes that ``nodes.health`` knows."""
+
+
+def code_of(error: PKCS11Error | _ModuleError) -> int:
+    """The CKR code of an error; 0 where it can't be told."""
+    if isinstance(error, _ModuleError):
+        return error.code
+    found = _CODES.get(type(error).__name__)
+    if found is not None:
+        return found
+    text = str(error)
+    if "not initialized" in text:
+        return CKR_CRYPTOKI_NOT_INITIALIZED
+    number = re.search(r"0x([0-9a-f]+)", text)
+    return int(number[1], 16) if number else 0
 
 
 def describe(error: BaseException) -> str:
@@ -433,70 +499,161 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+@dataclass(slots=True, eq=False)
+class _Guard:
+    """Who makes calls of the token's module under it does so alone, and ``since_s`` says since when (0: no call)."""
+
+    watch: CallWatch
+    since_s: float = 0.0
+    closed: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            patience_s = max(0.0, self.watch.renewal_s + RENEWAL_PATIENCE_S - time.monotonic())
+            if not self.lock.acquire(timeout=patience_s):
+                raise TokenError("the token is being opened anew")
+        if self.closed:
+            self.lock.release()
+            raise TokenError(self.closed)
+        self.since_s = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.since_s = 0.0
+        self.lock.release()
+
+
+class CallWatch:
+    """Since when calls of the token are in progress, over all threads: what a supervisor needs to notice a hang."""
+
+    def __init__(self) -> None:
+        self._guards: list[_Guard] = []
+        self.renewal_s = 0.0
+        """When the last renewal began."""
+
+    def guard(self) -> _Guard:
+        """A guard whose calls are watched."""
+        made = _Guard(self)
+        self._guards.append(made)
+        return made
+
+    def oldest_s(self, now_s: float) -> float:
+        """For how long the oldest call in progress has gone on; 0 if there is none. From any thread."""
+        begun = [since_s for each in self._guards if (since_s := each.since_s)]
+        return max(0.0, now_s - min(begun)) if begun else 0.0
+
+
 @dataclass(slots=True)
 class LoadedKey:
     """A key as session objects of one lane; non-extractable. Use it from the lane's thread alone."""
 
     algorithm: Algorithm
     private: Any
+    lane: Lane
+    generation: int
     public: Any = None
 
+    @property
+    def lives(self) -> bool:
+        """Whether the token was not renewed since it was loaded."""
+        return self.generation == self.lane.generation
+
     def destroy(self) -> None:
-        """Remove the objects from the token. A session object that is already gone is what was wanted."""
-        for each in (self.private, self.public):
-            if each is not None:
-                try:
-                    each.destroy()
-                except PKCS11Error:
-                    continue
+        """Remove the objects from the token. One that is already gone is what was wanted."""
+        self.lane.destroy(self)
+
+
+def _no_report(fault: TokenFault, generation: int) -> None:
+    """Where nobody looks after the token's health."""
 
 
 class Lane:
-    """One session of the token, for one thread."""
+    """One session of the token, for one thread.
 
-    def __init__(self, session: Any, module: _Module) -> None:
-        self._session = session
+    Every call is made under the lane's guard. What fails in a way that says something about the token is also handed
+    to ``report``, with the generation in which it failed.
+    """
+
+    def __init__(self, session: Any, module: _Module, guard: _Guard | None = None, generation: int = 1) -> None:
         self._module = module
+        self._guard = guard or CallWatch().guard()
+        self.report: Callable[[TokenFault, int], None] = _no_report
+        self.made = 0
+        """Objects that were made in this lane; SoftHSM keeps some memory of each until the token is renewed."""
+        self.take(session, generation)
+
+    def take(self, session: Any, generation: int) -> None:
+        """Go on with another session. By who has the guard, or before there is a second thread."""
+        self._session = session
+        self.generation = generation
         self._kek = _one_kek(session)
+
+    def _fault(self, what: str, error: PKCS11Error | _ModuleError) -> TokenFault:
+        """The error to raise, after it was reported."""
+        fault = TokenFault(f"{what}: {describe(error)}", code_of(error))
+        if fault.kind is not Kind.OTHER:
+            self.report(fault, self.generation)
+        return fault
+
+    def _check(self, key: LoadedKey) -> None:
+        """Under the guard: a handle of before the renewal may be another key's by now."""
+        if key.lane is not self or key.generation != self.generation:
+            raise NeedGrant("the key left the token, which was opened anew; a grant is needed to gather it again")
 
     # --- the KEK ---
 
     def seal(self, plaintext: bytes, associated_data: bytes) -> bytes:
         """AES-256-GCM under the KEK (NIST SP 800-38D): a random 96-bit nonce, the ciphertext and its 16-byte tag."""
         nonce = os.urandom(NONCE_BYTES)
-        return nonce + self._gcm(self._kek.encrypt, plaintext, nonce, associated_data)
+        with self._guard:
+            try:
+                return nonce + self._gcm(self._kek.encrypt, plaintext, nonce, associated_data)
+            except PKCS11Error as error:
+                raise self._fault(_SILENT_KEK, error) from None
 
     def unseal(self, sealed: bytes, associated_data: bytes) -> bytes:
         """What was sealed; ``InvalidTag`` if blob or associated data changed, ``TokenError`` if the token failed."""
         nonce, rest = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
         if len(rest) < TAG_BYTES:
             raise InvalidTag(f"a sealed blob of {len(sealed)} bytes is too short")
-        try:
-            return self._gcm(self._kek.decrypt, rest, nonce, associated_data)
-        except _GONE as error:
-            raise TokenError(f"the token's KEK does not answer: {describe(error)}") from None
-        except PKCS11Error:
-            # SoftHSM answers a wrong tag with CKR_GENERAL_ERROR: the canary tells it from a sick token.
-            self.check_kek()
-            raise InvalidTag("a sealed blob does not open under this token's KEK") from None
+        return self._opened(lambda: self._gcm(self._kek.decrypt, rest, nonce, associated_data))
 
     def unseal_secret(self, sealed: bytes, associated_data: bytes) -> SecretBuffer:
         """As ``unseal``, into locked memory, which the caller closes. What is sealed has one byte at least."""
         nonce, rest = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
         if len(rest) <= TAG_BYTES:
             raise InvalidTag(f"a sealed blob of {len(sealed)} bytes is too short")
-        try:
-            return self._module.decrypt_gcm(self._session.handle, self._kek.handle, nonce, associated_data, rest)
-        except _ModuleError as error:
-            if error.code in CKR_GONE:
-                raise TokenError(f"the token's KEK does not answer: {error}") from None
-            self.check_kek()
-            raise InvalidTag("a sealed blob does not open under this token's KEK") from None
+        return self._opened(
+            lambda: self._module.decrypt_gcm(self._session.handle, self._kek.handle, nonce, associated_data, rest)
+        )
+
+    def _opened(self, decrypt: Callable[[], R]) -> R:
+        """What was sealed under the KEK."""
+        with self._guard:
+            return self._decrypted(
+                decrypt, self._canary, _SILENT_KEK, "a sealed blob does not open under this token's KEK"
+            )
+
+    def _decrypted(self, decrypt: Callable[[], R], canary: Callable[[], None], sick: str, wrong: str) -> R:
+        """The plaintext. A wrong tag looks like a token's fault (SoftHSM says CKR_GENERAL_ERROR), and the other way.
+
+        So where the code is unclear, the same key has to open something that it sealed itself, and then the ciphertext
+        gets a second try: only what fails beside a key that works is a wrong ciphertext.
+        """
+        for last in (False, True):
+            try:
+                return decrypt()
+            except (PKCS11Error, _ModuleError) as error:
+                if classify(code_of(error)) is not Kind.UNCLEAR:
+                    raise self._fault(sick, error) from None
+            if not last:
+                canary()
+        raise InvalidTag(wrong)
 
     def reseal(self, sealed: bytes, associated_data: bytes, new: Lane) -> bytes:
         """What this lane's KEK sealed, sealed by that of ``new``; in between it is in locked memory alone."""
         nonce = os.urandom(NONCE_BYTES)
-        with self.unseal_secret(sealed, associated_data) as plain:
+        with self.unseal_secret(sealed, associated_data) as plain, new._guard:
             try:
                 return nonce + new._module.encrypt_gcm(
                     new._session.handle, new._kek.handle, nonce, associated_data, plain
@@ -506,13 +663,21 @@ class Lane:
 
     def check_kek(self) -> None:
         """Seal and unseal a canary; ``TokenError`` if that fails."""
-        canary, nonce = os.urandom(16), os.urandom(NONCE_BYTES)
+        with self._guard:
+            self._canary()
+
+    def _canary(self) -> None:
         try:
-            blob = self._gcm(self._kek.encrypt, canary, nonce, b"canary")
-            if self._gcm(self._kek.decrypt, blob, nonce, b"canary") != canary:
-                raise TokenError("the KEK's canary came back changed")
+            if not self._comes_back(self._kek):
+                raise TokenFault("the KEK's canary came back changed")
         except PKCS11Error as error:
-            raise TokenError(f"the token's KEK does not answer: {describe(error)}") from None
+            raise self._fault(_SILENT_KEK, error) from None
+
+    def _comes_back(self, key: Any) -> bool:
+        """Whether an AES key opens a canary that it encrypts."""
+        canary, nonce = os.urandom(16), os.urandom(NONCE_BYTES)
+        blob = self._gcm(key.encrypt, canary, nonce, b"canary")
+        return self._gcm(key.decrypt, blob, nonce, b"canary") == canary
 
     @staticmethod
     def _gcm(call: Callable[..., bytes], data: bytes, nonce: bytes, associated_data: bytes) -> bytes:
@@ -520,10 +685,11 @@ class Lane:
 
     def random(self, length: int) -> bytes:
         """``length`` bytes from the token's generator (C_GenerateRandom)."""
-        try:
-            return bytes(self._session.generate_random(length * 8))
-        except PKCS11Error as error:
-            raise TokenError(f"the token's random generator failed: {describe(error)}") from None
+        with self._guard:
+            try:
+                return bytes(self._session.generate_random(length * 8))
+            except PKCS11Error as error:
+                raise self._fault("the token's random generator failed", error) from None
 
     # --- loaded keys ---
 
@@ -541,12 +707,12 @@ class Lane:
         try:
             _check_length(algo, len(material))
             if isinstance(material, bytes):
-                with SecretBuffer.copy_of(material) as copied:
+                with SecretBuffer.copy_of(material) as copied, self._guard:
                     return self._load(algo, memoryview(copied), public_key)
-            with memoryview(material) as view:
+            with memoryview(material) as view, self._guard:
                 return self._load(algo, view, public_key)
         except (PKCS11Error, _ModuleError) as error:
-            raise TokenError(f"the token refused a key of {algo.name}: {describe(error)}") from None
+            raise self._fault(f"the token refused a key of {algo.name}", error) from None
         except ValueError as error:
             raise TokenError(f"what was combined is no key of {algo.name}: {error}") from None
 
@@ -566,11 +732,31 @@ class Lane:
     def try_rsa(self, algo: Algorithm, material: bytearray) -> LoadedKey:
         """As ``load``, with a throw-away RSA key of PROBE_RSA_BITS."""
         try:
-            return self._pair(algo, *_rsa_attributes(memoryview(material), PROBE_RSA_BITS))
-        except _ModuleError as error:
-            raise TokenError(f"the token refused a key of {algo.name}: {error}") from None
+            with self._guard:
+                return self._pair(algo, *_rsa_attributes(memoryview(material), PROBE_RSA_BITS))
+        except (PKCS11Error, _ModuleError) as error:
+            raise self._fault(f"the token refused a key of {algo.name}", error) from None
+
+    def destroy(self, key: LoadedKey) -> None:
+        """Remove a key's objects; see ``LoadedKey.destroy``."""
+        try:
+            with self._guard:
+                if key.generation == self.generation:
+                    self._destroy(key)
+        except TokenError:
+            return  # the token is not open, or is being opened anew: the objects end with its sessions
+
+    @staticmethod
+    def _destroy(key: LoadedKey) -> None:
+        for each in (key.private, key.public):
+            if each is not None:
+                try:
+                    each.destroy()
+                except PKCS11Error:
+                    continue
 
     def _create(self, template: Mapping[Attribute, AttributeValue]) -> Any:
+        self.made += 1
         return _wrapped(self._session, self._module.create_object(self._session.handle, template))
 
     def _secret(self, algo: Algorithm, kind: KeyType, value: memoryview, usage: Sequence[Attribute]) -> LoadedKey:
@@ -586,6 +772,8 @@ class Lane:
                     **dict.fromkeys(usage, True),
                 }
             ),
+            self,
+            self.generation,
         )
 
     def _pair(self, algo: Algorithm, kind: KeyType, secret: Parts, public: Parts) -> LoadedKey:
@@ -602,6 +790,8 @@ class Lane:
                     (Attribute.DECRYPT if encrypts else Attribute.SIGN): True,
                 }
             ),
+            self,
+            self.generation,
         )
         try:
             made.public = self._create(
@@ -615,7 +805,7 @@ class Lane:
                 }
             )
         except (PKCS11Error, _ModuleError):
-            made.destroy()
+            self._destroy(made)
             raise
         return made
 
@@ -624,35 +814,45 @@ class Lane:
     def encrypt(self, key: LoadedKey, plaintext: bytes, associated_data: bytes) -> bytes:
         """AES-GCM: nonce || ciphertext || tag; RSA-OAEP (no associated data): the ciphertext."""
         if key.algorithm.kind is KeyKind.RSA:
-            return self._run(key.public.encrypt, plaintext, mechanism=Mechanism.RSA_PKCS_OAEP, mechanism_param=_OAEP)
+            return self._run(key, key.public, plaintext, mechanism=Mechanism.RSA_PKCS_OAEP, mechanism_param=_OAEP)
         nonce = os.urandom(NONCE_BYTES)
         parameters = GCMParams(nonce, associated_data, 128)
-        return nonce + self._run(
-            key.private.encrypt, plaintext, mechanism=Mechanism.AES_GCM, mechanism_param=parameters
-        )
+        return nonce + self._run(key, key.private, plaintext, mechanism=Mechanism.AES_GCM, mechanism_param=parameters)
 
     def decrypt(self, key: LoadedKey, ciphertext: bytes, associated_data: bytes) -> bytes:
         """The plaintext; ``InvalidTag`` if anything was changed."""
-        parameters: Any
-        if key.algorithm.kind is KeyKind.RSA:
-            data, mechanism, parameters = ciphertext, Mechanism.RSA_PKCS_OAEP, _OAEP
-        else:
-            if len(ciphertext) < NONCE_BYTES + TAG_BYTES:
-                raise InvalidTag(f"a ciphertext of {len(ciphertext)} bytes is too short")
-            data, mechanism = ciphertext[NONCE_BYTES:], Mechanism.AES_GCM
-            parameters = GCMParams(ciphertext[:NONCE_BYTES], associated_data, 128)
+        is_rsa = key.algorithm.kind is KeyKind.RSA
+        if not is_rsa and len(ciphertext) < NONCE_BYTES + TAG_BYTES:
+            raise InvalidTag(f"a ciphertext of {len(ciphertext)} bytes is too short")
+
+        def decrypt() -> bytes:
+            if is_rsa:
+                return bytes(key.private.decrypt(ciphertext, mechanism=Mechanism.RSA_PKCS_OAEP, mechanism_param=_OAEP))
+            nonce, rest = ciphertext[:NONCE_BYTES], ciphertext[NONCE_BYTES:]
+            return bytes(self._gcm(key.private.decrypt, rest, nonce, associated_data))
+
+        with self._guard:
+            self._check(key)
+            wrong = "the ciphertext, its associated data or its key does not fit"
+            return self._decrypted(decrypt, lambda: self._key_canary(key), _FAILED, wrong)
+
+    def _key_canary(self, key: LoadedKey) -> None:
+        """Whether a loaded key opens what it encrypts itself."""
         try:
-            return bytes(key.private.decrypt(data, mechanism=mechanism, mechanism_param=parameters))
-        except _GONE as error:
-            raise TokenError(f"the token failed an operation: {describe(error)}") from None
-        except PKCS11Error:
-            self.check_kek()  # a wrong tag looks like a token fault: CKR_GENERAL_ERROR
-            raise InvalidTag("the ciphertext, its associated data or its key does not fit") from None
+            if key.algorithm.kind is KeyKind.RSA:
+                options = {"mechanism": Mechanism.RSA_PKCS_OAEP, "mechanism_param": _OAEP}
+                good = key.private.decrypt(key.public.encrypt(b"canary", **options), **options) == b"canary"
+            else:
+                good = self._comes_back(key.private)
+        except PKCS11Error as error:
+            raise self._fault(_FAILED, error) from None
+        if not good:
+            raise TokenFault("a loaded key's canary came back changed")
 
     def sign(self, key: LoadedKey, data: bytes) -> bytes:
         """Sign a digest (or, for Ed25519, a message); ECDSA signatures come as DER (RFC 3279, 2.2.3)."""
         mechanism, parameters, prepared = _signing(key.algorithm, data)
-        raw = self._run(key.private.sign, prepared, mechanism=mechanism, mechanism_param=parameters)
+        raw = self._run(key, key.private, prepared, mechanism=mechanism, mechanism_param=parameters)
         if key.algorithm.kind is not KeyKind.EC:
             return raw
         half = len(raw) // 2
@@ -664,29 +864,33 @@ class Lane:
         raw = signature
         if key.algorithm.kind is KeyKind.EC:
             raw = _raw_ecdsa(signature, key.algorithm.bits // 8)
-        self._verify(key.public, prepared, raw, mechanism=mechanism, mechanism_param=parameters)
+        self._verify(key, key.public, prepared, raw, mechanism=mechanism, mechanism_param=parameters)
 
     def mac(self, key: LoadedKey, data: bytes) -> bytes:
         """HMAC (RFC 2104) of the data."""
-        return self._run(key.private.sign, data, mechanism=_HMAC[key.algorithm.hash_name])
+        return self._run(key, key.private, data, mechanism=_HMAC[key.algorithm.hash_name])
 
     def verify_mac(self, key: LoadedKey, data: bytes, tag: bytes) -> None:
         """``InvalidSignature`` unless the full-length tag belongs to the data."""
-        self._verify(key.private, data, tag, mechanism=_HMAC[key.algorithm.hash_name])
+        self._verify(key, key.private, data, tag, mechanism=_HMAC[key.algorithm.hash_name])
 
-    @staticmethod
-    def _run(call: Callable[..., bytes], data: bytes, **options: Any) -> bytes:
-        try:
-            return bytes(call(data, **options))
-        except PKCS11Error as error:
-            raise TokenError(f"the token failed an operation: {describe(error)}") from None
+    def _run(self, key: LoadedKey, part: Any, data: bytes, **options: Any) -> bytes:
+        """Encrypt where the algorithm does, else sign."""
+        with self._guard:
+            self._check(key)
+            try:
+                call = part.encrypt if RequestType.ENCRYPT in key.algorithm.operations else part.sign
+                return bytes(call(data, **options))
+            except PKCS11Error as error:
+                raise self._fault(_FAILED, error) from None
 
-    @staticmethod
-    def _verify(public: Any, data: bytes, signature: bytes, **options: Any) -> None:
-        try:
-            good = bool(signature) and public.verify(data, signature, **options)
-        except PKCS11Error as error:
-            raise TokenError(f"the token failed a verification: {describe(error)}") from None
+    def _verify(self, key: LoadedKey, part: Any, data: bytes, signature: bytes, **options: Any) -> None:
+        with self._guard:
+            self._check(key)
+            try:
+                good = bool(signature) and part.verify(data, signature, **options)
+            except PKCS11Error as error:
+                raise self._fault("the token failed a verification", error) from None
         if not good:
             raise InvalidSignature("the signature or MAC does not belong to the message")
 
@@ -796,34 +1000,130 @@ def _raw_ecdsa(signature: bytes, size: int) -> bytes:
         raise InvalidSignature("the signature is no DER ECDSA signature of this curve") from None
 
 
-class Token:
-    """The opened token. ``algorithms`` are those it can serve; ``missing`` says what it lacks for the others."""
+class TokenBusy(TokenError):
+    """A call of the token goes on, so it can't be renewed now."""
 
-    def __init__(self, config: TokenConfig, data: Path) -> None:
-        self._pin = config.pin.read()
-        library, native = _load(config, data)
-        self._module = _Module(native)
-        self._token = _find(library, config.label)
-        try:
-            self._login = self._token.open(user_pin=self._pin)
-        except PKCS11Error as error:
-            raise TokenError(f"login to the token {config.label!r} failed: {describe(error)}") from None
-        finally:
-            self._pin = ""
+
+class Token:
+    """The opened token. ``algorithms`` are those it can serve; ``missing`` says what it lacks for the others.
+
+    With ``probe`` off nothing is tried and all algorithms count as served. Of a fault that says something about the
+    token, ``report`` is told, by the thread that met it.
+    """
+
+    def __init__(self, config: TokenConfig, data: Path, watch: CallWatch | None = None, *, probe: bool = True) -> None:
+        self._config = config
+        self._data = data
+        self.watch = watch or CallWatch()
+        self.report: Callable[[TokenFault, int], None] = _no_report
+        self.generation = 1
+        self._lanes: list[Lane] = []
+        self._guards: list[_Guard] = []
+        self._renewing = self.watch.guard()
+        with self._renewing:
+            library, self._native = _load(config, data)
+            self._library = library
+            self._module = _Module(self._native)
+            self._open()
         self.description = f"{library.manufacturer_id} {library.library_description}, token {config.label}".strip()
-        self.missing = self._probe()
+        with self._renewing:
+            prober = Lane(self._login, self._module, self.watch.guard())
+        self._witness = prober.seal(WITNESS, WITNESS)
+        self.missing = self._probe(prober) if probe else {}
         self.algorithms = tuple(name for name in ALGORITHMS if name not in self.missing)
+
+    def _open(self) -> None:
+        """Find the token and log in. The PIN is read anew each time, and not kept."""
+        self._token = _find(self._library, self._config.label)
+        pin = self._config.pin.read()
+        try:
+            self._login = self._token.open(user_pin=pin)
+        except PKCS11Error as error:
+            raise TokenFault(
+                f"login to the token {self._config.label!r} failed: {describe(error)}", code_of(error)
+            ) from None
+        finally:
+            del pin
 
     def lane(self) -> Lane:
         """A new session for the calling thread; the login of the process covers it."""
-        try:
-            return Lane(self._token.open(), self._module)
-        except PKCS11Error as error:
-            raise TokenError(f"the token gives no further session: {describe(error)}") from None
+        with self._renewing:
+            guard = self.watch.guard()
+            try:
+                made = Lane(self._token.open(), self._module, guard, self.generation)
+            except PKCS11Error as error:
+                raise TokenError(f"the token gives no further session: {describe(error)}") from None
+            made.report = self._tell
+            self._lanes.append(made)
+            self._guards.append(guard)
+            return made
 
-    def _probe(self) -> Mapping[str, str]:
+    def _tell(self, fault: TokenFault, generation: int) -> None:
+        if generation == self.generation:  # else it was renewed since
+            self.report(fault, generation)
+
+    @property
+    def made(self) -> int:
+        """Objects that were made in it since the start."""
+        return sum(each.made for each in self._lanes)
+
+    @property
+    def witness(self) -> bytes:
+        """What this token's KEK sealed when the process began; see ``check_witness``."""
+        return self._witness
+
+    def check_witness(self, witness: bytes) -> None:
+        """``TokenFault`` unless this token has the KEK that sealed it."""
+        self._compare(Lane(self._login, self._module), witness)
+
+    @staticmethod
+    def _compare(lane: Lane, witness: bytes) -> None:
+        try:
+            if lane.unseal(witness, WITNESS) == WITNESS:
+                return
+        except InvalidTag:
+            pass
+        raise TokenFault("the token has another KEK than this node began with")
+
+    def renew(self) -> None:
+        """Open the token anew, while no lane makes a call: ``TokenError`` says what failed, and nothing works then.
+
+        Every loaded key is gone after it. ``TokenBusy``: some call does not end, and nothing was begun.
+        """
+        with self._renewing, self._all_quiet():
+            self.generation += 1
+            for guard in self._guards:
+                guard.closed = "the token could not be opened anew"
+            try:
+                _softhsm_environment(self._config, self._data)
+                _initialize_again(self._config, self._native)
+                self._open()
+                self._compare(Lane(self._login, self._module), self._witness)
+                for lane in self._lanes:
+                    lane.take(self._token.open(), self.generation)
+            except PKCS11Error as error:
+                raise TokenFault(f"the token can't be opened anew: {describe(error)}", code_of(error)) from None
+            for guard in self._guards:
+                guard.closed = ""
+
+    @contextmanager
+    def _all_quiet(self) -> Iterator[None]:
+        """Have every lane's guard, so that no call is in progress and none begins."""
+        held: list[_Guard] = []
+        self.watch.renewal_s = time.monotonic()
+        end_s = self.watch.renewal_s + QUIET_WAIT_S
+        try:
+            for guard in self._guards:
+                if not guard.lock.acquire(timeout=max(0.0, end_s - time.monotonic())):
+                    raise TokenBusy(f"a call of the token has not ended within {QUIET_WAIT_S:g} s")
+                held.append(guard)
+            yield
+        finally:
+            for guard in held:
+                guard.lock.release()
+
+    def _probe(self, lane: Lane) -> Mapping[str, str]:
         """Algorithm -> what the token lacks for it, found by doing, with throw-away keys."""
-        lane = Lane(self._login, self._module)
         missing: dict[str, str] = {}
         for algo in ALGORITHMS.values():
             lacking = self._size_problem(algo)

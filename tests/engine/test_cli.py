@@ -28,7 +28,7 @@ from engine.cli.output import Settings, reading, writing
 from engine.client.calls import MemberStatus
 from engine.client.client import load_settings
 from engine.client.config import load_cluster, load_identity, read_card
-from engine.protocol.requests import NodeStatus
+from engine.protocol.requests import NodeStatus, TokenHealth
 
 PASSPHRASE = "correct horse battery"
 POLICY = """\
@@ -229,10 +229,13 @@ def test_missing_holders_are_named_in_json(keyquorum: Command, monkeypatch: pyte
         ({}, "up", []),
         ({"audit": "full"}, "not ready", ["serves nothing: the audit log can't be written: full"]),
         ({"store": "full"}, "not ready", ["serves only the keys that are loaded: full"]),
+        ({"health": TokenHealth("it is gone", "", 0, 0, 0, 0)}, "not ready", ["serves no key: it is gone"]),
     ],
 )
-def test_status_says_why_a_node_is_not_ready(reasons: dict[str, str], state: str, trouble: list[str]) -> None:
-    usual = NodeStatus("n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "")
+def test_status_says_why_a_node_is_not_ready(reasons: dict[str, Any], state: str, trouble: list[str]) -> None:
+    usual = NodeStatus(
+        "n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0)
+    )
     member = MemberStatus("n1", "node", "tcp://127.0.0.1:1", "", msgspec.structs.replace(usual, **reasons), None)
     assert local._state(member) == state
     assert local._member_json(member)["ready"] is (not reasons)

@@ -65,6 +65,7 @@ from engine.protocol.requests import (
     KeyList,
     NodeStatus,
     Result,
+    TokenHealth,
 )
 from engine.protocol.routing import Router
 from engine.protocol.signed import SigningKey, sign_envelope
@@ -643,7 +644,9 @@ class TestQuestions:
             answered_by_any({"a": 1, "b": ValueError("odd")})
 
     def test_status_gives_the_error_in_its_place(self, play: Play, world: World) -> None:
-        play.answers["status"] = NodeStatus("n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "")
+        play.answers["status"] = NodeStatus(
+            "n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0)
+        )
         member = world.cluster.nodes["n1"]
         good = play.run(play.calls.status_at(member, 5.0))
         assert (good.name, good.role, good.error, good.status.token) == ("n1", "node", None, "token")

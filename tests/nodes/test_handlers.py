@@ -28,12 +28,14 @@ from engine.protocol.requests import (
     REPLY_CODECS,
     REQUEST_CODECS,
     AuditNotice,
+    Describe,
     Destroy,
     Empty,
     Flush,
     Operate,
     Prewarm,
     SyncEntry,
+    TokenHealth,
 )
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
 from engine.sharing import SecretBuffer, blind
@@ -42,13 +44,14 @@ from nodes.catalogue import Catalogue
 from nodes.clock import TrustedClock
 from nodes.deal import Cursor, Gathered
 from nodes.handlers import Handlers
+from nodes.health import TokenFault
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
 from nodes.limits import Limits
 from nodes.peers import Peers
 from nodes.remember import SignatureCache
 from nodes.store import Row, ShareStore
-from nodes.token import Lane, LoadedKey
+from nodes.token import Lane, LoadedKey, Token
 from nodes.witness import Witness
 
 ME = "node1"
@@ -136,6 +139,7 @@ class Scene:
         self._number = 0
         clock = TrustedClock(wall_ms=world.clock, steady_ms=lambda: 0)
         self.ledger = GrantLedger(store, clock, Limits())
+        self.health = SimpleNamespace(problem="", told=lambda: TokenHealth("", "", 0, 0, 0, 0))
         holder = ShareHolder(world.cluster, world.keys[ME], store, self.catalogue, (algorithm,), self.ledger)
         self.handlers = Handlers(
             node=ME,
@@ -161,6 +165,7 @@ class Scene:
             signatures=self.signatures,
             ledger=self.ledger,
             limits=ServiceLimits(),
+            health=self.health,
         )
 
     def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float) -> Gathered:
@@ -605,3 +610,78 @@ def test_a_hidden_name_is_in_no_record(scene: Scene) -> None:
     assert scene.outcome(scene.send("encrypt", Operate("nothing", b"", b"", b"", b"", False, b""))) != "ok"
     assert {record.key for record in scene.records} == {"", b"orders".hex(), b"nothing".hex()}
     assert not [record for record in scene.records if "orders" in str(record) or "nothing" in str(record)]
+
+
+# --- the token's health ---
+
+
+def test_without_its_token_a_node_answers_what_needs_none(scene: Scene) -> None:
+    scene.encrypt()
+    scene.talkers.run()
+    scene.health.problem = "the token is gone: CKR_DEVICE_REMOVED"
+    for number in (scene.encrypt(), scene.encrypt(grant=False)):
+        assert isinstance(scene.answers[number][1], TokenError)
+        assert "the token is gone" in str(scene.answers[number][1])
+    assert scene.outcome(scene.send("describe", Describe("orders"))) == "ok"
+    assert scene.outcome(scene.send("status", Empty())) == "ok"
+    assert scene.handlers.pending == 0
+    scene.health.problem = ""
+    assert scene.outcome(scene.encrypt(grant=False)) == "ok"
+
+
+def test_a_key_that_a_renewal_took_is_gathered_again(scene: Scene, token: Token) -> None:
+    scene.encrypt()
+    scene.talkers.run()
+    token.renew()
+    assert scene.outcome(scene.encrypt(grant=False)) == "NeedGrant"
+    number = scene.encrypt()
+    assert scene.talkers.run() == 1
+    assert scene.outcome(number) == "ok"
+    assert len(scene.gatherings) == 2
+
+
+def test_a_queued_job_whose_key_a_renewal_took_asks_for_a_grant(slow: Scene, token: Token) -> None:
+    slow.encrypt(verb="sign")
+    slow.talkers.run()
+    slow.local.run()
+    queued = slow.encrypt(verb="sign", grant=False)
+    token.renew()
+    slow.handlers.token_renewed()
+    slow.local.run()
+    assert slow.outcome(queued) == "NeedGrant"
+    again = slow.encrypt(verb="sign")
+    slow.talkers.run()
+    slow.local.run()
+    assert slow.outcome(again) == "ok"
+    assert len(slow.handlers._cache) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["aes-256-gcm", "ecdsa-p384-sha384"])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_full_token_gets_room_once(
+    world: Any, lane: Lane, store: ShareStore, monkeypatch: pytest.MonkeyPatch, algorithm: str, times: int
+) -> None:
+    scene = Scene(world, lane, store, algorithm)
+    verb = "encrypt" if "aes" in algorithm else "sign"
+    scene.encrypt(verb=verb)
+    scene.talkers.run()
+    scene.local.run()
+    kept = list(scene.handlers._cache._entries.values())
+    scene.handlers._cache._entries = type(scene.handlers._cache._entries)({(bytes(16), 1): kept[0]})
+    load, failures = Lane.load, [TokenFault("full", 0x31)] * times
+
+    def full(*arguments: Any) -> LoadedKey:
+        if failures:
+            raise failures.pop()
+        return load(*arguments)
+
+    monkeypatch.setattr(Lane, "load", full)
+    number = scene.encrypt(verb=verb)
+    scene.talkers.run()
+    scene.local.run()
+    assert scene.outcome(number) == ("ok" if times == 1 else "TokenFault")
+    assert [secret.closed for secret in scene.secrets] == [True, True]
+    assert len(scene.handlers._cache) == (1 if times == 1 else 0)
+    scene.handlers.close()
+    scene.local.run()
+    assert scene.objects() == 0

@@ -154,14 +154,14 @@ def lying_module(folder: Path, softhsm: Path) -> Path:
     return module
 
 
-def refused_before_binding(cluster_folder: Any, node: str) -> str:
+def refused_before_binding(cluster_folder: Any, node: str, code: int = 2) -> str:
     """Start a node whose port the test holds itself; its log. Had it tried to bind, that is what it would tell."""
     host, _, port = cluster_folder.world.cluster.nodes[node].endpoint.removeprefix("tcp://").partition(":")
     with socket.socket() as holder:
         holder.bind((host, int(port)))
         holder.listen()
         process = cluster_folder.spawn(node)
-        assert process.process.wait(30) == 2
+        assert process.process.wait(30) == code
     assert "Traceback" not in process.log
     assert "can't bind" not in process.log
     assert '"serving"' not in process.log
@@ -225,7 +225,7 @@ def test_a_node_with_another_tokens_kek_does_not_serve(cluster_folder: Any) -> N
 def test_a_node_with_a_wrong_pin_does_not_serve(cluster_folder: Any) -> None:
     assert cluster_folder.init("node1").returncode == 0
     (cluster_folder.root / "pin.node1").write_text("0" * 40)
-    assert "login to the token 'node1' failed: PinIncorrect" in refused_before_binding(cluster_folder, "node1")
+    assert "login to the token 'node1' failed: PinIncorrect" in refused_before_binding(cluster_folder, "node1", 3)
 
 
 def test_a_node_with_a_damaged_store_does_not_serve(cluster_folder: Any) -> None:

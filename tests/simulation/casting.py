@@ -21,6 +21,7 @@ import engine.protocol.signed as signed_module
 from engine.errors import InvalidSignature, InvalidTag, TokenError
 from engine.keys import ALGORITHMS, Algorithm, KeyKind
 from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
+from engine.protocol.requests import TokenHealth
 from engine.protocol.signed import SigningKey
 from engine.sharing import SecretBuffer
 from nodes.token import LoadedKey
@@ -108,8 +109,13 @@ class Material:
 class SimLane:
     """What ``nodes.token.Lane`` is to its user, with real AES-GCM, HMAC and Ed25519 by pyca/cryptography."""
 
+    generation = 1
+
     def __init__(self, kek: bytes) -> None:
         self._kek = AESGCM(kek)
+
+    def destroy(self, key: LoadedKey) -> None:
+        key.private.destroy()
 
     def seal(self, plaintext: bytes, associated_data: bytes) -> bytes:
         nonce = os.urandom(12)
@@ -136,7 +142,7 @@ class SimLane:
         ):
             raise TokenError(f"what was combined is no key of {algo.name}")
         with memoryview(material) as view:
-            return LoadedKey(algo, Material(algo, bytes(view)))
+            return LoadedKey(algo, Material(algo, bytes(view)), self, self.generation)  # type: ignore[arg-type]
 
     def encrypt(self, key: LoadedKey, plaintext: bytes, associated_data: bytes) -> bytes:
         key.private.check()
@@ -168,6 +174,15 @@ class SimLane:
     def verify_mac(self, key: LoadedKey, data: bytes, tag: bytes) -> None:
         if not hmac.compare_digest(self.mac(key, data), tag):
             raise InvalidSignature("the MAC does not belong to the message")
+
+
+class SimHealth:
+    """The keeper of a token that is always well."""
+
+    problem = ""
+
+    def told(self) -> TokenHealth:
+        return TokenHealth("", "", 0, 0, 0, 0)
 
 
 class SimToken:

@@ -25,6 +25,7 @@ from casting import (
     KEYS,
     MEMBERS,
     NODES,
+    SimHealth,
     SimLane,
     SimToken,
     curve_secret,
@@ -392,6 +393,7 @@ class Node(Proc):
             coordinator=coordinator,
             ledger=ledger,
             limits=ServiceLimits(),
+            health=SimHealth(),
             clock=self.clock,
         )
         self.catalogue.watch(lambda entry: self._soon(lambda: self.handlers.key_changed(entry)))

@@ -191,6 +191,19 @@ def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
     caches = [(name, *msgspec.structs.astuple(each)) for name, status in nodes for each in status.caches]
     click.echo()
     table(settings, columns, caches, None)
+    tokens = [
+        (
+            name,
+            status.token,
+            status.health.made,
+            status.health.renewals,
+            f"{status.health.canary_age_ms // 1000} s",
+            f"{status.health.fresh_age_ms // 1000} s",
+        )
+        for name, status in nodes
+    ]
+    click.echo()
+    table(settings, ("NODE", "TOKEN", "OBJECTS", "RENEWALS", "FOUND WELL", "BY A FRESH PROCESS"), tokens, None)
     peers = [
         (name, each.node, each.samples, f"{each.expected_us} us", f"{each.p95_us} us", "down" if each.down else "up")
         for name, status in nodes
@@ -203,7 +216,10 @@ def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
 def _state(member: MemberStatus) -> str:
     if member.error is not None:
         return str(getattr(member.error, "code", "error"))
-    return "not ready" if any(getattr(member.status, name, "") for name in ("audit", "store")) else "up"
+    problems = [getattr(member.status, name, "") for name in ("audit", "store")]
+    if isinstance(member.status, NodeStatus):
+        problems.append(member.status.health.problem)
+    return "not ready" if any(problems) else "up"
 
 
 def _troubles(member: MemberStatus) -> list[str]:
@@ -211,6 +227,9 @@ def _troubles(member: MemberStatus) -> list[str]:
     if not isinstance(member.status, NodeStatus):
         return []
     unready = [f"serves nothing: the audit log can't be written: {member.status.audit}"] if member.status.audit else []
+    health = member.status.health
+    token = [f"serves no key: {health.problem}"] if health.problem else []
+    check = [health.check] if health.check else []
     store = [f"serves only the keys that are loaded: {member.status.store}"] if member.status.store else []
     clock = [member.status.clock] if member.status.clock else []
-    return [*unready, *store, *clock, *member.status.alarms]
+    return [*unready, *token, *check, *store, *clock, *member.status.alarms]

@@ -622,7 +622,8 @@ class LocalCluster:
                 "manifest": "../../cluster.manifest",
                 "manifest_pin": pin,
                 "data": "data",
-                "token": {"label": name, "pin": f"file:../../secrets/{name}.pin"},
+                # Fresh processes cost CPU time, and here all nodes share one machine.
+                "token": {"label": name, "pin": f"file:../../secrets/{name}.pin", "fresh_canary_every_s": 300.0},
             },
         )
 

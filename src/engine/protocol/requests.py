@@ -224,6 +224,22 @@ class NodeStats(Message, frozen=True):
     caches: Annotated[list[CacheCount], Meta(max_length=16)]
 
 
+class TokenHealth(Message, frozen=True):
+    """How a node's token is: ``[problem, check, renewals, made, canary_age_ms, fresh_age_ms]``.
+
+    ``problem`` says why it serves nothing, and ``check`` why no fresh process can look at it; empty if all is well.
+    ``made`` counts the objects made in it, ``renewals`` how often it was opened anew; the ages are since it was last
+    found well, by the node itself and by a fresh process.
+    """
+
+    problem: Text
+    check: Text
+    renewals: UInt
+    made: UInt
+    canary_age_ms: UInt
+    fresh_age_ms: UInt
+
+
 class NodeStatus(Message, frozen=True):
     """What a node tells an operator.
 
@@ -247,6 +263,7 @@ class NodeStatus(Message, frozen=True):
     store: Text
     alarms: Annotated[list[Text], Meta(max_length=32)]
     clock: Text
+    health: TokenHealth
 
 
 class SharePrepare(Message, frozen=True):
