@@ -26,6 +26,7 @@ from nodes.health import EXIT_PIN, EXIT_TOKEN, Kind, TokenFault
 from nodes.rotation import STORE_NAME, rotate
 from nodes.server import Server, load_membership
 from nodes.store import ShareStore
+from nodes.supervisor import Beat
 from nodes.token import Token, initialize_token
 
 CHECK_TIMEOUT_S = 600
@@ -46,10 +47,18 @@ _LEVEL = click.option("--log-level", type=click.Choice(LOG_LEVELS), help="Overri
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="The node's TOML configuration.")
 @click.option("--check-config", is_flag=True, help="Check the configuration, identity and manifest, then exit.")
 @click.option("--lifeline", type=int, metavar="FD", help="Stop when this inherited pipe reaches its end.")
+@click.option("--unsupervised", is_flag=True, help="Run the node without a parent that restarts it when it hangs.")
+@click.option("--supervised", hidden=True)
 @_LEVEL
 @click.pass_context
 def main(
-    context: click.Context, config_path: Path | None, check_config: bool, lifeline: int | None, log_level: str | None
+    context: click.Context,
+    config_path: Path | None,
+    check_config: bool,
+    lifeline: int | None,
+    unsupervised: bool,
+    supervised: str | None,
+    log_level: str | None,
 ) -> None:
     """Run a Keyquorum node: one PKCS#11 token that holds shares and serves operations."""
     configure_logging(log_level or "")
@@ -65,7 +74,7 @@ def main(
         config.token.pin.read()
         click.echo(f"{config_path}: good; node {identity.name!r} of cluster {cluster.name!r}, serial {cluster.serial}")
         return
-    Server(config, lifeline).run()
+    Server(config, lifeline, Beat(supervised, config.care.hang_after_s) if supervised else None).run()
 
 
 @main.command()

@@ -40,7 +40,8 @@ from nodes.rotation import STORE_NAME, settle
 from nodes.selftest import run_self_tests
 from nodes.shares import ShareCache
 from nodes.store import ShareStore
-from nodes.token import Lane, Token
+from nodes.supervisor import Beat
+from nodes.token import CallWatch, Lane, Token
 from nodes.witness import Witness
 from nodes.workers import Mailbox, Worker
 
@@ -96,14 +97,18 @@ def load_membership(config: NodeConfig) -> tuple[Identity, Cluster]:
 class Server:
     """A node ready to run. Making it opens everything and runs the self tests; ``EngineError`` says what failed."""
 
-    def __init__(self, config: NodeConfig, lifeline: int | None = None) -> None:
+    def __init__(self, config: NodeConfig, lifeline: int | None = None, beat: Beat | None = None) -> None:
         identity, cluster = load_membership(config)
         self._lifeline = lifeline
+        self._beat = beat
+        watch = CallWatch()
+        if beat is not None:
+            beat.oldest = watch.oldest_s
         self._stopping_s = 0.0
         config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._data_lock = lock_folder(config.data)
         settle(config.token, config.data)
-        token = Token(config.token, config.data)
+        token = Token(config.token, config.data, watch)
         lane = token.lane()
         run_self_tests(lane)
         log.info("self tests passed", token=token.description, missing=sorted(token.missing))
@@ -232,6 +237,8 @@ class Server:
         next_tick_s = 0.0
         while True:
             now = time.monotonic()
+            if self._beat is not None:
+                self._beat.looped_s, self._beat.serves = now, True
             if self._stopping_s and (not self._handlers.pending or now >= self._stopping_s):
                 return
             if now >= next_tick_s:
@@ -263,6 +270,8 @@ class Server:
         self._mailbox.run()
 
     def _close(self) -> None:
+        if self._beat is not None:
+            self._beat.looped_s = 0.0
         self._keeper.stop(DRAIN_S)
         self._handlers.close()
         self._end(self._local, self._slow, *self._talkers)

@@ -537,10 +537,9 @@ class CallWatch:
         self._guards.append(made)
         return made
 
-    def oldest_s(self, now_s: float) -> float:
-        """For how long the oldest call in progress has gone on; 0 if there is none. From any thread."""
-        begun = [since_s for each in self._guards if (since_s := each.since_s)]
-        return max(0.0, now_s - min(begun)) if begun else 0.0
+    def oldest_s(self) -> float:
+        """When the oldest call in progress began (monotonic); 0 if there is none. From any thread."""
+        return min((since_s for each in self._guards if (since_s := each.since_s)), default=0.0)
 
 
 @dataclass(slots=True)

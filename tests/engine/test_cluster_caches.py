@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -101,15 +100,13 @@ def test_a_stopped_holder_is_hedged_over_and_then_avoided(cluster: LocalCluster,
     before = client.asked("node1")
     victim = max(before, key=lambda name: before[name])
     assert before[victim] >= 4  # it is one of those that the combiner prefers
-    pid = cluster.running()[victim]
-    assert pid is not None
-    os.kill(pid, signal.SIGSTOP)
+    cluster.pause(victim)
     try:
         for _ in range(20):
             assert client.cold("node1")
         told = {each.node: each for each in client.status("node1").holders}
     finally:
-        os.kill(pid, signal.SIGCONT)
+        cluster.resume(victim)
     late = told[victim].samples - before[victim]
     assert 1 <= late <= 10  # it was tried, and then others took its place
     others = [each for name, each in told.items() if name != victim]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import signal
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -161,13 +159,11 @@ def test_a_stopped_node_costs_a_moment(own_cluster: LocalCluster) -> None:
         _make_keys(kq)
         kq.encrypt("data", b"x")
         for node in own_cluster.nodes:
-            pid = own_cluster.running()[node]
-            assert pid is not None
-            os.kill(pid, signal.SIGSTOP)
+            own_cluster.pause(node)
             try:
                 assert kq.decrypt("data", kq.encrypt("data", b"x", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"x"
             finally:
-                os.kill(pid, signal.SIGCONT)
+                own_cluster.resume(node)
 
 
 def test_everything_killed_and_back(own_cluster: LocalCluster) -> None:

@@ -29,7 +29,7 @@ with engine.LocalCluster(nodes=2, threshold=2, path=sys.argv[1]) as local:
     with engine.connect(local.client_config) as kq:
         kq.create_key("k", "aes-256-gcm", threshold=2, shares=2)
         kq.encrypt("k", b"x")
-    print(json.dumps(local.running()), flush=True)
+    print(json.dumps([local.serving(), local.running()]), flush=True)
     sys.stdin.read()
 """
 LOOK = """
@@ -59,8 +59,11 @@ print(json.dumps(told))
 
 
 @pytest.fixture(scope="module")
-def host() -> Iterator[tuple[int, dict[str, int]]]:
-    """(a process that is not hardened, name -> process id of two nodes and a balancer), all of one user."""
+def host() -> Iterator[tuple[int, dict[str, int], dict[str, int]]]:
+    """A process that is not hardened; the processes of two nodes and a balancer by name; and their supervisors.
+
+    All are of one user. The balancer stands for itself among the supervisors.
+    """
     with tempfile.TemporaryDirectory() as folder:
         running = subprocess.Popen(
             [sys.executable, "-c", UNPRIVILEGED, HOST, f"{folder}/kq"],
@@ -70,14 +73,16 @@ def host() -> Iterator[tuple[int, dict[str, int]]]:
         )
         try:
             assert running.stdout is not None
-            yield running.pid, json.loads(running.stdout.readline())
+            yield running.pid, *json.loads(running.stdout.readline())
         finally:
             running.communicate(timeout=60)
 
 
-def test_nobody_of_the_same_user_may_look(host: tuple[int, dict[str, int]]) -> None:
-    plain, members = host
-    assert len(members) == 3
+def test_nobody_of_the_same_user_may_look(host: tuple[int, dict[str, int], dict[str, int]]) -> None:
+    plain, serving, supervisors = host
+    assert len(serving) == len(supervisors) == 3
+    members = serving | {f"supervisor of {name}": pid for name, pid in supervisors.items()}
+    assert len(set(members.values())) == 5
     command = [sys.executable, "-c", UNPRIVILEGED, LOOK, str(plain), *map(str, members.values())]
     looked = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
     told = json.loads(looked.stdout)
@@ -86,7 +91,7 @@ def test_nobody_of_the_same_user_may_look(host: tuple[int, dict[str, int]]) -> N
         assert set(told[str(pid)].values()) == {"PermissionError"}, (name, told[str(pid)])
 
 
-def test_no_core_no_tracer_and_locked_memory(host: tuple[int, dict[str, int]]) -> None:
+def test_no_core_no_tracer_and_locked_memory(host: tuple[int, dict[str, int], dict[str, int]]) -> None:
     for name, pid in host[1].items():
         limits = Path(f"/proc/{pid}/limits").read_text(encoding="ascii")
         assert re.search(r"^Max core file size +0 +0 ", limits, flags=re.MULTILINE), name
@@ -96,7 +101,7 @@ def test_no_core_no_tracer_and_locked_memory(host: tuple[int, dict[str, int]]) -
             assert int(status["VmLck"].split()[0]) >= 32, name  # kB: a region of the arena at least
 
 
-def test_servers_have_no_children(host: tuple[int, dict[str, int]]) -> None:
+def test_servers_have_no_children(host: tuple[int, dict[str, int], dict[str, int]]) -> None:
     for name, pid in host[1].items():
         children = [path.read_text(encoding="ascii") for path in Path(f"/proc/{pid}/task").glob("*/children")]
         assert children, name

@@ -372,7 +372,7 @@ def _live(home: Path, scratch: Path, copies: Path) -> Life:
     Before the restart, nodes do not overwrite what they free: that shows that there is something to be found.
     """
     life = Life(home, scratch, (), {}, Patterns({}), {"old": {}, "new": {}})
-    with LocalCluster(nodes=3, threshold=THRESHOLD, path=home) as cluster:
+    with LocalCluster(nodes=3, threshold=THRESHOLD, path=home, supervised=False) as cluster:
         life.nodes = cluster.nodes
         with engine.connect(cluster.client_config) as kq:
             for name in NAMES:

@@ -399,15 +399,18 @@ class ClusterFolder:
             check=False,
         )
 
-    def spawn(self, name: str, **environment: str) -> NodeProcess:
-        """Start a node without waiting for it."""
+    def spawn(self, name: str, *, supervised: bool = False, **environment: str) -> NodeProcess:
+        """Start a node without waiting for it; ``pid`` is then that of the process that serves, or its supervisor's."""
         reader, writer = os.pipe()
         folder = self.root / name
         log_path = folder / f"log.{len(self.running)}"
         try:
             with log_path.open("wb") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "nodes", "--config", str(self.config(name)), "--lifeline", str(reader)],
+                    [
+                        *(sys.executable, "-m", "nodes", "--config", str(self.config(name)), "--lifeline", str(reader)),
+                        *([] if supervised else ["--unsupervised"]),
+                    ],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
@@ -421,9 +424,9 @@ class ClusterFolder:
         self.running.append(node)
         return node
 
-    def start(self, name: str) -> NodeProcess:
+    def start(self, name: str, *, supervised: bool = False) -> NodeProcess:
         """Start a node and wait until it answers."""
-        node = self.spawn(name)
+        node = self.spawn(name, supervised=supervised)
 
         def answers() -> bool:
             if node.process.poll() is not None:
@@ -475,13 +478,14 @@ class ClusterFolder:
         *,
         client: str = "alice",
         grant: bool = True,
+        timeout_s: float = 10,
     ) -> bytes:
         """Use a key; with a fresh grant unless told otherwise."""
         self.world.now_ms = time.time_ns() // 1_000_000
         permit = self.world.grant(dealt, node, verb, client=client) if grant else b""
         body = Operate(dealt.manifest.name, dealt.key_id, data, aad, proof, False, permit)
         with self.channel(client) as channel:
-            return bytes(ask(channel, node, verb, body, 10).data)
+            return bytes(ask(channel, node, verb, body, timeout_s).data)
 
     def release(self, node: str, dealt: Dealt, combiner: str, grant: bytes) -> Any:
         with self.channel(combiner) as channel:

@@ -100,19 +100,42 @@ class _Stamp:
     @classmethod
     def of(cls, pid: int) -> _Stamp | None:
         """The stamp of a live process; None for one that is gone or only waits to be reaped."""
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-        except OSError:
-            return None
-        return None if fields[0] in "ZX" else cls(pid, int(fields[19]))
+        fields = _stat(pid)
+        return cls(pid, int(fields[19])) if fields else None
+
+
+def _stat(pid: int) -> list[str]:
+    """What the kernel tells of a live process, from its state on (proc(5), field 3); empty for one that is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+    return [] if fields[0] in "ZX" else fields
+
+
+def _group(leader: int) -> dict[int, int]:
+    """The live processes of a process group: id -> parent's id."""
+    found = {}
+    for each in Path("/proc").iterdir():
+        if each.name.isdecimal():
+            fields = _stat(int(each.name))
+            if fields and int(fields[2]) == leader:
+                found[int(each.name)] = int(fields[1])
+    return found
 
 
 class _Process:
-    """One process of the cluster: its command, its log and its pid file. It is only ever signalled by its stamp."""
+    """One member of the cluster: its command, its log and its pid file. It is only ever signalled by its stamp.
 
-    def __init__(self, name: str, module: Literal["nodes", "balancer"], config: Path, run: Path) -> None:
+    A node is a process group: its supervisor, which leads it and whose id is ``pid``, and the child that serves.
+    """
+
+    def __init__(
+        self, name: str, module: Literal["nodes", "balancer"], config: Path, run: Path, *, supervised: bool = False
+    ) -> None:
         self.name = name
         self.module = module
+        self.supervised = supervised
         self.config = config
         self.log = run / f"{name}.log"
         self._pid_file = run / f"{name}.pid"
@@ -142,10 +165,21 @@ class _Process:
         """The process id while it runs."""
         return self._stamp.pid if self._stamp is not None and self.running else None
 
+    @property
+    def serving(self) -> int | None:
+        """The id of the process that serves, while there is one."""
+        pid = self.pid
+        if pid is None or not self.supervised:
+            return pid
+        children = [child for child, parent in _group(pid).items() if parent == pid]
+        return children[0] if children else None
+
     def start(self, lifeline: int | None) -> None:
         """Start it; ``lifeline`` is the end of a pipe by which it notices that we are gone."""
         # -P: the working folder may hold a folder `nodes` of its own.
         command = [sys.executable, "-P", "-m", self.module, "--config", str(self.config)]
+        if self.module == "nodes" and not self.supervised:
+            command.append("--unsupervised")
         kept: tuple[int, ...] = ()
         if lifeline is not None:
             command += ["--lifeline", str(lifeline)]
@@ -161,22 +195,26 @@ class _Process:
             line = f"{_boot_id()} {self._stamp.pid} {self._stamp.began}\n"
             write_private(self._pid_file, line.encode("ascii"))
 
-    def signal(self, number: int) -> None:
-        """Signal the process, and never another one that got its id."""
-        if self._child is not None:
-            self._child.send_signal(number)
-        elif self._stamp is not None:
-            with contextlib.suppress(ProcessLookupError):
-                descriptor = os.pidfd_open(self._stamp.pid)
-                try:
-                    # The descriptor keeps the id from being reused, so this check holds for the signal.
-                    if _Stamp.of(self._stamp.pid) == self._stamp:
-                        signal.pidfd_send_signal(descriptor, number)
-                finally:
-                    os.close(descriptor)
+    def signal(self, number: int, *, group: bool = False) -> None:
+        """Signal the process, or all of its group, and never another one that got its id."""
+        if self._stamp is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(self._stamp.pid)
+            try:
+                # The descriptor keeps the id from being reused, so this check holds for the signal.
+                if _Stamp.of(self._stamp.pid) != self._stamp:
+                    return
+                if group:
+                    os.killpg(self._stamp.pid, number)
+                else:
+                    signal.pidfd_send_signal(descriptor, number)
+            finally:
+                os.close(descriptor)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it has ended within the time."""
+        """Whether it has ended within the time, with all of its group."""
+        end = time.monotonic() + timeout_s
         if self._child is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.wait(max(0.0, timeout_s))
@@ -190,6 +228,11 @@ class _Process:
                     os.close(descriptor)
         if self.running:
             return False
+        while self._stamp is not None and _group(self._stamp.pid):
+            # A supervisor's child ends with it, but not in the same instant.
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.005)
         self._child, self._stamp = None, None
         self._pid_file.unlink(missing_ok=True)
         return True
@@ -212,6 +255,8 @@ class LocalCluster:
     ``create_key``; ``domains`` is over how many sites the nodes are spread. ``clients`` are names of identities to
     make, ``rules`` the policy (by default the first client may do everything, and the others nothing).
 
+    Nodes whose process crashes or whose token hangs are restarted, unless ``supervised`` is off.
+
     As a context manager it always ends its processes. They also end when this process dies, unless ``detached``: then
     they go on, and ``LocalCluster.open(path).stop()`` ends them later, from any process.
     """
@@ -227,6 +272,7 @@ class LocalCluster:
         clients: Sequence[str] = ("local",),
         rules: Sequence[PolicyRule] | None = None,
         detached: bool = False,
+        supervised: bool = True,
         start_timeout_s: float = START_TIMEOUT_S,
         on_event: Event | None = None,
     ) -> None:
@@ -234,7 +280,7 @@ class LocalCluster:
         _check_size(nodes, threshold, count, domains, clients)
         self._temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="keyquorum-") if path is None else path).resolve()
-        self._set_up(detached, start_timeout_s, on_event)
+        self._set_up(detached, start_timeout_s, on_event, supervised)
         try:
             self._check_free(_folder(self.path))
             with self._alone():
@@ -303,8 +349,9 @@ class LocalCluster:
         self._load()
         return self
 
-    def _set_up(self, detached: bool, start_timeout_s: float, on_event: Event | None) -> None:
+    def _set_up(self, detached: bool, start_timeout_s: float, on_event: Event | None, supervised: bool = True) -> None:
         self._detached = detached
+        self._supervised = supervised
         self._start_timeout_s = start_timeout_s
         self._tell: Event = on_event or (lambda text: None)
         self._lifeline: tuple[int, int] | None = None
@@ -366,8 +413,20 @@ class LocalCluster:
         return self._named(name).log
 
     def running(self) -> dict[str, int | None]:
-        """The process ids by name, the balancer included; None where none runs."""
+        """The process ids by name, the balancer included; None where none runs. A node's is that of its supervisor."""
         return {name: process.pid for name, process in self._processes.items()}
+
+    def serving(self) -> dict[str, int | None]:
+        """The ids of the processes that serve, by name: a node's is its supervisor's child, and changes with it."""
+        return {name: process.serving for name, process in self._processes.items()}
+
+    def pause(self, name: str) -> None:
+        """Stop a member's processes where they are (SIGSTOP): its connections stand, and nobody answers."""
+        self._named(name).signal(signal.SIGSTOP, group=True)
+
+    def resume(self, name: str) -> None:
+        """Let a paused member go on."""
+        self._named(name).signal(signal.SIGCONT, group=True)
 
     # --- its processes ---
 
@@ -405,7 +464,7 @@ class LocalCluster:
         process = self._named(node)
         if not process.running:
             raise ClusterError(f"{node} does not run")
-        process.signal(signal.SIGKILL)
+        process.signal(signal.SIGKILL, group=True)
         if not process.wait(KILL_TIMEOUT_S):
             raise ClusterError(f"{node} did not die within {KILL_TIMEOUT_S:g} s of SIGKILL")
 
@@ -489,7 +548,7 @@ class LocalCluster:
         stubborn = [process for process in live if not process.wait(until - time.monotonic())]
         for process in stubborn:
             self._tell(f"{process.name} did not stop within {STOP_TIMEOUT_S:g} s; it is killed")
-            process.signal(signal.SIGKILL)
+            process.signal(signal.SIGKILL, group=True)
         for process in stubborn:
             process.wait(KILL_TIMEOUT_S)
 
@@ -546,7 +605,8 @@ class LocalCluster:
         self._file = load_config(self.path / "cluster.toml", _ClusterFile)
         run = _folder(self.path / "run")
         self._processes = {
-            name: _Process(name, "nodes", self.path / "nodes" / name / "node.toml", run) for name in self._file.nodes
+            name: _Process(name, "nodes", self.path / "nodes" / name / "node.toml", run, supervised=self._supervised)
+            for name in self._file.nodes
         }
         self._processes[BALANCER] = _Process(BALANCER, "balancer", self.path / "balancer" / "balancer.toml", run)
         for process in self._processes.values():
