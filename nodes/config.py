@@ -232,7 +232,9 @@ def _pin_source(path: str | os.PathLike[str], text: str) -> PinSource:
         return PinSource("file", str(resolve(path, place.removeprefix("//"))))
     if kind == "env" and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", place):
         return PinSource("env", place)
-    raise ConfigError(f"{path}: a PIN comes from file:PATH or env:NAME, not from {kind!r}")
+    raise ConfigError(
+        f"{path}: token.pin must be file:PATH or env:NAME"
+    )  # it may be the PIN itself, so it is not shown
 
 
 def _module(text: str) -> Path:
@@ -264,7 +266,8 @@ def parse_uri(uri: str) -> Mapping[str, str]:
         if name == "pin-value":
             raise ConfigError("token.uri: pin-value is refused; use pin-source")
         if name not in known or not equals:
-            raise ConfigError(f"token.uri: {name!r} is not understood; known are {', '.join(known)}")
+            what = repr(name[:40]) if equals else "a part without '='"  # which may be a PIN
+            raise ConfigError(f"token.uri: {what} is not understood; known are {', '.join(known)}")
         if known[name] in found:
             raise ConfigError(f"token.uri: {name!r} is told twice")
         found[known[name]] = unquote(value)

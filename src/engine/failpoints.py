@@ -172,7 +172,7 @@ def parse(text: str) -> dict[str, Callable[[], None]]:
         match = _PAIR.fullmatch(part)
         if match is None:
             raise ConfigError(
-                f"{VARIABLE}: {part.strip()!r} is not name=kill, name=error or name=delay:MS, with @N or not"
+                f"{VARIABLE}: {part.strip()[:80]!r} is not name=kill, name=error or name=delay:MS, with @N or not"
             )
         name, action, delay, passing = match.groups()
         _check_name(name)
@@ -188,7 +188,7 @@ def parse(text: str) -> dict[str, Callable[[], None]]:
 
 def _check_name(name: str) -> None:
     if name not in POINTS:
-        raise ConfigError(f"{VARIABLE}: no failpoint is called {name!r}")
+        raise ConfigError(f"{VARIABLE}: no failpoint is called {name[:80]!r}")
 
 
 def _action(name: str, action: str, delay_ms: int) -> Callable[[], None]:

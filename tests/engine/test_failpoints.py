@@ -40,6 +40,8 @@ def test_error_at_one_passing() -> None:
     ("text", "told"),
     [
         ("dealer.create.gone=kill", "dealer.create.gone"),
+        ("gone" * 1_000 + "=kill", r"called '(gone){20}'$"),
+        ("?" * 4_000, r"FAILPOINTS: '\?{80}' is not"),
         ("dealer.create.dealt=die", "die"),
         ("dealer.create.dealt", "name=kill"),
         ("dealer.create.dealt=kill@0", "@0"),

@@ -71,7 +71,7 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
         ({"token": {"label": "n" * 33, "pin": "file:p"}}, "label"),
         ({"token": {"label": "\u00fc" * 17, "pin": "file:p"}}, "label"),
         ({"token": {"label": "n", "pin": "file:p", "module": "/nowhere/x.so"}}, "/nowhere/x.so is not there"),
-        ({"token": {"label": "n", "pin": "1234:"}}, "not from '1234'"),
+        ({"token": {"label": "n", "pin": "1234:"}}, "token.pin must be file:PATH or env:NAME"),
         ({"token": {"label": "n", "pin": "env:1BAD"}}, "file:PATH or env:NAME"),
         ({"token": {"label": "n", "pin": "env:"}}, "file:PATH or env:NAME"),
         ({"token": {"label": "n", "pin": "file:"}}, "file:PATH or env:NAME"),
@@ -107,6 +107,41 @@ def test_each_mistake_is_told_with_its_place(tmp_path: Path, changes: dict[str, 
         load_node_config(path)
     if "nowhere" not in match:
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        {"label": "n", "pin": 47110815},
+        {"label": 47110815, "pin": "file:p"},
+        {"label": "n", "pin": "47110815:"},
+        {"label": "n", "pin": "file:47110815\0"},
+        {"uri": "pkcs11:token=t?47110815"},
+        {"uri": "pkcs11:47110815"},
+    ],
+)
+def test_a_pin_in_the_wrong_place_is_not_shown(tmp_path: Path, token: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_node_config(written(tmp_path, token=token))
+    assert "47110815" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["identity", "manifest", "data"])
+def test_a_path_that_is_none_is_told(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match="a path in it is none"):
+        load_node_config(written(tmp_path, **{key: "a\0b"}))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a = " + b"[" * 3_000, b"a = " + b"{a=" * 3_000, b"a = " + b"9" * 5_000, b"[" + b"a." * 3_000 + b"a]\n" * 2],
+)
+def test_a_file_made_to_break_the_parser_is_no_toml_in_a_few_words(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "node.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load_node_config(path)
+    assert len(str(caught.value)) < 1_000
 
 
 @pytest.mark.parametrize("content", [b"version = ", b"\xff\xfe", b"[token\n", b"version = 1\nversion = 1\n"])
@@ -231,7 +266,7 @@ def test_a_pin_in_the_uri_is_refused_and_not_shown(tmp_path: Path, uri: str) -> 
         ("token=t?pin-source=p", "must begin with pkcs11:"),
         ("pkcs12:token=t", "must begin with pkcs11:"),
         ("pkcs11:slot-id=3?pin-source=p", "'slot-id' is not understood"),
-        ("pkcs11:token?pin-source=p", "'token' is not understood"),
+        ("pkcs11:token?pin-source=p", "a part without '=' is not understood"),
         ("pkcs11:?pin-source=p", "token.label is missing"),
         ("pkcs11:token=t", "token.pin is missing"),
         ("pkcs11:token=a;token=b?pin-source=p", "token.uri: 'token' is told twice"),

@@ -17,6 +17,7 @@ import msgspec
 import structlog
 import tomli_w
 import zmq
+from cryptography.exceptions import UnsupportedAlgorithm as PycaUnsupported
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
@@ -46,6 +47,8 @@ CARD_PREFIX = "keyquorum-card-1 "
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_LEVEL_VARIABLE = "KEYQUORUM_LOG_LEVEL"
 MAX_CONFIG_BYTES = 1024 * 1024
+MAX_TEXT = 512
+"""What another's error text is cut to: it may quote a key of the file."""
 
 S = TypeVar("S", bound=Struct)
 
@@ -63,25 +66,33 @@ def load_config(path: str | os.PathLike[str], kind: type[S]) -> S:
             data = tomllib.load(stream)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: no valid TOML: {error}") from None
+    except ValueError as error:  # also a number of too many digits, and what is no UTF-8
+        raise ConfigError(f"{file}: no valid TOML: {str(error)[:MAX_TEXT]}") from None
+    except RecursionError:
+        raise ConfigError(f"{file}: no valid TOML: nested too deep") from None
     try:
         return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: {error}{_number_at(data, str(error))}") from None
+        raise ConfigError(f"{file}: {str(error)[:MAX_TEXT]}{_number_at(data, str(error))}") from None
 
 
 def _number_at(data: Any, message: str) -> str:
-    """The number that a message of msgspec complains of, to be told too; text may be a secret and is not."""
-    place = re.search(r"`\$\.([\w.]+)`$", message)
+    """The number beyond a limit that a message of msgspec complains of, to be told too.
+
+    Text may be a secret and is not told, nor is a number where text is expected: it may be a PIN without its quotes.
+    """
+    place = re.search(r"^Expected `(?:int|float)` [<>].*`\$\.([\w.]+)`$", message)
     for name in place[1].split(".") if place else ():
         data = data.get(name) if isinstance(data, dict) else None
-    return f", where it says {data}" if isinstance(data, int | float) else ""
+    return f", where it says {str(data)[:40]}" if isinstance(data, int | float) else ""
 
 
 def resolve(config_path: str | os.PathLike[str], value: str) -> Path:
     """A path of a configuration file, relative to the file's folder."""
-    return (Path(config_path).resolve().parent / value).resolve()
+    try:
+        return (Path(config_path).resolve().parent / value).resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL character, a loop of symbolic links
+        raise ConfigError(f"{config_path}: a path in it is none") from None
 
 
 def write_private(path: Path, data: bytes) -> None:
@@ -213,7 +224,7 @@ def load_identity(path: str | os.PathLike[str], passphrase: str = "") -> Identit
             values.signing_key.encode(),
             _stretched(passphrase, bytes.fromhex(values.kdf_salt)) if passphrase and values.kdf_salt else None,
         )
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, PycaUnsupported):
         # The cause may quote the key, so it is not chained.
         why = (
             "the passphrase is wrong or missing"
