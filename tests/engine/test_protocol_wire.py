@@ -13,7 +13,7 @@ from msgspec import NODEFAULT, Struct
 from msgspec import inspect as spec
 
 from engine.errors import ProtocolError
-from engine.protocol import requests
+from engine.protocol import manifest, requests
 from engine.protocol.requests import BODIES, CLIENT_VERBS, NODE_VERBS, REGISTRY_VERBS, REPLY_CODECS, REQUEST_CODECS
 from engine.protocol.wire import (
     MAX_DATA,
@@ -372,3 +372,10 @@ def test_the_load_on_a_reply_is_bounded() -> None:
     assert reply_codec.decode(data) == reply
     with pytest.raises(ProtocolError):
         reply_codec.decode(msgspec.msgpack.encode([1, 1, 0, b"", [-1, 0, False], {}]))
+
+
+def test_an_error_quotes_no_value_of_the_message() -> None:
+    """Not even a long one where one of a few words is expected: errors go into logs and replies."""
+    member = msgspec.msgpack.encode(["n", "role" * 500, bytes(32), bytes(32), "", "", ""])
+    with pytest.raises(ProtocolError, match=r"^identity card: Invalid enum value - at `\$\[1\]`$"):
+        manifest._cards.decode(member)

@@ -93,7 +93,12 @@ class Codec(Generic[T]):
 
 def _reason(error: Exception) -> str:
     if isinstance(error, msgspec.MsgspecError):
-        return str(error)
+        text = str(error)
+        if text.startswith("Invalid enum value"):  # msgspec quotes the value, whatever its length
+            return (
+                f"Invalid enum value{text[place:]}" if (place := text.rfind(" - at `$")) >= 0 else "Invalid enum value"
+            )
+        return text
     return "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "nested too deep"
 
 
