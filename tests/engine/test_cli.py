@@ -1,5 +1,6 @@
 """The command line as far as it needs no cluster: help, mistakes, exit codes, files, and the founding of a cluster."""
 
+import base64
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ import click
 import msgspec
 import pytest
 import structlog
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from engine import __version__, errors
 from engine.cli import keyops, local, output
@@ -27,7 +31,7 @@ from engine.cli.main import cli, run
 from engine.cli.output import Settings, reading, writing
 from engine.client.calls import MemberStatus
 from engine.client.client import load_settings
-from engine.client.config import load_cluster, load_identity, read_card
+from engine.client.config import create_identity, load_cluster, load_identity, read_card, write_toml
 from engine.protocol.requests import NodeStatus, TokenHealth
 
 PASSPHRASE = "correct horse battery"
@@ -423,6 +427,49 @@ def test_an_identity_is_private_and_made_once(hosts: Hosts, keyquorum: Command) 
     assert (told.code, "never overwritten" in told.err) == (1, True)
     assert (folder / "identity.toml").read_text() == text
     assert load_identity(folder / "identity.toml", PASSPHRASE).name == "alice"
+
+
+def _unknown_curve() -> str:
+    der = ec.derive_private_key(5, ec.SECP256R1()).private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    changed = der.replace(bytes.fromhex("2a8648ce3d030107"), bytes.fromhex("2a8648ce3d03017f"))
+    return f"-----BEGIN PRIVATE KEY-----\n{base64.b64encode(changed).decode()}\n-----END PRIVATE KEY-----\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("signing_key", _unknown_curve(), "the signing key is malformed"),
+        ("signing_key", "", "the signing key is malformed"),
+        ("role", "MARK" * 5_000, "Invalid enum value"),
+    ],
+)
+def test_an_identity_file_that_is_damaged_is_told_in_a_few_words(
+    tmp_path: Path, key: str, value: str, match: str
+) -> None:
+    path = tmp_path / "identity.toml"
+    create_identity(path, "alice", "client")
+    values = tomllib.loads(path.read_text())
+    write_toml(path, {**values, key: value})
+    with pytest.raises(errors.ConfigError, match=match) as caught:
+        load_identity(path)
+    assert len(str(caught.value)) < 1_000
+
+
+def test_audit_show_prints_a_record_whose_unknown_fields_can_not_be_printed(keyquorum: Command, tmp_path: Path) -> None:
+    """Who changed a log shall not keep its reader from the records behind that place."""
+    good = b'{"seq":1,"prev":"' + b"0" * 64 + b'","time_ms":1,"node":"n","boot":"b","request":0,"event":"start"'
+    odd = [
+        b"}",
+        b',"x":"\xff"}',
+        b',"x\xff":1}',
+        b',"x":' + b"[" * 900 + b"]" * 900 + b"}",
+    ]
+    (tmp_path / "audit-000001.jsonl").write_bytes(b"".join(good + each + b"\n" for each in odd))
+    told = keyquorum("audit", "show", tmp_path / "audit-000001.jsonl", "-o", "json")
+    assert told.code == 0
+    assert [json.loads(line)["event"] for line in told.out.splitlines()] == ["start"] * len(odd)
 
 
 def test_init_prints_no_secret(keyquorum: Command, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from engine.errors import AuditUnavailable, ConfigError
-from engine.protocol.audit import AuditHead, ChainCheck, Claim, Finding, Record, line_hash, open_head
+from engine.protocol.audit import AuditHead, ChainCheck, Claim, Finding, Record, chained_line, line_hash, open_head
 from nodes.audit import AuditLog, segment_paths
 
 Post = Callable[[], None]
@@ -407,3 +407,9 @@ def test_a_file_that_may_not_grow_refuses_and_takes_up_again(opens: Open, until:
 def test_a_record_has_no_field_for_bytes() -> None:
     assert all(kind in ("int", "str") for kind in Record.__annotations__.values())
     assert AuditHead.__struct_fields__ == ("node", "log_id", "seq", "hash", "time_ms")
+
+
+@pytest.mark.parametrize("text", ["?", "Q\u202e==", "\u00e9" * 8, "Q" * 9])
+def test_a_head_that_is_no_base64_is_a_forgery_and_ends_no_check(text: str) -> None:
+    line = chained_line(1, bytes(32), Record(1, "node1", "b", 0, "peer-head", member="node2", head=text))
+    assert {each.kind for each in ChainCheck({}).feed("log", 1, line)} == {"forgery"}

@@ -341,7 +341,7 @@ def show(
                 continue
             if (member is not None and not fnmatchcase(record.member, member)) or record.verb != (verb or record.verb):
                 continue
-            click.echo(json.dumps(json.loads(line), ensure_ascii=False) if settings.json else _text(record))
+            click.echo(_json_line(record, line) if settings.json else _text(record))
 
 
 def _time_ms(text: str) -> int:
@@ -353,6 +353,16 @@ def _time_ms(text: str) -> int:
         else:
             return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
     raise ValueError(f"--since {text[:40]!r}: a time is like 2026-08-01 or 2026-08-01T12:30")
+
+
+def _json_line(record: Record, line: bytes) -> str:
+    """The record as it stands in the log; without what it has no name for where that can't be printed."""
+    try:
+        text = json.dumps(json.loads(line), ensure_ascii=False)
+        text.encode()
+    except (ValueError, RecursionError):
+        return msgspec.json.encode(record).decode()
+    return text
 
 
 def _text(record: Record) -> str:

@@ -8,7 +8,6 @@ change every later one, and the heads that the node has signed, and those that o
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -130,7 +129,7 @@ def head_of_text(text: str, keys: Mapping[str, tuple[bytes, ...]]) -> AuditHead:
     """The head in a record's ``head`` field."""
     try:
         raw = base64.b64decode(text, validate=True)
-    except binascii.Error:
+    except ValueError:  # also of text that is not ASCII
         raise ProtocolError("audit.head: no valid base64") from None
     return open_head(raw, keys)
 
