@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import pkcs11
+from cryptography.exceptions import UnsupportedAlgorithm as PycaUnsupported
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa, utils
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass, _pkcs11
@@ -918,7 +919,10 @@ def _check_length(algo: Algorithm, length: int) -> None:
 
 def _curve_attributes(algo: Algorithm, material: memoryview, public_key: bytes) -> tuple[KeyType, Parts, Parts]:
     """Key type, secret and public attributes of an EC or Edwards key (PKCS#11 v2.40 mechanisms, 2.3.4)."""
-    public = serialization.load_der_public_key(public_key)
+    try:
+        public = serialization.load_der_public_key(public_key)
+    except PycaUnsupported:
+        raise ValueError("its public key is of an unknown kind") from None
     if algo.kind is KeyKind.ED25519:
         if not isinstance(public, ed25519.Ed25519PublicKey):
             raise ValueError("its public key is none of Ed25519")

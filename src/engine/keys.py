@@ -278,9 +278,11 @@ def public_key_der(algo: Algorithm, material: bytes | bytearray) -> bytes:
 
 
 def public_key_pem(der: bytes) -> str:
-    """SubjectPublicKeyInfo DER as PEM (RFC 7468)."""
-    return (
-        serialization.load_der_public_key(der)
-        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-        .decode("ascii")
+    """SubjectPublicKeyInfo DER as PEM (RFC 7468); ``ValueError`` if it is none."""
+    try:
+        public = serialization.load_der_public_key(der)
+    except (ValueError, PycaUnsupported):
+        raise ValueError(f"the {len(der)} bytes are no SubjectPublicKeyInfo of a known kind") from None
+    return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode(
+        "ascii"
     )

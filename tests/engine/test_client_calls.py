@@ -301,6 +301,16 @@ class TestUse:
         assert len(play.verbs("encrypt")) == 5 * rounds
 
 
+class TestPublicKey:
+    def test_a_dealers_public_key_that_is_none_is_no_mistake_of_the_caller(
+        self, play: Play, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.undo()  # the fixture's own keys are not looked at
+        play.answers["describe"] = world.describe(algo="ed25519")
+        with pytest.raises(ManifestError, match="public key of 'k'"):
+            play.run(play.calls.key_info("k", 1.0))
+
+
 class TestStale:
     def test_a_stale_description_is_asked_for_once_more(self, play: Play, world: World) -> None:
         encrypt(play)

@@ -272,3 +272,19 @@ def test_a_public_key_comes_as_pem() -> None:
     pem = public_key_pem(spki(RSA_2048))
     assert pem.startswith("-----BEGIN PUBLIC KEY-----\n")
     assert serialization.load_pem_public_key(pem.encode()) == RSA_2048.public_key()
+
+
+@pytest.mark.parametrize(
+    "der",
+    [
+        b"",
+        b"\x30\x00",
+        spki(RSA_2048)[:-1],
+        spki(RSA_2048).replace(b"\x2a\x86\x48\x86", b"\x2a\x86\x48\x87"),
+        bytes(50),
+    ],
+)
+def test_what_is_no_public_key_is_a_value_error(der: bytes) -> None:
+    """Also one of a kind that pyca/cryptography does not know: a lying dealer's manifest may have it."""
+    with pytest.raises(ValueError, match="are no SubjectPublicKeyInfo"):
+        public_key_pem(der)

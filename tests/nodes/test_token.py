@@ -378,7 +378,10 @@ def test_a_key_is_loaded_from_locked_memory(lane: Lane, name: str, given_public:
 def test_a_public_key_of_another_kind_is_refused(lane: Lane, name: str) -> None:
     algo, other = ALGORITHMS[name], ALGORITHMS["ecdsa-p384-sha384"]
     wrong = public_key_der(other, generate_material(other))
-    for public in (wrong, b"\x30\x00"):
+    unknown = wrong.replace(
+        b"\x06\x07\x2a\x86\x48\xce\x3d\x02\x01", b"\x06\x07\x2a\x86\x48\xce\x3d\x02\x7f"
+    )  # an algorithm's number
+    for public in (wrong, b"\x30\x00", unknown):
         with pytest.raises(TokenError, match=f"no key of {name}"):
             lane.load(algo, generate_material(algo), public)
 

@@ -596,6 +596,10 @@ class Calls:
         if manifest.name != name:
             raise ManifestError(f"it is of {manifest.name!r}")
         stored = open_certificate(described.certificate, record, self.cluster)
+        try:
+            public_key = public_key_pem(manifest.public_key) if manifest.public_key else ""
+        except ValueError as error:
+            raise ManifestError(f"the public key of {name!r}: {error}") from None
         info = KeyInfo(
             name=name,
             algorithm=manifest.algorithm,
@@ -607,7 +611,7 @@ class Calls:
             stored=stored,
             key_id=manifest.key_id.hex(),
             dealer=record.dealer,
-            public_key=public_key_pem(manifest.public_key) if manifest.public_key else "",
+            public_key=public_key,
             warnings=tuple(described.warnings),
         )
         return Description(record, algorithm(manifest.algorithm), info.holders, info)
