@@ -53,6 +53,11 @@ bench-shamir: ## measure the Shamir core beside its rivals (needs nasm, libisal2
 	@.ci/setup test,bench
 	@$(BIN)/python bench/shamir.py $(BENCH_ARGS)
 
+.PHONY: bench-recycling
+bench-recycling: ## a million loads of keys into a token, and what the memory grows by (10 minutes); build/bench/recycling.json
+	@.ci/setup test,lint
+	@$(BIN)/python bench/recycling.py $(BENCH_ARGS)
+
 .PHONY: assurance
 assurance: ## the long proofs: valgrind, timing, NEON, sanitizers, a million changed messages (20 minutes)
 	@.ci/setup test,lint

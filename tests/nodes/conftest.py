@@ -537,6 +537,12 @@ def cluster_folder(tmp_path: Path) -> Iterator[ClusterFolder]:
 
 
 @pytest.fixture(scope="session")
+def new_cluster_folder() -> Callable[[Path], ClusterFolder]:
+    """Makes them for tests that share one; who asks for it closes it."""
+    return build_cluster
+
+
+@pytest.fixture(scope="session")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterFolder]:
     """A cluster whose node1 runs for the whole session. The test plays every other member."""
     folder = build_cluster(tmp_path_factory.mktemp("live"))

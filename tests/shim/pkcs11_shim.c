@@ -36,7 +36,9 @@ typedef void *P;         /* every pointer */
     F(C_Initialize, (P a), (a)) \
     F(C_Finalize, (P a), (a)) \
     F(C_GetInfo, (P a), (a))
-#define FUNCTIONS_AFTER(F) \
+#define FUNCTIONS_AFTER(F) FUNCTIONS_AFTER_(F, F)
+/* What F does for most functions, E does for those that end the session's operation, also when they fail. */
+#define FUNCTIONS_AFTER_(F, E) \
     F(C_GetSlotList, (B a, P b, P c), (a, b, c)) \
     F(C_GetSlotInfo, (U a, P b), (a, b)) \
     F(C_GetTokenInfo, (U a, P b), (a, b)) \
@@ -63,11 +65,11 @@ typedef void *P;         /* every pointer */
     F(C_FindObjects, (U a, P b, U c, P d), (a, b, c, d)) \
     F(C_FindObjectsFinal, (U a), (a)) \
     F(C_EncryptInit, (U a, P b, U c), (a, b, c)) \
-    F(C_Encrypt, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
+    E(C_Encrypt, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
     F(C_EncryptUpdate, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
     F(C_EncryptFinal, (U a, P b, P c), (a, b, c)) \
     F(C_DecryptInit, (U a, P b, U c), (a, b, c)) \
-    F(C_Decrypt, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
+    E(C_Decrypt, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
     F(C_DecryptUpdate, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
     F(C_DecryptFinal, (U a, P b, P c), (a, b, c)) \
     F(C_DigestInit, (U a, P b), (a, b)) \
@@ -76,13 +78,13 @@ typedef void *P;         /* every pointer */
     F(C_DigestKey, (U a, U b), (a, b)) \
     F(C_DigestFinal, (U a, P b, P c), (a, b, c)) \
     F(C_SignInit, (U a, P b, U c), (a, b, c)) \
-    F(C_Sign, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
+    E(C_Sign, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
     F(C_SignUpdate, (U a, P b, U c), (a, b, c)) \
     F(C_SignFinal, (U a, P b, P c), (a, b, c)) \
     F(C_SignRecoverInit, (U a, P b, U c), (a, b, c)) \
     F(C_SignRecover, (U a, P b, U c, P d, P e), (a, b, c, d, e)) \
     F(C_VerifyInit, (U a, P b, U c), (a, b, c)) \
-    F(C_Verify, (U a, P b, U c, P d, U e), (a, b, c, d, e)) \
+    E(C_Verify, (U a, P b, U c, P d, U e), (a, b, c, d, e)) \
     F(C_VerifyUpdate, (U a, P b, U c), (a, b, c)) \
     F(C_VerifyFinal, (U a, P b, U c), (a, b, c)) \
     F(C_VerifyRecoverInit, (U a, P b, U c), (a, b, c)) \
@@ -281,11 +283,36 @@ __attribute__((visibility("default"))) U C_Initialize(P given)
         U code = before(slot); \
         return after(slot, code != CKR_OK ? code : wrapped->name arguments); \
     }
-#define NOT_THE_FIRST(F) \
-    F(C_Finalize, (P a), (a)) \
-    F(C_GetInfo, (P a), (a)) \
-    FUNCTIONS_AFTER(F)
-NOT_THE_FIRST(FORWARD)
+
+/* A refused call ends the operation that it belongs to, as the standard has it; the real module is made to. */
+static void end_operation(int place, U session, P data, U size, P signature, U length)
+{
+    static __thread B scratch[1 << 17];
+    U room = sizeof scratch;
+    if (place == AT_C_Encrypt)
+        real.C_Encrypt(session, data, size, scratch, &room);
+    else if (place == AT_C_Decrypt)
+        real.C_Decrypt(session, data, size, scratch, &room);
+    else if (place == AT_C_Sign)
+        real.C_Sign(session, data, size, scratch, &room);
+    else
+        real.C_Verify(session, data, size, signature, length);
+    memset(scratch, 0, sizeof scratch);
+}
+
+#define FORWARD_AND_END(name, parameters, arguments) \
+    __attribute__((visibility("default"))) U name parameters \
+    { \
+        struct slot *slot = &slots[AT_##name]; \
+        U code = before(slot); \
+        if (code != CKR_OK && wrapped != NULL) \
+            end_operation(AT_##name, a, b, c, (P)d, (U)e); \
+        return after(slot, code != CKR_OK ? code : wrapped->name arguments); \
+    }
+
+FORWARD(C_Finalize, (P a), (a))
+FORWARD(C_GetInfo, (P a), (a))
+FUNCTIONS_AFTER_(FORWARD, FORWARD_AND_END)
 
 __attribute__((visibility("default"))) U C_GetFunctionList(struct list **told)
 {

@@ -94,9 +94,11 @@ _SLOT_BYTES: Final = len(_FIELDS) * _WORD.size
 def _functions() -> tuple[str, ...]:
     """The names in the source's order, which is that of the standard."""
     before, after = (
-        re.findall(r"F\((C_\w+)", part)
+        re.findall(r"[FE]\((C_\w+)", part)
         for part in re.findall(
-            r"#define FUNCTIONS_\w+\(F\)((?:.*\\\n)*.*\n)", SOURCE.read_text(encoding="ascii"), flags=re.MULTILINE
+            r"#define FUNCTIONS_\w+\(F(?:, E)?\) \\\n((?:.*\\\n)*.*\n)",
+            SOURCE.read_text(encoding="ascii"),
+            flags=re.MULTILINE,
         )
     )
     return (*before, "C_GetFunctionList", *after)
@@ -177,7 +179,10 @@ class Shim:
         who: Who = Who.ALL,
         delay_s: float = 0.0,
     ) -> None:
-        """Have the function return ``code`` uncalled: ``times`` times, after ``skip`` calls that go through."""
+        """Have the function return ``code`` uncalled: ``times`` times, after ``skip`` calls that go through.
+
+        C_Encrypt, C_Decrypt, C_Sign and C_Verify are called all the same, for that ends the session's operation.
+        """
         self._set(function, code=code, times=times, skip=skip, who=who, delay_us=int(delay_s * 1e6))
 
     def fail_all(self, functions: Iterable[str], code: int) -> None:
