@@ -58,6 +58,11 @@ bench-recycling: ## a million loads of keys into a token, and what the memory gr
 	@.ci/setup test,lint
 	@$(BIN)/python bench/recycling.py $(BENCH_ARGS)
 
+.PHONY: bench-resilience
+bench-resilience: ## measure dead and stopped nodes, idle connections and floods (6 minutes); build/bench/resilience.json
+	@.ci/setup test
+	@$(BIN)/python bench/resilience.py $(BENCH_ARGS)
+
 .PHONY: assurance
 assurance: ## the long proofs: valgrind, timing, NEON, sanitizers, a million changed messages (20 minutes)
 	@.ci/setup test,lint

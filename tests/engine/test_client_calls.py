@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
 
 from engine.client import calls as calls_module
-from engine.client.calls import Calls, Exchange, KeySummary, answered_by_any, merge_lists
+from engine.client.calls import Await, Calls, Ended, Exchange, KeySummary, answered_by_any, merge_lists
 from engine.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -65,12 +65,14 @@ from engine.protocol.requests import (
     KeyList,
     NodeStatus,
     Result,
+    ServiceCount,
     TokenHealth,
 )
 from engine.protocol.routing import Router
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.protocol.wire import ErrorBody, Load, Reply, Status, error_codec
 
+SERVICE = ServiceCount(0, 0, 0, 0, 0, 0, 0, 0, 0)
 NODES = ("n1", "n2", "n3", "n4", "n5")
 NOW_MS = 1_800_000_000_000
 LOADED = Load(0, 10, True)
@@ -655,7 +657,7 @@ class TestQuestions:
 
     def test_status_gives_the_error_in_its_place(self, play: Play, world: World) -> None:
         play.answers["status"] = NodeStatus(
-            "n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0)
+            "n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0), SERVICE
         )
         member = world.cluster.nodes["n1"]
         good = play.run(play.calls.status_at(member, 5.0))
@@ -687,3 +689,99 @@ def test_an_abandoned_call_leaves_nothing_under_way(play: Play) -> None:
     call.close()  # type: ignore[attr-defined]
     encrypt(play)
     assert play.verbs("encrypt")[-1] != node
+
+
+# --- another node is asked beside one that is late ---
+
+
+class Late:
+    """Steps a call by hand: what it asks for, and what it is told."""
+
+    def __init__(self, play: Play, call: Any) -> None:
+        self.play, self.call = play, call
+        self.step: Any = next(call)
+        self.result: Any = None
+
+    def tell(self, answer: Any, after_s: float = 0.0) -> None:
+        self.play.now_s += after_s
+        try:
+            self.step = self.call.throw(answer) if isinstance(answer, EngineError) else self.call.send(answer)
+        except StopIteration as stop:
+            self.step, self.result = None, stop.value
+
+
+def ok(data: bytes = b"ct") -> Reply:
+    return Reply(1, 1, Status.OK, REPLY_CODECS["encrypt"].encode(Result(data)), LOADED, {})
+
+
+def at_first_node(world: World) -> Late:
+    """A call whose description is known, and that has just asked its first node."""
+    play = Play(world, {"describe": world.describe()})
+    play.run(play.calls.describe("k", 5.0))
+    return Late(play, play.calls.encrypt("k", b"data", b"", 5.0))
+
+
+def test_a_late_node_is_joined_by_the_next_and_the_first_answer_counts(world: World) -> None:
+    late = at_first_node(world)
+    first = late.step
+    assert 0 < first.patience_s < 1 < first.timeout_s
+    late.tell(None, first.patience_s)
+    second = late.step
+    assert second.peer != first.peer
+    assert second.patience_s > first.patience_s
+    late.tell(Ended(first.peer, ok(b"slow"), None), 0.1)
+    assert late.result == b"slow"
+    # It answered after all, so it is no less likely than others from now on.
+    assert late.play.router.order((first.peer, second.peer), late.play.now_s) == (first.peer, second.peer)
+
+
+def test_who_is_late_is_tried_last_by_other_calls_at_once(world: World) -> None:
+    late = at_first_node(world)
+    first = late.step
+    late.tell(None, first.patience_s)
+    assert late.play.router.rank("encrypt/aes-256-gcm", "k", NODES, late.play.now_s)[-1] == first.peer
+    late.tell(ok(b"quick"))
+    assert late.result == b"quick"
+    assert late.play.router._nodes[first.peer].outstanding == 0
+
+
+def test_when_all_are_late_the_call_waits_for_any_of_them(world: World) -> None:
+    late = at_first_node(world)
+    asked = []
+    while isinstance(late.step, Exchange):
+        asked.append(late.step.peer)
+        late.tell(None, 0.1)
+    assert sorted(asked) == sorted(NODES)
+    assert late.step == Await()
+    late.tell(Ended(asked[0], None, NodeUnavailable("the connection broke")))
+    assert late.step == Await()
+    late.tell(Ended(asked[3], ok(), None))
+    assert late.result == b"ct"
+    assert all(late.play.router._nodes[node].outstanding == 0 for node in NODES)
+
+
+def test_a_late_refusal_is_as_good_as_any(world: World) -> None:
+    late = at_first_node(world)
+    first = late.step.peer
+    late.tell(None, 0.3)
+    body = error_codec.encode(ErrorBody("access-denied", "no", []))
+    with pytest.raises(AccessDenied):
+        late.tell(Ended(first, Reply(1, 1, Status.ERROR, body, IDLE, {}), None))
+
+
+def test_a_node_that_failed_is_probed_by_one_call_with_little_patience(world: World) -> None:
+    play = Play(world, {})
+    router = play.router
+    for name in NODES[1:]:
+        router.sent(name)
+        router.failed(name, play.now_s)
+    first = NODES[0]
+    router.sent(first)
+    router.failed(first, play.now_s - 2.0)
+    assert router.order((first,), play.now_s) == (first,)  # which makes this call the probe
+    assert router.patience_s(first, "", False) == pytest.approx(0.05)
+    router.sent(first)
+    router.failed(first, play.now_s)
+    assert router.order(NODES, play.now_s + 1.5)[-1] == first  # twice as long as the others
+    router.came_up(first)
+    assert router.order(NODES, play.now_s)[0] == first

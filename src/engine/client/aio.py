@@ -18,12 +18,15 @@ from zmq.utils.monitor import parse_monitor_message
 
 from engine.client.calls import (
     CREATE_TIMEOUT_S,
+    Await,
     Call,
     Destroyed,
+    Ended,
     Exchange,
     KeyInfo,
     KeySummary,
     MemberStatus,
+    Pause,
     answered_by_any,
     check_timeout,
     merge_lists,
@@ -78,8 +81,14 @@ class _Link:
     """The connection to one member, on the loop."""
 
     def __init__(
-        self, context: zmq.Context[Any], identity: CurveIdentity, member: Member, loop: asyncio.AbstractEventLoop
+        self,
+        context: zmq.Context[Any],
+        identity: CurveIdentity,
+        member: Member,
+        loop: asyncio.AbstractEventLoop,
+        came_up: Callable[[str], None],
     ) -> None:
+        self._came_up = came_up
         self._name = member.name
         self._client = identity.name
         self._loop = loop
@@ -188,6 +197,7 @@ class _Link:
     def _event(self, event: int) -> None:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._up, self.refused = True, False
+            self._came_up(self._name)
         elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self._up, self.refused = False, True
         elif event == zmq.EVENT_DISCONNECTED:
@@ -487,27 +497,32 @@ class AsyncEngine:
         return max(default_s, self._timeout_s) if timeout is None else check_timeout(timeout)
 
     async def _run(self, call: Call[T]) -> T:
+        under_way: dict[asyncio.Task[Reply], str] = {}
         try:
             self._check_open()
             step = next(call)
             while True:
                 # Outside the inner try: a closed engine ends the call, it is no node that failed.
                 self._check_open()
-                if isinstance(step, Exchange):
-                    try:
-                        reply = await self._exchange(step)
-                    except EngineError as error:
-                        step = call.throw(error)
-                    else:
-                        step = call.send(reply)
-                else:
+                if isinstance(step, Pause):
+                    _give_up(under_way)
                     await asyncio.sleep(step.seconds)
                     step = call.send(None)
+                    continue
+                newest, patience_s = None, None
+                if isinstance(step, Exchange):
+                    if step.patience_s is None:
+                        _give_up(under_way)
+                    newest, patience_s = self._loop.create_task(self._exchange(step)), step.patience_s
+                    under_way[newest] = step.peer
+                ended, _ = await asyncio.wait(under_way, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+                step = call.send(None) if not ended else _resume(call, ended.pop(), newest, under_way)
         except StopIteration as stop:
             result: T = stop.value
             return result
         finally:
             # A cancelled task leaves its call unfinished; closing it tells the router.
+            _give_up(under_way)
             call.close()
 
     def _check_open(self) -> None:
@@ -528,7 +543,9 @@ class AsyncEngine:
             member = self._members.get(step.peer)
             if member is None:
                 raise NodeUnavailable(f"{step.peer!r} is no member with an endpoint")
-            link = _Link(self._context, self._settings.identity.transport, member, self._loop)
+            link = _Link(
+                self._context, self._settings.identity.transport, member, self._loop, self._calls.router.came_up
+            )
             self._links[step.peer] = link
         try:
             return await link.request(step.verb, step.body, step.timeout_s)
@@ -578,6 +595,30 @@ class AsyncEngine:
         calls = [make(node) for node in nodes]
         done = await asyncio.gather(*(_outcome(lambda call=call: self._run(call)) for call in calls))  # type: ignore[misc]
         return dict(zip(nodes, done, strict=True))
+
+
+def _give_up(under_way: dict[asyncio.Task[Reply], str]) -> None:
+    for task in under_way:
+        if task.done() and not task.cancelled():
+            task.exception()  # else asyncio complains that nobody looked
+        task.cancel()
+    under_way.clear()
+
+
+def _resume(
+    call: Call[Any],
+    ended: asyncio.Task[Reply],
+    newest: asyncio.Task[Reply] | None,
+    under_way: dict[asyncio.Task[Reply], str],
+) -> Exchange | Await | Pause:
+    """Resume a call with one exchange's end; an error that is none of a member's or of the transport's is raised."""
+    peer = under_way.pop(ended)
+    error = ended.exception()
+    if error is not None and not isinstance(error, EngineError):
+        raise error
+    if ended is not newest:
+        return call.send(Ended(peer, None if error else ended.result(), error))
+    return call.throw(error) if error else call.send(ended.result())
 
 
 async def _outcome(begin: Callable[[], Awaitable[T]]) -> T | Exception:

@@ -4,6 +4,9 @@ It opens no socket and reads no clock of its own. A call yields an ``Exchange`` 
 the transport's error thrown in), or yields a ``Pause`` and is resumed after it; what it returns is the verb's result.
 One set of generators so serves the blocking, the pipelined and the asynchronous client.
 
+Where another node could answer as well, an exchange has a patience: when that is over the call is resumed with None,
+the exchange stays under way, and the call asks the next node beside. The first good answer counts.
+
 A call ends within its deadline. It asks each eligible node at most once a round, and a round is followed by another,
 after a growing pause, only while time is left.
 """
@@ -82,10 +85,12 @@ from engine.protocol.signed import SigningKey, sign_envelope
 from engine.protocol.wire import MAX_AAD, MAX_DATA, Name, Reply
 
 __all__ = [
+    "Await",
     "Call",
     "Calls",
     "Description",
     "Destroyed",
+    "Ended",
     "Exchange",
     "KeyInfo",
     "KeySummary",
@@ -120,22 +125,41 @@ MemberRole = Literal["node", "balancer"]
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """Ask ``peer``: ``body`` is the verb's encoded message; the reply is due within ``timeout_s`` seconds."""
+    """Ask ``peer``: ``body`` is the verb's encoded message; the reply is due within ``timeout_s`` seconds.
+
+    Without an answer within ``patience_s`` the call is resumed with None, and the exchange goes on. With none to be had
+    by patience (None) the call waits for this exchange alone, and gives up any that were late.
+    """
 
     peer: str
     verb: str
     body: bytes
     timeout_s: float
+    patience_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Await:
+    """Go on when one of the exchanges that were late has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of an exchange that had been late: a reply, or the error in its place."""
+
+    peer: str
+    reply: Reply | None
+    error: EngineError | None
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Resume the call after ``seconds``."""
+    """Resume the call after ``seconds``; exchanges that were late are given up."""
 
     seconds: float
 
 
-Call = Generator[Exchange | Pause, Reply | None, T]
+Call = Generator[Exchange | Await | Pause, Reply | Ended | None, T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +243,18 @@ class _Use:
     associated_data: bytes = b""
     proof: bytes = b""
     digest: bytes | None = None
+
+
+@dataclass(slots=True)
+class _Asked:
+    """One node that is being asked: what for, since when, and whether it has used up the call's patience."""
+
+    exchange: Exchange
+    started_s: float
+    key_name: str
+    request_class: str
+    cold: bool
+    late: bool = False
 
 
 @dataclass(slots=True)
@@ -366,7 +402,7 @@ class Calls:
         self.cluster = cluster
         self.router = router
         self._signing = signing
-        self._clock = clock
+        self.clock = clock
         self._now_ms = now_ms
         self._random_bytes = random_bytes
         self._descriptions = _Descriptions()
@@ -447,25 +483,41 @@ class Calls:
         """Ask the combiners in turn: the result, the word that the description is old, or None when all failed."""
         shaped = _shape(use, known.algorithm)
         request_class = classify_request(use.verb, known.algorithm.name)
-        queue = deque(self.router.rank(request_class, use.name, known.holders, self._clock()))
+        queue = deque(self.router.rank(request_class, use.name, known.holders, self.clock()))
         asked: set[str] = set()
-        while queue and trail.left_s() > 0:
-            node = queue.popleft()
-            if node in asked:
-                continue
-            asked.add(node)
-            outcome = yield from self._at_combiner(node, use, shaped, known, request_class, trail)
-            if isinstance(outcome, bytes):
-                return outcome
-            if isinstance(outcome, Moved):
-                queue.extendleft(name for name in reversed(outcome.names) if name in self.cluster.nodes)
-                trail.failures[node] = outcome
-            elif isinstance(outcome, StaleKey | KeyNotFound):
-                if not refreshed:
-                    return outcome
-                trail.failures[node] = outcome
-            else:
-                self._refused(node, outcome, trail)
+        granted: set[str] = set()
+        wanting: set[str] = set()
+        with _Race(self, trail) as race:
+            while trail.left_s() > 0:
+                node = _next(queue, asked)
+                if node:
+                    cold = node in wanting or not self.router.is_loaded(use.name, node)
+                    if cold:
+                        granted.add(node)
+                    message = self._message(node, use, shaped, known, cold, trail)
+                    ended = yield from race.ask(node, use.verb, message, use.name, request_class, cold=cold)
+                elif race.waiting:
+                    ended = yield from race.wait()
+                else:
+                    break
+                if ended is None:
+                    continue
+                node, outcome = ended
+                if isinstance(outcome, NeedGrant) and node not in granted:
+                    wanting.add(node)
+                    asked.discard(node)
+                    queue.appendleft(node)
+                elif isinstance(outcome, Moved):
+                    queue.extendleft(name for name in reversed(outcome.names) if name in self.cluster.nodes)
+                    trail.failures[node] = outcome
+                elif isinstance(outcome, StaleKey | KeyNotFound):
+                    if not refreshed:
+                        return outcome
+                    trail.failures[node] = outcome
+                elif isinstance(outcome, Exception | _Lost):
+                    self._refused(node, outcome, trail)
+                else:
+                    return bytes(outcome.data)
         return None
 
     def _refused(self, node: str, outcome: Exception | _Lost, trail: _Trail) -> None:
@@ -479,29 +531,18 @@ class Calls:
         if isinstance(outcome, QuorumUnavailable | ShareCorrupt):
             trail.short_of_shares(outcome)
 
-    def _at_combiner(
-        self, node: str, use: _Use, shaped: tuple[bytes, bool], known: Description, request_class: str, trail: _Trail
-    ) -> Call[bytes | Exception | _Lost]:
-        """One combiner's answer; with a grant unless its last reply said that the key is loaded."""
-        loaded = self.router.is_loaded(use.name, node)
-        outcome: Any = None
-        for granted in (False, True) if loaded else (True,):
-            grant = self._grant(known.record, use.verb, node, trail.left_s()) if granted else b""
-            message = Operate(
-                key=use.name,
-                key_id=known.record.manifest.key_id,
-                data=shaped[0],
-                associated_data=use.associated_data,
-                proof=use.proof,
-                digested=shaped[1],
-                grant=grant,
-            )
-            outcome = yield from self._ask(
-                node, use.verb, message, trail.attempt_s(), key_name=use.name, request_class=request_class, cold=granted
-            )
-            if not isinstance(outcome, NeedGrant):
-                break
-        return outcome if isinstance(outcome, Exception | _Lost) else bytes(outcome.data)
+    def _message(
+        self, node: str, use: _Use, shaped: tuple[bytes, bool], known: Description, cold: bool, trail: _Trail
+    ) -> Operate:
+        return Operate(
+            key=use.name,
+            key_id=known.record.manifest.key_id,
+            data=shaped[0],
+            associated_data=use.associated_data,
+            proof=use.proof,
+            digested=shaped[1],
+            grant=self._grant(known.record, use.verb, node, trail.left_s()) if cold else b"",
+        )
 
     def _grant(self, record: KeyRecord, operation: str, combiner: str, left_s: float) -> bytes:
         lifetime_ms = max(1_000, min(GRANT_LIFETIME_MS, int(left_s * 1000) + 1))
@@ -555,27 +596,37 @@ class Calls:
 
     def _describe_round(self, name: str, trail: _Trail, unlike: Description | None) -> Call[Description | None]:
         same: Description | None = None
-        for node in dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)):
-            if trail.left_s() <= 0:
-                break
-            timeout_s = trail.attempt_s(most_s=DESCRIBE_ATTEMPT_MAX_S)
-            outcome = yield from self._ask(node, RequestType.DESCRIBE, Describe(name), timeout_s)
-            if isinstance(outcome, _Lost):
-                trail.failures[node] = outcome.error
-            elif isinstance(outcome, AccessDenied | ValueError):
-                raise outcome
-            elif isinstance(outcome, Exception):
-                trail.failures[node] = outcome
-            else:
-                try:
-                    found = self._opened(name, outcome)
-                except (ManifestError, ProtocolError, AccessDenied) as error:
-                    trail.failures[node] = ManifestError(f"its description of the key does not verify: {error}")
+        nodes = tuple(dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)))
+        queue = deque(self.router.order(nodes, self.clock()))
+        asked: set[str] = set()
+        with _Race(self, trail, DESCRIBE_ATTEMPT_MAX_S) as race:
+            while trail.left_s() > 0:
+                node = _next(queue, asked)
+                if node:
+                    ended = yield from race.ask(node, RequestType.DESCRIBE, Describe(name))
+                elif race.waiting:
+                    ended = yield from race.wait()
+                else:
+                    break
+                if ended is None:
                     continue
-                if unlike is None or _newer(found, unlike):
-                    return found
-                older = found.record.digest != unlike.record.digest
-                same = same or (unlike if older else found)
+                node, outcome = ended
+                if isinstance(outcome, _Lost):
+                    trail.failures[node] = outcome.error
+                elif isinstance(outcome, AccessDenied | ValueError):
+                    raise outcome
+                elif isinstance(outcome, Exception):
+                    trail.failures[node] = outcome
+                else:
+                    try:
+                        found = self._opened(name, outcome)
+                    except (ManifestError, ProtocolError, AccessDenied) as error:
+                        trail.failures[node] = ManifestError(f"its description of the key does not verify: {error}")
+                        continue
+                    if unlike is None or _newer(found, unlike):
+                        return found
+                    older = found.record.digest != unlike.record.digest
+                    same = same or (unlike if older else found)
         return same
 
     def _unknown(self, name: str, trail: _Trail) -> None:
@@ -715,7 +766,8 @@ class Calls:
         asked = set() if asked is None else asked
         while True:
             trail.begin_round()
-            for node in dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)):
+            nodes = tuple(dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)))
+            for node in self.router.order(nodes, self.clock()):
                 if trail.left_s() <= 0:
                     break
                 timeout_s = trail.attempt_s(CREATE_ATTEMPT_MIN_S, 1 / 2)
@@ -838,7 +890,7 @@ class Calls:
     # --- one exchange ---
 
     def _trail(self, what: str, timeout_s: float) -> _Trail:
-        return _Trail(what, self._clock, self._clock() + check_timeout(timeout_s))
+        return _Trail(what, self.clock, self.clock() + check_timeout(timeout_s))
 
     def _ask(
         self,
@@ -858,28 +910,28 @@ class Calls:
         A ``counted`` exchange feeds the router; creations and the like would only spoil its picture of round trips.
         """
         body = REQUEST_CODECS[verb].encode(message)
-        started_s = self._clock()
+        started_s = self.clock()
         if counted:
             self.router.sent(peer)
         try:
             reply = yield Exchange(peer, verb, body, timeout_s)
         except EngineError as error:
             if counted:
-                self.router.failed(peer, self._clock())
+                self.router.failed(peer, self.clock())
             return _Lost(error)
         except BaseException:
             # The caller gave the call up, most often because this node was slow; the router counts it so.
             if counted:
-                self.router.failed(peer, self._clock())
+                self.router.failed(peer, self.clock())
             raise
-        if reply is None:
+        if not isinstance(reply, Reply):
             raise RuntimeError("an exchange must be answered with a reply")
         outcome = _outcome(verb, reply, role)
         if counted:
-            self._learn(peer, reply, outcome, started_s, key_name, request_class, cold)
+            self.learn(peer, reply, outcome, started_s, key_name, request_class, cold)
         return outcome
 
-    def _learn(
+    def learn(
         self,
         peer: str,
         reply: Reply,
@@ -889,14 +941,95 @@ class Calls:
         request_class: str,
         cold: bool,
     ) -> None:
-        now_s = self._clock()
+        """Feed the router with a reply that was asked for at ``started_s``."""
+        now_s = self.clock()
         if isinstance(outcome, Overloaded | TokenError | AuditUnavailable | StoreUnavailable | _Lost):
             self.router.failed(peer, now_s)
             return
+        self.router.took(request_class, cold, now_s - started_s)
         elapsed_us = (now_s - started_s) * 1e6
         if cold:
             elapsed_us = min(elapsed_us, reply.load.service_us + COLD_ROUND_TRIP_MAX_US)
         self.router.answered(peer, key_name, request_class, reply.load, elapsed_us, now_s)
+
+
+class _Race:
+    """One round's exchanges, of which the first good answer counts; those without one by then are given up.
+
+    Each node has as long as the router's patience says, each further one twice as long, until the next is asked; and at
+    most the trail's time for an attempt (``most_s`` seconds) in all.
+    """
+
+    def __init__(self, calls: Calls, trail: _Trail, most_s: float = TIMEOUT_MAX_S) -> None:
+        self._calls = calls
+        self._trail = trail
+        self._most_s = most_s
+        self.waiting: dict[str, _Asked] = {}
+
+    def __enter__(self) -> _Race:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Tell the router of those that did not answer: they are slow, unless they were not even late."""
+        router, now_s = self._calls.router, self._calls.clock()
+        given_up = kind is not None and not issubclass(kind, Exception)
+        for peer, asked in self.waiting.items():
+            if kind is None:
+                self._trail.failures.setdefault(peer, DeadlineExceeded(f"{peer}: no reply in time"))
+            if asked.late or given_up:
+                router.failed(peer, now_s)
+            else:
+                router.dropped(peer)
+        self.waiting.clear()
+
+    def ask(
+        self, peer: str, verb: str, message: object, key_name: str = "", request_class: str = "", *, cold: bool = False
+    ) -> Call[tuple[str, Any] | None]:
+        """Ask one more node: who answered, and its outcome as in ``Calls._ask``; None when it is late."""
+        router = self._calls.router
+        timeout_s = self._trail.attempt_s(most_s=self._most_s)
+        patience_s = min(router.patience_s(peer, request_class, cold) * 2 ** len(self.waiting), timeout_s)
+        exchange = Exchange(peer, verb, REQUEST_CODECS[verb].encode(message), timeout_s, patience_s)
+        asked = _Asked(exchange, self._calls.clock(), key_name, request_class, cold)
+        router.sent(peer)
+        self.waiting[peer] = asked
+        try:
+            answer = yield exchange
+        except EngineError as error:
+            return self._ended(peer, None, error)
+        if answer is None:
+            asked.late = True
+            router.late(peer, self._calls.clock())
+            return None
+        if isinstance(answer, Ended):
+            return self._ended(answer.peer, answer.reply, answer.error)
+        return self._ended(peer, answer, None)
+
+    def wait(self) -> Call[tuple[str, Any] | None]:
+        """Wait for one of those that were asked."""
+        answer = yield Await()
+        if not isinstance(answer, Ended):
+            raise RuntimeError("who waits must be told which exchange ended")
+        return self._ended(answer.peer, answer.reply, answer.error)
+
+    def _ended(self, peer: str, reply: Reply | None, error: EngineError | None) -> tuple[str, Any]:
+        asked = self.waiting.pop(peer)
+        if reply is None:
+            self._calls.router.failed(peer, self._calls.clock())
+            return peer, _Lost(error or DeadlineExceeded(f"{peer}: no reply"))
+        outcome = _outcome(asked.exchange.verb, reply, "node")
+        self._calls.learn(peer, reply, outcome, asked.started_s, asked.key_name, asked.request_class, asked.cold)
+        return peer, outcome
+
+
+def _next(queue: deque[str], asked: set[str]) -> str:
+    """The next node that was not asked yet, which is then noted; empty if there is none."""
+    while queue:
+        node = queue.popleft()
+        if node not in asked:
+            asked.add(node)
+            return node
+    return ""
 
 
 def _outcome(verb: str, reply: Reply, role: MemberRole) -> Any:

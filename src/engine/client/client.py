@@ -6,6 +6,8 @@ What a verb does is in ``calls``; here is only how its exchanges reach the socke
 from __future__ import annotations
 
 import heapq
+import itertools
+import math
 import os
 import random
 import resource
@@ -21,25 +23,27 @@ import zmq
 
 from engine.client.calls import (
     CREATE_TIMEOUT_S,
+    Await,
     Call,
     Calls,
     Destroyed,
+    Ended,
     Exchange,
     KeyInfo,
     KeySummary,
     MemberStatus,
+    Pause,
     answered_by_any,
     check_timeout,
     merge_lists,
     succeeded,
 )
 from engine.client.config import ClientConfig, Identity, load_cluster, load_config, load_identity, resolve
-from engine.client.transport import Channel, check_zmq_version, connect_options
+from engine.client.transport import Arrival, Channel, check_zmq_version, connect_options
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member
 from engine.protocol.routing import Router, RoutingTable, open_table
 from engine.protocol.signed import MAX_ENVELOPE
-from engine.protocol.wire import Reply
 
 __all__ = ["ClientSettings", "Engine", "TableFollower", "TableStats", "connect", "load_settings"]
 
@@ -49,6 +53,7 @@ MAX_BATCH = 1_000_000
 MAX_CHANNELS = 32
 FILES_PER_CONNECTION = 4
 """Descriptors of a connection: the TCP socket, and the mailboxes of the socket and of its monitor's two ends."""
+LONGEST_POLL_S = 60.0
 IDLE_MAX_S = 60.0
 """An idle channel is closed after this, so that nobody keeps unread events for long."""
 REAP_EVERY_S = 10.0
@@ -109,24 +114,92 @@ def make_calls(settings: ClientSettings) -> Calls:
 # --- drivers ---
 
 
+class _Flight:
+    """What one call has under way on a channel: the newest exchange, and those that were late."""
+
+    __slots__ = ("_channel", "call", "index", "newest", "peers", "until_s")
+
+    def __init__(self, channel: Channel, call: Call[Any], index: int = 0) -> None:
+        self._channel = channel
+        self.call = call
+        self.index = index
+        self.newest = 0
+        self.peers: dict[int, str] = {}
+        self.until_s = math.inf
+        """The monotonic time at which the call's patience with the newest is over."""
+
+    def begin(self, step: Exchange | Await) -> None:
+        """Do what the call asks for; ``EngineError`` where an exchange can't begin."""
+        self.newest, self.until_s = 0, math.inf
+        if isinstance(step, Await):
+            return
+        if step.patience_s is None:
+            self.give_up()
+        self.newest = self._channel.start(step.peer, step.verb, step.body, step.timeout_s)
+        self.peers[self.newest] = step.peer
+        if step.patience_s is not None:
+            self.until_s = time.monotonic() + step.patience_s
+
+    def late(self, _: object = None) -> Exchange | Await | Pause:
+        """Resume the call, whose patience is over."""
+        self.newest, self.until_s = 0, math.inf
+        return self.call.send(None)
+
+    def ended(self, arrival: Arrival) -> Exchange | Await | Pause:
+        """Resume the call with what arrived."""
+        peer = self.peers.pop(arrival.token)
+        newest, self.until_s = arrival.token == self.newest, math.inf
+        error = arrival.error
+        if arrival.reply is None and error is None:
+            error = DeadlineExceeded(f"{peer}: no reply")
+        if not newest:
+            return self.call.send(Ended(peer, arrival.reply, error))
+        self.newest = 0
+        if error is not None:
+            return self.call.throw(error)
+        return self.call.send(arrival.reply)
+
+    def give_up(self) -> None:
+        """Forget what is under way."""
+        for token in self.peers:
+            self._channel.abandon(token)
+        self.peers.clear()
+
+
 def drive(channel: Channel, call: Call[T]) -> T:
     """Run one call to its end over a channel that has nothing else under way."""
+    flight = _Flight(channel, call)
     try:
         step = next(call)
         while True:
-            if isinstance(step, Exchange):
-                try:
-                    reply = channel.call(step.peer, step.verb, step.body, step.timeout_s)
-                except EngineError as error:
-                    step = call.throw(error)
-                else:
-                    step = call.send(reply)
-            else:
+            if isinstance(step, Pause):
+                flight.give_up()
                 time.sleep(step.seconds)
                 step = call.send(None)
+                continue
+            try:
+                flight.begin(step)
+            except EngineError as error:
+                step = call.throw(error)
+                continue
+            arrival = _first(channel, flight)
+            step = flight.late() if arrival is None else flight.ended(arrival)
     except StopIteration as stop:
         result: T = stop.value
         return result
+    finally:
+        flight.give_up()
+
+
+def _first(channel: Channel, flight: _Flight) -> Arrival | None:
+    """The first end of what the call has under way, or None when its patience is over."""
+    while True:
+        wait_s = min(flight.until_s - time.monotonic(), LONGEST_POLL_S)
+        if wait_s <= 0:
+            return None
+        for arrival in channel.poll(wait_s):
+            if arrival.token in flight.peers:
+                return arrival
 
 
 class _Pipeline:
@@ -135,13 +208,12 @@ class _Pipeline:
     def __init__(self, channel: Channel, window: int) -> None:
         self._channel = channel
         self._window = window
-        self._flying: dict[int, tuple[int, Call[Any]]] = {}
-        self._asleep: list[tuple[float, int, Call[Any]]] = []
+        self._flying: dict[int, _Flight] = {}
+        self._alarms: list[tuple[float, int, int, _Flight]] = []
+        """When a call's pause, or its patience with the exchange of that token, is over; token 0 is a pause."""
+        self._numbers = itertools.count()
+        self._busy = 0
         self.ended: dict[int, Any] = {}
-
-    @property
-    def _busy(self) -> int:
-        return len(self._flying) + len(self._asleep)
 
     def run(self, calls: Iterator[Call[Any]], stop_at_error: bool) -> None:
         """Run them all; with ``stop_at_error`` no further one is begun once one has failed."""
@@ -160,7 +232,8 @@ class _Pipeline:
                 if call is None:
                     exhausted = True
                     break
-                self._step(begun, call)
+                self._busy += 1
+                self._step(_Flight(self._channel, call, begun), call.send, None)
                 failed = failed or isinstance(self.ended.get(begun), Exception)
                 begun += 1
             if not self._busy:
@@ -170,45 +243,68 @@ class _Pipeline:
     def _advance(self) -> bool:
         """Let what has ended or woken go on; whether a call failed."""
         before = len(self.ended)
-        now_s = time.monotonic()
-        wait_s = max(0.0, self._asleep[0][0] - now_s) if self._asleep else 60.0
+        wait_s = LONGEST_POLL_S
+        while self._alarms:
+            at_s, _, token, flight = self._alarms[0]
+            if token and (flight.newest != token or token not in self._flying):
+                heapq.heappop(self._alarms)  # answered meanwhile
+                continue
+            wait_s = min(wait_s, max(0.0, at_s - time.monotonic()))
+            break
         if self._flying:
             for arrival in self._channel.poll(wait_s):
-                flying = self._flying.pop(arrival.token, None)
-                if flying is None:
-                    continue
-                index, call = flying
-                if arrival.reply is not None:
-                    self._step(index, call, arrival.reply)
-                else:
-                    self._step(index, call, arrival.error or DeadlineExceeded(f"{arrival.peer}: no reply"))
+                landed = self._flying.pop(arrival.token, None)
+                if landed is not None:
+                    self._step(landed, landed.ended, arrival)
         elif wait_s:
             time.sleep(wait_s)
         now_s = time.monotonic()
-        while self._asleep and self._asleep[0][0] <= now_s:
-            _, index, call = heapq.heappop(self._asleep)
-            self._step(index, call)
+        while self._alarms and self._alarms[0][0] <= now_s:
+            _, _, token, flight = heapq.heappop(self._alarms)
+            if not token:
+                self._step(flight, flight.call.send, None)
+            elif flight.newest == token and token in self._flying:
+                self._step(flight, flight.late, None)
         return any(isinstance(each, Exception) for each in list(self.ended.values())[before:])
 
-    def _step(self, index: int, call: Call[Any], answer: Reply | EngineError | None = None) -> None:
+    def _step(self, flight: _Flight, resume: Callable[[Any], Any], answer: Any) -> None:
         """Resume a call with what it waited for, until it waits again or ends. None begins it, or ends its pause."""
         try:
-            step = call.throw(answer) if isinstance(answer, EngineError) else call.send(answer)
+            step = resume(answer)
             while True:
-                if not isinstance(step, Exchange):
-                    heapq.heappush(self._asleep, (time.monotonic() + step.seconds, index, call))
+                if isinstance(step, Pause):
+                    self._give_up(flight)
+                    self._wake(time.monotonic() + step.seconds, 0, flight)
                     return
+                if isinstance(step, Exchange) and step.patience_s is None:
+                    self._give_up(flight)
                 try:
-                    token = self._channel.start(step.peer, step.verb, step.body, step.timeout_s)
+                    flight.begin(step)
                 except EngineError as error:
-                    step = call.throw(error)
-                else:
-                    self._flying[token] = index, call
-                    return
+                    step = flight.call.throw(error)
+                    continue
+                if flight.newest:
+                    self._flying[flight.newest] = flight
+                    self._wake(flight.until_s, flight.newest, flight)
+                return
         except StopIteration as stop:
-            self.ended[index] = stop.value
+            self._end(flight, stop.value)
         except (EngineError, ValueError, TypeError) as error:
-            self.ended[index] = error
+            self._end(flight, error)
+
+    def _wake(self, at_s: float, token: int, flight: _Flight) -> None:
+        if at_s < math.inf:
+            heapq.heappush(self._alarms, (at_s, next(self._numbers), token, flight))
+
+    def _give_up(self, flight: _Flight) -> None:
+        for token in flight.peers:
+            self._flying.pop(token, None)
+        flight.give_up()
+
+    def _end(self, flight: _Flight, result: Any) -> None:
+        self._give_up(flight)
+        self._busy -= 1
+        self.ended[flight.index] = result
 
 
 def drive_many(
@@ -442,7 +538,8 @@ class Engine:
         members = {m.name: m for m in settings.cluster.members.values() if m.role in ("node", "balancer")}
         identity = settings.identity.transport
         limit = max_channels or _channel_limit(len(members))
-        self._channels = _Channels(lambda: Channel(identity, members, self._context), limit)
+        came_up = self._calls.router.came_up
+        self._channels = _Channels(lambda: Channel(identity, members, self._context, came_up), limit)
         self._follower = TableFollower(
             self._context, settings, self._calls.router, lambda: self._channels.reap(IDLE_MAX_S)
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +57,10 @@ and one flipped bit in a handshake would part two members until one is started a
 RECONNECT_MS = 5
 RECONNECT_MAX_MS = 200
 HANDSHAKE_MS = 2_000
+HEARTBEAT_MS = 250
+HEARTBEAT_TIMEOUT_MS = 750
+"""Between nodes and balancers alone: one that is stopped, or cut off, counts as away within a second. Clients send
+none: those of ten thousand connections would take a core of each node, and a client asks another node anyway."""
 HIGH_WATER_MARK = 1_000
 FRAME_MAX = MAX_MESSAGE + 64
 """ZMQ_MAXMSGSIZE of the sockets for messages: it counts the 33 bytes that CURVE adds to each frame too."""
@@ -196,15 +200,24 @@ class Channel:
     """Connections to the members of a cluster, opened when first used.
 
     Not safe for two threads at once; handing it over under a lock is fine. ``members`` maps names to members with
-    endpoints.
+    endpoints. ``came_up`` is told a peer whose connection is there again, or for the first time. With
+    ``heartbeats`` a peer that is silent altogether counts as gone, and what is under way there ends at once.
     """
 
     def __init__(
-        self, identity: CurveIdentity, members: Mapping[str, Member], context: zmq.Context[Any] | None = None
+        self,
+        identity: CurveIdentity,
+        members: Mapping[str, Member],
+        context: zmq.Context[Any] | None = None,
+        came_up: Callable[[str], None] = lambda peer: None,
+        *,
+        heartbeats: bool = False,
     ) -> None:
         check_zmq_version()
         self._identity = identity
         self._members = members
+        self._came_up = came_up
+        self._heartbeats = heartbeats
         self._context: zmq.Context[Any] = context or zmq.Context.instance()
         self._connections: dict[str, _Connection] = {}
         self._pending: dict[int, _Pending] = {}
@@ -324,6 +337,8 @@ class Channel:
         connect_options(socket, self._identity, member)
         socket.immediate = 1
         socket.maxmsgsize = FRAME_MAX
+        if self._heartbeats:
+            socket.heartbeat_ivl, socket.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
         monitor = watch(self._context, socket, _FIRST_EVENTS if first else _EVENTS)
         now = time.monotonic()
         connection = _Connection(socket, monitor, Greeting(peer), now, now, first=first)
@@ -415,6 +430,7 @@ class Channel:
             event = parse_monitor_message(monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 connection.up, connection.refused = True, False
+                self._came_up(peer)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 connection.refused, connection.up = True, False
             elif event == zmq.EVENT_CONNECT_RETRIED:

@@ -33,7 +33,19 @@ MAX_LOADED = 65_536
 TABLE_LIFETIME_MAX_MS = 3_600_000
 """The longest time a routing table may be good for."""
 DOWN_S = 1.0
-"""How long a node that failed is tried last."""
+DOWN_MAX_S = 4.0
+"""How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
+PROBE_S = 1.0
+"""How long one request that tries such a node again keeps others from it."""
+PATIENCE_MIN_S = 0.25
+PATIENCE_MAX_S = 0.6
+PATIENCE_UNKNOWN_S = 0.3
+PATIENCE_COLD_S = 0.5
+"""How long a node has for its answer until another one is asked too: several times what answers usually take, within
+these bounds; and where nothing was measured, by whether shares may have to be gathered."""
+PATIENCE_TIMES = 4
+PROBE_PATIENCE_S = 0.05
+"""The same for a node that failed and is tried again: most often it is still away."""
 
 
 class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -100,9 +112,32 @@ class _Node:
     outstanding: int = 0
     queue: int = 0
     seen_s: float = float("-inf")
+    down_for_s: float = 0.0
     down_until_s: float = float("-inf")
+    probing: bool = False
     round_trip_us: float = 300.0
     service_us: dict[str, float] = field(default_factory=dict)
+
+    def down(self, now_s: float) -> None:
+        if self.probing or self.down_until_s <= now_s:  # of many requests that fail together one counts
+            self.probing = False
+            self.down_for_s = min(max(DOWN_S, 2 * self.down_for_s), DOWN_MAX_S)
+            self.down_until_s = now_s + self.down_for_s
+
+    def up(self) -> None:
+        self.down_for_s, self.down_until_s, self.probing = 0.0, float("-inf"), False
+
+
+@dataclass(slots=True)
+class _Pace:
+    """Smoothed mean and mean deviation of what exchanges of one kind took, as TCP keeps them (RFC 6298)."""
+
+    mean_s: float
+    deviation_s: float
+
+    def add(self, seconds: float) -> None:
+        self.deviation_s += (abs(seconds - self.mean_s) - self.deviation_s) / 4
+        self.mean_s += (seconds - self.mean_s) / 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +161,7 @@ class Router:
         self._lock = threading.Lock()
         self._nodes = {name: _Node() for name in cluster.nodes}
         self._loaded: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._paces: dict[tuple[str, bool], _Pace] = {}
         self._indexed: _Indexed | None = None
 
     @property
@@ -169,7 +205,8 @@ class Router:
         with self._lock:
             state = self._nodes[node]
             state.outstanding = max(0, state.outstanding - 1)
-            state.queue, state.seen_s, state.down_until_s = load.queue, now_s, float("-inf")
+            state.queue, state.seen_s = load.queue, now_s
+            state.up()
             state.round_trip_us += 0.1 * (max(0.0, min(elapsed_us - load.service_us, 1e6)) - state.round_trip_us)
             if load.service_us and request_class:
                 before = state.service_us.get(request_class, float(load.service_us))
@@ -183,14 +220,52 @@ class Router:
                 else:
                     self._loaded.pop((key_name, node), None)
 
+    def dropped(self, node: str) -> None:
+        """A request's answer is no longer waited for, and the node is not to blame."""
+        with self._lock:
+            state = self._nodes[node]
+            state.outstanding = max(0, state.outstanding - 1)
+
     def failed(self, node: str, now_s: float) -> None:
         """No reply came; the node is tried last for a while, and what it had loaded is forgotten."""
         with self._lock:
             state = self._nodes[node]
             state.outstanding = max(0, state.outstanding - 1)
-            state.down_until_s = now_s + DOWN_S
+            state.down(now_s)
             for pair in [pair for pair in self._loaded if pair[1] == node]:
                 del self._loaded[pair]
+
+    def late(self, node: str, now_s: float) -> None:
+        """A request's patience is over: the node is tried last for a while, unless the answer still comes."""
+        with self._lock:
+            self._nodes[node].down(now_s)
+
+    def came_up(self, node: str) -> None:
+        """A lost connection to the node is there again: it need not be tried last any more."""
+        with self._lock:
+            state = self._nodes.get(node)
+            if state is not None:
+                state.up()
+
+    def took(self, request_class: str, cold: bool, seconds: float) -> None:
+        """An exchange was answered after so many seconds."""
+        with self._lock:
+            pace = self._paces.get((request_class, cold))
+            if pace is None:
+                self._paces[request_class, cold] = _Pace(seconds, seconds / 2)
+            else:
+                pace.add(seconds)
+
+    def patience_s(self, node: str, request_class: str, cold: bool) -> float:
+        """How long to wait for a node before another is asked beside."""
+        with self._lock:
+            if self._nodes[node].probing:
+                return PROBE_PATIENCE_S
+            pace = self._paces.get((request_class, cold))
+            if pace is None:
+                return PATIENCE_COLD_S if cold else PATIENCE_UNKNOWN_S
+            usual_s = pace.mean_s + 4 * pace.deviation_s
+            return min(max(PATIENCE_TIMES * usual_s, PATIENCE_MIN_S), PATIENCE_MAX_S)
 
     def is_loaded(self, key_name: str, node: str) -> bool:
         """Whether the node's last reply said that it has the key loaded."""
@@ -212,7 +287,22 @@ class Router:
             up = [name for name in names if self._nodes[name].down_until_s <= now_s]
             first = self._sample(request_class, up)
             first |= {name for name in up if (key_name, name) in self._loaded}
-            return tuple(sorted(names, key=lambda name: (name not in up, name not in first, scores[name])))
+            order = sorted(names, key=lambda name: (name not in up, name not in first, scores[name]))
+            self._probe(order[0], now_s)
+            return tuple(order)
+
+    def order(self, names: Sequence[str], now_s: float) -> tuple[str, ...]:
+        """The names as given, but those last that are down."""
+        with self._lock:
+            order = sorted(names, key=lambda name: self._nodes[name].down_until_s > now_s)
+            self._probe(order[0], now_s)
+            return tuple(order)
+
+    def _probe(self, name: str, now_s: float) -> None:
+        """If this node's time as down is over, one request finds out how it is; the others go elsewhere meanwhile."""
+        state = self._nodes[name]
+        if state.down_for_s and state.down_until_s <= now_s:
+            state.probing, state.down_until_s = True, now_s + PROBE_S
 
     def _score(self, request_class: str, key_name: str, name: str, now_s: float) -> float:
         state = self._nodes[name]
