@@ -20,6 +20,7 @@ from balancer.loop import ControlLoop, Service, now_ms
 from balancer.publisher import Publisher
 from balancer.registry import SqliteRegistry
 from engine.client.config import LOG_LEVELS, configure_logging
+from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Gate, Listener
 from engine.client.process import harden_process, raise_file_limit
 from engine.errors import ConfigError, EngineError, ManifestError
@@ -27,7 +28,7 @@ from engine.failpoints import arm_from_environment
 
 DRAIN_S = 1.0
 """How long requests that already arrived are answered after a signal to stop."""
-POLL_MS = 1_000
+POLL_MS = int(LOOK_EVERY_S * 1000)
 
 log = structlog.get_logger()
 
@@ -82,7 +83,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
         stack.callback(gate.close)
         publisher = Publisher(context, identity.transport, settings.publish_bind)
         stack.callback(publisher.close)
-        listener = Listener(context, identity.transport, settings.bind, cluster)
+        listener = Listener(context, identity.transport, settings.bind, cluster, settings.limits)
         stack.callback(listener.close)
         loop = ControlLoop(
             context,
@@ -102,7 +103,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             publish=settings.publish_bind,
             fencing_epoch=registry.fencing_epoch,
         )
-        service = Service(listener, registry, cluster, identity.name, loop, settings.limits)
+        service = Service(listener, registry, cluster, identity.name, loop, listener.limits)
         _serve(service, listener, wake, lifeline)
         log.info("stopped", balancer=identity.name)
 
@@ -130,11 +131,13 @@ def _catch_signals(stack: ExitStack) -> socket.socket:
 def _serve(service: Service, listener: Listener, wake: socket.socket, lifeline: int | None) -> None:
     poller = zmq.Poller()
     poller.register(listener.socket, zmq.POLLIN)
+    poller.register(listener.connections.monitor, zmq.POLLIN)
     poller.register(wake.fileno(), zmq.POLLIN)
     if lifeline is not None:
         poller.register(lifeline, zmq.POLLIN)
     while True:
-        events = dict(poller.poll(POLL_MS))
+        events = dict(poller.poll(0 if service.waiting else POLL_MS))
+        service.look()
         if wake.fileno() in events:
             break
         if lifeline is not None and lifeline in events and not os.read(lifeline, 1):

@@ -23,11 +23,11 @@ from balancer.plan import TableStamp, assignment_problem, generate_routing_table
 from balancer.publisher import Publisher
 from balancer.registry import Registry
 from engine._version import __version__
-from engine.client.admission import ServiceLimits, welcome
+from engine.client.admission import Admission, ServiceLimits, Turns, welcome
 from engine.client.config import Identity
 from engine.client.listener import Incoming, Listener
 from engine.client.transport import Arrival, Channel, raise_for_status
-from engine.errors import AccessDenied, EngineError, ProtocolError
+from engine.errors import AccessDenied, EngineError, Overloaded, ProtocolError
 from engine.keys import RequestType
 from engine.protocol.manifest import Cluster
 from engine.protocol.requests import (
@@ -145,7 +145,7 @@ class ControlLoop:
 
     def _run(self) -> None:
         begun, tick = time.monotonic(), 0
-        with Channel(self._identity.transport, self._cluster.nodes, self._context) as channel:
+        with Channel(self._identity.transport, self._cluster.nodes, self._context, heartbeats=True) as channel:
             channel.dial(self._cluster.nodes)
             while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
                 try:
@@ -253,9 +253,12 @@ class Service:
         self._name = name
         self._loop = loop
         self._limits = limits
+        self._admission = Admission(limits)
+        self._turns: Turns[Incoming] = Turns(limits.requests, limits.requests)
         self._boot = os.urandom(16)
         self._now_ms = now_ms
         self._begun = time.monotonic()
+        self._next_told_s = 0.0
         self._verbs: dict[str, Callable[[str, Any], Any]] = {
             REGISTRY_RESERVE: self._reserve,
             REGISTRY_CHANGE: self._change,
@@ -269,14 +272,41 @@ class Service:
             RequestType.STATUS: self._status,
         }
 
+    @property
+    def waiting(self) -> int:
+        """Requests taken in and not yet answered."""
+        return len(self._turns)
+
     def answer_waiting(self, most: int = BURST) -> int:
-        """Answer what has arrived, at most ``most`` requests; how many it was."""
+        """Answer what has arrived, at most ``most`` requests, the members in turn; how many it was."""
         for done in range(most):
+            self._take_in(most)
+            if not self._turns:
+                return done
+            incoming = self._turns.take()
+            self._answer(incoming)
+            self._admission.end(incoming.member.name)
+        return most
+
+    def _take_in(self, most: int) -> None:
+        for _ in range(most):
             incoming = self._listener.receive()
             if incoming is None:
-                return done
-            self._answer(incoming)
-        return most
+                return
+            try:
+                self._admission.begin(incoming.member.name, time.monotonic())
+                self._turns.put(incoming.member.name, incoming)
+            except Overloaded as error:
+                self._listener.fail(incoming, error)
+
+    def look(self) -> None:
+        """Look after the connections, and tell now and then how many requests were refused."""
+        self._listener.connections.look()
+        now = time.monotonic()
+        if now >= self._next_told_s:
+            self._next_told_s = now + 1.0
+            for each in self._admission.refusals():
+                log.warning("requests refused", member=each.member, count=each.count, reason=each.reason)
 
     def _answer(self, incoming: Incoming) -> None:
         verb, member = incoming.request.verb, incoming.member
@@ -345,4 +375,5 @@ class Service:
             table_counter=standing.counter,
             ticks=standing.ticks,
             last_error=standing.last_error,
+            service=self._listener.counts(self._admission),
         )

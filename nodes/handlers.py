@@ -8,6 +8,7 @@ being gathered wait for that one gathering.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any, Final, Protocol
 import structlog
 
 from engine._version import __version__
-from engine.client.admission import ServiceLimits, welcome
+from engine.client.admission import Admission, ServiceLimits, welcome
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
     AccessDenied,
@@ -84,6 +85,7 @@ from engine.protocol.requests import (
     Prewarm,
     Refresh,
     Result,
+    ServiceCount,
     ShareCommit,
     ShareDeal,
     SharePrepare,
@@ -115,8 +117,6 @@ from nodes.workers import Worker
 
 __all__ = ["Handlers", "Moved", "Replier"]
 
-MAX_PENDING: Final = 10_000
-"""Requests under way in one node; more are answered ``overloaded``."""
 MAX_GROUPS_TOLD: Final = 2048
 MOVED_MAX: Final = 8
 """How many combiners a ``moved`` reply names."""
@@ -295,6 +295,7 @@ class Handlers:
         ledger: GrantLedger,
         limits: ServiceLimits,
         health: Health,
+        counts: Callable[[Admission], ServiceCount],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
@@ -322,6 +323,7 @@ class Handlers:
         self._ledger = ledger
         self._limits = limits
         self._health = health
+        self._service_counts = counts
         self._now_ms = ledger.clock.now_ms
         self._writing_ledger = False
         self._clock_complaint = ""
@@ -335,7 +337,7 @@ class Handlers:
         self._counts: dict[str, _Count] = {}
         self._group_counts: dict[int, int] = {}
         self._number = 0
-        self.pending = 0
+        self._admission = Admission(limits)
         self._cursor = Cursor()
         self._next_books_s = self._looked_s = 0.0
         self._settle_after_ms = 0
@@ -364,6 +366,11 @@ class Handlers:
             SHARE_RENEW: self._share_renew,
         }
 
+    @property
+    def pending(self) -> int:
+        """Requests under way."""
+        return self._admission.under_way
+
     # --- the way in and out ---
 
     def handle(self, incoming: Incoming) -> None:
@@ -372,15 +379,17 @@ class Handlers:
         self._number += 1
         request = incoming.request
         call = _Call(incoming, self._number, now, now + request.timeout_ms / 1000, request.verb)
-        self.pending += 1
+        try:
+            self._admission.begin(incoming.member.name, now)
+        except Overloaded as error:  # told and recorded in one for many, since there is no end to them
+            self._replier.fail(incoming, error, Load(self.pending, 0, False))
+            return
         try:
             if request.verb in UNRECORDED and not self._audit.problem:
                 call.recording = False
             elif request.verb not in ALWAYS_ANSWERED or not self._audit.problem:
                 self._record(call, chain.REQUEST)
             check_verb(self._cluster, incoming.member, request.verb)
-            if self.pending > MAX_PENDING:
-                raise Overloaded(f"{MAX_PENDING} requests are under way")
             if self._health.problem and request.verb not in WITHOUT_TOKEN:
                 raise TokenError(f"{self._node}: {self._health.problem}")
             body = REQUEST_CODECS[request.verb].decode(request.body)
@@ -428,7 +437,7 @@ class Handlers:
         """Record the outcome, then reply: at once, or once the record is on the disk. Without a record no reply."""
 
         def answer(failure: AuditUnavailable | None) -> None:
-            self.pending -= 1
+            self._admission.end(call.incoming.member.name)
             try:
                 if failure is not None:
                     raise failure
@@ -508,7 +517,7 @@ class Handlers:
             else:
                 self._fail(call, error)
 
-        worker.submit(job, done)
+        worker.submit(job, done, call.incoming.member.name)
 
     # --- operations ---
 
@@ -567,6 +576,7 @@ class Handlers:
             self._talkers.submit(
                 lambda talker: self._gather_once(talker, entry, leader),
                 lambda gathered, error: self._gathered(entry, leader, gathered, error),
+                leader.call.incoming.member.name,
             )
         except Overloaded:
             del self._gathering[entry.row.key_id]
@@ -622,6 +632,11 @@ class Handlers:
         failpoint("combiner.gather.loaded")
         self._release_waiting(entry, _Loaded(key, slow=False, size=size), None)
 
+    def _asker(self, entry: Entry) -> str:
+        """The member for whom the key is gathered."""
+        waiting = self._gathering.get(entry.row.key_id)
+        return waiting[0].call.incoming.member.name if waiting else ""
+
     def _load_aside(self, entry: Entry, gathered: Gathered, *, last: bool) -> None:
         """Have the slow worker load the key; once more, after those that it has are destroyed, if it has no room."""
         size = len(gathered.secret)
@@ -634,7 +649,7 @@ class Handlers:
             self._release_waiting(entry, None if key is None else _Loaded(key, slow=True, size=size), failure)
 
         try:
-            self._slow.submit(lambda lane: self._load_key(lane, entry, gathered), done)
+            self._slow.submit(lambda lane: self._load_key(lane, entry, gathered), done, self._asker(entry))
         except Overloaded as failure:
             gathered.secret.close()
             self._release_waiting(entry, None, failure)
@@ -827,6 +842,7 @@ class Handlers:
                 alarms=[each for each in (self._audit.broken, *self._witness.alarms.values()) if each],
                 clock=self._ledger.clock.complaint(),
                 health=self._health.told(),
+                service=self._service_counts(self._admission),
             ),
         )
 
@@ -969,6 +985,7 @@ class Handlers:
         self._holder.shares.expire()
         self._signatures.expire()
         self._watch_clock(now)
+        self._tell_refusals()
         overdue, self._unloading = self._unloading, []
         for each in overdue:
             self._unload(each)
@@ -977,6 +994,23 @@ class Handlers:
             self._tell_head(HEADS_TIMEOUT_S)
         if now >= self._next_books_s:
             self._read_books(now)
+
+    def _tell_refusals(self) -> None:
+        """Log and record what was refused since the last tick: one line for each member."""
+        for each in self._admission.refusals():
+            log.warning("requests refused", member=each.member, count=each.count, reason=each.reason)
+            record = Record(
+                time_ms=self._now_ms(),
+                node=self._node,
+                boot=self._boot_text,
+                request=0,
+                event=chain.REFUSED,
+                member=each.member,
+                outcome=Overloaded.code,
+                detail=f"{each.count} requests: {each.reason}"[:MAX_ERROR_DETAIL],
+            )
+            with contextlib.suppress(AuditUnavailable):  # the log above has it, and nothing was done for them
+                self._audit.write(record)
 
     def look_again(self) -> None:
         """Read the registry's books soon: at once, unless that was done within the last second."""

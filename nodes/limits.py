@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.client.admission import TokenBucket
 from engine.errors import Overloaded
 
-__all__ = ["Limits", "ReleaseLimits", "TokenBucket"]
+__all__ = ["Limits", "ReleaseLimits"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,28 +22,6 @@ class Limits:
     combiner_per_s: float = 400.0
     total_per_s: float = 800.0
     burst_s: float = 10.0
-
-
-class TokenBucket:
-    """``per_s`` tokens a second flow in, at most ``burst_s`` seconds' worth (and one at least); it begins full."""
-
-    __slots__ = ("_at_s", "_level", "_per_s", "_room")
-
-    def __init__(self, per_s: float, burst_s: float, now_s: float) -> None:
-        self._per_s = per_s
-        self._room = max(1.0, per_s * burst_s)
-        self._level = self._room
-        self._at_s = now_s
-
-    def holds_one(self, now_s: float) -> bool:
-        """Whether there is a token to take."""
-        self._level = min(self._room, self._level + max(0.0, now_s - self._at_s) * self._per_s)
-        self._at_s = max(self._at_s, now_s)
-        return self._level >= 1.0
-
-    def take(self) -> None:
-        """Take a token that ``holds_one`` saw."""
-        self._level -= 1.0
 
 
 class ReleaseLimits:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import resource
 import signal
 import sys
@@ -17,6 +16,7 @@ import zmq.utils.z85
 
 from engine._version import __version__
 from engine.client.config import Identity, load_cluster, load_identity, sync_folder
+from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Gate, Listener
 from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
@@ -43,7 +43,7 @@ from nodes.store import ShareStore
 from nodes.supervisor import Beat
 from nodes.token import CallWatch, Lane, Token
 from nodes.witness import Witness
-from nodes.workers import Mailbox, Worker
+from nodes.workers import Jobs, Mailbox, Worker
 
 __all__ = ["Server", "load_membership"]
 
@@ -99,6 +99,7 @@ class Server:
 
     def __init__(self, config: NodeConfig, lifeline: int | None = None, beat: Beat | None = None) -> None:
         identity, cluster = load_membership(config)
+        raise_file_limit()
         self._lifeline = lifeline
         self._beat = beat
         watch = CallWatch()
@@ -136,7 +137,7 @@ class Server:
         self._gate = Gate(self._context, cluster)
         me = cluster.nodes[identity.name]
         self.endpoint = config.bind or me.endpoint
-        self._listener = Listener(self._context, identity.transport, self.endpoint, cluster)
+        self._listener = Listener(self._context, identity.transport, self.endpoint, cluster, config.service_limits)
         signatures = SignatureCache(config.signature_cache, time.monotonic)
         remember_signatures(signatures)
         shares = ShareCache(_within_locked_memory(config.share_cache), time.monotonic)
@@ -156,12 +157,12 @@ class Server:
         peers = {member.name: member for member in cluster.members.values() if member.role in ("node", "balancer")}
 
         def make_talker() -> Talker:
-            channel = Channel(identity.transport, peers, self._context)
+            channel = Channel(identity.transport, peers, self._context, heartbeats=True)
             channel.dial(peers)
             return Talker(channel, token.lane())
 
         self._local: Worker[Lane] = Worker("local", self._mailbox, token.lane, lambda state: None)
-        jobs: queue.Queue[Any] = queue.Queue(1_000)
+        jobs = Jobs()
         self._talkers = [
             Worker(f"talker-{i}", self._mailbox, make_talker, Talker.close, jobs, Talker.drop_late)
             for i in range(config.workers)
@@ -169,7 +170,7 @@ class Server:
         self._slow: Worker[Lane] = Worker("slow", self._mailbox, token.lane, lambda state: None)
         # One creation at a time, and few that wait: making keys must not keep the node from using them.
         self._dealer: Worker[Talker] = Worker(
-            "dealer", self._mailbox, make_talker, Talker.close, queue.Queue(MAX_CREATIONS_WAITING), Talker.drop_late
+            "dealer", self._mailbox, make_talker, Talker.close, Jobs(MAX_CREATIONS_WAITING), Talker.drop_late
         )
         self._keeper = Keeper(
             token,
@@ -200,7 +201,8 @@ class Server:
             cache_limits=config.key_cache,
             signatures=signatures,
             ledger=ledger,
-            limits=config.service_limits,
+            limits=self._listener.limits,
+            counts=self._listener.counts,
             health=self._keeper,
         )
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
@@ -217,11 +219,11 @@ class Server:
 
     def run(self) -> None:
         """Serve until stopped; then drain and close everything."""
-        raise_file_limit()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
         poller = zmq.Poller()
         poller.register(self._listener.socket, zmq.POLLIN)
+        poller.register(self._listener.connections.monitor, zmq.POLLIN)
         poller.register(self._mailbox.fileno(), zmq.POLLIN)
         if self._lifeline is not None:
             poller.register(self._lifeline, zmq.POLLIN)
@@ -244,7 +246,8 @@ class Server:
             if now >= next_tick_s:
                 self._handlers.tick(SETTLE_AFTER_MS)
                 next_tick_s = now + TICK_S
-            ready = dict(poller.poll(max(0, int((next_tick_s - now) * 1000))))
+            ready = dict(poller.poll(max(0, int(min(next_tick_s - now, LOOK_EVERY_S) * 1000))))
+            self._listener.connections.look()
             if self._lifeline in ready:
                 poller.unregister(self._lifeline)
                 self._begin_stop()

@@ -1,12 +1,12 @@
 """Threads beside the loop: each has one session or channel of its own and a bounded queue of jobs.
 
-A worker never touches what belongs to the loop; what it made comes back through ``Mailbox`` and is used there.
+Jobs wait by the member that asked for them, and the members are served in turn, so that none keeps others waiting. A
+worker never touches what belongs to the loop; what it made comes back through ``Mailbox`` and is used there.
 """
 
 from __future__ import annotations
 
 import os
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -14,11 +14,13 @@ from typing import Any, Final, Generic, TypeVar
 
 import structlog
 
-from engine.errors import Overloaded
+from engine.client.admission import Turns
 
-__all__ = ["Mailbox", "Worker"]
+__all__ = ["Jobs", "Mailbox", "Worker"]
 
 MAX_JOBS: Final = 1_000
+MEMBER_PART: Final = 4
+"""One member's jobs fill a queue up to a part of one in so many."""
 IDLE_S: Final = 1.0
 """A worker that had no job for so long looks after its state, each time anew."""
 
@@ -59,6 +61,43 @@ class Mailbox:
         os.close(self._event)
 
 
+class Jobs:
+    """The jobs that wait for one or more workers, at most ``most``; safe for several threads.
+
+    The node's own jobs, of the member "", have a part of the queue and their turn like any member's.
+    """
+
+    def __init__(self, most: int = MAX_JOBS) -> None:
+        self._turns: Turns[Any] = Turns(most, max(1, most // MEMBER_PART))
+        self._ends = 0
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._turns)
+
+    def put(self, member: str, job: Any) -> None:
+        """Have a job wait; ``Overloaded`` if too many do."""
+        with self._changed:
+            self._turns.put(member, job)
+            self._changed.notify()
+
+    def end(self) -> None:
+        """Have one of the workers end once nothing waits."""
+        with self._changed:
+            self._ends += 1
+            self._changed.notify_all()
+
+    def take(self, timeout_s: float | None) -> Any:
+        """The next job; ``TimeoutError`` if none came in time, ``EOFError`` if the worker is to end."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._turns) or self._ends, timeout_s):
+                raise TimeoutError
+            if len(self._turns):
+                return self._turns.take()
+            self._ends -= 1
+            raise EOFError
+
+
 class Worker(Generic[S]):
     """One thread with a state of its own (made and closed in that thread) and a queue of at most 1,000 jobs.
 
@@ -71,15 +110,14 @@ class Worker(Generic[S]):
         mailbox: Mailbox,
         make_state: Callable[[], S],
         close_state: Callable[[S], None],
-        jobs: queue.Queue[Any] | None = None,
+        jobs: Jobs | None = None,
         idle: Callable[[S], None] | None = None,
     ) -> None:
-        self._jobs: queue.Queue[Any] = queue.Queue(MAX_JOBS) if jobs is None else jobs
+        self._jobs = Jobs() if jobs is None else jobs
         self._mailbox = mailbox
         self._make_state = make_state
         self._close_state = close_state
         self._idle = idle
-        self._ending = False
         self._failure: Exception | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -91,24 +129,15 @@ class Worker(Generic[S]):
     @property
     def waiting(self) -> int:
         """Jobs that wait."""
-        return self._jobs.qsize()
+        return len(self._jobs)
 
-    def submit(self, work: Callable[[S], R], done: Done) -> None:
-        """Queue a job; ``done(result, error)`` is then called by the loop. ``Overloaded`` if the queue is full."""
-        try:
-            self._jobs.put_nowait((work, done))
-        except queue.Full:
-            raise Overloaded(f"{MAX_JOBS} jobs wait already") from None
+    def submit(self, work: Callable[[S], R], done: Done, member: str = "") -> None:
+        """Queue a member's job; ``done(result, error)`` is then called by the loop. ``Overloaded`` if too many wait."""
+        self._jobs.put(member, (work, done))
 
     def finish(self) -> None:
         """Have one of the workers on this queue end after the jobs that wait. It never blocks."""
-        for _ in range(2):
-            try:
-                self._jobs.put_nowait((None, None))
-            except queue.Full:
-                self._ending = True  # seen after the job under way; the second try is for one that ended just now
-            else:
-                return
+        self._jobs.end()
 
     def join(self, timeout_s: float) -> None:
         """Wait for this worker's end, at most ``timeout_s``."""
@@ -123,14 +152,14 @@ class Worker(Generic[S]):
         finally:
             self._ready.set()
         try:
-            while not (self._ending and self._jobs.empty()):
+            while True:
                 try:
-                    work, done = self._jobs.get(timeout=None if self._idle is None else IDLE_S)
-                except queue.Empty:
+                    work, done = self._jobs.take(None if self._idle is None else IDLE_S)
+                except TimeoutError:
                     if self._idle is not None:
                         self._idle(state)
                     continue
-                if work is None:
+                except EOFError:
                     return
                 self._mailbox.post(_outcome(work, state, done))
                 del work, done

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pkcs11 import Attribute
 
-from engine.client.admission import ServiceLimits
+from engine.client.admission import Admission, ServiceLimits
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
     AuditUnavailable,
@@ -34,6 +34,7 @@ from engine.protocol.requests import (
     Flush,
     Operate,
     Prewarm,
+    ServiceCount,
     SyncEntry,
     TokenHealth,
 )
@@ -65,7 +66,7 @@ class FakeWorker:
         self.jobs: list[tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = []
         self.full = False
 
-    def submit(self, work: Callable[[Any], Any], done: Callable[[Any, Any], None]) -> None:
+    def submit(self, work: Callable[[Any], Any], done: Callable[[Any, Any], None], member: str = "") -> None:
         if self.full:
             raise Overloaded("full")
         self.jobs.append((work, done))
@@ -166,6 +167,7 @@ class Scene:
             ledger=self.ledger,
             limits=ServiceLimits(),
             health=self.health,
+            counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
         )
 
     def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float) -> Gathered:
@@ -467,12 +469,32 @@ def test_many_outdated_requests_are_one_look_at_the_books(scene: Scene) -> None:
     assert len(scene.talkers.jobs) == 1
 
 
-def test_too_many_requests_are_overloaded(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodes.handlers.MAX_PENDING", 3)
+def limited(scene: Scene, **limits: Any) -> None:
+    scene.handlers._admission = Admission(ServiceLimits(**limits))
+
+
+@pytest.mark.parametrize("bound", ["requests", "member_requests"])
+def test_too_many_requests_are_overloaded_and_told_once(scene: Scene, bound: str) -> None:
+    limited(scene, **{bound: 3})
     numbers = [scene.encrypt() for _ in range(5)]
     assert [scene.outcome(number) for number in numbers] == ["waits"] * 3 + ["Overloaded"] * 2
     scene.talkers.run()
     assert scene.handlers.pending == 0
+    scene.handlers.tick(30_000)
+    scene.handlers.tick(30_000)
+    refused = [each for each in scene.records if each.event == "refused"]
+    assert [(each.member, each.outcome) for each in refused] == [("alice", "overloaded")]
+    assert refused[0].detail.startswith(f"2 requests: limits.{bound} = 3 are under way")
+    assert len([each for each in scene.records if each.event == "request"]) == 3
+
+
+def test_a_member_has_its_rate_and_its_burst(scene: Scene) -> None:
+    limited(scene, requests_per_s=2.0, burst_s=2.0)
+    scene.handlers._clock = lambda: scene.clock_s
+    outcomes = [scene.outcome(scene.encrypt()) for _ in range(6)]
+    assert outcomes == ["waits"] * 4 + ["Overloaded"] * 2
+    scene.clock_s += 0.5
+    assert [scene.outcome(scene.encrypt()) for _ in range(2)] == ["waits", "Overloaded"]
 
 
 def test_an_unforeseen_error_is_told_without_details_and_recorded(

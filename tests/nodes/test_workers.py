@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import select
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 from engine.errors import Overloaded, TokenError
-from nodes.workers import MAX_JOBS, Mailbox, Worker
+from nodes.workers import MAX_JOBS, MEMBER_PART, Jobs, Mailbox, Worker
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def test_a_job_that_fails_hands_over_its_error_and_the_next_goes_on(mailbox: Mai
 
 def test_a_full_queue_is_overloaded(mailbox: Mailbox) -> None:
     gate, running = threading.Event(), threading.Event()
-    worker = started(mailbox, jobs=queue.Queue(2))
+    worker = started(mailbox, jobs=Jobs(8))
     told: list[Any] = []
 
     def wait(state: str) -> None:
@@ -149,17 +148,36 @@ def test_the_queue_is_bounded_by_default(mailbox: Mailbox) -> None:
     worker = started(mailbox)
     worker.submit(lambda state: running.set() or gate.wait(20), lambda result, error: None)
     assert running.wait(20)
-    for _ in range(MAX_JOBS):
-        worker.submit(lambda state: None, lambda result, error: None)
+    for member in range(MEMBER_PART):
+        for _ in range(MAX_JOBS // MEMBER_PART):
+            worker.submit(lambda state: None, lambda result, error: None, f"m{member}")
     with pytest.raises(Overloaded, match=f"{MAX_JOBS} jobs wait already"):
-        worker.submit(lambda state: None, lambda result, error: None)
+        worker.submit(lambda state: None, lambda result, error: None, "late")
     gate.set()
+    ended(worker)
+
+
+def test_one_member_fills_a_part_of_the_queue_and_others_have_their_turn(mailbox: Mailbox) -> None:
+    gate, running = threading.Event(), threading.Event()
+    worker = started(mailbox)
+    worker.submit(lambda state: running.set() or gate.wait(20), lambda result, error: None)
+    assert running.wait(20)
+    order: list[str] = []
+    for _ in range(MAX_JOBS // MEMBER_PART):
+        worker.submit(lambda state: None, lambda result, error: order.append("greedy"), "greedy")
+    with pytest.raises(Overloaded, match=f"{MAX_JOBS // MEMBER_PART} jobs of 'greedy' wait already"):
+        worker.submit(lambda state: None, lambda result, error: None, "greedy")
+    for _ in range(3):
+        worker.submit(lambda state: None, lambda result, error: order.append("modest"), "modest")
+    gate.set()
+    drain(mailbox, lambda: order.count("modest") == 3)
+    assert order[:6] == ["greedy", "modest"] * 3
     ended(worker)
 
 
 def test_to_finish_does_not_block_on_a_full_queue(mailbox: Mailbox) -> None:
     gate, running = threading.Event(), threading.Event()
-    worker = started(mailbox, jobs=queue.Queue(1))
+    worker = started(mailbox, jobs=Jobs(1))
     worker.submit(lambda state: running.set() or gate.wait(20), lambda result, error: None)
     assert running.wait(20)
     worker.submit(lambda state: None, lambda result, error: None)
@@ -197,7 +215,7 @@ def test_finish_lets_the_jobs_that_wait_end_first(mailbox: Mailbox) -> None:
 
 
 def test_two_workers_share_a_queue_and_each_ends(mailbox: Mailbox) -> None:
-    jobs: queue.Queue[Any] = queue.Queue(100)
+    jobs = Jobs(1_000)
     workers = [started(mailbox, jobs=jobs) for _ in range(2)]
     told: list[int] = []
     for number in range(50):

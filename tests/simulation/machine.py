@@ -225,8 +225,11 @@ class Frame:
         self.bytes = data
         self._user = user
 
-    def get(self, name: str) -> str:
+    def get(self, name: str | int) -> str:
         return self._user
+
+    def __len__(self) -> int:
+        return len(self.bytes)
 
 
 class Socket:
@@ -270,6 +273,7 @@ class SimListener(Listener):
         self.refused = 0
         self._next_warning_s = 0.0
         self.undeliverable = 0
+        self.connections: Any = SimpleNamespace(heard=lambda fd, member, size: (None, False))
         self.socket: Any = Socket(net, name)
 
 
@@ -486,7 +490,9 @@ class SimWorker:
     def waiting(self) -> int:
         return len(self._jobs)
 
-    def submit(self, work: Callable[[Any], Any], done: Callable[[Any, Exception | None], None]) -> None:
+    def submit(
+        self, work: Callable[[Any], Any], done: Callable[[Any, Exception | None], None], member: str = ""
+    ) -> None:
         if len(self._jobs) >= self._limit:
             raise Overloaded(f"{self._limit} jobs wait already")
         self._jobs.append((work, done))

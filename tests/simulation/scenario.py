@@ -71,6 +71,7 @@ from engine.protocol.requests import (
     SHARE_RELEASE,
     Abort,
     Operate,
+    ServiceCount,
     ShareCommit,
     ShareRelease,
 )
@@ -394,6 +395,7 @@ class Node(Proc):
             ledger=ledger,
             limits=ServiceLimits(),
             health=SimHealth(),
+            counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
             clock=self.clock,
         )
         self.catalogue.watch(lambda entry: self._soon(lambda: self.handlers.key_changed(entry)))

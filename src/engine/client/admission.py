@@ -1,18 +1,22 @@
-"""What a serving member takes on at once: the bounds, as they are configured and as ``hello`` tells them. No socket."""
+"""What a serving member takes on: its bounds, who is within them, and whose turn it is. No socket and no clock."""
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Generic, TypeVar
 
 from msgspec import Meta, Struct
 
 from engine._version import __version__
+from engine.errors import Overloaded
 from engine.protocol.manifest import Cluster
 from engine.protocol.requests import Hello, ServedLimits, Welcome
 from engine.protocol.wire import HIGHEST_VERSION, LOWEST_VERSION, MAX_MESSAGE, PROTOCOL_VERSION, check_version
 
-__all__ = ["LimitsTable", "ServiceLimits", "welcome"]
+__all__ = ["DEFAULT_LIMITS", "Admission", "LimitsTable", "Refusals", "ServiceLimits", "TokenBucket", "Turns", "welcome"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +50,19 @@ class ServiceLimits:
         )
 
 
-_DEFAULT = ServiceLimits()
+DEFAULT_LIMITS = ServiceLimits()
 
 
 class LimitsTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The section ``[limits]`` of a serving member's configuration."""
 
-    requests: Annotated[int, Meta(ge=1, le=1_000_000)] = _DEFAULT.requests
-    member_requests: Annotated[int, Meta(ge=1, le=1_000_000)] = _DEFAULT.member_requests
-    connection_requests: Annotated[int, Meta(ge=1, le=10_000)] = _DEFAULT.connection_requests
-    requests_per_s: Annotated[float, Meta(gt=0, le=10_000_000)] = _DEFAULT.requests_per_s
-    burst_s: Annotated[float, Meta(gt=0, le=3_600)] = _DEFAULT.burst_s
-    connections: Annotated[int, Meta(ge=0, le=1_000_000)] = _DEFAULT.connections
-    member_connections: Annotated[int, Meta(ge=1, le=1_000_000)] = _DEFAULT.member_connections
+    requests: Annotated[int, Meta(ge=1, le=1_000_000)] = DEFAULT_LIMITS.requests
+    member_requests: Annotated[int, Meta(ge=1, le=1_000_000)] = DEFAULT_LIMITS.member_requests
+    connection_requests: Annotated[int, Meta(ge=1, le=10_000)] = DEFAULT_LIMITS.connection_requests
+    requests_per_s: Annotated[float, Meta(gt=0, le=10_000_000)] = DEFAULT_LIMITS.requests_per_s
+    burst_s: Annotated[float, Meta(gt=0, le=3_600)] = DEFAULT_LIMITS.burst_s
+    connections: Annotated[int, Meta(ge=0, le=1_000_000)] = DEFAULT_LIMITS.connections
+    member_connections: Annotated[int, Meta(ge=1, le=1_000_000)] = DEFAULT_LIMITS.member_connections
 
     def service(self) -> ServiceLimits:
         """The limits that it sets."""
@@ -87,3 +91,120 @@ def welcome(hello: Hello, name: str, boot: bytes, cluster: Cluster, limits: Serv
         cluster.digest,
         limits.served(),
     )
+
+
+class TokenBucket:
+    """``per_s`` tokens a second flow in, at most ``burst_s`` seconds' worth (and one at least); it begins full."""
+
+    __slots__ = ("_at_s", "_level", "_per_s", "_room")
+
+    def __init__(self, per_s: float, burst_s: float, now_s: float) -> None:
+        self._per_s = per_s
+        self._room = max(1.0, per_s * burst_s)
+        self._level = self._room
+        self._at_s = now_s
+
+    def holds_one(self, now_s: float) -> bool:
+        """Whether there is a token to take."""
+        self._level = min(self._room, self._level + max(0.0, now_s - self._at_s) * self._per_s)
+        self._at_s = max(self._at_s, now_s)
+        return self._level >= 1.0
+
+    def take(self) -> None:
+        """Take a token that ``holds_one`` saw."""
+        self._level -= 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """Requests of one member that were refused since this was last told, and the reason for the last of them."""
+
+    member: str
+    count: int
+    reason: str
+
+
+class Admission:
+    """Which requests are begun, by the number under way and by each member's rate; used by one thread.
+
+    Members are few, so it forgets none. What it refuses is counted, to be told in one line instead of one each.
+    """
+
+    def __init__(self, limits: ServiceLimits) -> None:
+        self._limits = limits
+        self._under_way: Counter[str] = Counter()
+        self._buckets: dict[str, TokenBucket] = {}
+        self._refused: dict[str, Refusals] = {}
+        self.under_way = 0
+        self.refused = 0
+
+    def begin(self, member: str, now_s: float) -> None:
+        """Count a request in, or ``Overloaded``; each one begun is to be ended by ``end``."""
+        limits = self._limits
+        bucket = self._buckets.get(member)
+        if bucket is None:
+            bucket = self._buckets[member] = TokenBucket(limits.requests_per_s, limits.burst_s, now_s)
+        if not bucket.holds_one(now_s):
+            self._refuse(member, f"more requests than limits.requests_per_s = {limits.requests_per_s:g} allows")
+        if self._under_way[member] >= limits.member_requests:
+            self._refuse(member, f"limits.member_requests = {limits.member_requests} are under way")
+        if self.under_way >= limits.requests:
+            self._refuse(member, f"limits.requests = {limits.requests} are under way, of all members")
+        bucket.take()
+        self._under_way[member] += 1
+        self.under_way += 1
+
+    def end(self, member: str) -> None:
+        """A request that was begun has its answer."""
+        self._under_way[member] -= 1
+        self.under_way -= 1
+
+    def _refuse(self, member: str, reason: str) -> None:
+        before = self._refused.get(member)
+        self._refused[member] = Refusals(member, (before.count if before else 0) + 1, reason)
+        self.refused += 1
+        raise Overloaded(f"{member!r}: {reason}")
+
+    def refusals(self) -> list[Refusals]:
+        """What was refused since the last call of this, by member."""
+        told, self._refused = list(self._refused.values()), {}
+        return told
+
+
+class Turns(Generic[T]):
+    """Items that wait, first come first served for each member, and the members in turn: none keeps others waiting.
+
+    At most ``most`` in all and ``most_of_member`` of one.
+    """
+
+    def __init__(self, most: int, most_of_member: int) -> None:
+        self._most = most
+        self._most_of_member = most_of_member
+        self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def put(self, member: str, item: T) -> None:
+        """Have an item wait; ``Overloaded`` names the bound that is reached."""
+        if self._count >= self._most:
+            raise Overloaded(f"{self._most} jobs wait already")
+        waiting = self._waiting.setdefault(member, deque())
+        if len(waiting) >= self._most_of_member:
+            raise Overloaded(f"{self._most_of_member} jobs of {member!r} wait already")
+        waiting.append(item)
+        self._count += 1
+
+    def take(self) -> T:
+        """The next item of the member whose turn it is; ``IndexError`` if nothing waits."""
+        if not self._count:
+            raise IndexError("nothing waits")
+        member, waiting = next(iter(self._waiting.items()))
+        item = waiting.popleft()
+        self._count -= 1
+        if waiting:
+            self._waiting.move_to_end(member)
+        else:
+            del self._waiting[member]
+        return item

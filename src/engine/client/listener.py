@@ -6,8 +6,11 @@ gets in. The ``User-Id`` that ZAP attached is looked up for every single message
 
 from __future__ import annotations
 
+import os
+import resource
 import time
 from dataclasses import dataclass
+from dataclasses import replace as replace_limits
 from typing import Any
 
 import structlog
@@ -15,11 +18,13 @@ import zmq
 from msgspec.structs import replace
 from zmq.auth.thread import ThreadAuthenticator
 
+from engine.client.admission import DEFAULT_LIMITS, Admission, ServiceLimits
 from engine.client.config import CurveIdentity
+from engine.client.connections import Connection, Connections, connections_allowed, wire_bytes
 from engine.client.transport import FRAME_MAX, HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
-from engine.errors import EngineError, ProtocolError
+from engine.errors import EngineError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member
-from engine.protocol.requests import HELLO
+from engine.protocol.requests import HELLO, ServiceCount
 from engine.protocol.wire import (
     PROTOCOL_VERSION,
     ErrorBody,
@@ -39,6 +44,11 @@ ZAP_DOMAIN = "keyquorum"
 IDLE = Load(0, 0, False)
 BACKLOG = 1024
 GARBAGE_IN_A_ROW = 256
+RECEIVED_MAX = 64
+"""Messages of one connection that wait in the socket; then its peer waits, by TCP."""
+SENT_TIMES = 2
+"""Replies that wait for one connection, over the requests that it may have unanswered: libzmq tells of room only when
+half of a queue is free, and so may take a half-full queue for a full one."""
 
 log = structlog.get_logger()
 
@@ -88,28 +98,59 @@ class Incoming:
     route: bytes
     member: Member
     request: Request
+    connection: Connection | None = None
 
 
 class Listener:
     """A bound ROUTER socket of a member."""
 
-    def __init__(self, context: zmq.Context[Any], identity: CurveIdentity, endpoint: str, cluster: Cluster) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        identity: CurveIdentity,
+        endpoint: str,
+        cluster: Cluster,
+        limits: ServiceLimits = DEFAULT_LIMITS,
+    ) -> None:
         self._cluster = cluster
         self.refused = 0
         self._next_warning_s = 0.0
         self.undeliverable = 0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+        most, backlog = connections_allowed(limits.connections)
+        self.limits = replace_limits(limits, connections=most)
+        self.connections = Connections(context, self.socket, most, limits.member_connections)
         try:
             curve_server(self.socket, identity)
+            self.socket.sndhwm = SENT_TIMES * limits.connection_requests
+            self.socket.rcvhwm = RECEIVED_MAX
+            self.socket.backlog = min(BACKLOG, backlog)
             self.socket.router_mandatory = 1
             self.socket.bind(endpoint)
         except zmq.ZMQError as error:
+            self.connections.close()
             self.socket.close(0)
             raise EngineError(f"can't bind {endpoint}: {error}") from None
 
     def close(self) -> None:
         """Close the socket; replies under way get 100 ms."""
+        self.connections.close()
         self.socket.close()
+
+    def counts(self, admission: Admission) -> ServiceCount:
+        """How full this member is, with what it has under way."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return ServiceCount(
+            admission.under_way,
+            len(self.connections),
+            self.connections.most,
+            len(os.listdir("/proc/self/fd")),
+            max(0, soft),
+            admission.refused,
+            self.refused,
+            self.undeliverable,
+            self.connections.cut,
+        )
 
     def receive(self) -> Incoming | None:
         """The next request, or None when there is none now. Garbage is answered where it can be, and counted.
@@ -133,6 +174,8 @@ class Listener:
         if member is None:
             self._tell("", "its connection's key is no member's")
             return None
+        size = sum(wire_bytes(len(frame)) for frame in frames[1:])
+        connection, excess = self.connections.heard(last.get(zmq.SRCFD), member.name, size)
         request_id = 0
         try:
             if len(frames) != 2:
@@ -143,9 +186,18 @@ class Listener:
                 check_version(request.version)
         except ProtocolError as error:
             self._tell(member.name, str(error))
-            self._send(route, Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}))
+            self._send(
+                route, Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}), connection
+            )
             return None
-        return Incoming(route, member, request)
+        incoming = Incoming(route, member, request, connection)
+        if excess:
+            most = self.limits.member_connections
+            surplus = Overloaded(f"{member.name!r} has limits.member_connections = {most} already; this one is cut")
+            self._tell(member.name, str(surplus))
+            self.fail(incoming, surplus)
+            return None
+        return incoming
 
     def _tell(self, member: str, reason: str) -> None:
         """Log a refused message, once a second at most: who sends garbage shall not fill the disk with it."""
@@ -156,22 +208,34 @@ class Listener:
 
     def reply(self, incoming: Incoming, status: int, body: bytes, load: Load = IDLE) -> None:
         """Answer a request."""
-        self._send(incoming.route, Reply(PROTOCOL_VERSION, incoming.request.id, status, body, load, {}))
+        reply = Reply(PROTOCOL_VERSION, incoming.request.id, status, body, load, {})
+        self._send(incoming.route, reply, incoming.connection)
 
     def fail(self, incoming: Incoming, error: Exception, load: Load = IDLE) -> None:
         """Answer a request with an error."""
         self.reply(incoming, Status.ERROR, error_body(error), load)
 
-    def _send(self, route: bytes, reply: Reply) -> None:
+    def _send(self, route: bytes, reply: Reply, connection: Connection | None) -> None:
         try:
             data = reply_codec.encode(reply)
         except ValueError as error:  # longer than a message may be
             data = reply_codec.encode(replace(reply, status=Status.ERROR, body=error_body(ProtocolError(str(error)))))
+        if not (self._sent(route, data) or self._sent(route, data)):
+            # Only that client waits: it went away, or does not read.
+            self.undeliverable += 1
+        elif connection is not None:
+            connection.replied(len(data))
+
+    def _sent(self, route: bytes, data: bytes) -> bool:
         try:
             self.socket.send_multipart([route, data], zmq.DONTWAIT)
-        except (zmq.Again, zmq.ZMQError):
-            # Again: its queue is full; EHOSTUNREACH: it went away. Either way only that client waits.
-            self.undeliverable += 1
+        except zmq.Again:
+            # Its queue is full, or was when the socket last looked: which it does now.
+            self.socket.get(zmq.EVENTS)
+            return False
+        except zmq.ZMQError:  # EHOSTUNREACH: it went away
+            return False
+        return True
 
 
 def _user_id(frame: Any) -> str:

@@ -14,6 +14,7 @@ __all__ = ["harden_process", "lock_folder", "raise_file_limit"]
 
 PR_SET_DUMPABLE = 4
 WANTED_FILES = 65_536
+NEEDED_FILES = 256
 
 
 def harden_process() -> None:
@@ -25,11 +26,16 @@ def harden_process() -> None:
 
 
 def raise_file_limit() -> None:
-    """Ask for as many descriptors as the hard limit gives: out of them, libzmq spins and serves nobody."""
+    """Ask for as many descriptors as the hard limit gives: out of them, libzmq spins and serves nobody.
+
+    ``EngineError`` where there are too few for a server at all.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, WANTED_FILES)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if wanted < NEEDED_FILES and soft < NEEDED_FILES:
+        raise EngineError(f"the limit on open files (ulimit -n) is {wanted}; at least {NEEDED_FILES} are needed")
 
 
 def lock_folder(path: Path) -> int:

@@ -240,6 +240,24 @@ class TokenHealth(Message, frozen=True):
     fresh_age_ms: UInt
 
 
+class ServiceCount(Message, frozen=True):
+    """How full a member is now, and counts since it started.
+
+    ``refused`` are requests beyond a limit, ``garbage`` messages that were no requests, ``undeliverable`` replies that
+    nobody took, ``cut`` connections beyond a limit.
+    """
+
+    under_way: UInt
+    connections: UInt
+    connections_max: UInt
+    descriptors: UInt
+    descriptors_max: UInt
+    refused: UInt
+    garbage: UInt
+    undeliverable: UInt
+    cut: UInt
+
+
 class NodeStatus(Message, frozen=True):
     """What a node tells an operator.
 
@@ -264,6 +282,7 @@ class NodeStatus(Message, frozen=True):
     alarms: Annotated[list[Text], Meta(max_length=32)]
     clock: Text
     health: TokenHealth
+    service: ServiceCount
 
 
 class SharePrepare(Message, frozen=True):
@@ -473,6 +492,7 @@ class BalancerStatus(Message, frozen=True):
     table_counter: UInt
     ticks: UInt
     last_error: Text
+    service: ServiceCount
 
 
 class Table(Message, frozen=True):

@@ -1,0 +1,284 @@
+"""Who is connected to a listening socket: counted, bounded and, where a bound is passed, cut. It reads no message.
+
+libzmq accepts whoever comes until no descriptor is left, and then spins and serves nobody; it keeps the frames of a
+message that never ends, however many they are. Neither can be forbidden by an option. So the socket's own events tell
+of each connection's descriptor, the kernel tells how much came in and went out by it (tcp(7), TCP_INFO), and
+``shutdown(2)`` on it ends it as if the network had.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import socket as sockets
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+import zmq
+
+from engine.client.transport import watch
+
+__all__ = ["Connection", "Connections", "connections_allowed", "wire_bytes"]
+
+LOOK_EVERY_S: Final = 0.1
+"""How often ``look`` is to be called, at the least."""
+RESERVE_MIN: Final = 96
+RESERVE_MAX: Final = 2_048
+"""Descriptors that connections leave to everything else."""
+ROOM_AGAIN: Final = 0.95
+WARN_AT: Final = 0.8
+GROWTH_BYTES: Final = 32 * 1024 * 1024
+"""Growth of the process's memory after which the connections are looked through for who keeps it."""
+MEMBER_BYTES: Final = 64 * 1024 * 1024
+"""What the connections of one member may keep in memory: parts of messages without end, replies that nobody reads."""
+HANDSHAKE_BYTES: Final = 1_024
+SILENT_S: Final = 1.0
+"""How long a connection has for its first request before it may have to make room."""
+EVENTS_AT_ONCE: Final = 1_000
+EXCESS_S: Final = 0.2
+"""How long a connection beyond its member's number has to read that it is one too many."""
+_ACKED, _RECEIVED = 120, 128
+"""Offsets of tcpi_bytes_acked and tcpi_bytes_received in struct tcp_info (linux/tcp.h)."""
+_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
+_DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)
+"""A filter of one instruction, "return 0": take in no packet (linux/filter.h)."""
+_EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_ACCEPT_FAILED | zmq.EVENT_DISCONNECTED
+
+log = structlog.get_logger()
+
+
+def connections_allowed(wanted: int, used: int | None = None) -> tuple[int, int]:
+    """How many connections there may be with the process's limit on descriptors, and the backlog that fits to it.
+
+    ``wanted`` 0 means as many as there can be; ``used`` are the descriptors open already.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if used is None else used
+    reserve = min(max(soft // 16, RESERVE_MIN), RESERVE_MAX)
+    room = max(1, soft - used - reserve)
+    return min(wanted or room, room), reserve // 2
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One accepted connection. ``member`` is empty until it sent a message; bytes are as on the wire."""
+
+    fd: int
+    since_s: float
+    member: str = ""
+    delivered: int = 0
+    sent: int = 0
+    open: bool = True
+
+    def replied(self, size: int) -> None:
+        """A message of one frame of so many bytes was queued for it."""
+        self.sent += wire_bytes(size)
+
+
+class Connections:
+    """The connections of one bound socket; made before it is bound, and used by the thread of the socket.
+
+    At ``most`` connections new ones are not accepted (their packets are dropped) until there is room, and those are cut
+    that have not sent a request for a second, the oldest first. ``most_of_member`` bounds those of one member.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        socket: zmq.Socket[bytes],
+        most: int,
+        most_of_member: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.monitor = watch(context, socket, _EVENTS)
+        self.most = most
+        self.cut = 0
+        self._socket = socket
+        self._most_of_member = most_of_member
+        self._clock = clock
+        self._open: dict[int, Connection] = {}
+        self._members: Counter[str] = Counter()
+        self._excess: list[Connection] = []
+        self._listening = -1
+        self._deaf = False
+        self._warned = False
+        self._next_look_s = 0.0
+        self._lowest = _resident_bytes()
+        self._trim = False
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def close(self) -> None:
+        """Read no more events; the socket itself is its owner's."""
+        self._socket.disable_monitor()
+        self.monitor.close(0)
+
+    # --- what the listener tells ---
+
+    def heard(self, fd: int, member: str, size: int) -> tuple[Connection, bool]:
+        """A message of so many bytes on the wire came by a descriptor: its connection, and if that is one too many."""
+        connection = self._open.get(fd)
+        if connection is None:  # its event was not read yet
+            connection = self._open[fd] = Connection(fd, self._clock())
+        connection.delivered += size
+        if connection.member != member:
+            self._leave(connection)
+            connection.member = member
+            self._members[member] += 1
+            if self._members[member] > self._most_of_member:
+                self._excess.append(connection)
+        return connection, bool(self._excess) and connection in self._excess
+
+    # --- what happens by itself ---
+
+    def look(self) -> None:
+        """Take in the events, and ten times a second at most look after the bounds."""
+        self._read()
+        now = self._clock()
+        if now < self._next_look_s:
+            return
+        self._next_look_s = now + LOOK_EVERY_S
+        for connection in [each for each in self._excess if now - each.since_s > EXCESS_S]:
+            self._end((connection,), "its member has too many connections")
+        self._hold_number()
+        self._hold_memory()
+
+    def _read(self) -> None:
+        now = self._clock()
+        for _ in range(EVENTS_AT_ONCE):
+            try:
+                event, value = struct.unpack("=HI", self.monitor.recv_multipart(zmq.DONTWAIT)[0])
+            except zmq.Again:
+                return
+            if event == zmq.EVENT_ACCEPTED:
+                self._open.setdefault(value, Connection(value, now))
+            elif event == zmq.EVENT_DISCONNECTED:
+                connection = self._open.pop(value, None)
+                if connection is not None:
+                    connection.open = False
+                    self._leave(connection)
+            elif event == zmq.EVENT_LISTENING:
+                self._listening = value
+            elif event == zmq.EVENT_ACCEPT_FAILED:
+                log.error("connection not accepted", reason=os.strerror(value), connections=len(self._open))
+
+    def _leave(self, connection: Connection) -> None:
+        if connection.member:
+            self._members[connection.member] -= 1
+            if self._members[connection.member] <= 0:
+                del self._members[connection.member]
+        if connection in self._excess:
+            self._excess.remove(connection)
+
+    def _hold_number(self) -> None:
+        """Warn, cut the silent ones, or stop accepting, as it fills up."""
+        count = len(self._open)
+        if count >= self.most:
+            long_ago = self._clock() - SILENT_S
+            silent = [each for each in self._open.values() if not each.member and each.since_s <= long_ago]
+            silent.sort(key=lambda each: each.since_s)
+            self._end(silent[: count - self.most + max(1, self.most // 10)], "there are too many connections")
+            self._hear(False)
+        elif self._deaf and count <= self.most * ROOM_AGAIN:
+            self._hear(True)
+        full = count >= self.most * WARN_AT
+        if full != self._warned:
+            self._warned = full
+            if full:
+                log.warning("many connections", connections=count, limit=self.most)
+
+    def _hear(self, hear: bool) -> None:
+        """Accept connections, or have the kernel drop what asks for one: others are not touched by that."""
+        if self._deaf is not hear or self._listening < 0:
+            return
+        if hear:
+            _option(self._listening, _SO_DETACH_FILTER, 0)
+        else:
+            code = ctypes.create_string_buffer(_DROP_ALL, len(_DROP_ALL))
+            _option(self._listening, _SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(code)))
+        self._deaf = not hear
+        log.warning("accepts connections again" if hear else "accepts no connections", connections=len(self._open))
+
+    def _hold_memory(self) -> None:
+        """When the process grew: find out which member's connections keep much, and cut the largest of them."""
+        resident = _resident_bytes()
+        if self._trim:
+            self._trim = False
+            _libc.malloc_trim(0)
+            resident = _resident_bytes()
+        self._lowest = min(self._lowest, resident)
+        if resident < self._lowest + GROWTH_BYTES:
+            return
+        self._lowest = resident
+        kept: dict[str, list[tuple[int, Connection]]] = {}
+        for connection in self._open.values():
+            size = _kept_bytes(connection)
+            if size > 0:
+                kept.setdefault(connection.member, []).append((size, connection))
+        for member, sizes in kept.items():
+            total = sum(size for size, _ in sizes)
+            for size, connection in sorted(sizes, key=lambda each: -each[0]):
+                if total <= MEMBER_BYTES:
+                    break
+                total -= size
+                self._trim = True
+                self._end((connection,), f"{member or 'a member'} keeps more than {MEMBER_BYTES} bytes in memory")
+
+    def _end(self, connections: Iterable[Connection], reason: str) -> None:
+        """Cut connections; the events of that come later, and the peer sees a connection that broke."""
+        count = 0
+        for connection in connections:
+            count += 1
+            if connection in self._excess:
+                self._excess.remove(connection)
+            _on_socket(connection.fd, lambda socket: socket.shutdown(sockets.SHUT_RDWR))
+        if count:
+            self.cut += count
+            log.warning("connections cut", reason=reason, count=count, cut_so_far=self.cut)
+
+
+def wire_bytes(size: int) -> int:
+    """What a frame of so many bytes is on the wire: CURVE adds 33 (RFC 26), ZMTP 2 or for a long one 9 (RFC 23)."""
+    return size + 33 + (2 if size + 33 < 256 else 9)
+
+
+def _on_socket(fd: int, use: Callable[[sockets.socket], Any]) -> Any:
+    """Use a descriptor that libzmq owns, and may have closed meanwhile: then None."""
+    socket = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM, sockets.IPPROTO_TCP, fileno=fd)
+    try:
+        return use(socket)
+    except OSError:
+        return None
+    finally:
+        socket.detach()
+
+
+def _option(fd: int, option: int, value: int | bytes) -> None:
+    _on_socket(fd, lambda socket: socket.setsockopt(sockets.SOL_SOCKET, option, value))
+
+
+def _kept_bytes(connection: Connection) -> int:
+    """What came in by it and was not delivered as messages, and what was sent to it and not taken by its machine."""
+    told = _on_socket(connection.fd, lambda socket: socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 256))
+    if told is None or len(told) < _RECEIVED + 8:
+        return 0
+    (acked,) = struct.unpack_from("=Q", told, _ACKED)
+    (received,) = struct.unpack_from("=Q", told, _RECEIVED)
+    undelivered = received - connection.delivered - HANDSHAKE_BYTES
+    return int(max(0, undelivered) + max(0, connection.sent - acked))
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * _PAGE
+
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_libc = ctypes.CDLL(None)
