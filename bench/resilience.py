@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import resource
-import signal
 import socket
 import statistics
 import subprocess
@@ -137,19 +136,17 @@ def await_nodes(kq: Engine, seconds: float = 30.0) -> None:
 @contextmanager
 def gone(cluster: LocalCluster, kq: Engine, node: str, how: str) -> Iterator[float]:
     """A node is killed or stopped; the time of that. Afterwards all nodes answer again."""
-    pid = cluster.running()[node]
-    assert pid is not None
     if how == "killed":
         cluster.kill(node)
     else:
-        os.kill(pid, signal.SIGSTOP)
+        cluster.pause(node)
     try:
         yield time.monotonic()
     finally:
         if how == "killed":
             cluster.start_node(node)
         else:
-            os.kill(pid, signal.SIGCONT)
+            cluster.resume(node)
         await_nodes(kq)
 
 
