@@ -22,6 +22,7 @@ from balancer.registry import SqliteRegistry
 from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Gate, Listener
+from engine.client.membership import Membership
 from engine.client.process import harden_process, raise_file_limit
 from engine.errors import ConfigError, EngineError, ManifestError
 from engine.failpoints import arm_from_environment
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         harden_process()
         settings = load_settings(options.config)
         if options.check_config:
-            sys.stdout.write(f"{options.config}: ok, {settings.identity.name} of {settings.cluster.name}\n")
+            sys.stdout.write(f"{options.config}: ok, {settings.identity.name} of {settings.membership.cluster.name}\n")
             return 0
         _run(settings, options.lifeline)
     except (ConfigError, ManifestError) as error:
@@ -70,25 +71,25 @@ def _options() -> argparse.ArgumentParser:
 
 def _run(settings: Settings, lifeline: int | None) -> None:
     """Start from the inside out, serve, and stop in the reverse order."""
-    identity, cluster = settings.identity, settings.cluster
+    identity, membership = settings.identity, settings.membership
     _check_lifeline(lifeline)
     raise_file_limit()
     with ExitStack() as stack:
         wake = _catch_signals(stack)
-        registry = SqliteRegistry(prepare_data(settings), cluster, identity.signing, now_ms())
+        registry = SqliteRegistry(prepare_data(settings), membership, identity.signing, now_ms())
         stack.callback(registry.close)
         context: zmq.Context[Any] = zmq.Context()
         stack.callback(context.destroy, 100)
-        gate = Gate(context, cluster)
+        gate = Gate(context, membership)
         stack.callback(gate.close)
         publisher = Publisher(context, identity.transport, settings.publish_bind)
         stack.callback(publisher.close)
-        listener = Listener(context, identity.transport, settings.bind, cluster, settings.limits)
+        listener = Listener(context, identity.transport, settings.bind, membership, settings.limits)
         stack.callback(listener.close)
         loop = ControlLoop(
             context,
             identity,
-            cluster,
+            membership,
             publisher,
             fencing_epoch=registry.fencing_epoch,
             tick_ms=settings.tick_ms,
@@ -103,8 +104,8 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             publish=settings.publish_bind,
             fencing_epoch=registry.fencing_epoch,
         )
-        service = Service(listener, registry, cluster, identity.name, loop, listener.limits)
-        _serve(service, listener, wake, lifeline)
+        service = Service(listener, registry, membership, identity.name, loop, listener.limits)
+        _serve(service, listener, membership, wake, lifeline)
         log.info("stopped", balancer=identity.name)
 
 
@@ -117,29 +118,37 @@ def _check_lifeline(lifeline: int | None) -> None:
 
 
 def _catch_signals(stack: ExitStack) -> socket.socket:
-    """A socket that becomes readable on SIGTERM or SIGINT: a poll sees it, and no signal falls between two checks."""
+    """A socket from which the numbers of SIGTERM, SIGINT and SIGHUP are read: a poll sees them, and misses none."""
     reader, writer = socket.socketpair()
     stack.callback(reader.close)
     stack.callback(writer.close)
     writer.setblocking(False)
     stack.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno()))
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
     return reader
 
 
-def _serve(service: Service, listener: Listener, wake: socket.socket, lifeline: int | None) -> None:
+def _serve(
+    service: Service, listener: Listener, membership: Membership, wake: socket.socket, lifeline: int | None
+) -> None:
     poller = zmq.Poller()
     poller.register(listener.socket, zmq.POLLIN)
     poller.register(listener.connections.monitor, zmq.POLLIN)
     poller.register(wake.fileno(), zmq.POLLIN)
     if lifeline is not None:
         poller.register(lifeline, zmq.POLLIN)
+    next_look_s = 0.0
     while True:
         events = dict(poller.poll(0 if service.waiting else POLL_MS))
         service.look()
         if wake.fileno() in events:
-            break
+            if set(wake.recv(64)) - {signal.SIGHUP}:
+                break
+            next_look_s = 0.0
+        if time.monotonic() >= next_look_s:
+            next_look_s = time.monotonic() + POLL_MS / 1000
+            membership.look()
         if lifeline is not None and lifeline in events and not os.read(lifeline, 1):
             break
         service.answer_waiting()

@@ -12,9 +12,9 @@ from msgspec import Meta, Struct
 
 from balancer.history import HISTORY_TICKS_MAX
 from engine.client.admission import LimitsTable, ServiceLimits
-from engine.client.config import Identity, load_cluster, load_config, load_identity, resolve
+from engine.client.config import Identity, load_config, load_identity, resolve
+from engine.client.membership import Membership, open_membership
 from engine.errors import ConfigError
-from engine.protocol.manifest import Cluster
 
 __all__ = ["BalancerConfig", "Settings", "load_settings", "prepare_data"]
 
@@ -38,10 +38,10 @@ class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A checked configuration: who this balancer is, its cluster, its folder, endpoints and clock."""
+    """A checked configuration: who this balancer is, its membership, its folder, endpoints and clock."""
 
     identity: Identity
-    cluster: Cluster
+    membership: Membership
     data: Path
     bind: str
     publish_bind: str
@@ -57,12 +57,12 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     """
     config = load_config(path, BalancerConfig)
     identity = load_identity(resolve(path, config.identity))
-    cluster = load_cluster(resolve(path, config.manifest), config.manifest_pin)
+    membership = open_membership(resolve(path, config.manifest), config.manifest_pin)
+    cluster = membership.cluster
     member = cluster.members.get(identity.name)
     if identity.role != "balancer" or member is None or member.role != "balancer":
         raise ConfigError(f"{path}: {identity.name!r} is no balancer of the cluster {cluster.name!r}")
-    own = identity.member()
-    if (member.sign_public, member.curve_public) != (own.sign_public, own.curve_public):
+    if not identity.is_in(cluster):
         raise ConfigError(f"{path}: the keys of {identity.name!r} are not those in the manifest of {cluster.name!r}")
     publish_bind = config.publish_bind or member.publish_endpoint
     if not publish_bind:
@@ -72,7 +72,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         _check_folder(data)
     return Settings(
         identity=identity,
-        cluster=cluster,
+        membership=membership,
         data=data,
         bind=config.bind or member.endpoint,
         publish_bind=publish_bind,

@@ -84,6 +84,20 @@ class History:
         self._requests: FloatArray = np.zeros((len(CLASSES), len(nodes)))
         self._busy_us: FloatArray = np.zeros((len(CLASSES), len(nodes)))
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """The nodes whose reports it takes, in the order of the columns."""
+        return self._nodes
+
+    def follow(self, nodes: Sequence[str]) -> None:
+        """Go on with other nodes: what is known of those that stay is kept, and the counts of all stay."""
+        columns = [self._nodes.index(node) if node in self._nodes else -1 for node in nodes]
+        for name in ("_requests", "_busy_us"):
+            padded = np.hstack([getattr(self, name), np.zeros((len(CLASSES), 1))])  # column -1: of a new node
+            setattr(self, name, padded[:, columns])
+        self._seen = {node: seen for node, seen in self._seen.items() if node in nodes}
+        self._nodes = tuple(nodes)
+
     def observe(self, tick: int, reports: Mapping[str, NodeStats]) -> tuple[str, ...]:
         """Enter the reports heard in a tick; the names of the nodes whose reports were dropped come back.
 

@@ -26,12 +26,16 @@ from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, Turns, welcome
 from engine.client.config import Identity
 from engine.client.listener import Incoming, Listener
+from engine.client.membership import Servers
+from engine.client.spreading import Desk, pull
 from engine.client.transport import Arrival, Channel, raise_for_status
 from engine.errors import AccessDenied, EngineError, Overloaded, ProtocolError
 from engine.keys import RequestType
-from engine.protocol.manifest import Cluster
+from engine.protocol.manifest import ClusterSource, FollowsCluster
 from engine.protocol.requests import (
     HELLO,
+    MANIFEST_FETCH,
+    MANIFEST_OFFER,
     REGISTRY_ABORT,
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
@@ -51,6 +55,10 @@ from engine.protocol.requests import (
     Destroy,
     Empty,
     Hello,
+    ManifestFetch,
+    ManifestOffer,
+    ManifestPiece,
+    ManifestTaken,
     NodeStats,
     Outcome,
     OutcomeReply,
@@ -106,14 +114,14 @@ def decide(snapshot: HistorySnapshot, stamp: TableStamp, time_limit_s: float) ->
     return generate_routing_table(snapshot, forecast, assignment, stamp)
 
 
-class ControlLoop:
+class ControlLoop(FollowsCluster):
     """Observe, forecast, optimise, publish: once a tick, for ever, whatever fails."""
 
     def __init__(
         self,
         context: zmq.Context[Any],
         identity: Identity,
-        cluster: Cluster,
+        cluster: ClusterSource,
         publisher: Publisher,
         *,
         fencing_epoch: int,
@@ -122,13 +130,14 @@ class ControlLoop:
     ) -> None:
         self._context = context
         self._identity = identity
-        self._cluster = cluster
+        self._source = cluster
         self._publisher = publisher
         self._fencing_epoch = fencing_epoch
         self._tick_s = tick_ms / 1000
         self._lifetime_ms = max(LIFETIME_MS_MIN, LIFETIME_TICKS * tick_ms)
-        self._history = History(tuple(cluster.nodes), tick_ms=tick_ms, ticks=history_ticks)
+        self._history = History(tuple(cluster.cluster.nodes), tick_ms=tick_ms, ticks=history_ticks)
         self._heard: frozenset[str] = frozenset()
+        self._ahead = ""
         self._tried_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
@@ -145,7 +154,7 @@ class ControlLoop:
 
     def _run(self) -> None:
         begun, tick = time.monotonic(), 0
-        with Channel(self._identity.transport, self._cluster.nodes, self._context, heartbeats=True) as channel:
+        with Channel(self._identity.transport, Servers(self._source), self._context, heartbeats=True) as channel:
             channel.dial(self._cluster.nodes)
             while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
                 try:
@@ -156,12 +165,15 @@ class ControlLoop:
                 tick = max(tick + 1, int((time.monotonic() - begun) / self._tick_s))
 
     def _tick(self, channel: Channel, tick: int) -> None:
+        self._follow_members(channel)
         dropped = self._history.observe(tick, self._observe(channel))
         if dropped:
             log.warning("statistics dropped", nodes=dropped, reason="they can't be true")
         before = self.standing
         issued = now_ms()
-        stamp = TableStamp(self._fencing_epoch, before.counter + 1, issued, issued + self._lifetime_ms)
+        stamp = TableStamp(
+            self._fencing_epoch, before.counter + 1, issued, issued + self._lifetime_ms, self._cluster.serial
+        )
         try:
             table = decide(self._history.snapshot(), stamp, SOLVER_PART * self._tick_s)
             sealed, error = seal_table(table, self._identity.signing), ""
@@ -172,7 +184,21 @@ class ControlLoop:
             table = reissue_table(before.table, stamp)
             sealed = seal_table(table, self._identity.signing)
         self.standing = Standing(table, sealed, before.ticks + 1, stamp.counter, error)
-        self._publisher.publish(sealed)
+        self._publisher.publish(sealed, self._cluster)
+
+    def _follow_members(self, channel: Channel) -> None:
+        """Take a manifest that a node has and this process not, and go on with the members of the newest."""
+        ahead, self._ahead = self._ahead, ""
+        if ahead:
+            try:
+                pull(channel, ahead, self._source)
+            except EngineError as error:
+                log.warning("no manifest", member=ahead, reason=str(error))
+        nodes = tuple(self._cluster.nodes)
+        if self._history.nodes != nodes:
+            self._history.follow(nodes)
+            channel.dial(nodes)
+            self._heard &= set(nodes)
 
     def _failed(self, what: str, error: Exception) -> str:
         text = f"{what}: {type(error).__name__}: {error}"[:ERROR_MAX]
@@ -224,7 +250,9 @@ class ControlLoop:
             if arrival.reply is None:
                 raise arrival.error or ProtocolError("neither reply nor error")
             raise_for_status(arrival.reply)
-            reports[arrival.peer] = REPLY_CODECS[STATS].decode(arrival.reply.body)
+            reports[arrival.peer] = told = REPLY_CODECS[STATS].decode(arrival.reply.body)
+            if told.cluster_serial > self._cluster.serial:
+                self._ahead = arrival.peer
         except (EngineError, ValueError) as error:
             log.debug("no statistics", node=arrival.peer, error=str(error))
 
@@ -234,14 +262,14 @@ class ControlLoop:
         self._heard = heard
 
 
-class Service:
+class Service(FollowsCluster):
     """Answers members: the registry's verbs to nodes, the other verbs to anybody. One thread runs it."""
 
     def __init__(
         self,
         listener: Listener,
         registry: Registry,
-        cluster: Cluster,
+        cluster: ClusterSource,
         name: str,
         loop: ControlLoop,
         limits: ServiceLimits,
@@ -249,7 +277,9 @@ class Service:
     ) -> None:
         self._listener = listener
         self._registry = registry
-        self._cluster = cluster
+        self._source = cluster
+        self._desk = Desk(cluster)
+        self._known = cluster.cluster
         self._name = name
         self._loop = loop
         self._limits = limits
@@ -269,6 +299,8 @@ class Service:
             REGISTRY_ABORT: self._abort,
             HELLO: self._hello,
             TABLE: self._table,
+            MANIFEST_FETCH: self._manifest_fetch,
+            MANIFEST_OFFER: self._manifest_offer,
             RequestType.STATUS: self._status,
         }
 
@@ -279,6 +311,10 @@ class Service:
 
     def answer_waiting(self, most: int = BURST) -> int:
         """Answer what has arrived, at most ``most`` requests, the members in turn; how many it was."""
+        if self._known is not self._cluster:
+            before, self._known = self._known, self._cluster
+            self._registry.note_cluster_serial(self._known.serial)
+            self._listener.members_changed(before, self._known)
         for done in range(most):
             self._take_in(most)
             if not self._turns:
@@ -357,6 +393,12 @@ class Service:
 
     def _hello(self, member: str, body: Hello) -> Welcome:
         return welcome(body, self._name, self._boot, self._cluster, self._limits)
+
+    def _manifest_fetch(self, member: str, body: ManifestFetch) -> ManifestPiece:
+        return self._desk.fetch(body)
+
+    def _manifest_offer(self, member: str, body: ManifestOffer) -> ManifestTaken:
+        return self._desk.offer(member, body)
 
     def _table(self, member: str, body: Empty) -> Table:
         """The table in force; empty too where it is longer than a message: then it comes by subscription alone."""

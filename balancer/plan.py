@@ -30,12 +30,13 @@ PERMILLE = 1000
 
 @dataclass(frozen=True, slots=True)
 class TableStamp:
-    """A table's place in the order of tables, and its times in milliseconds since the Unix epoch."""
+    """A table's place in the order of tables, its times in milliseconds since the Unix epoch, the manifest's serial."""
 
     fencing_epoch: int
     counter: int
     issued_ms: int
     expires_ms: int
+    cluster_serial: int = 0
 
 
 def service_times(history: HistorySnapshot) -> FloatArray:
@@ -96,6 +97,7 @@ def generate_routing_table(
             (mean, p90)
             for mean, p90 in zip(_integers(forecast.mean * 1000), _integers(forecast.p90 * 1000), strict=True)
         ],
+        cluster_serial=stamp.cluster_serial,
     )
 
 
@@ -107,6 +109,7 @@ def reissue_table(table: RoutingTable, stamp: TableStamp) -> RoutingTable:
         counter=stamp.counter,
         issued_ms=stamp.issued_ms,
         expires_ms=stamp.expires_ms,
+        cluster_serial=stamp.cluster_serial,
     )
 
 

@@ -41,9 +41,10 @@ from engine.failpoints import failpoint
 from engine.protocol.manifest import (
     CLOCK_SKEW_MS,
     AbortNotice,
-    Cluster,
+    ClusterSource,
     CommitCertificate,
     CreateOrder,
+    FollowsCluster,
     KeyRecord,
     aborts,
     certificates,
@@ -87,6 +88,9 @@ class Registry(Protocol):
     @property
     def fencing_epoch(self) -> int:
         """Grows with every start of a balancer."""
+
+    def note_cluster_serial(self, serial: int) -> None:
+        """Remember under which cluster manifest it served."""
 
     def reserve(self, order: bytes, dealer: str, now_ms: int) -> Reserved:
         """Reserve the name of a client's create order for one attempt of ``dealer``."""
@@ -200,15 +204,15 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
 _FENCING_EPOCH, _SERIAL, _CHANGE = 1, 2, 3
 
 
-class SqliteRegistry:
+class SqliteRegistry(FollowsCluster):
     """The registry in one SQLite file (WAL, synchronous=FULL) that this process alone has open.
 
     Opening it migrates the schema and raises the fencing epoch. ``ConfigError`` if the file is in use, belongs to
     another cluster, is damaged or was written by a newer version.
     """
 
-    def __init__(self, path: Path, cluster: Cluster, signing: SigningKey, now_ms: int) -> None:
-        self._cluster = cluster
+    def __init__(self, path: Path, cluster: ClusterSource, signing: SigningKey, now_ms: int) -> None:
+        self._source = cluster
         self._signing = signing
         self._path = path
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
@@ -256,6 +260,11 @@ class SqliteRegistry:
     def fencing_epoch(self) -> int:
         """Grows with every opening."""
         return self._fencing_epoch
+
+    def note_cluster_serial(self, serial: int) -> None:
+        """Remember under which manifest it served, so that it never serves under an older one."""
+        with self._transaction("manifest"):
+            self._store.execute("UPDATE cluster SET serial = max(serial, ?)", (serial,))
 
     def close(self) -> None:
         """Close the file; what was promised is in it."""

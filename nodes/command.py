@@ -70,8 +70,9 @@ def main(
     harden_process()
     config = load_node_config(config_path)
     if check_config:
-        identity, cluster = load_membership(config)
+        identity, membership = load_membership(config)
         config.token.pin.read()
+        cluster = membership.cluster
         click.echo(f"{config_path}: good; node {identity.name!r} of cluster {cluster.name!r}, serial {cluster.serial}")
         return
     Server(config, lifeline, Beat(supervised, config.care.hang_after_s) if supervised else None).run()

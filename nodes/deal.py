@@ -28,8 +28,9 @@ from engine.errors import (
 from engine.failpoints import failpoint
 from engine.keys import algorithm, check_material, generate_material, public_key_der
 from engine.protocol.manifest import (
-    Cluster,
+    ClusterSource,
     CreateOrder,
+    FollowsCluster,
     Holder,
     KeyManifest,
     KeyRecord,
@@ -143,12 +144,12 @@ class Gathered:
         return f"Gathered({len(self.secret)} bytes)"
 
 
-class Conversation:
+class Conversation(FollowsCluster):
     """How this node talks to the others; safe for several workers, each with its own ``Talker``."""
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: ClusterSource,
         signing: SigningKey,
         missing_algorithms: dict[str, str],
         acknowledge: Literal["up", "quorum", "all"],
@@ -157,7 +158,7 @@ class Conversation:
         clock: Callable[[], float] = time.monotonic,
         with_room: Callable[[Callable[[], Any]], Any] = lambda make: make(),
     ) -> None:
-        self._cluster = cluster
+        self._source = cluster
         self._signing = signing
         self._node = signing.name
         self._missing = missing_algorithms

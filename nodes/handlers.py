@@ -20,6 +20,8 @@ import structlog
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, welcome
 from engine.client.listener import IDLE, Incoming
+from engine.client.membership import Membership
+from engine.client.spreading import Desk, Gossip
 from engine.errors import (
     AccessDenied,
     AuditUnavailable,
@@ -27,6 +29,7 @@ from engine.errors import (
     EngineError,
     KeyNotFound,
     NeedGrant,
+    NodeUnavailable,
     Overloaded,
     ProtocolError,
     RegistryUnavailable,
@@ -40,6 +43,8 @@ from engine.protocol.audit import Record
 from engine.protocol.grant import check_grant, read_grant
 from engine.protocol.manifest import (
     Cluster,
+    ClusterSource,
+    FollowsCluster,
     aborts,
     destroy_orders,
     open_create_order,
@@ -51,6 +56,8 @@ from engine.protocol.manifest import (
 from engine.protocol.requests import (
     AUDIT_HEAD,
     HELLO,
+    MANIFEST_FETCH,
+    MANIFEST_OFFER,
     REPLY_CODECS,
     REQUEST_CODECS,
     SHARE_ABORT,
@@ -78,6 +85,8 @@ from engine.protocol.requests import (
     KeyEntry,
     KeyList,
     ListKeys,
+    ManifestFetch,
+    ManifestOffer,
     NodeStats,
     NodeStatus,
     Operate,
@@ -139,9 +148,9 @@ DURABLE_VERBS: Final = frozenset(
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
-UNRECORDED: Final = frozenset({HELLO, STATS, AUDIT_HEAD})
-"""Verbs that are recorded only where they fail: introductions, figures for the balancer, and heads, which have their
-own records."""
+UNRECORDED: Final = frozenset({HELLO, MANIFEST_FETCH, STATS, AUDIT_HEAD})
+"""Verbs that are recorded only where they fail: introductions, manifests that are asked for, figures for the
+balancer, and heads, which have their own records."""
 WITHOUT_TOKEN: Final = frozenset(
     {
         RequestType.DESCRIBE,
@@ -149,6 +158,8 @@ WITHOUT_TOKEN: Final = frozenset(
         RequestType.FLUSH,
         RequestType.STATUS,
         HELLO,
+        MANIFEST_FETCH,
+        MANIFEST_OFFER,
         STATS,
         AUDIT_HEAD,
         SHARE_COMMIT,
@@ -231,6 +242,7 @@ class _Call:
     started_s: float
     deadline_s: float
     verb: str
+    cluster: Cluster
     key: str = ""
     request_class: str = ""
     entry: Entry | None = None
@@ -265,7 +277,7 @@ class _Count:
     busy_us: int = 0
 
 
-class Handlers:
+class Handlers(FollowsCluster):
     """The node's behaviour. All methods are called by the loop's thread."""
 
     def __init__(
@@ -273,7 +285,7 @@ class Handlers:
         *,
         node: str,
         boot: bytes,
-        cluster: Cluster,
+        cluster: ClusterSource,
         token: Token,
         lane: Lane,
         catalogue: Catalogue,
@@ -301,7 +313,9 @@ class Handlers:
         self._node = node
         self._boot = boot
         self._boot_text = boot.hex()[:8]
-        self._cluster = cluster
+        self._source = cluster
+        self._desk = Desk(cluster, clock)
+        self._gossip = Gossip(cluster, node)
         self._token = token
         self._lane = lane
         self._catalogue = catalogue
@@ -354,6 +368,8 @@ class Handlers:
             RequestType.FLUSH: self._flush,
             RequestType.STATUS: self._status,
             HELLO: self._hello,
+            MANIFEST_FETCH: self._manifest_fetch,
+            MANIFEST_OFFER: self._manifest_offer,
             STATS: self._stats,
             SHARE_PREPARE: self._share_prepare,
             SHARE_COMMIT: self._share_commit,
@@ -378,7 +394,7 @@ class Handlers:
         now = self._clock()
         self._number += 1
         request = incoming.request
-        call = _Call(incoming, self._number, now, now + request.timeout_ms / 1000, request.verb)
+        call = _Call(incoming, self._number, now, now + request.timeout_ms / 1000, request.verb, self._cluster)
         try:
             self._admission.begin(incoming.member.name, now)
         except Overloaded as error:  # told and recorded in one for many, since there is no end to them
@@ -390,6 +406,8 @@ class Handlers:
             elif request.verb not in ALWAYS_ANSWERED or not self._audit.problem:
                 self._record(call, chain.REQUEST)
             check_verb(self._cluster, incoming.member, request.verb)
+            if request.verb in OPERATIONS and not self._is_member():
+                raise NodeUnavailable(f"{self._node} is no member of the cluster any more")
             if self._health.problem and request.verb not in WITHOUT_TOKEN:
                 raise TokenError(f"{self._node}: {self._health.problem}")
             body = REQUEST_CODECS[request.verb].decode(request.body)
@@ -400,6 +418,8 @@ class Handlers:
     def _answer(self, call: _Call, message: object) -> None:
         """Reply with an ok message."""
         try:
+            if call.cluster is not self._cluster:
+                self._check_again(call)
             body = REPLY_CODECS[call.verb].encode(message)
         except Exception as error:
             self._fail(call, error)
@@ -410,6 +430,16 @@ class Handlers:
             call.detail,
             lambda: self._replier.reply(call.incoming, Status.OK, body, self._load(call)),
         )
+
+    def _check_again(self, call: _Call) -> None:
+        """Another manifest came while the request was under way: who may no longer ask gets no result."""
+        member = self._cluster.by_curve.get(call.incoming.member.curve_z85)
+        if member is None:
+            raise AccessDenied(f"{call.incoming.member.name!r} is no member any more")
+        check_verb(self._cluster, member, call.verb)
+        if call.entry is not None:
+            check_key(self._cluster, member, call.verb, call.key)
+        call.cluster = self._cluster
 
     def _fail(self, call: _Call, error: Exception) -> None:
         """Reply with an error; one that nobody foresaw is logged and told without details."""
@@ -839,7 +869,11 @@ class Handlers:
                 missing=missing,
                 audit=self._audit.problem[:MAX_ERROR_DETAIL],
                 store=self._ledger.problem[:MAX_ERROR_DETAIL],
-                alarms=[each for each in (self._audit.broken, *self._witness.alarms.values()) if each],
+                alarms=[
+                    each
+                    for each in (self._manifest_problem(), self._audit.broken, *self._witness.alarms.values())
+                    if each
+                ],
                 clock=self._ledger.clock.complaint(),
                 health=self._health.told(),
                 service=self._service_counts(self._admission),
@@ -849,11 +883,27 @@ class Handlers:
     def _hello(self, call: _Call, body: Hello) -> None:
         self._answer(call, welcome(body, self._node, self._boot, self._cluster, self._limits))
 
+    def _manifest_problem(self) -> str:
+        if not self._is_member():
+            return f"the cluster manifest with serial {self._cluster.serial} does not name {self._node!r} as a node"
+        return self._source.problem if isinstance(self._source, Membership) else ""
+
+    def _is_member(self) -> bool:
+        return self._node in self._cluster.nodes
+
     def _stats(self, call: _Call, body: Empty) -> None:
         busiest = sorted(self._group_counts.items(), key=lambda item: -item[1])[:MAX_GROUPS_TOLD]
         counts = [ClassCount(name, count.requests, count.errors, count.busy_us) for name, count in self._counts.items()]
         uptime_ms = int((self._clock() - self._started_s) * 1000)
-        self._answer(call, NodeStats(self._boot, uptime_ms, self.pending, counts, busiest, self._caches()))
+        self._answer(
+            call, NodeStats(self._boot, uptime_ms, self.pending, counts, busiest, self._caches(), self._cluster.serial)
+        )
+
+    def _manifest_fetch(self, call: _Call, body: ManifestFetch) -> None:
+        self._answer(call, self._desk.fetch(body))
+
+    def _manifest_offer(self, call: _Call, body: ManifestOffer) -> None:
+        self._answer(call, self._desk.offer(call.incoming.member.name, body))
 
     def _caches(self) -> list[CacheCount]:
         return [
@@ -1055,6 +1105,7 @@ class Handlers:
     def _ask_registry(
         self, talker: Talker, stale: Sequence[Entry]
     ) -> tuple[list[SyncEntry], Cursor, list[tuple[Entry, OutcomeReply]]]:
+        self._gossip.look(talker.channel)
         books, cursor = self._conversation.registry_books(talker, self._cursor)
         return books, cursor, [(entry, self._conversation.outcome(talker, entry)) for entry in stale]
 
@@ -1146,6 +1197,15 @@ class Handlers:
         self._holder.shares.clear("flushed")
 
     # --- what changed ---
+
+    def members_changed(self, before: Cluster, now: Cluster) -> None:
+        """Another manifest is in force: drop what was kept by the word of who is no member any more."""
+        self._signatures.clear("changed")
+        gone = sorted(set(before.members) - set(now.members))
+        if gone:
+            log.info("members left", members=gone, serial=now.serial)
+        if self._node in gone:
+            log.error("removed from the cluster", node=self._node, serial=now.serial)
 
     def token_renewed(self) -> None:
         """Every loaded key is gone from the token; forget those that were loaded before."""

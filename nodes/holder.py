@@ -27,7 +27,8 @@ from engine.errors import (
 from engine.failpoints import failpoint
 from engine.protocol.grant import check_grant
 from engine.protocol.manifest import (
-    Cluster,
+    ClusterSource,
+    FollowsCluster,
     KeyRecord,
     Member,
     Receipt,
@@ -66,12 +67,12 @@ log = structlog.get_logger()
 S = TypeVar("S", Share, SecretShare)
 
 
-class ShareHolder:
+class ShareHolder(FollowsCluster):
     """The shares of one node. ``ledger`` has the clock and the used grants; ``shares`` keeps what was unsealed."""
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: ClusterSource,
         signing: SigningKey,
         store: ShareStore,
         catalogue: Catalogue,
@@ -79,7 +80,7 @@ class ShareHolder:
         ledger: GrantLedger,
         shares: ShareCache | None = None,
     ) -> None:
-        self._cluster = cluster
+        self._source = cluster
         self._signing = signing
         self._node = signing.name
         self._store = store

@@ -5,14 +5,14 @@ from __future__ import annotations
 from engine.errors import AccessDenied, ProtocolError
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.manifest import Cluster, Member
-from engine.protocol.requests import CLIENT_VERBS, HELLO, NODE_VERBS, STATS
+from engine.protocol.requests import CLIENT_VERBS, HELLO, MANIFEST_VERBS, NODE_VERBS, STATS
 
 __all__ = ["check_key", "check_verb"]
 
 
 def check_verb(cluster: Cluster, member: Member, verb: str) -> None:
     """Refuse a verb that the member's role never sends. What a role may send at all is decided here, once."""
-    if verb == HELLO:
+    if verb == HELLO or verb in MANIFEST_VERBS:
         allowed = member.role != "operator"
     elif verb in NODE_VERBS:
         allowed = member.role == "node"

@@ -26,7 +26,8 @@ from engine.errors import (
 )
 from engine.failpoints import failpoint
 from engine.protocol.manifest import (
-    Cluster,
+    ClusterSource,
+    FollowsCluster,
     Holder,
     KeyRecord,
     check_successor,
@@ -92,19 +93,19 @@ class _Stated:
     statements: tuple[PartStatement, ...]
 
 
-class Coordinator:
+class Coordinator(FollowsCluster):
     """Refreshes keys that this node holds a share of."""
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: ClusterSource,
         signing: SigningKey,
         catalogue: Catalogue,
         conversation: Conversation,
         now_ms: Callable[[], int],
         clock: Callable[[], float],
     ) -> None:
-        self._cluster = cluster
+        self._source = cluster
         self._signing = signing
         self._node = signing.name
         self._catalogue = catalogue

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from engine.errors import AccessDenied, ManifestError, QuorumUnavailable, ShareCorrupt, StaleKey
 from engine.failpoints import failpoint
 from engine.protocol.manifest import (
-    Cluster,
+    ClusterSource,
+    FollowsCluster,
     KeyRecord,
     Member,
     check_successor,
@@ -42,19 +43,19 @@ from nodes.token import Lane
 __all__ = ["Renewer"]
 
 
-class Renewer:
+class Renewer(FollowsCluster):
     """The refreshing of one node's shares. ``curve_secret`` is its X25519 private key, ``now_ms`` the wall clock."""
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: ClusterSource,
         signing: SigningKey,
         curve_secret: bytes,
         catalogue: Catalogue,
         holder: ShareHolder,
         now_ms: Callable[[], int],
     ) -> None:
-        self._cluster = cluster
+        self._source = cluster
         self._signing = signing
         self._node = signing.name
         self._curve_secret = curve_secret

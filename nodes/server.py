@@ -15,9 +15,10 @@ import zmq
 import zmq.utils.z85
 
 from engine._version import __version__
-from engine.client.config import Identity, load_cluster, load_identity, sync_folder
+from engine.client.config import Identity, load_identity, sync_folder
 from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Gate, Listener
+from engine.client.membership import Membership, Servers, open_membership
 from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
 from engine.errors import ConfigError
@@ -80,18 +81,17 @@ def _within_locked_memory(limits: CacheLimits) -> CacheLimits:
     return replace(limits, max_bytes=allowed // 4)
 
 
-def load_membership(config: NodeConfig) -> tuple[Identity, Cluster]:
-    """Who this node is, and the cluster whose manifest names it with these very keys."""
+def load_membership(config: NodeConfig) -> tuple[Identity, Membership]:
+    """Who this node is, and the membership of a cluster whose manifest names it with these very keys."""
     identity = load_identity(config.identity)
     if identity.role != "node":
         raise ConfigError(f"{config.identity}: the identity of a {identity.role}, not of a node")
-    cluster = load_cluster(config.manifest, config.manifest_pin)
-    member, own = cluster.nodes.get(identity.name), identity.member()
-    if member is None or (member.sign_public, member.curve_public) != (own.sign_public, own.curve_public):
+    membership = open_membership(config.manifest, config.manifest_pin)
+    if not identity.is_in(membership.cluster):
         raise ConfigError(
-            f"the cluster manifest (serial {cluster.serial}) has no node {identity.name!r} with these keys"
+            f"the cluster manifest (serial {membership.cluster.serial}) has no node {identity.name!r} with these keys"
         )
-    return identity, cluster
+    return identity, membership
 
 
 class Server:
@@ -100,6 +100,7 @@ class Server:
     def __init__(self, config: NodeConfig, lifeline: int | None = None, beat: Beat | None = None) -> None:
         identity, cluster = load_membership(config)
         raise_file_limit()
+        self._identity, self._membership = identity, cluster
         self._lifeline = lifeline
         self._beat = beat
         watch = CallWatch()
@@ -114,7 +115,7 @@ class Server:
         run_self_tests(lane)
         log.info("self tests passed", token=token.description, missing=sorted(token.missing))
         self._store = ShareStore(config.data / STORE_NAME, identity.name, lane)
-        self._store.note_cluster_serial(cluster.serial)
+        self._store.note_cluster_serial(cluster.cluster.serial)
         catalogue = Catalogue(self._store.rows())
         clock = TrustedClock(self._store.clock_mark().mark_ms)
         ledger = GrantLedger(self._store, clock, config.limits)
@@ -128,15 +129,14 @@ class Server:
             boot=boot.hex()[:8],
             post=self._mailbox.post,
             now_ms=clock.now_ms,
-            detail=f"version {__version__}, cluster manifest {cluster.serial} {cluster.digest.hex()}",
+            detail=f"version {__version__}, cluster manifest {cluster.cluster.serial} {cluster.cluster.digest.hex()}",
             segment_bytes=config.audit_segment_bytes,
             head_every_s=config.audit_head_every_s,
         )
         names = AuditNames(self._store, lane) if config.audit_key_names == "hmac" else None
         self._context = _context()
         self._gate = Gate(self._context, cluster)
-        me = cluster.nodes[identity.name]
-        self.endpoint = config.bind or me.endpoint
+        self.endpoint = config.bind or cluster.cluster.nodes[identity.name].endpoint
         self._listener = Listener(self._context, identity.transport, self.endpoint, cluster, config.service_limits)
         signatures = SignatureCache(config.signature_cache, time.monotonic)
         remember_signatures(signatures)
@@ -154,7 +154,7 @@ class Server:
         curve_secret = zmq.utils.z85.decode(identity.transport.secret)
         renewer = Renewer(cluster, identity.signing, curve_secret, catalogue, holder, clock.now_ms)
         coordinator = Coordinator(cluster, identity.signing, catalogue, conversation, clock.now_ms, time.monotonic)
-        peers = {member.name: member for member in cluster.members.values() if member.role in ("node", "balancer")}
+        peers = Servers(cluster)
 
         def make_talker() -> Talker:
             channel = Channel(identity.transport, peers, self._context, heartbeats=True)
@@ -207,6 +207,13 @@ class Server:
         )
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)
+        cluster.subscribe(lambda before, now: self._mailbox.post(lambda: self._manifest_taken(before, now)))
+
+    def _manifest_taken(self, before: Cluster, now: Cluster) -> None:
+        """By the loop: who may do what is asked of the manifest each time, so only what was kept is looked after."""
+        self._store.note_cluster_serial(now.serial)
+        self._listener.members_changed(before, now)
+        self._handlers.members_changed(before, now)
 
     def stop(self) -> None:
         """Begin to stop: no new requests, those under way get up to 5 s. Safe in a signal handler."""
@@ -221,6 +228,7 @@ class Server:
         """Serve until stopped; then drain and close everything."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
+        signal.signal(signal.SIGHUP, lambda *_: self._mailbox.post(self._look))
         poller = zmq.Poller()
         poller.register(self._listener.socket, zmq.POLLIN)
         poller.register(self._listener.connections.monitor, zmq.POLLIN)
@@ -244,6 +252,7 @@ class Server:
             if self._stopping_s and (not self._handlers.pending or now >= self._stopping_s):
                 return
             if now >= next_tick_s:
+                self._look()
                 self._handlers.tick(SETTLE_AFTER_MS)
                 next_tick_s = now + TICK_S
             ready = dict(poller.poll(max(0, int(min(next_tick_s - now, LOOK_EVERY_S) * 1000))))
@@ -257,6 +266,10 @@ class Server:
                     poller.unregister(self._listener.socket)
                 continue
             self._take_in()
+
+    def _look(self) -> None:
+        """Take a newer manifest that was put into its file."""
+        self._membership.look()
 
     def _take_in(self) -> None:
         for _ in range(BATCH):

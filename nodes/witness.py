@@ -13,7 +13,7 @@ from typing import Final
 from engine.errors import AccessDenied, EngineError, Overloaded
 from engine.protocol import audit as chain
 from engine.protocol.audit import AuditHead, Record, head_of_text, open_head
-from engine.protocol.manifest import Cluster, Member
+from engine.protocol.manifest import ClusterSource, FollowsCluster, Member
 
 __all__ = ["Heard", "Witness"]
 
@@ -35,11 +35,12 @@ class Heard:
     head: AuditHead
 
 
-class Witness:
+class Witness(FollowsCluster):
     """What ``node`` knows of the others' heads. ``known`` are the records of earlier starts, oldest first."""
 
-    def __init__(self, node: str, cluster: Cluster, known: Iterable[Record] = ()) -> None:
-        self._cluster = cluster
+    def __init__(self, node: str, cluster: ClusterSource, known: Iterable[Record] = ()) -> None:
+        self._source = cluster
+        self._node = node
         self._newest: dict[str, AuditHead] = {}
         self._written: dict[str, tuple[bytes, int, bytes]] = {}
         self._told: dict[str, int] = {}
@@ -47,13 +48,17 @@ class Witness:
         self.alarms: dict[str, str] = {}
         for record in known:
             try:
-                head = head_of_text(record.head, cluster.sign_key_ever("node"))
+                head = head_of_text(record.head, self._cluster.sign_key_ever("node"))
             except EngineError:
                 continue
             self._newest[record.member], self._written[record.member] = head, _line(head)
-        names = sorted(cluster.nodes)
-        place = names.index(node)
-        self.audience = tuple((names[place + 1 :] + names[:place])[:MAX_WITNESSES])
+
+    @property
+    def audience(self) -> tuple[str, ...]:
+        """Who is told of this node's heads."""
+        names = sorted({self._node, *self._cluster.nodes})
+        place = names.index(self._node)
+        return tuple((names[place + 1 :] + names[:place])[:MAX_WITNESSES])
 
     def hear(self, raw: bytes, sender: Member, now_s: float) -> Heard | None:
         """What to record of a head that ``sender``'s connection brought, and then to tell ``wrote``.

@@ -9,7 +9,15 @@ import pytest
 from engine.errors import AccessDenied, EngineError, ProtocolError
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
-from engine.protocol.requests import BODIES, HELLO, NODE_VERBS, REGISTRY_VERBS, STATS, TABLE
+from engine.protocol.requests import (
+    BODIES,
+    HELLO,
+    MANIFEST_VERBS,
+    NODE_VERBS,
+    REGISTRY_VERBS,
+    STATS,
+    TABLE,
+)
 from nodes.policy import check_key, check_verb
 
 ROLES = {"alice": "client", "bob": "client", "carol": "client", "node1": "node", "balancer": "balancer"}
@@ -23,6 +31,7 @@ ALLOWED = {
     "status": {"alice", "node1", "balancer"},
     STATS: {"balancer"},
     HELLO: set(ROLES),
+    **{verb: set(ROLES) for verb in MANIFEST_VERBS},
 }
 
 

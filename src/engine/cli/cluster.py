@@ -1,6 +1,6 @@
 """``keyquorum cluster``: identity cards in, a signed manifest out, and into the members' folders.
 
-It reads and writes files and opens no connection: operators may work on machines without a network.
+It reads and writes files: operators may work on machines without a network. ``push`` alone opens connections.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import click
+import zmq
 from msgspec import Meta, Struct
 
 from engine.cli.chains import ChainView, view_chain
@@ -24,7 +25,8 @@ from engine.cli.identity import (
     open_operator,
     passphrase_option,
 )
-from engine.cli.output import Settings, common_options, emit, note, one_line, reading, table, writing
+from engine.cli.output import Settings, client_config, common_options, emit, note, one_line, reading, table, writing
+from engine.client.client import load_settings
 from engine.client.config import (
     CARD_PREFIX,
     Identity,
@@ -34,8 +36,10 @@ from engine.client.config import (
     resolve,
     write_private,
 )
-from engine.errors import ConfigError, ManifestError
-from engine.protocol.manifest import Member, PolicyRule, Role, countersign_chain, issue_cluster_manifest
+from engine.client.spreading import push as spread
+from engine.client.transport import Channel
+from engine.errors import ClusterError, ConfigError, EngineError, ManifestError
+from engine.protocol.manifest import Member, PolicyRule, Role, countersign_chain, issue_cluster_manifest, open_chain
 from engine.protocol.wire import Name
 
 __all__ = ["cluster"]
@@ -377,6 +381,52 @@ def _json(view: ChainView) -> dict[str, Any]:
     }
 
 
+# --- push -----------------------------------------------------------------------------------------------------------
+
+
+@cluster.command()
+@click.argument("file", metavar="MANIFEST")
+@click.option(
+    "--timeout", type=click.FloatRange(0.1, 600), default=5.0, show_default=True, help="Seconds a member has."
+)
+@common_options()
+@click.pass_obj
+def push(settings: Settings, file: str, timeout: float) -> None:
+    """Bring a signed manifest to every node and balancer, which go by it at once.
+
+    It is sent as the client of --config, of whichever cluster; the manifest proves itself. Members that are in the
+    manifest are told, and those that were in the client's own one. A member that can't be reached gets it from the
+    others when it is back.
+    """
+    chain = _read_chain(file)
+    client = load_settings(client_config(settings))
+    view = view_chain(chain, client.cluster.pin)
+    if not view.complete:
+        raise ManifestError(f"{file}: signed by {len(view.signers)} of {view.needed} operators needed")
+    newest = open_chain(chain, client.cluster.pin)
+    servers = {**client.cluster.servers, **newest.servers}
+    told: dict[str, str] = {}
+    with zmq.Context() as context, Channel(client.identity.transport, servers, context) as channel:
+        channel.dial(servers)
+        for name in servers:
+            try:
+                has = spread(channel, name, chain, newest.serial, timeout)
+                told[name] = "" if has >= newest.serial else f"still goes by serial {has}"
+            except EngineError as error:
+                told[name] = str(error)
+    rows = [(name, problem or "taken") for name, problem in told.items()]
+    if settings.json:
+        failed = {name: problem for name, problem in told.items() if problem}
+        emit(
+            settings,
+            {"serial": newest.serial, "taken": [each for each in told if each not in failed], "failed": failed},
+        )
+    else:
+        table(settings, ("MEMBER", f"SERIAL {newest.serial}"), rows, None)
+    if any(told.values()):
+        raise ClusterError(f"{sum(map(bool, told.values()))} of {len(told)} members did not take the manifest")
+
+
 # --- join -----------------------------------------------------------------------------------------------------------
 
 
@@ -391,7 +441,7 @@ def join(settings: Settings, folder: Path, file: str, pin: str | None, passphras
     """Let a member trust a cluster: put the manifest into its folder and the pin into its configuration.
 
     Compare the pin with the operator's by another way than the one the manifest came by. Later manifests of the same
-    cluster need no pin. A running process takes a new manifest when it is started again.
+    cluster need no pin. A running process takes a new manifest within a second; the others hear of it from that one.
     """
     chain = _read_chain(file)
     identity = _open_member(folder, passphrase_file)

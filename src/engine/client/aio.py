@@ -45,6 +45,7 @@ from engine.client.client import (
     pair_items,
 )
 from engine.client.config import CurveIdentity
+from engine.client.membership import Servers
 from engine.client.transport import (
     CONNECT_TIMEOUT_S,
     FRAME_MAX,
@@ -90,6 +91,7 @@ class _Link:
     ) -> None:
         self._came_up = came_up
         self._name = member.name
+        self._member = member
         self._client = identity.name
         self._loop = loop
         self._pending: dict[int, asyncio.Future[Reply]] = {}
@@ -118,6 +120,13 @@ class _Link:
         self._socket.close(0)
         self._fail(error)
         self._wake()
+
+    def leads_to(self, member: Member | None) -> bool:
+        """Whether this is the connection to the member as the newest manifest has it."""
+        own = self._member
+        return member is own or (
+            member is not None and (member.endpoint, member.curve_public) == (own.endpoint, own.curve_public)
+        )
 
     @property
     def given_up(self) -> bool:
@@ -260,7 +269,7 @@ class AsyncEngine:
         self._context: zmq.Context[Any] = zmq.Context()
         self._pid = os.getpid()
         self._open = True
-        self._members = {m.name: m for m in settings.cluster.members.values() if m.role in ("node", "balancer")}
+        self._members = Servers(settings.source)
         self._links: dict[str, _Link] = {}
         self._follower = TableFollower(self._context, settings, self._calls.router)
 
@@ -534,13 +543,12 @@ class AsyncEngine:
             raise EngineError("the engine belongs to another event loop")
 
     async def _exchange(self, step: Exchange) -> Reply:
-        link = self._links.get(step.peer)
-        if link is not None and link.given_up:
+        link, member = self._links.get(step.peer), self._members.get(step.peer)
+        if link is not None and (link.given_up or not link.leads_to(member)):
             del self._links[step.peer]
             link.close(NodeUnavailable(f"{step.peer} can't be reached"))
             link = None
         if link is None:
-            member = self._members.get(step.peer)
             if member is None:
                 raise NodeUnavailable(f"{step.peer!r} is no member with an endpoint")
             link = _Link(

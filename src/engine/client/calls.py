@@ -49,6 +49,7 @@ from engine.keys import Algorithm, KeyKind, RequestType, algorithm, normalize_ma
 from engine.protocol.grant import issue_grant
 from engine.protocol.manifest import (
     Cluster,
+    ClusterSource,
     CreateOrder,
     DestroyOrder,
     KeyRecord,
@@ -391,7 +392,7 @@ class Calls:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: ClusterSource,
         signing: SigningKey,
         router: Router,
         *,
@@ -399,13 +400,18 @@ class Calls:
         now_ms: Callable[[], int],
         random_bytes: Callable[[int], bytes],
     ) -> None:
-        self.cluster = cluster
+        self._source = cluster
         self.router = router
         self._signing = signing
         self.clock = clock
         self._now_ms = now_ms
         self._random_bytes = random_bytes
         self._descriptions = _Descriptions()
+
+    @property
+    def cluster(self) -> Cluster:
+        """The newest manifest."""
+        return self._source.cluster
 
     # --- uses of a key ---
 

@@ -38,10 +38,12 @@ from engine.client.calls import (
     merge_lists,
     succeeded,
 )
-from engine.client.config import ClientConfig, Identity, load_cluster, load_config, load_identity, resolve
+from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
+from engine.client.membership import Membership, Servers, open_membership
+from engine.client.spreading import pull
 from engine.client.transport import Arrival, Channel, check_zmq_version, connect_options
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
-from engine.protocol.manifest import Cluster, Member
+from engine.protocol.manifest import Cluster, ClusterSource, Member
 from engine.protocol.routing import Router, RoutingTable, open_table
 from engine.protocol.signed import MAX_ENVELOPE
 
@@ -59,6 +61,10 @@ IDLE_MAX_S = 60.0
 REAP_EVERY_S = 10.0
 CLOSE_WAIT_S = 5.0
 TABLE_QUEUE = 4
+PULL_EVERY_S = 1.0
+PULL_FROM = 3
+PULL_TIMEOUT_S = 1.0
+"""A newer cluster manifest is asked of so many members, drawn by chance, so often at most."""
 QUIET_MAX_S = 90.0
 """A subscription that brings nothing for so long is made anew: libzmq may have given the connection up for good
 (``engine.client.transport.REOPEN_S``). It is longer than a balancer's longest tick."""
@@ -70,11 +76,16 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """Who the client is, the verified cluster it talks to, and its default deadline in seconds."""
+    """Who the client is, where its verified cluster manifest is had from, and its default deadline in seconds."""
 
     identity: Identity
-    cluster: Cluster
+    source: ClusterSource
     timeout_s: float = 5.0
+
+    @property
+    def cluster(self) -> Cluster:
+        """The newest manifest."""
+        return self.source.cluster
 
 
 def load_settings(path: str | os.PathLike[str]) -> ClientSettings:
@@ -83,7 +94,8 @@ def load_settings(path: str | os.PathLike[str]) -> ClientSettings:
     identity = load_identity(resolve(path, config.identity))
     if identity.role != "client":
         raise ConfigError(f"{Path(path)}: the identity {identity.name!r} is a {identity.role}'s, a client's is needed")
-    return ClientSettings(identity, load_cluster(resolve(path, config.manifest), config.manifest_pin), config.timeout_s)
+    membership = open_membership(resolve(path, config.manifest), config.manifest_pin, durable=False)
+    return ClientSettings(identity, membership, config.timeout_s)
 
 
 def as_settings(config: str | os.PathLike[str] | ClientSettings) -> ClientSettings:
@@ -102,9 +114,9 @@ def connect(config: str | os.PathLike[str] | ClientSettings, *, max_channels: in
 def make_calls(settings: ClientSettings) -> Calls:
     """The verbs of a client, with the real clocks and the operating system's randomness."""
     return Calls(
-        settings.cluster,
+        settings.source,
         settings.identity.signing,
-        Router(settings.cluster, random.Random(os.urandom(16))),  # noqa: S311 - spreads load, guards nothing
+        Router(settings.source, random.Random(os.urandom(16))),  # noqa: S311 - spreads load, guards nothing
         clock=time.monotonic,
         now_ms=lambda: time.time_ns() // 1_000_000,
         random_bytes=os.urandom,
@@ -437,6 +449,9 @@ class TableFollower:
         self._installed = 0
         self._refused = 0
         self._last_refusal = ""
+        self._told_serial = 0
+        self._next_pull_s = 0.0
+        self._heard_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="keyquorum-tables", daemon=True)
         self._thread.start()
 
@@ -460,19 +475,27 @@ class TableFollower:
             balancers[socket], heard_s[socket] = balancer, time.monotonic()
             poller.register(socket, zmq.POLLIN)
 
+        def leave(socket: zmq.Socket[bytes]) -> Member:
+            poller.unregister(socket)
+            del heard_s[socket]
+            socket.close(0)
+            return balancers.pop(socket)
+
         try:
-            for balancer in self._settings.cluster.of_role("balancer"):
-                if balancer.publish_endpoint:
-                    subscribe(balancer)
             while True:
+                wanted = {each.name: each for each in self._settings.cluster.of_role("balancer")}
+                for socket, balancer in list(balancers.items()):
+                    if wanted.pop(balancer.name, None) != balancer:
+                        leave(socket)
+                for each in wanted.values():
+                    if each.publish_endpoint and each not in balancers.values():
+                        subscribe(each)
                 for socket, _ in poller.poll(int(REAP_EVERY_S * 1000)) if balancers else self._sleep():
                     heard_s[socket] = time.monotonic()
                     self._received(socket.recv_multipart())
                 for socket in [each for each, since in heard_s.items() if time.monotonic() - since > QUIET_MAX_S]:
-                    poller.unregister(socket)
-                    del heard_s[socket]
-                    socket.close(0)
-                    subscribe(balancers.pop(socket))
+                    subscribe(leave(socket))
+                self._look_for_manifest()
                 self._chore()
         except zmq.ContextTerminated:
             pass
@@ -482,6 +505,28 @@ class TableFollower:
         finally:
             for socket in balancers:
                 socket.close(0)
+
+    def _look_for_manifest(self) -> None:
+        """Take a newer manifest: that of the file, or one that a table spoke of and some member has."""
+        source = self._settings.source
+        if not isinstance(source, Membership):
+            return
+        source.look()
+        now = time.monotonic()
+        silent = now - self._heard_s > REAP_EVERY_S  # with no table nobody says that there is a newer one
+        if now < self._next_pull_s or (self._told_serial <= source.cluster.serial and not silent):
+            return
+        self._heard_s = now if silent else self._heard_s
+        self._next_pull_s = time.monotonic() + PULL_EVERY_S
+        names = list(source.cluster.servers)
+        random.shuffle(names)
+        with Channel(self._settings.identity.transport, Servers(source), self._context) as channel:
+            for name in names[:PULL_FROM]:
+                try:
+                    if pull(channel, name, source, PULL_TIMEOUT_S):
+                        return
+                except EngineError as error:
+                    log.debug("no manifest", member=name, reason=str(error))
 
     def _sleep(self) -> list[tuple[zmq.Socket[bytes], int]]:
         """Wait as the poller does, where there is no balancer: on a socket that never gets anything."""
@@ -512,6 +557,8 @@ class TableFollower:
             self._refused += 1
             self._last_refusal = str(error)
             return
+        self._heard_s = time.monotonic()
+        self._told_serial = max(self._told_serial, table.cluster_serial)
         self._installed += self._router.install(table)
 
 
@@ -535,7 +582,7 @@ class Engine:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._open = True
-        members = {m.name: m for m in settings.cluster.members.values() if m.role in ("node", "balancer")}
+        members = Servers(settings.source)
         identity = settings.identity.transport
         limit = max_channels or _channel_limit(len(members))
         came_up = self._calls.router.came_up

@@ -160,6 +160,15 @@ class Identity:
             raise ConfigError(f"the identity of {self.name!r} is an operator's and can't open a connection")
         return self.curve
 
+    def is_in(self, cluster: Cluster) -> bool:
+        """Whether a manifest names it by its role and these very keys."""
+        listed, own = cluster.members.get(self.name), self.member()
+        return listed is not None and (listed.role, listed.sign_public, listed.curve_public) == (
+            own.role,
+            own.sign_public,
+            own.curve_public,
+        )
+
     def member(self, *, endpoint: str = "", publish_endpoint: str = "", location: str = "") -> Member:
         """The public side, as an identity card and the cluster manifest tell it."""
         curve = zmq.utils.z85.decode(self.curve.public) if self.curve else bytes(32)

@@ -15,7 +15,7 @@ import socket as sockets
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -24,7 +24,7 @@ import zmq
 
 from engine.client.transport import watch
 
-__all__ = ["Connection", "Connections", "connections_allowed", "wire_bytes"]
+__all__ = ["Connection", "Connections", "connections_allowed", "end_connection", "peer_of", "wire_bytes"]
 
 LOOK_EVERY_S: Final = 0.1
 """How often ``look`` is to be called, at the least."""
@@ -135,6 +135,11 @@ class Connections:
             if self._members[member] > self._most_of_member:
                 self._excess.append(connection)
         return connection, bool(self._excess) and connection in self._excess
+
+    def end_of(self, members: Collection[str]) -> None:
+        """Cut every connection of these members, who are none any more."""
+        self._read()
+        self._end([each for each in self._open.values() if each.member in members], "its key is no member's any more")
 
     # --- what happens by itself ---
 
@@ -247,6 +252,18 @@ class Connections:
 def wire_bytes(size: int) -> int:
     """What a frame of so many bytes is on the wire: CURVE adds 33 (RFC 26), ZMTP 2 or for a long one 9 (RFC 23)."""
     return size + 33 + (2 if size + 33 < 256 else 9)
+
+
+def peer_of(fd: int) -> tuple[str, int] | None:
+    """The other end of a connection that libzmq owns; None if it is gone."""
+    address = _on_socket(fd, lambda socket: socket.getpeername()[:2])
+    return None if address is None else (str(address[0]), int(address[1]))
+
+
+def end_connection(fd: int, peer: tuple[str, int]) -> None:
+    """End a connection that libzmq owns as if the network had, unless the descriptor is another one's by now."""
+    if peer_of(fd) == peer:
+        _on_socket(fd, lambda socket: socket.shutdown(sockets.SHUT_RDWR))
 
 
 def _on_socket(fd: int, use: Callable[[sockets.socket], Any]) -> Any:

@@ -20,10 +20,10 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from engine.client.admission import DEFAULT_LIMITS, Admission, ServiceLimits
 from engine.client.config import CurveIdentity
-from engine.client.connections import Connection, Connections, connections_allowed, wire_bytes
+from engine.client.connections import Connection, Connections, connections_allowed, end_connection, peer_of, wire_bytes
 from engine.client.transport import FRAME_MAX, HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
 from engine.errors import EngineError, Overloaded, ProtocolError
-from engine.protocol.manifest import Cluster, Member
+from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster, Member
 from engine.protocol.requests import HELLO, ServiceCount
 from engine.protocol.wire import (
     PROTOCOL_VERSION,
@@ -38,7 +38,15 @@ from engine.protocol.wire import (
     request_codec,
 )
 
-__all__ = ["IDLE", "Gate", "Incoming", "Listener", "curve_server", "error_body"]
+__all__ = [
+    "IDLE",
+    "Gate",
+    "Incoming",
+    "Listener",
+    "curve_server",
+    "error_body",
+    "user_id",
+]
 
 ZAP_DOMAIN = "keyquorum"
 IDLE = Load(0, 0, False)
@@ -56,17 +64,17 @@ log = structlog.get_logger()
 class _MembersOnly:
     """ZAP's question, answered from the cluster manifest (RFC 27/ZAP)."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._allowed = frozenset(key.encode() for key in cluster.by_curve)
+    def __init__(self, source: ClusterSource) -> None:
+        self._source = source
 
     def callback(self, domain: str, key: bytes) -> bool:
-        return domain == ZAP_DOMAIN and key in self._allowed
+        return domain == ZAP_DOMAIN and key.decode("ascii", "replace") in self._source.cluster.by_curve
 
 
 class Gate:
     """The ZAP handler of a context: it lets in the CURVE keys of the cluster's members and nobody else."""
 
-    def __init__(self, context: zmq.Context[Any], cluster: Cluster) -> None:
+    def __init__(self, context: zmq.Context[Any], cluster: ClusterSource) -> None:
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback(ZAP_DOMAIN, credentials_provider=_MembersOnly(cluster))
@@ -101,7 +109,7 @@ class Incoming:
     connection: Connection | None = None
 
 
-class Listener:
+class Listener(FollowsCluster):
     """A bound ROUTER socket of a member."""
 
     def __init__(
@@ -109,10 +117,10 @@ class Listener:
         context: zmq.Context[Any],
         identity: CurveIdentity,
         endpoint: str,
-        cluster: Cluster,
+        cluster: ClusterSource,
         limits: ServiceLimits = DEFAULT_LIMITS,
     ) -> None:
-        self._cluster = cluster
+        self._source = cluster
         self.refused = 0
         self._next_warning_s = 0.0
         self.undeliverable = 0
@@ -136,6 +144,13 @@ class Listener:
         """Close the socket; replies under way get 100 ms."""
         self.connections.close()
         self.socket.close()
+
+    def members_changed(self, before: Cluster, now: Cluster) -> None:
+        """Another manifest is in force: cut the connections of those who are no members any more, or by other keys."""
+        keys = {member.name: member.curve_public for member in now.by_curve.values()}
+        gone = {each.name for each in before.by_curve.values() if keys.get(each.name) != each.curve_public}
+        if gone:
+            self.connections.end_of(gone)
 
     def counts(self, admission: Admission) -> ServiceCount:
         """How full this member is, with what it has under way."""
@@ -170,9 +185,13 @@ class Listener:
 
     def _open(self, frames: list[Any]) -> Incoming | None:
         route, last = frames[0].bytes, frames[-1]
-        member = self._cluster.by_curve.get(_user_id(last))
+        member = self._cluster.by_curve.get(user_id(last))
         if member is None:
             self._tell("", "its connection's key is no member's")
+            fd = int(last.get(zmq.SRCFD))
+            peer = peer_of(fd)
+            if peer is not None:
+                end_connection(fd, peer)
             return None
         size = sum(wire_bytes(len(frame)) for frame in frames[1:])
         connection, excess = self.connections.heard(last.get(zmq.SRCFD), member.name, size)
@@ -238,7 +257,8 @@ class Listener:
         return True
 
 
-def _user_id(frame: Any) -> str:
+def user_id(frame: Any) -> str:
+    """The CURVE key, in Z85, of the connection that a frame came by; empty if there is none."""
     try:
         return str(frame.get("User-Id"))
     except zmq.ZMQError:

@@ -43,7 +43,9 @@ from engine.client.config import (
     write_private,
     write_toml,
 )
+from engine.client.membership import Servers
 from engine.client.process import lock_folder
+from engine.client.spreading import serial_at
 from engine.client.transport import Channel
 from engine.errors import ClusterError, ConfigError, EngineError
 from engine.keys import RequestType
@@ -69,6 +71,7 @@ START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 8.0
 KILL_TIMEOUT_S = 5.0
 PROBE_S = 0.5
+MANIFEST_TIMEOUT_S = 10.0
 LOCK_NAME = "lock"
 LOG_TAIL = 2_000
 BALANCER = "balancer"
@@ -245,6 +248,13 @@ class _Process:
                 return stream.read().decode("utf-8", errors="replace").strip()
         except OSError:
             return "(no log)"
+
+
+def _goes_by(channel: Channel, name: str, serial: int) -> bool:
+    try:
+        return serial_at(channel, name, PROBE_S) >= serial
+    except EngineError:
+        return False
 
 
 class LocalCluster:
@@ -557,34 +567,62 @@ class LocalCluster:
     def add_client(self, name: str, rules: Sequence[PolicyRule] = ()) -> Path:
         """Make one more client, with rules that are added to the policy; its ``client.toml``.
 
-        The operator signs a new cluster manifest. Members that run are restarted, so that they go by it.
+        The operator signs a new cluster manifest, which the members that run take at once.
         """
         cluster = self.cluster
         if name in cluster.members:
             raise ValueError(f"the name {name!r} is a member's already")
         folder = _folder(self.path / "clients" / name)
         identity = create_identity(folder / "identity.toml", name, "client")
+        _write_client(folder, self._file.manifest_pin)
+        clients = [*self.clients, name]
+        self._write_file(self._file.name, list(self.nodes), clients, self.threshold, self.shares)
+        self._file: _ClusterFile = load_config(self.path / "cluster.toml", _ClusterFile)
+        self.sign_manifest([*cluster.members.values(), identity.member()], [*cluster.rules, *rules])
+        return self.client_config_of(name)
+
+    def sign_manifest(
+        self, members: Sequence[Member] | None = None, rules: Sequence[PolicyRule] | None = None
+    ) -> Cluster:
+        """Have the operator sign a further manifest with these members and rules (as they are, where None is given).
+
+        It is put into the members' file, and taken by each that runs within a second or so: this waits until all have
+        it, and raises ``ClusterError`` if one has not within 10 s.
+        """
+        cluster = self.cluster
         operator = load_identity(self.path / "operator" / "identity.toml", self._passphrase())
         manifest = self.path / "cluster.manifest"
         chain = issue_cluster_manifest(
             name=cluster.name,
-            members=[*cluster.members.values(), identity.member()],
-            rules=[*cluster.rules, *rules],
+            members=list(cluster.members.values()) if members is None else list(members),
+            rules=list(cluster.rules) if rules is None else list(rules),
             operators=[operator.signing],
             quorum=cluster.quorum,
             groups=cluster.groups,
             domain_level=cluster.domain_level,
             chain=manifest.read_bytes(),
         )
-        busy = [process for process in self._processes.values() if process.running]
-        self._end(busy)
         write_private(manifest, chain)
-        _write_client(folder, self._file.manifest_pin)
-        clients = [*self.clients, name]
-        self._write_file(self._file.name, list(self.nodes), clients, self.threshold, self.shares)
-        self._load()
-        self._launch([self._processes[process.name] for process in busy])
-        return self.client_config_of(name)
+        taken = self.cluster
+        self._await_manifest(taken)
+        return taken
+
+    def _await_manifest(self, taken: Cluster) -> None:
+        """Wait until every member that runs says by ``hello`` that it goes by this manifest."""
+        running = [process for process in self._processes.values() if process.running]
+        asker = next((name for name in self.clients if name in taken.members), None)
+        if asker is None:
+            return
+        identity = load_identity(self.path / "clients" / asker / "identity.toml")
+        waiting = [process.name for process in running if process.name in taken.servers]
+        until_s = time.monotonic() + MANIFEST_TIMEOUT_S
+        with zmq.Context() as context, Channel(identity.transport, Servers(taken), context) as channel:
+            while waiting and time.monotonic() < until_s:
+                waiting = [name for name in waiting if not _goes_by(channel, name, taken.serial)]
+                if waiting:
+                    time.sleep(PROBE_S / 10)
+        if waiting:
+            raise ClusterError(f"the manifest with serial {taken.serial} was not taken by {', '.join(waiting)}")
 
     def _passphrase(self) -> str:
         return (self.path / "secrets" / "operator.passphrase").read_text(encoding="ascii").strip()

@@ -184,6 +184,7 @@ class _Pending:
 
 @dataclass(slots=True)
 class _Connection:
+    member: Member
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
     greeting: Greeting
@@ -311,7 +312,7 @@ class Channel:
     # --- connections ---
 
     def _connected(self, peer: str, timeout_s: float) -> _Connection:
-        connection = self._connections.get(peer) or self._open(peer, first=True)
+        connection = self._of_today(peer)
         if not connection.pending and int(connection.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
             # What broke while nothing was under way must not end the request that is sent now.
             self._read_monitor(connection.monitor)
@@ -326,7 +327,23 @@ class Channel:
             # Closed, since libzmq would knock again every few milliseconds for ever.
             self._drop(peer)
             raise AccessDenied(f"{peer} refuses the key of {self._identity.name!r}: it is no member's in its manifest")
-        raise NodeUnavailable(f"{peer} at {self._members[peer].endpoint} can't be reached")
+        raise NodeUnavailable(f"{peer} at {connection.member.endpoint} can't be reached")
+
+    def _of_today(self, peer: str) -> _Connection:
+        """The connection to the peer as the newest manifest has it: endpoint and key may have changed, or all of it."""
+        connection = self._connections.get(peer)
+        if connection is None:
+            return self._open(peer, first=True)
+        member = self._members.get(peer)
+        if connection.member is not member:
+            old = connection.member
+            if member is None or (member.endpoint, member.curve_public) != (old.endpoint, old.curve_public):
+                for token in list(connection.pending):
+                    self._finish(token, None, NodeUnavailable(f"{peer}: the cluster manifest has changed"))
+                self._drop(peer)
+                return self._open(peer, first=True)
+            connection.member = member
+        return connection
 
     def _open(self, peer: str, first: bool = False) -> _Connection:
         """Begin to connect; with ``first`` the events tell of a failed attempt too, until ``_await_up`` is done."""
@@ -341,7 +358,7 @@ class Channel:
             socket.heartbeat_ivl, socket.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
         monitor = watch(self._context, socket, _FIRST_EVENTS if first else _EVENTS)
         now = time.monotonic()
-        connection = _Connection(socket, monitor, Greeting(peer), now, now, first=first)
+        connection = _Connection(member, socket, monitor, Greeting(peer), now, now, first=first)
         self._connections[peer] = connection
         self._by_socket[socket], self._by_monitor[monitor] = peer, peer
         self._poller.register(socket, zmq.POLLIN)

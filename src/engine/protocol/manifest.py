@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import zmq.utils.z85
 from msgspec import Meta, Struct
@@ -35,9 +35,11 @@ __all__ = [
     "MAX_HOLDERS",
     "AbortNotice",
     "Cluster",
+    "ClusterSource",
     "CommitCertificate",
     "CreateOrder",
     "DestroyOrder",
+    "FollowsCluster",
     "Holder",
     "KeyManifest",
     "KeyRecord",
@@ -46,10 +48,13 @@ __all__ = [
     "Receipt",
     "RefreshOrder",
     "Role",
+    "chain_after",
     "check_share_counts",
     "check_successor",
     "decode_card",
     "encode_card",
+    "follow_chain",
+    "join_chains",
     "open_abort",
     "open_certificate",
     "open_chain",
@@ -61,6 +66,7 @@ __all__ = [
     "read_certificate",
     "read_key_manifest",
     "receipts_needed",
+    "split_chain",
 ]
 
 MAX_HOLDERS = 64
@@ -155,6 +161,11 @@ class Cluster:
     past_rules: tuple[PolicyRule, ...]
     """Every rule of any manifest of the chain, today's included."""
 
+    @property
+    def cluster(self) -> Cluster:
+        """Itself: a cluster whose manifest does not change, where a ``ClusterSource`` is wanted."""
+        return self
+
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """The members of a role, in the manifest's order."""
         return tuple(member for member in self.members.values() if member.role == role)
@@ -168,6 +179,11 @@ class Cluster:
     def nodes(self) -> Mapping[str, Member]:
         """The nodes by name."""
         return MappingProxyType({member.name: member for member in self.of_role("node")})
+
+    @cached_property
+    def servers(self) -> Mapping[str, Member]:
+        """The nodes and balancers by name: who can be connected to."""
+        return MappingProxyType({m.name: m for m in self.members.values() if m.role in ("node", "balancer")})
 
     @cached_property
     def locations(self) -> tuple[NodeLocation, ...]:
@@ -218,6 +234,24 @@ class Cluster:
     @cached_property
     def _holders(self) -> dict[int, tuple[str, ...]]:
         return {}
+
+
+class ClusterSource(Protocol):
+    """Where the cluster's newest manifest is had from, anew for each decision: a process may take one any time."""
+
+    @property
+    def cluster(self) -> Cluster:
+        """The newest one."""
+
+
+class FollowsCluster:
+    """Base of what decides by the newest manifest of its source, ``_source``."""
+
+    _source: ClusterSource
+
+    @property
+    def _cluster(self) -> Cluster:
+        return self._source.cluster
 
 
 @lru_cache(maxsize=4096)
@@ -327,39 +361,85 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
     Each manifest has the next serial, names its predecessor's hash and is signed by the predecessor's quorum of the
     predecessor's operators (the first by its own).
     """
-    envelopes = _chains.decode(chain).envelopes
-    current: tuple[Signed, _ClusterManifest] | None = None
-    past: dict[tuple[str, Role], tuple[bytes, ...]] = {}
-    past_rules: list[PolicyRule] = []
-    for raw in envelopes:
-        unverified = read_unverified(raw)
-        manifest = _manifests.decode(unverified.payload)
-        trusted = manifest if current is None else current[1]
-        operators = {m.name: m.sign_public for m in trusted.members if m.role == "operator"}
-        signed = verify_envelope(raw, _CLUSTER_KIND, operators, threshold=trusted.quorum)
-        if current is None:
-            if signed.digest != pin:
-                raise ManifestError(
-                    f"cluster manifest: the first one has hash {signed.digest.hex()}, pinned is {pin.hex()}"
-                )
-            if (signed.serial, manifest.previous) != (1, b""):
-                raise ManifestError("cluster manifest: the first one must have serial 1 and no predecessor")
-        else:
-            before_signed, before = current
-            if signed.serial != before_signed.serial + 1 or manifest.previous != before_signed.digest:
-                raise ManifestError(f"cluster manifest: serial {signed.serial} does not follow {before_signed.serial}")
-            if (manifest.cluster, manifest.groups) != (before.cluster, before.groups):
-                raise ManifestError("cluster manifest: the name and the number of groups can't change")
-        _check_members(manifest.members, manifest.quorum)
-        _check_rules(manifest.rules)
-        current = signed, manifest
-        past_rules += manifest.rules
-        for member in manifest.members:
-            known = past.get((member.name, member.role), ())
-            past[member.name, member.role] = tuple(dict.fromkeys((*known, member.sign_public)))
-    if current is None:  # the decoder refuses an empty chain
-        raise ManifestError("cluster manifest: empty")
-    signed, manifest = current
+    first, *later = _chains.decode(chain).envelopes
+    cluster = _first_manifest(first, pin)
+    for raw in later:
+        cluster = _follow(cluster, raw)
+    return cluster
+
+
+def chain_after(chain: bytes, serial: int) -> bytes:
+    """The manifests of a verified chain that come after ``serial``, in the same form; empty if none do."""
+    later = _chains.decode(chain).envelopes[serial:]
+    return _chains.encode(_Chain(later)) if later else b""
+
+
+def join_chains(chain: bytes, serial: int, later: bytes) -> bytes:
+    """The first ``serial`` manifests of a chain and those in ``later`` as one chain, unchecked."""
+    return _chains.encode(_Chain([*_chains.decode(chain).envelopes[:serial], *_chains.decode(later).envelopes]))
+
+
+def follow_chain(cluster: Cluster, chain: bytes, later: bytes) -> tuple[Cluster, bytes]:
+    """The cluster after the manifests in ``later``, which follow those of its verified ``chain``; and the whole chain.
+
+    ``ManifestError`` if one does not follow. What is known is not checked again.
+    """
+    added = _chains.decode(later).envelopes
+    for raw in added:
+        cluster = _follow(cluster, raw)
+    return cluster, _chains.encode(_Chain([*_chains.decode(chain).envelopes, *added]))
+
+
+def split_chain(chain: bytes, known: bytes) -> tuple[int, bytes]:
+    """How many manifests a chain has in common with a known one from the first on, and what comes after those."""
+    told, mine = _chains.decode(chain).envelopes, _chains.decode(known).envelopes
+    common = 0
+    for each, other in zip(told, mine, strict=False):
+        if each != other:
+            break
+        common += 1
+    rest = told[common:]
+    return common, _chains.encode(_Chain(rest)) if rest else b""
+
+
+def _first_manifest(raw: bytes, pin: bytes) -> Cluster:
+    manifest = _manifests.decode(read_unverified(raw).payload)
+    signed = verify_envelope(raw, _CLUSTER_KIND, _operators(manifest.members), threshold=manifest.quorum)
+    if signed.digest != pin:
+        raise ManifestError(f"cluster manifest: the first one has hash {signed.digest.hex()}, pinned is {pin.hex()}")
+    if (signed.serial, manifest.previous) != (1, b""):
+        raise ManifestError("cluster manifest: the first one must have serial 1 and no predecessor")
+    return _as_cluster(signed, manifest, pin, {}, ())
+
+
+def _follow(before: Cluster, raw: bytes) -> Cluster:
+    """The cluster by the manifest in ``raw``, whose predecessor is that of ``before``."""
+    signed = verify_envelope(raw, _CLUSTER_KIND, _operators(before.members.values()), threshold=before.quorum)
+    manifest = _manifests.decode(signed.payload)
+    if signed.serial != before.serial + 1 or manifest.previous != before.digest:
+        raise ManifestError(f"cluster manifest: serial {signed.serial} does not follow {before.serial}")
+    if (manifest.cluster, manifest.groups) != (before.name, before.groups):
+        raise ManifestError("cluster manifest: the name and the number of groups can't change")
+    return _as_cluster(signed, manifest, before.pin, before.past, before.past_rules)
+
+
+def _operators(members: Iterable[Member]) -> Mapping[str, bytes]:
+    return {member.name: member.sign_public for member in members if member.role == "operator"}
+
+
+def _as_cluster(
+    signed: Signed,
+    manifest: _ClusterManifest,
+    pin: bytes,
+    past: Mapping[tuple[str, Role], tuple[bytes, ...]],
+    past_rules: tuple[PolicyRule, ...],
+) -> Cluster:
+    _check_members(manifest.members, manifest.quorum)
+    _check_rules(manifest.rules)
+    keys = dict(past)
+    for member in manifest.members:
+        known = keys.get((member.name, member.role), ())
+        keys[member.name, member.role] = tuple(dict.fromkeys((*known, member.sign_public)))
     return Cluster(
         name=manifest.cluster,
         serial=signed.serial,
@@ -370,8 +450,8 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
         rules=tuple(manifest.rules),
         groups=manifest.groups,
         domain_level=manifest.domain_level,
-        past=MappingProxyType(past),
-        past_rules=tuple(past_rules),
+        past=MappingProxyType(keys),
+        past_rules=(*past_rules, *manifest.rules),
     )
 
 

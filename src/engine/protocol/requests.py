@@ -11,12 +11,16 @@ from engine.protocol.wire import Aad, Blob, Codec, Data, Digest, Identifier, Nam
 
 __all__ = [
     "CLIENT_VERBS",
+    "MANIFEST_VERBS",
     "NODE_VERBS",
     "REGISTRY_VERBS",
     "classify_request",
 ]
 
 Envelope = Annotated[bytes, Meta(max_length=48 * 1024)]
+MAX_MANIFEST_PIECE: Final = 32 * 1024
+"""Most bytes of cluster manifests in one message."""
+ManifestData = Annotated[bytes, Meta(max_length=MAX_MANIFEST_PIECE)]
 KeyName = Name
 MaybeName = Annotated[str, Meta(max_length=128)]
 MaybeIdentifier = Annotated[bytes, Meta(max_length=16)]
@@ -91,6 +95,36 @@ class Result(Message, frozen=True):
     """``[data]``: ciphertext, plaintext, signature or MAC; empty where the answer is yes."""
 
     data: Data
+
+
+class ManifestFetch(Message, frozen=True):
+    """``[after, offset]``: the manifests after a serial, from this byte of them on."""
+
+    after: UInt
+    offset: UInt
+
+
+class ManifestPiece(Message, frozen=True):
+    """``[serial, total, data]``: the newest serial, the bytes of all that was asked for, and a piece of them."""
+
+    serial: UInt
+    total: UInt
+    data: ManifestData
+
+
+class ManifestOffer(Message, frozen=True):
+    """``[after, total, offset, data]``: a piece of the manifests after a serial; pieces come in order."""
+
+    after: UInt
+    total: UInt
+    offset: UInt
+    data: ManifestData
+
+
+class ManifestTaken(Message, frozen=True):
+    """``[serial]``: the newest serial that the member has now."""
+
+    serial: UInt
 
 
 class Create(Message, frozen=True):
@@ -222,6 +256,7 @@ class NodeStats(Message, frozen=True):
     classes: Annotated[list[ClassCount], Meta(max_length=512)]
     groups: Annotated[list[tuple[UInt, UInt]], Meta(max_length=2048)]
     caches: Annotated[list[CacheCount], Meta(max_length=16)]
+    cluster_serial: UInt = 0
 
 
 class TokenHealth(Message, frozen=True):
@@ -502,6 +537,8 @@ class Table(Message, frozen=True):
 
 
 HELLO: Final = "hello"
+MANIFEST_FETCH: Final = "manifest.fetch"
+MANIFEST_OFFER: Final = "manifest.offer"
 SHARE_PREPARE: Final = "share.prepare"
 SHARE_COMMIT: Final = "share.commit"
 SHARE_ABORT: Final = "share.abort"
@@ -533,6 +570,8 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     RequestType.FLUSH: (Flush, Flushed),
     RequestType.STATUS: (Empty, NodeStatus),
     HELLO: (Hello, Welcome),
+    MANIFEST_FETCH: (ManifestFetch, ManifestPiece),
+    MANIFEST_OFFER: (ManifestOffer, ManifestTaken),
     SHARE_PREPARE: (SharePrepare, Prepared),
     SHARE_COMMIT: (ShareCommit, Empty),
     SHARE_ABORT: (Abort, Empty),
@@ -563,6 +602,7 @@ REPLY_CODECS: Final[dict[str, Codec[Any]]] = {
 balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
 
 CLIENT_VERBS: Final = frozenset(RequestType)
+MANIFEST_VERBS: Final = frozenset({MANIFEST_FETCH, MANIFEST_OFFER})
 NODE_VERBS: Final = frozenset(
     {
         SHARE_PREPARE,

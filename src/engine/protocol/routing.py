@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 
 from engine.errors import ManifestError
 from engine.keys import ALGORITHMS
-from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster
+from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster, ClusterSource, FollowsCluster
 from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
 from engine.protocol.wire import Codec, Load, Name, UInt
 
@@ -54,7 +54,7 @@ class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     ``service_us`` and ``weights`` are rows by class, columns by node: service time in microseconds, share of the
     class's requests in 1/1000. ``price_us`` is one node price a node. ``groups`` lists only the placement groups whose
     holders differ from ``Cluster.group_holders``, as (group, node indexes). ``forecast`` is one row a class: the mean
-    and P90 of the next tick in 1/1000 requests per second.
+    and P90 of the next tick in 1/1000 requests per second. ``cluster_serial`` is that of the balancer's manifest.
     """
 
     fencing_epoch: UInt
@@ -68,6 +68,7 @@ class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     price_us: list[UInt]
     groups: list[tuple[UInt, list[UInt]]]
     forecast: list[tuple[UInt, UInt]]
+    cluster_serial: UInt = 0
 
     @property
     def order(self) -> tuple[int, int]:
@@ -140,6 +141,14 @@ class _Pace:
         self.mean_s += (seconds - self.mean_s) / 8
 
 
+class _Nodes(dict[str, _Node]):
+    """What is known of each node; of one that nobody asked yet, nothing."""
+
+    def __missing__(self, name: str) -> _Node:
+        made = self[name] = _Node()
+        return made
+
+
 @dataclass(frozen=True, slots=True)
 class _Indexed:
     """A table with its rows and columns by name."""
@@ -149,17 +158,17 @@ class _Indexed:
     columns: Mapping[str, int]
 
 
-class Router:
+class Router(FollowsCluster):
     """One client's view of the nodes; safe for several threads.
 
     The invariant: a table only ever replaces an older one, whole.
     """
 
-    def __init__(self, cluster: Cluster, random: Random) -> None:
-        self._cluster = cluster
+    def __init__(self, cluster: ClusterSource, random: Random) -> None:
+        self._source = cluster
         self._random = random
         self._lock = threading.Lock()
-        self._nodes = {name: _Node() for name in cluster.nodes}
+        self._nodes = _Nodes()
         self._loaded: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._paces: dict[tuple[str, bool], _Pace] = {}
         self._indexed: _Indexed | None = None
@@ -280,7 +289,7 @@ class Router:
     def rank(self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float) -> tuple[str, ...]:
         """The eligible combiners, best first."""
         with self._lock:
-            names = [name for name in eligible if name in self._nodes]
+            names = [name for name in eligible if name in self._cluster.nodes]
             if len(names) < 2:
                 return tuple(names)
             scores = {name: self._score(request_class, key_name, name, now_s) for name in names}
