@@ -187,7 +187,7 @@ def test_a_long_chain_takes_several_pieces() -> None:
 
 
 def test_offers_are_bounded() -> None:
-    """Pieces that do not fit, too much, too many at once and manifests too far ahead are refused, and leave no trace."""
+    """Pieces that do not fit, too much, too many at once and manifests too far ahead are refused without a trace."""
     now = [0.0]
     members = membership_of(FIRST)
     desk = Desk(members, lambda: now[0])
