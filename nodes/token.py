@@ -214,15 +214,21 @@ class _Module:
             values.clear()  # an error's traceback must not keep a view of a secret open
         return handle.value
 
-    def encrypt_gcm(self, session: int, key: int, nonce: bytes, associated_data: bytes, secret: SecretBuffer) -> bytes:
-        """AES-GCM by C_EncryptInit and C_Encrypt, out of locked memory: the ciphertext and its tag."""
+    def encrypt_gcm(
+        self, session: int, key: int, nonce: bytes, associated_data: bytes, plain: SecretBuffer | bytes
+    ) -> bytes:
+        """AES-GCM by C_EncryptInit and C_Encrypt: the ciphertext and its tag. Locked memory is read where it is.
+
+        In one call, since NSS tells too little room when it is asked for the length first.
+        """
         mechanism, kept = _gcm_mechanism(nonce, associated_data)
-        room = ctypes.create_string_buffer(len(secret) + TAG_BYTES)
+        room = ctypes.create_string_buffer(len(plain) + TAG_BYTES)
         length = ctypes.c_ulong(len(room))
         self._call("C_EncryptInit", session, ctypes.byref(mechanism), key)
-        source = _c_value(memoryview(secret))
+        source = plain if isinstance(plain, bytes) else _c_value(memoryview(plain))
         try:
-            self._call("C_Encrypt", session, ctypes.addressof(source), len(secret), room, ctypes.byref(length))
+            place = source if isinstance(source, bytes) else ctypes.addressof(source)
+            self._call("C_Encrypt", session, place, len(plain), room, ctypes.byref(length))
         finally:
             del source
         del kept
@@ -607,8 +613,8 @@ class Lane:
         nonce = os.urandom(NONCE_BYTES)
         with self._guard:
             try:
-                return nonce + self._gcm(self._kek.encrypt, plaintext, nonce, associated_data)
-            except PKCS11Error as error:
+                return nonce + self._encrypted(self._kek, plaintext, nonce, associated_data)
+            except (PKCS11Error, _ModuleError) as error:
                 raise self._fault(_SILENT_KEK, error) from None
 
     def unseal(self, sealed: bytes, associated_data: bytes) -> bytes:
@@ -670,14 +676,17 @@ class Lane:
         try:
             if not self._comes_back(self._kek):
                 raise TokenFault("the KEK's canary came back changed")
-        except PKCS11Error as error:
+        except (PKCS11Error, _ModuleError) as error:
             raise self._fault(_SILENT_KEK, error) from None
 
     def _comes_back(self, key: Any) -> bool:
         """Whether an AES key opens a canary that it encrypts."""
         canary, nonce = os.urandom(16), os.urandom(NONCE_BYTES)
-        blob = self._gcm(key.encrypt, canary, nonce, b"canary")
+        blob = self._encrypted(key, canary, nonce, b"canary")
         return self._gcm(key.decrypt, blob, nonce, b"canary") == canary
+
+    def _encrypted(self, key: Any, data: bytes, nonce: bytes, associated_data: bytes) -> bytes:
+        return self._module.encrypt_gcm(self._session.handle, key.handle, nonce, associated_data, data)
 
     @staticmethod
     def _gcm(call: Callable[..., bytes], data: bytes, nonce: bytes, associated_data: bytes) -> bytes:
@@ -816,8 +825,12 @@ class Lane:
         if key.algorithm.kind is KeyKind.RSA:
             return self._run(key, key.public, plaintext, mechanism=Mechanism.RSA_PKCS_OAEP, mechanism_param=_OAEP)
         nonce = os.urandom(NONCE_BYTES)
-        parameters = GCMParams(nonce, associated_data, 128)
-        return nonce + self._run(key, key.private, plaintext, mechanism=Mechanism.AES_GCM, mechanism_param=parameters)
+        with self._guard:
+            self._check(key)
+            try:
+                return nonce + self._encrypted(key.private, plaintext, nonce, associated_data)
+            except _ModuleError as error:
+                raise self._fault(_FAILED, error) from None
 
     def decrypt(self, key: LoadedKey, ciphertext: bytes, associated_data: bytes) -> bytes:
         """The plaintext; ``InvalidTag`` if anything was changed."""
@@ -844,7 +857,7 @@ class Lane:
                 good = key.private.decrypt(key.public.encrypt(b"canary", **options), **options) == b"canary"
             else:
                 good = self._comes_back(key.private)
-        except PKCS11Error as error:
+        except (PKCS11Error, _ModuleError) as error:
             raise self._fault(_FAILED, error) from None
         if not good:
             raise TokenFault("a loaded key's canary came back changed")

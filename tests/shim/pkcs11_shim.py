@@ -23,6 +23,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-__all__ = ["CKR", "FOR_EVER", "FUNCTIONS", "NSS", "SOFTHSM", "Shim", "Who", "nss_parameters"]
+__all__ = ["CKR", "FOR_EVER", "FUNCTIONS", "NSS", "NSS_LABEL", "SOFTHSM", "Shim", "Who", "nss_parameters", "nss_token"]
 
 SOURCE: Final = Path(__file__).with_suffix(".c")
 FOR_EVER: Final = 2**64 - 1
@@ -136,6 +137,45 @@ def nss_parameters(folder: Path | None = None) -> str:
     if folder is None:
         return "configdir='' certPrefix='' keyPrefix='' secmod='' flags=noCertDB,noModDB,forceOpen"
     return f"configdir='sql:{folder}' certPrefix='' keyPrefix='' secmod='' flags=noModDB,forceOpen"
+
+
+NSS_LABEL: Final = "NSS Certificate DB"
+_PREPARE: Final = """
+import sys
+import pkcs11
+from pkcs11 import Attribute, KeyType, MechanismFlag
+module, label = sys.argv[1:]
+pin = sys.stdin.read()
+(fresh,) = (each for each in pkcs11.lib(module).get_tokens() if each.label == label)
+with fresh.open(rw=True, so_pin="") as session:
+    session.init_pin(pin)
+with fresh.open(rw=True, user_pin=pin) as session:
+    session.generate_key(
+        KeyType.AES,
+        256,
+        label="keyquorum-kek",
+        store=True,
+        capabilities=MechanismFlag.ENCRYPT | MechanismFlag.DECRYPT,
+        template={Attribute.SENSITIVE: True, Attribute.EXTRACTABLE: False},
+    )
+"""
+
+
+def nss_token(folder: Path, pin_file: Path) -> Shim:
+    """A shim on NSS's softokn with a database in the folder, a PIN in the file, and a KEK: ready for a node.
+
+    Its tokens have fixed labels and no C_InitToken that gives one, so PIN and KEK are made here, as an operator would.
+    """
+    database = folder / "database"
+    database.mkdir(parents=True)
+    shim = Shim(folder / "shim", NSS, reserved=nss_parameters(database))
+    pin = os.urandom(20).hex()
+    pin_file.unlink(missing_ok=True)
+    with os.fdopen(os.open(pin_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(pin)
+    command = [sys.executable, "-c", _PREPARE, str(shim.library), NSS_LABEL]
+    subprocess.run(command, input=pin, text=True, check=True, timeout=60)
+    return shim
 
 
 class Shim:
