@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pkcs11_shim import CKR, FUNCTIONS, NSS, Shim, Who, nss_parameters
+from pkcs11_shim import CKR, FUNCTIONS, NSS, SOFTHSM, Shim, Who, nss_parameters
 
 LOOP = """
 import ctypes, sys
@@ -23,9 +24,14 @@ for line in sys.stdin:
 """
 
 
+def a_softhsm(folder: Path) -> Path:
+    """A copy of the module: its state is no other test's of this process."""
+    return Path(shutil.copy(SOFTHSM, folder))
+
+
 @pytest.fixture
 def shim(tmp_path: Path) -> Iterator[Shim]:
-    with Shim(tmp_path / "shim") as made:
+    with Shim(tmp_path / "shim", a_softhsm(tmp_path)) as made:
         yield made
 
 
@@ -155,7 +161,8 @@ def test_a_fault_can_be_for_the_first_thread_or_the_others(shim: Shim, library: 
 
 
 def test_two_shims_have_faults_of_their_own(tmp_path: Path) -> None:
-    with Shim(tmp_path / "a") as one, Shim(tmp_path / "b") as two:
+    module = a_softhsm(tmp_path)
+    with Shim(tmp_path / "a", module) as one, Shim(tmp_path / "b", module) as two:
         first, second = ctypes.CDLL(str(one.library)), ctypes.CDLL(str(two.library))
         one.fail("C_GetInfo", CKR.DEVICE_ERROR)
         assert (called(first), called(second)) == (CKR.DEVICE_ERROR, CKR.CRYPTOKI_NOT_INITIALIZED)
