@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,10 +22,11 @@ from balancer.registry import SqliteRegistry
 from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Gate, Listener
-from engine.client.membership import Membership
+from engine.client.membership import Membership, Served
 from engine.client.process import harden_process, raise_file_limit
 from engine.errors import ConfigError, EngineError, ManifestError
 from engine.failpoints import arm_from_environment
+from engine.protocol.manifest import Cluster
 
 DRAIN_S = 1.0
 """How long requests that already arrived are answered after a signal to stop."""
@@ -82,13 +83,22 @@ def _run(settings: Settings, lifeline: int | None) -> None:
         stack.callback(context.destroy, 100)
         gate = Gate(context, membership)
         stack.callback(gate.close)
-        publisher = Publisher(context, identity.transport, settings.publish_bind)
+        own = settings.own
+
+        def served() -> tuple[Served, ...]:
+            return own.served(settings.bind, settings.publish_bind)
+
+        first = served()[0]
+        publisher = Publisher(
+            context, first.pair, first.publish, lambda: {each.publish: each.pair for each in served() if each.publish}
+        )
         stack.callback(publisher.close)
-        listener = Listener(context, identity.transport, settings.bind, membership, settings.limits)
+        listener = Listener(context, first.pair, first.endpoint, membership, settings.limits)
         stack.callback(listener.close)
         loop = ControlLoop(
             context,
             identity,
+            settings.own,
             membership,
             publisher,
             fencing_epoch=registry.fencing_epoch,
@@ -100,12 +110,12 @@ def _run(settings: Settings, lifeline: int | None) -> None:
         log.info(
             "serving",
             balancer=identity.name,
-            endpoint=settings.bind,
-            publish=settings.publish_bind,
+            endpoint=first.endpoint,
+            publish=first.publish,
             fencing_epoch=registry.fencing_epoch,
         )
         service = Service(listener, registry, membership, identity.name, loop, listener.limits)
-        _serve(service, listener, membership, wake, lifeline)
+        _serve(service, listener, membership, served, wake, lifeline)
         log.info("stopped", balancer=identity.name)
 
 
@@ -129,8 +139,23 @@ def _catch_signals(stack: ExitStack) -> socket.socket:
     return reader
 
 
+def _listen(listener: Listener, places: tuple[Served, ...]) -> None:
+    """Listen where the newest manifest says; one that does not name this process changes nothing."""
+    if not places:
+        return
+    try:
+        listener.serve({each.endpoint: each.pair for each in places})
+    except EngineError as error:
+        log.error("not listening where the manifest says", reason=str(error))
+
+
 def _serve(
-    service: Service, listener: Listener, membership: Membership, wake: socket.socket, lifeline: int | None
+    service: Service,
+    listener: Listener,
+    membership: Membership,
+    served: Callable[[], tuple[Served, ...]],
+    wake: socket.socket,
+    lifeline: int | None,
 ) -> None:
     poller = zmq.Poller()
     poller.register(listener.socket, zmq.POLLIN)
@@ -138,6 +163,7 @@ def _serve(
     poller.register(wake.fileno(), zmq.POLLIN)
     if lifeline is not None:
         poller.register(lifeline, zmq.POLLIN)
+    known: Cluster | None = None
     next_look_s = 0.0
     while True:
         events = dict(poller.poll(0 if service.waiting else POLL_MS))
@@ -149,6 +175,9 @@ def _serve(
         if time.monotonic() >= next_look_s:
             next_look_s = time.monotonic() + POLL_MS / 1000
             membership.look()
+        if known is not membership.cluster:
+            known = membership.cluster
+            _listen(listener, served())
         if lifeline is not None and lifeline in events and not os.read(lifeline, 1):
             break
         service.answer_waiting()

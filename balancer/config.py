@@ -13,7 +13,7 @@ from msgspec import Meta, Struct
 from balancer.history import HISTORY_TICKS_MAX
 from engine.client.admission import LimitsTable, ServiceLimits
 from engine.client.config import Identity, load_config, load_identity, resolve
-from engine.client.membership import Membership, open_membership
+from engine.client.membership import Membership, OwnCurve, open_membership
 from engine.errors import ConfigError
 
 __all__ = ["BalancerConfig", "Settings", "load_settings", "prepare_data"]
@@ -38,10 +38,14 @@ class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A checked configuration: who this balancer is, its membership, its folder, endpoints and clock."""
+    """A checked configuration: who this balancer is, its membership, its folder, endpoints and clock.
+
+    ``bind`` and ``publish_bind`` are empty where the manifest's endpoints are bound.
+    """
 
     identity: Identity
     membership: Membership
+    own: OwnCurve
     data: Path
     bind: str
     publish_bind: str
@@ -64,8 +68,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         raise ConfigError(f"{path}: {identity.name!r} is no balancer of the cluster {cluster.name!r}")
     if not identity.is_in(cluster):
         raise ConfigError(f"{path}: the keys of {identity.name!r} are not those in the manifest of {cluster.name!r}")
-    publish_bind = config.publish_bind or member.publish_endpoint
-    if not publish_bind:
+    if not (config.publish_bind or member.publish_endpoint):
         raise ConfigError(f"{path}: no publish_bind, and the manifest has no publish endpoint for {identity.name!r}")
     data = resolve(path, config.data)
     if data.exists():
@@ -73,9 +76,10 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     return Settings(
         identity=identity,
         membership=membership,
+        own=OwnCurve(identity, membership, resolve(path, config.identity)),
         data=data,
-        bind=config.bind or member.endpoint,
-        publish_bind=publish_bind,
+        bind=config.bind,
+        publish_bind=config.publish_bind,
         tick_ms=config.tick_ms,
         history_ticks=config.history_ticks,
         limits=config.limits.service(),

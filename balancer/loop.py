@@ -24,7 +24,7 @@ from balancer.publisher import Publisher
 from balancer.registry import Registry
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, Turns, welcome
-from engine.client.config import Identity
+from engine.client.config import CurveSource, Identity
 from engine.client.listener import Incoming, Listener
 from engine.client.membership import Servers
 from engine.client.spreading import Desk, pull
@@ -121,6 +121,7 @@ class ControlLoop(FollowsCluster):
         self,
         context: zmq.Context[Any],
         identity: Identity,
+        own: CurveSource,
         cluster: ClusterSource,
         publisher: Publisher,
         *,
@@ -130,6 +131,7 @@ class ControlLoop(FollowsCluster):
     ) -> None:
         self._context = context
         self._identity = identity
+        self._own = own
         self._source = cluster
         self._publisher = publisher
         self._fencing_epoch = fencing_epoch
@@ -154,7 +156,7 @@ class ControlLoop(FollowsCluster):
 
     def _run(self) -> None:
         begun, tick = time.monotonic(), 0
-        with Channel(self._identity.transport, Servers(self._source), self._context, heartbeats=True) as channel:
+        with Channel(self._own, Servers(self._source), self._context, heartbeats=True) as channel:
             channel.dial(self._cluster.nodes)
             while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
                 try:

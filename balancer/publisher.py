@@ -7,6 +7,7 @@ connection: those of others are cut before the next table goes out.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import structlog
@@ -14,7 +15,7 @@ import zmq
 
 from engine.client.config import CurveIdentity
 from engine.client.connections import end_connection, peer_of
-from engine.client.listener import curve_server, user_id
+from engine.client.listener import Bound, curve_server, user_id
 from engine.errors import EngineError
 from engine.protocol.manifest import Cluster
 
@@ -29,9 +30,19 @@ log = structlog.get_logger()
 
 
 class Publisher:
-    """A bound XPUB socket; one thread uses it at a time. The context needs a ``Gate``, else nobody gets in."""
+    """A bound XPUB socket; one thread uses it at a time. The context needs a ``Gate``, else nobody gets in.
 
-    def __init__(self, context: zmq.Context[Any], identity: CurveIdentity, endpoint: str) -> None:
+    ``places`` says for each manifest at which endpoints to publish, and with which pair.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        identity: CurveIdentity,
+        endpoint: str,
+        places: Callable[[], Mapping[str, CurveIdentity]] | None = None,
+    ) -> None:
+        self._places = places or (lambda: {endpoint: identity})
         self._subscribers: dict[tuple[str, int], tuple[int, str]] = {}
         """The other end of a connection -> its descriptor here, and the CURVE key."""
         self._checked = 0
@@ -41,10 +52,11 @@ class Publisher:
             self._socket.xpub_verbose = 1
             self._socket.sndhwm = QUEUED_TABLES
             self._socket.linger = 0
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
+            self._bound = Bound(self._socket)
+            self._bound.follow({endpoint: identity})
+        except (EngineError, zmq.ZMQError) as error:
             self._socket.close(0)
-            raise EngineError(f"can't bind {endpoint}: {error}") from None
+            raise error if isinstance(error, EngineError) else EngineError(f"can't bind {endpoint}: {error}") from None
 
     def publish(self, envelope: bytes, cluster: Cluster) -> None:
         """Send the table to every member that is connected; never waits."""
@@ -67,6 +79,7 @@ class Publisher:
         if self._checked == cluster.serial:
             return
         self._checked = cluster.serial
+        self._bound.follow(self._places())
         for peer, (fd, key) in list(self._subscribers.items()):
             if peer_of(fd) != peer:
                 del self._subscribers[peer]

@@ -7,6 +7,7 @@ a coordinator, and fewer than t holders with it, can change neither the key nor 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,7 @@ from engine.protocol.manifest import (
     open_refresh_order,
 )
 from engine.protocol.refresh import (
+    BadDeal,
     Deal,
     NewShare,
     Terms,
@@ -44,13 +46,13 @@ __all__ = ["Renewer"]
 
 
 class Renewer(FollowsCluster):
-    """The refreshing of one node's shares. ``curve_secret`` is its X25519 private key, ``now_ms`` the wall clock."""
+    """The refreshing of one node's shares. ``curve_secrets`` gives its X25519 private keys, ``now_ms`` the time."""
 
     def __init__(
         self,
         cluster: ClusterSource,
         signing: SigningKey,
-        curve_secret: bytes,
+        curve_secrets: Callable[[], Sequence[bytes]],
         catalogue: Catalogue,
         holder: ShareHolder,
         now_ms: Callable[[], int],
@@ -58,7 +60,7 @@ class Renewer(FollowsCluster):
         self._source = cluster
         self._signing = signing
         self._node = signing.name
-        self._curve_secret = curve_secret
+        self._curve_secrets = curve_secrets
         self._catalogue = catalogue
         self._holder = holder
         self._now_ms = now_ms
@@ -147,7 +149,11 @@ class Renewer(FollowsCluster):
         self, lane: Lane, entry: Entry, terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes]
     ) -> NewShare:
         old, _ = self._holder.own_share(lane, entry)
-        return new_share(terms, deals, parts, old, self._node, self._curve_secret)
+        *earlier, last = self._curve_secrets()
+        for secret in earlier:  # while its key changes, a dealer may know the one of before alone
+            with contextlib.suppress(BadDeal):
+                return new_share(terms, deals, parts, old, self._node, secret)
+        return new_share(terms, deals, parts, old, self._node, last)
 
     def _check(
         self, record: KeyRecord, terms: Terms, deals: Sequence[Deal], raw_statements: Sequence[bytes], new: NewShare

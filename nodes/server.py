@@ -12,16 +12,15 @@ from typing import Any, Final
 
 import structlog
 import zmq
-import zmq.utils.z85
 
 from engine._version import __version__
 from engine.client.config import Identity, load_identity, sync_folder
 from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Gate, Listener
-from engine.client.membership import Membership, Servers, open_membership
+from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
-from engine.errors import ConfigError
+from engine.errors import ConfigError, EngineError
 from engine.protocol.manifest import Cluster
 from engine.protocol.signed import remember_signatures
 from nodes.audit import AuditLog, AuditNames
@@ -100,7 +99,9 @@ class Server:
     def __init__(self, config: NodeConfig, lifeline: int | None = None, beat: Beat | None = None) -> None:
         identity, cluster = load_membership(config)
         raise_file_limit()
-        self._identity, self._membership = identity, cluster
+        self._membership = cluster
+        self._own = OwnCurve(identity, cluster, config.identity)
+        self._bind = config.bind
         self._lifeline = lifeline
         self._beat = beat
         watch = CallWatch()
@@ -136,8 +137,11 @@ class Server:
         names = AuditNames(self._store, lane) if config.audit_key_names == "hmac" else None
         self._context = _context()
         self._gate = Gate(self._context, cluster)
-        self.endpoint = config.bind or cluster.cluster.nodes[identity.name].endpoint
-        self._listener = Listener(self._context, identity.transport, self.endpoint, cluster, config.service_limits)
+        first, *others = self._own.served(config.bind)
+        self.endpoint = first.endpoint
+        self._listener = Listener(self._context, first.pair, first.endpoint, cluster, config.service_limits)
+        if others:
+            self._listener.serve({each.endpoint: each.pair for each in (first, *others)})
         signatures = SignatureCache(config.signature_cache, time.monotonic)
         remember_signatures(signatures)
         shares = ShareCache(_within_locked_memory(config.share_cache), time.monotonic)
@@ -151,13 +155,12 @@ class Server:
             clock.now_ms,
             with_room=shares.with_room,
         )
-        curve_secret = zmq.utils.z85.decode(identity.transport.secret)
-        renewer = Renewer(cluster, identity.signing, curve_secret, catalogue, holder, clock.now_ms)
+        renewer = Renewer(cluster, identity.signing, self._own.secrets, catalogue, holder, clock.now_ms)
         coordinator = Coordinator(cluster, identity.signing, catalogue, conversation, clock.now_ms, time.monotonic)
         peers = Servers(cluster)
 
         def make_talker() -> Talker:
-            channel = Channel(identity.transport, peers, self._context, heartbeats=True)
+            channel = Channel(self._own, peers, self._context, heartbeats=True)
             channel.dial(peers)
             return Talker(channel, token.lane())
 
@@ -212,6 +215,12 @@ class Server:
     def _manifest_taken(self, before: Cluster, now: Cluster) -> None:
         """By the loop: who may do what is asked of the manifest each time, so only what was kept is looked after."""
         self._store.note_cluster_serial(now.serial)
+        served = self._own.served(self._bind)
+        if served:
+            try:
+                self._listener.serve({each.endpoint: each.pair for each in served})
+            except EngineError as error:
+                log.error("not listening where the manifest says", reason=str(error))
         self._listener.members_changed(before, now)
         self._handlers.members_changed(before, now)
 

@@ -504,7 +504,9 @@ def control_loop(site: Site) -> Iterator[ControlLoop]:
     context: zmq.Context[Any] = zmq.Context()
     gate = Gate(context, site.cluster)
     publisher = Publisher(context, identity.transport, site.balancer.publish_endpoint)
-    loop = ControlLoop(context, identity, site.cluster, publisher, fencing_epoch=1, tick_ms=50, history_ticks=100)
+    loop = ControlLoop(
+        context, identity, identity.transport, site.cluster, publisher, fencing_epoch=1, tick_ms=50, history_ticks=100
+    )
     loop.start()
     try:
         yield loop

@@ -96,7 +96,7 @@ class Node:
             world.cluster, key, self.store, self.catalogue, self.scene.token.algorithms, self.ledger
         )
         secret = world.curve_key(self.name).private_bytes_raw()
-        self.renewer = Renewer(world.cluster, key, secret, self.catalogue, self.holder, world.clock)
+        self.renewer = Renewer(world.cluster, key, lambda: [secret], self.catalogue, self.holder, world.clock)
 
     def restart(self) -> None:
         self.store.close()

@@ -358,7 +358,7 @@ class Node(Proc):
             with_room=shares.with_room,
         )
         conversation.world = world
-        renewer = Renewer(CLUSTER, KEYS[self.name], curve_secret(self.name), self.catalogue, holder, now_ms)
+        renewer = Renewer(CLUSTER, KEYS[self.name], lambda: [curve_secret(self.name)], self.catalogue, holder, now_ms)
         coordinator = Coordinator(CLUSTER, KEYS[self.name], self.catalogue, conversation, now_ms, self.clock)
 
         def talker() -> Talker:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from engine.errors import ManifestError, ProtocolError
 from engine.protocol import manifest as documents
-from engine.protocol.manifest import Member, PolicyRule, chain_pin, open_chain
+from engine.protocol.manifest import Member, PolicyRule, Retiring, chain_pin, open_chain
 from engine.protocol.signed import read_unverified, verify_envelope
 
 __all__ = ["ChainView", "view_chain"]
@@ -32,6 +32,7 @@ class ChainView:
     domain_level: int
     members: tuple[Member, ...]
     rules: tuple[PolicyRule, ...]
+    retiring: tuple[Retiring, ...]
     signers: tuple[str, ...]
     needed: int
 
@@ -79,6 +80,7 @@ def _view(chain: bytes, pin: bytes) -> ChainView:
         domain_level=manifest.domain_level,
         members=tuple(manifest.members),
         rules=tuple(manifest.rules),
+        retiring=tuple(manifest.retiring),
         signers=signed.signers,
         needed=needed,
     )

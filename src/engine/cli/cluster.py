@@ -30,16 +30,27 @@ from engine.client.client import load_settings
 from engine.client.config import (
     CARD_PREFIX,
     Identity,
+    forget_retiring,
     load_config,
     load_identity,
     read_card,
     resolve,
+    rotate_curve,
+    write_card,
     write_private,
 )
 from engine.client.spreading import push as spread
 from engine.client.transport import Channel
 from engine.errors import ClusterError, ConfigError, EngineError, ManifestError
-from engine.protocol.manifest import Member, PolicyRule, Role, countersign_chain, issue_cluster_manifest, open_chain
+from engine.protocol.manifest import (
+    Member,
+    PolicyRule,
+    Retiring,
+    Role,
+    countersign_chain,
+    issue_cluster_manifest,
+    open_chain,
+)
 from engine.protocol.wire import Name
 
 __all__ = ["cluster"]
@@ -121,6 +132,13 @@ def cluster() -> None:
     "--card", "cards", multiple=True, metavar="FILE", help="A member's identity card; may be given many times."
 )
 @click.option("--remove", "removed", multiple=True, metavar="NAME", help="A member to leave out from now on.")
+@click.option(
+    "--retire",
+    "retired",
+    multiple=True,
+    metavar="NAME",
+    help="End the change of a member's CURVE key: drop the old one.",
+)
 @click.option("--policy", metavar="FILE", help="TOML file of rules; without it the earlier ones stay.")
 @click.option("--quorum", type=click.IntRange(1, 64), help="How many operators must sign the next manifest.")
 @click.option("--domain-level", type=click.IntRange(1, 8), help="Parts of a location that make a failure domain.")
@@ -136,6 +154,7 @@ def sign(
     name: str | None,
     cards: tuple[str, ...],
     removed: tuple[str, ...],
+    retired: tuple[str, ...],
     policy: str | None,
     quorum: int | None,
     domain_level: int | None,
@@ -146,7 +165,8 @@ def sign(
 ) -> None:
     """Sign a new manifest out of identity cards and a policy.
 
-    A card of a member that is in the manifest already replaces its entry. The operator itself is always in. A policy
+    A card of a member that is in the manifest already replaces its entry; if it shows another CURVE key, the one of
+    before stays good too until a later manifest is signed with --retire. The operator itself is always in. A policy
     file lists rules; what none of them allows is denied:
 
     \b
@@ -167,9 +187,11 @@ def sign(
     identity = open_operator(folder, passphrase_file)
     if rules is None:
         rules = before.rules if before else ()
+    members = _merge(before.members if before else (), given, identity.member(), removed)
     chain = issue_cluster_manifest(
         name=before.name if before else str(name),
-        members=_merge(before.members if before else (), given, identity.member(), removed),
+        members=members,
+        retiring=_retiring(before, members, retired),
         rules=rules,
         operators=[identity.signing],
         quorum=quorum or (before.quorum if before else 1),
@@ -224,6 +246,28 @@ def _merge(
         if members.pop(name, None) is None:
             raise ManifestError(f"{name!r} is no member, so it can't be removed")
     return tuple(members.values())
+
+
+def _retiring(before: ChainView | None, members: Iterable[Member], retired: Iterable[str]) -> list[Retiring]:
+    """The keys that go on retiring, those that begin to, and none of those that are retired."""
+    if before is None:
+        return []
+    known, kept = {member.name: member for member in before.members}, {each.name: each for each in before.retiring}
+    for name in retired:
+        if kept.pop(name, None) is None:
+            raise ManifestError(f"{name!r} has no retiring key")
+    found = []
+    for member in members:
+        old, retiring = known.get(member.name), kept.get(member.name)
+        changed = old is not None and member.role != "operator" and old.curve_public != member.curve_public
+        if changed and retiring is not None:
+            raise ManifestError(
+                f"{member.name!r} has a retiring key already; sign one with --retire {member.name} first"
+            )
+        if changed and old is not None:
+            retiring = Retiring(old.name, old.curve_public, old.endpoint, old.publish_endpoint)
+        found += [] if retiring is None else [retiring]
+    return found
 
 
 # --- countersign ----------------------------------------------------------------------------------------------------
@@ -377,8 +421,47 @@ def _json(view: ChainView) -> dict[str, Any]:
         "groups": view.groups,
         "domain_level": view.domain_level,
         "members": [_member_json(member) for member in view.members],
+        "retiring": [
+            {"name": each.name, "curve_public": each.curve_z85, "endpoint": each.endpoint} for each in view.retiring
+        ],
         "rules": [{"identity": r.identity, "keys": r.keys, "operations": list(r.operations)} for r in view.rules],
     }
+
+
+# --- rekey ----------------------------------------------------------------------------------------------------------
+
+
+@cluster.command()
+@click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--endpoint", default="", metavar="tcp://HOST:PORT", help="Where it is reached by the new key.")
+@click.option("--publish-endpoint", default="", metavar="tcp://HOST:PORT", help="The same for a balancer's tables.")
+@_out_option
+@common_options()
+@click.pass_obj
+def rekey(settings: Settings, folder: Path, endpoint: str, publish_endpoint: str, out: str | None) -> None:
+    """Make a fresh CURVE key for a member, and a card that shows it.
+
+    Nothing changes until the operators sign a manifest with that card; from then on the member is known by both keys.
+    With an endpoint of its own for the new key a node or balancer serves both, each at its place, so that nobody is
+    turned away; at the same endpoint, those that have not heard of the new manifest are, until they have.
+    """
+    identity = load_identity(folder / IDENTITY_FILE)
+    own = _own_chain(folder)
+    if not own:
+        raise ConfigError(f"{folder}: belongs to no cluster yet; make a new identity instead")
+    listed = next((each for each in view_chain(own).members if each.name == identity.name), None)
+    if listed is None:
+        raise ManifestError(f"{identity.name!r} is no member by its manifest")
+    fresh = rotate_curve(folder / IDENTITY_FILE)
+    member = fresh.member(
+        endpoint=endpoint or listed.endpoint,
+        publish_endpoint=publish_endpoint or listed.publish_endpoint,
+        location=listed.location,
+    )
+    target = Path(out) if out else folder / f"{identity.name}.card"
+    write_card(target, member, fresh.signing)
+    emit(settings, _member_json(member), f"{target}: {identity.name} ({fingerprint(member)})")
+    note(f"next: keyquorum cluster sign --operator DIR --card {target}")
 
 
 # --- push -----------------------------------------------------------------------------------------------------------
@@ -458,6 +541,9 @@ def join(settings: Settings, folder: Path, file: str, pin: str | None, passphras
     if own and view_chain(own).serial > view.serial:
         raise ManifestError(f"{file}: has serial {view.serial}, {folder} has {view_chain(own).serial} already")
     _install(folder, chain, view)
+    over = identity.curve is not None and identity.curve.raw_public in {each.curve_public for each in view.members}
+    if over and identity.name not in {each.name for each in view.retiring}:
+        forget_retiring(folder / IDENTITY_FILE)
     emit(settings, {"name": identity.name, "role": identity.role, **_json(view)}, _joined(identity, view))
 
 
@@ -472,8 +558,8 @@ def _check_own_entry(identity: Identity, view: ChainView) -> None:
     listed = next((member for member in view.members if member.name == identity.name), None)
     if listed is None:
         raise ManifestError(f"{identity.name!r} is no member of the cluster {view.name!r}")
-    own = identity.member()
-    if (listed.role, listed.sign_public, listed.curve_public) != (own.role, own.sign_public, own.curve_public):
+    keys = {pair.raw_public for pair in identity.pairs} or {bytes(32)}
+    if (listed.role, listed.sign_public) != (identity.role, identity.signing.public) or listed.curve_public not in keys:
         raise ManifestError(f"the cluster {view.name!r} knows {identity.name!r} by another role or other keys")
 
 

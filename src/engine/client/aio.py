@@ -92,6 +92,7 @@ class _Link:
         self._came_up = came_up
         self._name = member.name
         self._member = member
+        self.own = self.current = identity
         self._client = identity.name
         self._loop = loop
         self._pending: dict[int, asyncio.Future[Reply]] = {}
@@ -121,11 +122,12 @@ class _Link:
         self._fail(error)
         self._wake()
 
-    def leads_to(self, member: Member | None) -> bool:
-        """Whether this is the connection to the member as the newest manifest has it."""
-        own = self._member
-        return member is own or (
-            member is not None and (member.endpoint, member.curve_public) == (own.endpoint, own.curve_public)
+    def leads_to(self, member: Member | None, own: CurveIdentity) -> bool:
+        """Whether this is the connection to the member, made when this pair was wanted, as in the manifest."""
+        known = self._member
+        return self.current.public == own.public and (
+            member is known
+            or (member is not None and (member.endpoint, member.curve_public) == (known.endpoint, known.curve_public))
         )
 
     @property
@@ -270,6 +272,7 @@ class AsyncEngine:
         self._pid = os.getpid()
         self._open = True
         self._members = Servers(settings.source)
+        self._own = settings.own_curve()
         self._links: dict[str, _Link] = {}
         self._follower = TableFollower(self._context, settings, self._calls.router)
 
@@ -544,25 +547,33 @@ class AsyncEngine:
 
     async def _exchange(self, step: Exchange) -> Reply:
         link, member = self._links.get(step.peer), self._members.get(step.peer)
-        if link is not None and (link.given_up or not link.leads_to(member)):
+        if link is not None and (link.given_up or not link.leads_to(member, self._own.current)):
             del self._links[step.peer]
             link.close(NodeUnavailable(f"{step.peer} can't be reached"))
             link = None
         if link is None:
-            if member is None:
-                raise NodeUnavailable(f"{step.peer!r} is no member with an endpoint")
-            link = _Link(
-                self._context, self._settings.identity.transport, member, self._loop, self._calls.router.came_up
-            )
-            self._links[step.peer] = link
+            link = self._dial(step.peer, self._own.current)
         try:
             return await link.request(step.verb, step.body, step.timeout_s)
         except AccessDenied as error:
             # Closed, since libzmq would knock again every few milliseconds for ever.
-            if self._links.get(step.peer) is link:
-                del self._links[step.peer]
-                link.close(error)
-            raise
+            if self._links.get(step.peer) is not link:
+                raise
+            del self._links[step.peer]
+            link.close(error)
+            other = self._own.instead(link.own)
+            if other is None or link.own is not link.current:
+                raise
+            return await self._dial(step.peer, other).request(step.verb, step.body, step.timeout_s)
+
+    def _dial(self, peer: str, pair: CurveIdentity) -> _Link:
+        member = self._members.get(peer)
+        if member is None:
+            raise NodeUnavailable(f"{peer!r} is no member with an endpoint")
+        link = _Link(self._context, pair, member, self._loop, self._calls.router.came_up)
+        link.current = self._own.current
+        self._links[peer] = link
+        return link
 
     async def _many(
         self,

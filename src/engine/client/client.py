@@ -39,7 +39,7 @@ from engine.client.calls import (
     succeeded,
 )
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
-from engine.client.membership import Membership, Servers, open_membership
+from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.spreading import pull
 from engine.client.transport import Arrival, Channel, check_zmq_version, connect_options
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
@@ -82,10 +82,17 @@ class ClientSettings:
     source: ClusterSource
     timeout_s: float = 5.0
 
+    file: Path | None = None
+    """The identity's file, which is read again when its CURVE key changes."""
+
     @property
     def cluster(self) -> Cluster:
         """The newest manifest."""
         return self.source.cluster
+
+    def own_curve(self) -> OwnCurve:
+        """The CURVE pair to connect with, as the newest manifest knows it."""
+        return OwnCurve(self.identity, self.source, self.file)
 
 
 def load_settings(path: str | os.PathLike[str]) -> ClientSettings:
@@ -95,7 +102,7 @@ def load_settings(path: str | os.PathLike[str]) -> ClientSettings:
     if identity.role != "client":
         raise ConfigError(f"{Path(path)}: the identity {identity.name!r} is a {identity.role}'s, a client's is needed")
     membership = open_membership(resolve(path, config.manifest), config.manifest_pin, durable=False)
-    return ClientSettings(identity, membership, config.timeout_s)
+    return ClientSettings(identity, membership, config.timeout_s, resolve(path, config.identity))
 
 
 def as_settings(config: str | os.PathLike[str] | ClientSettings) -> ClientSettings:
@@ -449,6 +456,7 @@ class TableFollower:
         self._installed = 0
         self._refused = 0
         self._last_refusal = ""
+        self._own = settings.own_curve()
         self._told_serial = 0
         self._next_pull_s = 0.0
         self._heard_s = time.monotonic()
@@ -481,11 +489,14 @@ class TableFollower:
             socket.close(0)
             return balancers.pop(socket)
 
+        own = self._own.current
         try:
             while True:
                 wanted = {each.name: each for each in self._settings.cluster.of_role("balancer")}
+                changed = own.public != self._own.current.public
+                own = self._own.current
                 for socket, balancer in list(balancers.items()):
-                    if wanted.pop(balancer.name, None) != balancer:
+                    if changed or wanted.get(balancer.name) != balancer:
                         leave(socket)
                 for each in wanted.values():
                     if each.publish_endpoint and each not in balancers.values():
@@ -520,7 +531,7 @@ class TableFollower:
         self._next_pull_s = time.monotonic() + PULL_EVERY_S
         names = list(source.cluster.servers)
         random.shuffle(names)
-        with Channel(self._settings.identity.transport, Servers(source), self._context) as channel:
+        with Channel(self._own, Servers(source), self._context) as channel:
             for name in names[:PULL_FROM]:
                 try:
                     if pull(channel, name, source, PULL_TIMEOUT_S):
@@ -537,7 +548,7 @@ class TableFollower:
 
     def _subscribe(self, balancer: Member) -> zmq.Socket[bytes]:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
-        connect_options(socket, self._settings.identity.transport, balancer)
+        connect_options(socket, self._own.current, balancer)
         socket.rcvhwm = TABLE_QUEUE
         socket.maxmsgsize = MAX_ENVELOPE + 64
         # A balancer that vanished without a word is noticed, and dialled again.
@@ -583,7 +594,7 @@ class Engine:
         self._lock = threading.Lock()
         self._open = True
         members = Servers(settings.source)
-        identity = settings.identity.transport
+        identity = settings.own_curve()
         limit = max_channels or _channel_limit(len(members))
         came_up = self._calls.router.came_up
         self._channels = _Channels(lambda: Channel(identity, members, self._context, came_up), limit)

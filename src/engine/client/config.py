@@ -11,7 +11,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -31,13 +31,16 @@ from engine.protocol.wire import Name
 __all__ = [
     "ClientConfig",
     "CurveIdentity",
+    "CurveSource",
     "Identity",
     "configure_logging",
     "create_identity",
+    "forget_retiring",
     "load_cluster",
     "load_config",
     "load_identity",
     "read_card",
+    "rotate_curve",
     "write_card",
     "write_private",
     "write_toml",
@@ -140,8 +143,33 @@ class CurveIdentity:
     public: bytes
     secret: bytes
 
+    @property
+    def current(self) -> CurveIdentity:
+        """Itself: a pair that does not change, where a ``CurveSource`` is wanted."""
+        return self
+
+    def instead(self, pair: CurveIdentity) -> CurveIdentity | None:
+        """There is no other one."""
+        return None
+
+    @property
+    def raw_public(self) -> bytes:
+        """The public key, 32 bytes."""
+        return zmq.utils.z85.decode(self.public)
+
     def __repr__(self) -> str:
         return f"CurveIdentity({self.name!r}, {self.public.decode()!r})"
+
+
+class CurveSource(Protocol):
+    """Where the CURVE pair for new connections is had from: a member may change it while it runs."""
+
+    @property
+    def current(self) -> CurveIdentity:
+        """The pair to use now."""
+
+    def instead(self, pair: CurveIdentity) -> CurveIdentity | None:
+        """The pair to try where this one is refused: the other side's manifest may be another one. None without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +180,8 @@ class Identity:
     role: Role
     curve: CurveIdentity | None
     signing: SigningKey
+    retiring: CurveIdentity | None = None
+    """The CURVE pair of before, while it changes."""
 
     @property
     def transport(self) -> CurveIdentity:
@@ -160,14 +190,21 @@ class Identity:
             raise ConfigError(f"the identity of {self.name!r} is an operator's and can't open a connection")
         return self.curve
 
+    @property
+    def pairs(self) -> tuple[CurveIdentity, ...]:
+        """Its CURVE pairs, the newest first."""
+        return tuple(pair for pair in (self.curve, self.retiring) if pair is not None)
+
+    def pair_of(self, public: bytes) -> CurveIdentity | None:
+        """Its pair with this public key of 32 bytes."""
+        return next((pair for pair in self.pairs if pair.raw_public == public), None)
+
     def is_in(self, cluster: Cluster) -> bool:
-        """Whether a manifest names it by its role and these very keys."""
-        listed, own = cluster.members.get(self.name), self.member()
-        return listed is not None and (listed.role, listed.sign_public, listed.curve_public) == (
-            own.role,
-            own.sign_public,
-            own.curve_public,
-        )
+        """Whether a manifest names it by its role and one of these very keys."""
+        listed = cluster.members.get(self.name)
+        if listed is None or (listed.role, listed.sign_public) != (self.role, self.signing.public):
+            return False
+        return not self.pairs or self.pair_of(listed.curve_public) is not None
 
     def member(self, *, endpoint: str = "", publish_endpoint: str = "", location: str = "") -> Member:
         """The public side, as an identity card and the cluster manifest tell it."""
@@ -181,6 +218,7 @@ class _IdentityFile(Struct, frozen=True, forbid_unknown_fields=True):
     role: Role
     signing_key: str
     curve_secret: str = ""
+    curve_retiring: str = ""
     kdf_salt: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?\Z")] = ""
 
 
@@ -243,14 +281,52 @@ def load_identity(path: str | os.PathLike[str], passphrase: str = "") -> Identit
         raise ConfigError(f"{file}: {why}") from None
     if not isinstance(private, Ed25519PrivateKey):
         raise ConfigError(f"{file}: the signing key is no Ed25519 key")
-    curve = None
+    curve = retiring = None
     if values.role != "operator":
         secret = values.curve_secret.encode()
         try:
             curve = CurveIdentity(values.name, zmq.curve_public(secret), secret)
+            if values.curve_retiring:
+                secret = values.curve_retiring.encode()
+                retiring = CurveIdentity(values.name, zmq.curve_public(secret), secret)
         except (zmq.ZMQError, ValueError):
             raise ConfigError(f"{file}: the CURVE secret is malformed") from None
-    return Identity(values.name, values.role, curve, SigningKey(values.name, private))
+    return Identity(values.name, values.role, curve, SigningKey(values.name, private), retiring)
+
+
+def rotate_curve(path: Path) -> Identity:
+    """Make a fresh CURVE pair in an identity file, beside the one in use, which becomes the retiring one.
+
+    ``ConfigError`` if an earlier change is not over: then the file still has a retiring pair (``forget_retiring``).
+    """
+    check_private(path)
+    values = load_config(path, _IdentityFile)
+    if values.role == "operator":
+        raise ConfigError(f"{path}: an operator has no CURVE key")
+    if values.curve_retiring:
+        raise ConfigError(
+            f"{path}: an earlier change of the CURVE key is not over; let the cluster retire the old key, then take "
+            "that manifest with `keyquorum cluster join`"
+        )
+    _, secret = zmq.curve_keypair()
+    _write_identity(path, values, secret.decode("ascii"), values.curve_secret)
+    return load_identity(path)
+
+
+def forget_retiring(path: Path) -> None:
+    """Remove the retiring CURVE pair from an identity file, if there is one."""
+    values = load_config(path, _IdentityFile)
+    if values.curve_retiring:
+        _write_identity(path, values, values.curve_secret, "")
+
+
+def _write_identity(path: Path, values: _IdentityFile, curve_secret: str, curve_retiring: str) -> None:
+    told = {
+        **msgspec.structs.asdict(values),
+        "curve_secret": curve_secret,
+        "curve_retiring": curve_retiring,
+    }
+    write_toml(path, {name: value for name, value in told.items() if value != ""})
 
 
 def write_card(path: Path, member: Member, key: SigningKey) -> None:

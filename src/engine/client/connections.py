@@ -48,7 +48,7 @@ _ACKED, _RECEIVED = 120, 128
 _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 _DROP_ALL = struct.pack("HBBI", 0x06, 0, 0, 0)
 """A filter of one instruction, "return 0": take in no packet (linux/filter.h)."""
-_EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_ACCEPTED | zmq.EVENT_ACCEPT_FAILED | zmq.EVENT_DISCONNECTED
+_EVENTS = zmq.EVENT_LISTENING | zmq.EVENT_CLOSED | zmq.EVENT_ACCEPTED | zmq.EVENT_ACCEPT_FAILED | zmq.EVENT_DISCONNECTED
 
 log = structlog.get_logger()
 
@@ -105,7 +105,7 @@ class Connections:
         self._open: dict[int, Connection] = {}
         self._members: Counter[str] = Counter()
         self._excess: list[Connection] = []
-        self._listening = -1
+        self._listening: set[int] = set()
         self._deaf = False
         self._warned = False
         self._next_look_s = 0.0
@@ -141,6 +141,11 @@ class Connections:
         self._read()
         self._end([each for each in self._open.values() if each.member in members], "its key is no member's any more")
 
+    def end_at(self, port: int) -> None:
+        """Cut every connection that came in at a port where nobody listens any more."""
+        self._read()
+        self._end([each for each in self._open.values() if _port_of(each.fd) == port], "its endpoint is given up")
+
     # --- what happens by itself ---
 
     def look(self) -> None:
@@ -170,7 +175,9 @@ class Connections:
                     connection.open = False
                     self._leave(connection)
             elif event == zmq.EVENT_LISTENING:
-                self._listening = value
+                self._listening.add(value)
+            elif event == zmq.EVENT_CLOSED:
+                self._listening.discard(value)
             elif event == zmq.EVENT_ACCEPT_FAILED:
                 log.error("connection not accepted", reason=os.strerror(value), connections=len(self._open))
 
@@ -201,13 +208,15 @@ class Connections:
 
     def _hear(self, hear: bool) -> None:
         """Accept connections, or have the kernel drop what asks for one: others are not touched by that."""
-        if self._deaf is not hear or self._listening < 0:
+        if self._deaf is not hear or not self._listening:
             return
         if hear:
-            _option(self._listening, _SO_DETACH_FILTER, 0)
+            for listening in self._listening:
+                _option(listening, _SO_DETACH_FILTER, 0)
         else:
             code = ctypes.create_string_buffer(_DROP_ALL, len(_DROP_ALL))
-            _option(self._listening, _SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(code)))
+            for listening in self._listening:
+                _option(listening, _SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(code)))
         self._deaf = not hear
         log.warning("accepts connections again" if hear else "accepts no connections", connections=len(self._open))
 
@@ -258,6 +267,12 @@ def peer_of(fd: int) -> tuple[str, int] | None:
     """The other end of a connection that libzmq owns; None if it is gone."""
     address = _on_socket(fd, lambda socket: socket.getpeername()[:2])
     return None if address is None else (str(address[0]), int(address[1]))
+
+
+def _port_of(fd: int) -> int:
+    """The port on this side of a connection."""
+    address = _on_socket(fd, lambda socket: socket.getsockname())
+    return 0 if address is None else int(address[1])
 
 
 def end_connection(fd: int, peer: tuple[str, int]) -> None:

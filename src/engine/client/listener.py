@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replace_limits
 from typing import Any
@@ -40,6 +41,7 @@ from engine.protocol.wire import (
 
 __all__ = [
     "IDLE",
+    "Bound",
     "Gate",
     "Incoming",
     "Listener",
@@ -52,6 +54,7 @@ ZAP_DOMAIN = "keyquorum"
 IDLE = Load(0, 0, False)
 BACKLOG = 1024
 GARBAGE_IN_A_ROW = 256
+REBIND_S = 1.0
 RECEIVED_MAX = 64
 """Messages of one connection that wait in the socket; then its peer waits, by TCP."""
 SENT_TIMES = 2
@@ -109,6 +112,50 @@ class Incoming:
     connection: Connection | None = None
 
 
+class Bound:
+    """The endpoints that a socket is bound to, each with the CURVE pair that it serves there.
+
+    libzmq takes a listening socket's options when it is bound, so each endpoint goes on with its own pair.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._bound: dict[str, tuple[bytes, str]] = {}
+
+    def follow(self, wanted: Mapping[str, CurveIdentity]) -> list[str]:
+        """Be bound to these endpoints and no others; those that are left. ``EngineError`` if one can't be had."""
+        left = []
+        for endpoint, (public, real) in list(self._bound.items()):
+            if endpoint not in wanted or wanted[endpoint].public != public:
+                self._socket.unbind(real)
+                del self._bound[endpoint]
+                left.append(real)
+        for endpoint, pair in wanted.items():
+            if endpoint not in self._bound:
+                self._bind(endpoint, pair, patient=bool(left))
+        return left
+
+    def _bind(self, endpoint: str, pair: CurveIdentity, *, patient: bool) -> None:
+        """Bind; ``patient`` where the endpoint may just have been left, which takes libzmq a moment."""
+        self._socket.curve_secretkey, self._socket.curve_publickey = pair.secret, pair.public
+        until_s = time.monotonic() + (REBIND_S if patient else 0.0)
+        while True:
+            try:
+                self._socket.bind(endpoint)
+            except zmq.ZMQError as error:
+                if time.monotonic() >= until_s:
+                    raise EngineError(f"can't bind {endpoint}: {error}") from None
+                time.sleep(REBIND_S / 100)
+            else:
+                break
+        self._bound[endpoint] = pair.public, _last_endpoint(self._socket)
+
+
+def _last_endpoint(socket: zmq.Socket[bytes]) -> str:
+    told: Any = socket.get(zmq.LAST_ENDPOINT)
+    return bytes(told).rstrip(b"\0").decode("ascii")
+
+
 class Listener(FollowsCluster):
     """A bound ROUTER socket of a member."""
 
@@ -134,11 +181,19 @@ class Listener(FollowsCluster):
             self.socket.rcvhwm = RECEIVED_MAX
             self.socket.backlog = min(BACKLOG, backlog)
             self.socket.router_mandatory = 1
-            self.socket.bind(endpoint)
-        except zmq.ZMQError as error:
+            self._bound = Bound(self.socket)
+            self._bound.follow({endpoint: identity})
+        except (EngineError, zmq.ZMQError) as error:
             self.connections.close()
             self.socket.close(0)
-            raise EngineError(f"can't bind {endpoint}: {error}") from None
+            raise error if isinstance(error, EngineError) else EngineError(f"can't bind {endpoint}: {error}") from None
+
+    def serve(self, places: Mapping[str, CurveIdentity]) -> None:
+        """Listen at these endpoints, each with its pair; connections that came in at another one are cut."""
+        for endpoint in self._bound.follow(places):
+            log.info("no longer listening", endpoint=endpoint)
+            if endpoint not in places:
+                self.connections.end_at(int(endpoint.rpartition(":")[2]))
 
     def close(self) -> None:
         """Close the socket; replies under way get 100 ms."""
@@ -147,8 +202,7 @@ class Listener(FollowsCluster):
 
     def members_changed(self, before: Cluster, now: Cluster) -> None:
         """Another manifest is in force: cut the connections of those who are no members any more, or by other keys."""
-        keys = {member.name: member.curve_public for member in now.by_curve.values()}
-        gone = {each.name for each in before.by_curve.values() if keys.get(each.name) != each.curve_public}
+        gone = {member.name for key, member in before.by_curve.items() if key not in now.by_curve}
         if gone:
             self.connections.end_of(gone)
 

@@ -43,7 +43,7 @@ from engine.client.config import (
     write_private,
     write_toml,
 )
-from engine.client.membership import Servers
+from engine.client.membership import OwnCurve, Servers
 from engine.client.process import lock_folder
 from engine.client.spreading import serial_at
 from engine.client.transport import Channel
@@ -53,6 +53,7 @@ from engine.protocol.manifest import (
     Cluster,
     Member,
     PolicyRule,
+    Retiring,
     chain_pin,
     check_share_counts,
     issue_cluster_manifest,
@@ -582,9 +583,14 @@ class LocalCluster:
         return self.client_config_of(name)
 
     def sign_manifest(
-        self, members: Sequence[Member] | None = None, rules: Sequence[PolicyRule] | None = None
+        self,
+        members: Sequence[Member] | None = None,
+        rules: Sequence[PolicyRule] | None = None,
+        retiring: Sequence[Retiring] = (),
     ) -> Cluster:
         """Have the operator sign a further manifest with these members and rules (as they are, where None is given).
+
+        ``retiring`` are the CURVE keys of before of members that change theirs (``engine.client.config.rotate_curve``).
 
         It is put into the members' file, and taken by each that runs within a second or so: this waits until all have
         it, and raises ``ClusterError`` if one has not within 10 s.
@@ -601,6 +607,7 @@ class LocalCluster:
             groups=cluster.groups,
             domain_level=cluster.domain_level,
             chain=manifest.read_bytes(),
+            retiring=retiring,
         )
         write_private(manifest, chain)
         taken = self.cluster
@@ -616,7 +623,8 @@ class LocalCluster:
         identity = load_identity(self.path / "clients" / asker / "identity.toml")
         waiting = [process.name for process in running if process.name in taken.servers]
         until_s = time.monotonic() + MANIFEST_TIMEOUT_S
-        with zmq.Context() as context, Channel(identity.transport, Servers(taken), context) as channel:
+        own = OwnCurve(identity, taken)
+        with zmq.Context() as context, Channel(own, Servers(taken), context) as channel:
             while waiting and time.monotonic() < until_s:
                 waiting = [name for name in waiting if not _goes_by(channel, name, taken.serial)]
                 if waiting:

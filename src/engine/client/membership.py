@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
+import zmq.utils.z85
 
-from engine.client.config import write_private
+from engine.client.config import CurveIdentity, Identity, load_identity, write_private
 from engine.errors import ConfigError, EngineError, ManifestError, ProtocolError
 from engine.protocol.manifest import (
     Cluster,
@@ -26,7 +28,7 @@ from engine.protocol.manifest import (
     split_chain,
 )
 
-__all__ = ["Membership", "Servers", "open_membership"]
+__all__ = ["Membership", "OwnCurve", "Served", "Servers", "open_membership"]
 
 MAX_CHAIN_BYTES = 64 * 1024 * 1024
 MAX_PROBLEM = 500
@@ -210,3 +212,88 @@ class Servers(Mapping[str, Member]):
 
     def __len__(self) -> int:
         return len(self._source.cluster.servers)
+
+
+class OwnCurve:
+    """This member's CURVE pair as the newest manifest knows it; it changes while the process runs.
+
+    While both are known everybody takes the one of before, which those that are behind know too. The identity is read
+    again from its file where the manifest has a key that was not in it at the start.
+    """
+
+    def __init__(self, identity: Identity, source: ClusterSource, file: Path | None = None) -> None:
+        self._source = source
+        self._file = file
+        self._lock = threading.Lock()
+        self._identity = identity
+        self._seen: Cluster | None = None
+        self._current = identity.transport
+
+    @property
+    def identity(self) -> Identity:
+        """The identity with the pairs that the newest manifest speaks of, as far as they are here."""
+        self._look()
+        return self._identity
+
+    @property
+    def current(self) -> CurveIdentity:
+        """The pair for connections that are opened now."""
+        if self._seen is not self._source.cluster:
+            self._look()
+        return self._current
+
+    def instead(self, pair: CurveIdentity) -> CurveIdentity | None:
+        """The pair to try where this one is refused: the other side's manifest may be older or newer than this one."""
+        return next((each for each in self.identity.pairs if each.public != pair.public), None)
+
+    def secrets(self) -> tuple[bytes, ...]:
+        """The secret keys, 32 bytes each, of all pairs."""
+        return tuple(zmq.utils.z85.decode(pair.secret) for pair in self.identity.pairs)
+
+    def served(self, bind: str = "", publish_bind: str = "") -> tuple[Served, ...]:
+        """Where to listen, and with which pair: the newest endpoint, and the retiring one if it is another.
+
+        ``bind`` and ``publish_bind`` take the place of the newest endpoint's addresses.
+        """
+        identity, cluster = self.identity, self._source.cluster
+        member, retiring = cluster.members.get(identity.name), cluster.retiring.get(identity.name)
+        if member is None:
+            return ()
+        places = [(member.curve_public, bind or member.endpoint, publish_bind or member.publish_endpoint)]
+        if retiring is not None and retiring.endpoint != member.endpoint:
+            places.append((retiring.curve_public, retiring.endpoint, retiring.publish_endpoint))
+        found = ((identity.pair_of(public), endpoint, publish) for public, endpoint, publish in places)
+        return tuple(Served(pair, endpoint, publish) for pair, endpoint, publish in found if pair is not None)
+
+    def _look(self) -> None:
+        with self._lock:
+            cluster = self._source.cluster
+            if self._seen is cluster:
+                return
+            member, retiring = cluster.members.get(self._identity.name), cluster.retiring.get(self._identity.name)
+            if member is not None and self._identity.pair_of(member.curve_public) is None and self._file is not None:
+                self._identity = self._read_again(self._identity, member.curve_public)
+            told = [each.curve_public for each in (retiring, member) if each is not None]
+            chosen = next((pair for public in told if (pair := self._identity.pair_of(public)) is not None), None)
+            self._current = chosen or self._current
+            self._seen = cluster
+
+    def _read_again(self, before: Identity, wanted: bytes) -> Identity:
+        try:
+            now = load_identity(self._file or "")
+        except ConfigError as error:
+            log.error("identity not read again", reason=str(error))
+            return before
+        if now.signing.public != before.signing.public or now.pair_of(wanted) is None:
+            log.error("the manifest has a CURVE key for this member that its identity file has not", name=before.name)
+            return before
+        return now
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """Where a member listens, and with which CURVE pair; ``publish`` is empty but for a balancer."""
+
+    pair: CurveIdentity
+    endpoint: str
+    publish: str

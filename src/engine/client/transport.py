@@ -17,7 +17,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from engine._version import __version__
-from engine.client.config import CurveIdentity
+from engine.client.config import CurveIdentity, CurveSource
 from engine.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -185,6 +185,8 @@ class _Pending:
 @dataclass(slots=True)
 class _Connection:
     member: Member
+    own: CurveIdentity
+    current: CurveIdentity
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
     greeting: Greeting
@@ -207,7 +209,7 @@ class Channel:
 
     def __init__(
         self,
-        identity: CurveIdentity,
+        identity: CurveSource,
         members: Mapping[str, Member],
         context: zmq.Context[Any] | None = None,
         came_up: Callable[[str], None] = lambda peer: None,
@@ -323,10 +325,17 @@ class Channel:
             self._await_up(connection, min(timeout_s, max(REDIAL_TIMEOUT_S, CONNECT_TIMEOUT_S - dialling_s)))
         if connection.up:
             return connection
+        other = None if not connection.refused else self._identity.instead(connection.own)
+        if other is not None and connection.own is connection.current:
+            self._drop(peer)
+            connection = self._open(peer, first=True, pair=other)
+            self._await_up(connection, min(timeout_s, CONNECT_TIMEOUT_S))
+            if connection.up:
+                return connection
         if connection.refused:
             # Closed, since libzmq would knock again every few milliseconds for ever.
             self._drop(peer)
-            raise AccessDenied(f"{peer} refuses the key of {self._identity.name!r}: it is no member's in its manifest")
+            raise AccessDenied(f"{peer} refuses the key of {connection.own.name!r}: it is no member's in its manifest")
         raise NodeUnavailable(f"{peer} at {connection.member.endpoint} can't be reached")
 
     def _of_today(self, peer: str) -> _Connection:
@@ -334,31 +343,40 @@ class Channel:
         connection = self._connections.get(peer)
         if connection is None:
             return self._open(peer, first=True)
-        member = self._members.get(peer)
-        if connection.member is not member:
+        member, own = self._members.get(peer), self._identity.current
+        if connection.member is not member or connection.current is not own:
             old = connection.member
-            if member is None or (member.endpoint, member.curve_public) != (old.endpoint, old.curve_public):
+            if (
+                member is None
+                or (member.endpoint, member.curve_public) != (old.endpoint, old.curve_public)
+                or connection.current.public != own.public
+            ):
                 for token in list(connection.pending):
                     self._finish(token, None, NodeUnavailable(f"{peer}: the cluster manifest has changed"))
                 self._drop(peer)
                 return self._open(peer, first=True)
-            connection.member = member
+            connection.member, connection.current = member, own
         return connection
 
-    def _open(self, peer: str, first: bool = False) -> _Connection:
-        """Begin to connect; with ``first`` the events tell of a failed attempt too, until ``_await_up`` is done."""
+    def _open(self, peer: str, first: bool = False, pair: CurveIdentity | None = None) -> _Connection:
+        """Begin to connect; with ``first`` the events tell of a failed attempt too, until ``_await_up`` is done.
+
+        ``pair`` is used instead of the one that the newest manifest wants.
+        """
         member = self._members.get(peer)
         if member is None:
             raise NodeUnavailable(f"{peer!r} is no member with an endpoint")
         socket = self._context.socket(zmq.DEALER)
-        connect_options(socket, self._identity, member)
+        current = self._identity.current
+        own = pair or current
+        connect_options(socket, own, member)
         socket.immediate = 1
         socket.maxmsgsize = FRAME_MAX
         if self._heartbeats:
             socket.heartbeat_ivl, socket.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
         monitor = watch(self._context, socket, _FIRST_EVENTS if first else _EVENTS)
         now = time.monotonic()
-        connection = _Connection(member, socket, monitor, Greeting(peer), now, now, first=first)
+        connection = _Connection(member, own, current, socket, monitor, Greeting(peer), now, now, first=first)
         self._connections[peer] = connection
         self._by_socket[socket], self._by_monitor[monitor] = peer, peer
         self._poller.register(socket, zmq.POLLIN)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -47,6 +47,7 @@ __all__ = [
     "PolicyRule",
     "Receipt",
     "RefreshOrder",
+    "Retiring",
     "Role",
     "chain_after",
     "check_share_counts",
@@ -108,6 +109,24 @@ class PolicyRule(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     operations: Annotated[list[Annotated[str, Meta(min_length=1, max_length=32)]], Meta(min_length=1, max_length=32)]
 
 
+class Retiring(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A CURVE key that a member changes: ``[name, curve_public, endpoint, publish_endpoint]`` of before.
+
+    As a client the member is known by both keys, and as a server it serves the one at each of its two endpoints, so
+    that who has not heard of the new key yet goes on.
+    """
+
+    name: Name
+    curve_public: Public
+    endpoint: Annotated[str, Meta(max_length=256)] = ""
+    publish_endpoint: Annotated[str, Meta(max_length=256)] = ""
+
+    @property
+    def curve_z85(self) -> str:
+        """The key as ZeroMQ writes it."""
+        return zmq.utils.z85.encode(self.curve_public).decode("ascii")
+
+
 class _ClusterManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     cluster: Name
     previous: Annotated[bytes, Meta(max_length=32)]
@@ -116,6 +135,7 @@ class _ClusterManifest(Struct, frozen=True, array_like=True, forbid_unknown_fiel
     rules: Annotated[list[PolicyRule], Meta(max_length=4096)]
     groups: Annotated[int, Meta(ge=1, le=65536)]
     domain_level: Annotated[int, Meta(ge=1, le=8)]
+    retiring: Annotated[list[Retiring], Meta(max_length=MAX_MEMBERS)]
 
 
 class _Chain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -160,6 +180,8 @@ class Cluster:
     """Every signing key that a member of a name and role had in any manifest of the chain, today's included."""
     past_rules: tuple[PolicyRule, ...]
     """Every rule of any manifest of the chain, today's included."""
+    retiring: Mapping[str, Retiring] = field(default_factory=dict)
+    """The members that change their CURVE key, and the one of before."""
 
     @property
     def cluster(self) -> Cluster:
@@ -172,8 +194,9 @@ class Cluster:
 
     @cached_property
     def by_curve(self) -> Mapping[str, Member]:
-        """Members by their Z85 CURVE key."""
-        return MappingProxyType({m.curve_z85: m for m in self.members.values() if m.role != "operator"})
+        """Members by their Z85 CURVE key, and by the retiring one where they have one."""
+        retiring = {each.curve_z85: self.members[each.name] for each in self.retiring.values()}
+        return MappingProxyType(retiring | {m.curve_z85: m for m in self.members.values() if m.role != "operator"})
 
     @cached_property
     def nodes(self) -> Mapping[str, Member]:
@@ -298,6 +321,24 @@ def _check_members(members: Sequence[Member], quorum: int) -> None:
         raise ManifestError(f"cluster manifest: a quorum of {quorum} among {operators} operators")
 
 
+def _check_retiring(retiring: Iterable[Retiring], members: Sequence[Member]) -> None:
+    known = {member.name: member for member in members if member.role != "operator"}
+    keys = {key for member in members for key in (member.sign_public, member.curve_public)}
+    seen: set[str] = set()
+    for each in retiring:
+        member = known.get(each.name)
+        if member is None or each.name in seen:
+            raise ManifestError(f"cluster manifest: {each.name!r} has a retiring key twice, or is no member")
+        if each.curve_public in keys:
+            raise ManifestError(f"cluster manifest: the retiring key of {each.name!r} is in use")
+        if member.endpoint and not each.endpoint.startswith("tcp://"):
+            raise ManifestError(
+                f"cluster manifest: the retiring key of {each.name!r} needs an endpoint tcp://host:port"
+            )
+        seen.add(each.name)
+        keys.add(each.curve_public)
+
+
 def _check_rules(rules: Iterable[PolicyRule]) -> None:
     known = {"*", *RequestType}
     for rule in rules:
@@ -318,6 +359,7 @@ def issue_cluster_manifest(
     groups: int = 1024,
     domain_level: int = 1,
     chain: bytes = b"",
+    retiring: Sequence[Retiring] = (),
 ) -> bytes:
     """The chain of manifests with a new one at its end, signed by ``operators``.
 
@@ -325,6 +367,7 @@ def issue_cluster_manifest(
     """
     _check_members(members, quorum)
     _check_rules(rules)
+    _check_retiring(retiring, members)
     envelopes = list(_chains.decode(chain).envelopes) if chain else []
     serial, previous = 1, b""
     if envelopes:
@@ -337,7 +380,7 @@ def issue_cluster_manifest(
             )
         serial, previous = last.serial + 1, last.digest
     payload = _manifests.encode(
-        _ClusterManifest(name, previous, quorum, list(members), list(rules), groups, domain_level)
+        _ClusterManifest(name, previous, quorum, list(members), list(rules), groups, domain_level, list(retiring))
     )
     envelopes.append(sign_envelope(_CLUSTER_KIND, serial, payload, *operators))
     return _chains.encode(_Chain(envelopes))
@@ -436,6 +479,7 @@ def _as_cluster(
 ) -> Cluster:
     _check_members(manifest.members, manifest.quorum)
     _check_rules(manifest.rules)
+    _check_retiring(manifest.retiring, manifest.members)
     keys = dict(past)
     for member in manifest.members:
         known = keys.get((member.name, member.role), ())
@@ -452,6 +496,7 @@ def _as_cluster(
         domain_level=manifest.domain_level,
         past=MappingProxyType(keys),
         past_rules=(*past_rules, *manifest.rules),
+        retiring=MappingProxyType({each.name: each for each in manifest.retiring}),
     )
 
 
