@@ -352,6 +352,43 @@ def test_the_policy_is_enforced(site: Site) -> None:
         assert (told.code, told.out, told.error["error"]) == (1, b"", "access-denied"), words
 
 
+def test_a_manifest_is_pushed_to_running_members(site: Site) -> None:
+    """As docs/deployment.md has it: a client leaves, a node changes its CURVE key, and no process is started anew."""
+    desk = site.root / "host-alice"
+    serials = []
+
+    def sign_and_push(*words: str) -> None:
+        signed = keyquorum("cluster", "sign", "--operator", "alice", *words, "--out", "cluster.manifest", cwd=desk)
+        assert signed.code == 0, signed.err
+        pushed = site.run("cluster", "push", desk / "cluster.manifest", "-o", "json")
+        assert pushed.code == 0, pushed.err
+        assert set(pushed.json["taken"]) == {*NODES, "bal"}
+        serials.append(pushed.json["serial"])
+
+    node = site.folders["node1"]
+    endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
+    card = keyquorum("cluster", "rekey", node, "--endpoint", endpoint, "--out", desk / "node1.card", cwd=node.parent)
+    assert card.code == 0, card.err
+    refused = keyquorum("cluster", "rekey", node, "-o", "json", cwd=node.parent)
+    assert (refused.code, refused.error["error"]) == (1, "config-error")
+    sign_and_push("--remove", "guest", "--card", "node1.card")
+    assert site.run("mac", "hooks", "--timeout", "2", client="guest", stdin=b"m").code != 0
+    assert site.run("sign", "tls", stdin=b"m").code == 0
+    sign_and_push("--retire", "node1")
+    assert serials[1] == serials[0] + 1
+    assert keyquorum("cluster", "join", node, desk / "cluster.manifest", cwd=node.parent).code == 0
+    assert "curve_retiring" not in (node / "identity.toml").read_text()
+    told = site.run("status", "-o", "json").json
+    rows = (
+        {each["name"]: each for each in told["members"]}
+        if isinstance(told, dict)
+        else {each["name"]: each for each in told}
+    )
+    assert rows["node1"]["endpoint"] == endpoint
+    again = keyquorum("cluster", "sign", "--operator", "alice", "--retire", "node1", "-o", "json", cwd=desk)
+    assert (again.code, again.error["error"]) == (1, "manifest-error")
+
+
 def test_nodes_that_die_and_come_back(site: Site, tmp_path: Path) -> None:
     """Two of five may be lost; with three lost a cold key fails by name; from their disks they serve again."""
     sealed = site.run("encrypt", "orders", stdin=b"before").out

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, TypeVar
 import click
 import zmq
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from engine.cli.chains import ChainView, view_chain
 from engine.cli.identity import (
@@ -29,6 +30,7 @@ from engine.cli.output import Settings, client_config, common_options, emit, not
 from engine.client.client import load_settings
 from engine.client.config import (
     CARD_PREFIX,
+    CurveSource,
     Identity,
     forget_retiring,
     load_config,
@@ -39,9 +41,11 @@ from engine.client.config import (
     write_card,
     write_private,
 )
+from engine.client.membership import Membership
 from engine.client.spreading import push as spread
 from engine.client.transport import Channel
-from engine.errors import ClusterError, ConfigError, EngineError, ManifestError
+from engine.errors import ClusterError, ConfigError, EngineError, ManifestError, NodeUnavailable
+from engine.protocol import manifest as documents
 from engine.protocol.manifest import (
     Member,
     PolicyRule,
@@ -487,16 +491,14 @@ def push(settings: Settings, file: str, timeout: float) -> None:
     if not view.complete:
         raise ManifestError(f"{file}: signed by {len(view.signers)} of {view.needed} operators needed")
     newest = open_chain(chain, client.cluster.pin)
-    servers = {**client.cluster.servers, **newest.servers}
-    told: dict[str, str] = {}
-    with zmq.Context() as context, Channel(client.identity.transport, servers, context) as channel:
-        channel.dial(servers)
-        for name in servers:
-            try:
-                has = spread(channel, name, chain, newest.serial, timeout)
-                told[name] = "" if has >= newest.serial else f"still goes by serial {has}"
-            except EngineError as error:
-                told[name] = str(error)
+    told = {}
+    with zmq.Context() as context:
+        for name in {**client.cluster.servers, **newest.servers}:
+            told[name] = _bring(
+                client.own_curve(), _places(name, client.cluster, newest), chain, newest, timeout, context
+            )
+    if isinstance(client.source, Membership):
+        client.source.offer_chain(chain)
     rows = [(name, problem or "taken") for name, problem in told.items()]
     if settings.json:
         failed = {name: problem for name, problem in told.items() if problem}
@@ -508,6 +510,45 @@ def push(settings: Settings, file: str, timeout: float) -> None:
         table(settings, ("MEMBER", f"SERIAL {newest.serial}"), rows, None)
     if any(told.values()):
         raise ClusterError(f"{sum(map(bool, told.values()))} of {len(told)} members did not take the manifest")
+
+
+def _places(name: str, known: documents.Cluster, newest: documents.Cluster) -> list[Member]:
+    """Where a member may be reached, and by which key: as it was known, and as the new manifest has it."""
+    found = [cluster.servers[name] for cluster in (known, newest) if name in cluster.servers]
+    retiring = newest.retiring.get(name)
+    if retiring is not None:
+        found.append(
+            replace(
+                found[-1],
+                curve_public=retiring.curve_public,
+                endpoint=retiring.endpoint,
+                publish_endpoint=retiring.publish_endpoint,
+            )
+        )
+    return [each for number, each in enumerate(found) if each not in found[:number]]
+
+
+def _bring(
+    own: CurveSource,
+    places: Iterable[Member],
+    chain: bytes,
+    newest: documents.Cluster,
+    timeout_s: float,
+    context: zmq.Context[Any],
+) -> str:
+    """Bring a manifest to one member, where it can be reached; why it did not take it, or nothing."""
+    problem = ""
+    for member in places:
+        with Channel(own, {member.name: member}, context) as channel:
+            try:
+                has = spread(channel, member.name, chain, newest.serial, timeout_s)
+            except NodeUnavailable as error:
+                problem = str(error)
+                continue
+            except EngineError as error:
+                return str(error)
+            return "" if has >= newest.serial else f"still goes by serial {has}"
+    return problem
 
 
 # --- join -----------------------------------------------------------------------------------------------------------

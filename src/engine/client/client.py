@@ -14,6 +14,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, overload
@@ -44,6 +45,7 @@ from engine.client.spreading import pull
 from engine.client.transport import Arrival, Channel, check_zmq_version, connect_options
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, ClusterSource, Member
+from engine.protocol.requests import Welcome
 from engine.protocol.routing import Router, RoutingTable, open_table
 from engine.protocol.signed import MAX_ENVELOPE
 
@@ -517,8 +519,17 @@ class TableFollower:
             for socket in balancers:
                 socket.close(0)
 
+    def heard_of(self, welcome: Welcome) -> None:
+        """A member said by which manifest it goes."""
+        self._told_serial = max(self._told_serial, welcome.cluster_serial)
+
+    def catch_up(self) -> None:
+        """Take the manifest that somebody spoke of, for a client that ends before its thread would."""
+        with suppress(zmq.ZMQError):
+            self._look_for_manifest()
+
     def _look_for_manifest(self) -> None:
-        """Take a newer manifest: that of the file, or one that a table spoke of and some member has."""
+        """Take a newer manifest: that of the file, or one that a member spoke of and some member has."""
         source = self._settings.source
         if not isinstance(source, Membership):
             return
@@ -597,7 +608,9 @@ class Engine:
         identity = settings.own_curve()
         limit = max_channels or _channel_limit(len(members))
         came_up = self._calls.router.came_up
-        self._channels = _Channels(lambda: Channel(identity, members, self._context, came_up), limit)
+        self._channels = _Channels(
+            lambda: Channel(identity, members, self._context, came_up, self._follower.heard_of), limit
+        )
         self._follower = TableFollower(
             self._context, settings, self._calls.router, lambda: self._channels.reap(IDLE_MAX_S)
         )
@@ -619,6 +632,7 @@ class Engine:
             self._open = False
         if os.getpid() != self._pid:
             return  # the sockets are the parent's
+        self._follower.catch_up()
         self._channels.close()
         end_context(self._context, CLOSE_WAIT_S)
         self._follower.join(CLOSE_WAIT_S)

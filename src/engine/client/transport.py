@@ -203,7 +203,8 @@ class Channel:
     """Connections to the members of a cluster, opened when first used.
 
     Not safe for two threads at once; handing it over under a lock is fine. ``members`` maps names to members with
-    endpoints. ``came_up`` is told a peer whose connection is there again, or for the first time. With
+    endpoints. ``came_up`` is told a peer whose connection is there again, or for the first time, and ``said`` what it
+    answered to ``hello``. With
     ``heartbeats`` a peer that is silent altogether counts as gone, and what is under way there ends at once.
     """
 
@@ -213,6 +214,7 @@ class Channel:
         members: Mapping[str, Member],
         context: zmq.Context[Any] | None = None,
         came_up: Callable[[str], None] = lambda peer: None,
+        said: Callable[[Welcome], None] = lambda welcome: None,
         *,
         heartbeats: bool = False,
     ) -> None:
@@ -220,6 +222,7 @@ class Channel:
         self._identity = identity
         self._members = members
         self._came_up = came_up
+        self._said = said
         self._heartbeats = heartbeats
         self._context: zmq.Context[Any] = context or zmq.Context.instance()
         self._connections: dict[str, _Connection] = {}
@@ -449,6 +452,8 @@ class Channel:
             greeting = self._connections[peer].greeting
             if greeting.number and reply.id == greeting.number:
                 greeting.answered(reply)
+                if greeting.welcome is not None:
+                    self._said(greeting.welcome)
                 return
             check_version(reply.version)
         except ProtocolError as error:
