@@ -63,6 +63,21 @@ bench-resilience: ## measure dead and stopped nodes, idle connections and floods
 	@.ci/setup test
 	@$(BIN)/python bench/resilience.py $(BENCH_ARGS)
 
+.PHONY: bench-datapath
+bench-datapath: ## measure warm and cold operations beside the bare token, a bare echo and p11-kit; build/bench/datapath.json
+	@.ci/setup test,bench
+	@$(BIN)/python bench/datapath.py $(BENCH_ARGS)
+
+.PHONY: stages
+stages: ## say where the time of a warm AES-GCM goes, in client and node (BENCH_ARGS="--flame flame.svg --markdown")
+	@.ci/setup test,bench
+	@$(BIN)/python bench/stages.py $(BENCH_ARGS)
+
+.PHONY: soak
+soak: ## ten minutes of mixed load at 80 % of capacity while nodes die and come back (BENCH_ARGS="--seconds 60")
+	@.ci/setup test
+	@$(BIN)/python bench/soak.py $(BENCH_ARGS)
+
 .PHONY: assurance
 assurance: ## the long proofs: valgrind, timing, NEON, sanitizers, a million changed messages (20 minutes)
 	@.ci/setup test,lint

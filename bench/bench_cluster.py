@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import zmq
 from pytest_benchmark.fixture import BenchmarkFixture
+from rig import Echo
 
 import engine
 from engine import ALGORITHMS, Engine, LocalCluster
@@ -27,25 +25,6 @@ from nodes.token import Lane, LoadedKey, Token, initialize_token
 DATA = os.urandom(1024)
 DIGEST = hashlib.sha256(DATA).digest()
 NAMES = {"sign": "ecdsa-p256-sha256", "encrypt": "aes-256-gcm", "mac": "hmac-sha256"}
-
-ECHO = """
-import sys, zmq
-context = zmq.Context()
-socket = context.socket(zmq.ROUTER)
-public, secret = zmq.curve_keypair()
-socket.curve_server, socket.curve_secretkey, socket.curve_publickey = True, secret, public
-port = socket.bind_to_random_port("tcp://127.0.0.1")
-print(port, public.decode(), flush=True)
-poller = zmq.Poller()
-poller.register(socket, zmq.POLLIN)
-poller.register(sys.stdin, zmq.POLLIN)
-while True:
-    ready = dict(poller.poll())
-    if socket not in ready:
-        break
-    route, _ = socket.recv_multipart()
-    socket.send_multipart([route, bytes(128)])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -82,35 +61,20 @@ def token_keys(lane: Lane) -> dict[str, LoadedKey]:
 
 
 @pytest.fixture(scope="module")
-def echo() -> Iterator[zmq.Socket[bytes]]:
-    """A connected DEALER socket to an echo process with CURVE."""
-    process = subprocess.Popen([sys.executable, "-c", ECHO], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    port, server_key = process.stdout.readline().split()
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.DEALER)
-    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
-    socket.curve_serverkey = server_key.encode()
-    socket.connect(f"tcp://127.0.0.1:{port}")
-    try:
-        yield socket
-    finally:
-        context.destroy(linger=0)
-        process.communicate(timeout=10)
+def echo() -> Iterator[Echo]:
+    """An echo process behind a CURVE socket."""
+    made = Echo()
+    yield made
+    made.close()
 
 
 def _floors(benchmark: BenchmarkFixture, *names: str) -> None:
     benchmark.extra_info["floor"] = [f"{Path(__file__).name}::{name}" for name in names]
 
 
-def test_floor_echo(benchmark: BenchmarkFixture, echo: zmq.Socket[bytes]) -> None:
+def test_floor_echo(benchmark: BenchmarkFixture, echo: Echo) -> None:
     """256 bytes there, 128 back, over a bare CURVE socket to another process."""
-
-    def exchange() -> bytes:
-        echo.send(bytes(256))
-        return echo.recv()
-
-    assert len(benchmark(exchange)) == 128
+    assert len(benchmark(echo.exchange)) == 128
 
 
 def test_floor_token_sign(benchmark: BenchmarkFixture, lane: Lane, token_keys: dict[str, LoadedKey]) -> None:

@@ -1,0 +1,119 @@
+"""The benchmarks' programs run on a real cluster, say what they were asked for, and leave no process behind.
+
+What they measure here means nothing: the machine is busy with the other tests.
+"""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+ROWS = {
+    "warm sign / F",
+    "warm GCM 1 KiB / F",
+    "warm sign / p11-kit",
+    "tail sign",
+    "tail GCM 1 KiB",
+    "64 outstanding, sign / straight",
+    "64 outstanding, GCM 1 KiB / straight",
+    "8 clients, ECDSA / p11-kit",
+    "8 clients, RSA-2048 / p11-kit",
+    "import + use + destroy of an AES key",
+    "cold sign 3-of-5 / (warm + durable append)",
+    "GCM p99, with RSA / alone",
+    "memory, worst node",
+    "memory, worst client",
+    "restarted node's first reply",
+    "policy + audit + routing in a warm GCM",
+}
+
+
+def run(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCH / program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows that a program wrote, each with the fields that all have."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    for row in rows:
+        assert {"name", "value", "unit", "peer", "peer_value", "ratio", "target", "met"} <= set(row)
+    return rows
+
+
+def programs_of(folder: str) -> list[str]:
+    """Commands of processes that still have to do with a folder."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if folder in command:
+                found.append(command)
+    return found
+
+
+@pytest.fixture
+def compare() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_compare_under_test", BENCH / "compare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_harness_measures_every_row_beside_its_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpinned, with few operations; each row is there, and those that have a peer say what it took."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    output = tmp_path / "rows.json"
+    done = run("datapath.py", "--quick", "--placement", "free", "--output", output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(output)
+    assert {row["name"] for row in rows} == ROWS
+    assert all(row["value"] > 0 or row["name"].startswith("memory") for row in rows), rows
+    compared = [row for row in rows if " / " in row["name"]]
+    assert all(row["peer_value"] > 0 and row["ratio"] > 0 for row in compared)
+    assert "NOT MEASURED" not in done.stdout
+    assert programs_of(str(tmp_path)) == []
+
+
+def test_a_soak_loses_nothing_while_nodes_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make soak`, for a minute: results checked, nodes killed and restarted, memory and descriptors flat."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    output = tmp_path / "rows.json"
+    arguments = ("--seconds", "45", "--kill-every", "8", "--deadline", "15", "--output", output)
+    done = run("soak.py", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    values = {row["name"].partition(":")[0]: row["value"] for row in rows_of(output)}
+    assert values["wrong results"] == values["lost operations"] == 0
+    assert values["operations"] > 0
+    assert values["nodes killed and restarted"] > 0
+    assert programs_of(str(tmp_path)) == []
+
+
+def test_a_regression_is_what_goes_beyond_the_noise_of_two_equal_runs(compare: ModuleType) -> None:
+    """The better of both runs counts, and a benchmark that jumps by itself is given more room, up to a limit."""
+
+    def ran(**ratios: float) -> dict[str, dict[str, float]]:
+        return {name: {"value": ratio, "floor": 1.0, "ratio": ratio} for name, ratio in ratios.items()}
+
+    quiet = {f"quiet{number}": 1.0 for number in range(20)}
+    first = ran(**quiet, steady=1.5, jumpy=1.5, wild=9.0, new=3.0)
+    second = ran(**quiet, steady=1.52, jumpy=2.0, wild=2.1, new=3.0)
+    baseline = {**quiet, "steady": 1.0, "jumpy": 1.0, "wild": 1.0}
+    met = {row["name"]: row["met"] for row in compare.rows(compare.merge(first, second), baseline)}
+    assert not met["steady"]
+    assert met["jumpy"]
+    assert not met["wild"]
+    assert met["new"]
+    assert all(met[name] for name in quiet)
