@@ -183,7 +183,7 @@ def _warm(rig: Rig, scale: Scale, placement: str, book: Book) -> None:
     }
     if rig.p11_uses is not None:
         contenders["p11-kit sign"] = rig.p11_uses.sign
-    with rig.placed(placement, [contenders["sign"], contenders["gcm"]]):
+    with rig.placed(placement):
         meter = NoiseMeter()
         found = rotate(contenders, scale.rounds, scale.block)
         noise = meter.noise()
@@ -259,7 +259,7 @@ def _pipelined(rig: Rig, scale: Scale, placement: str, book: Book) -> None:
         "sign": lambda: rig.kq.sign_many("sign", [DATA] * batch),
         "gcm": lambda: rig.kq.encrypt_many("gcm", [DATA] * batch),
     }
-    with rig.placed(placement, [lambda: rig.kq.sign("sign", DATA), lambda: rig.kq.encrypt("gcm", DATA)]):
+    with rig.placed(placement):
         meter = NoiseMeter()
         found = rotate(contenders, max(2, scale.rounds * 2 // 3), 1)
         noise = meter.noise()

@@ -521,8 +521,9 @@ class Rig:
         }
 
     def serving_pids(self) -> dict[str, int]:
-        """The processes that serve: a node's own, or under a supervisor the youngest child that grew the most."""
-        return {name: serving_process(pid) for name, pid in self.node_pids().items()}
+        """The processes of the nodes that serve, below their supervisors."""
+        serving = self.cluster.serving()
+        return {name: pid for name in self.cluster.nodes if (pid := serving[name]) is not None}
 
     def combiners(self, acts: Iterable[Callable[[], object]]) -> list[str]:
         """The nodes that serve these operations now, by the hits of their caches of loaded keys."""
@@ -545,16 +546,18 @@ class Rig:
     def placed(
         self, placement: str, acts: Iterable[Callable[[], object]] = (), *, crew: bool = False
     ) -> Iterator[None]:
-        """Client and combiner on one core, on two, or where the scheduler puts them.
+        """Clients and nodes on one core, on two, or where the scheduler puts them.
 
-        The combiner's core is that of the echo's and p11-kit's servers too. The other nodes and the balancer go to the
-        core that is free of both, or run anywhere. With ``crew`` the clients are the crew, and every node serves.
+        The servers of the echo and of p11-kit are where the nodes are. With ``acts`` only the nodes that serve these
+        are, and the others have what is left; without, all are, so that it is the same whichever of them serves. With
+        ``crew`` the clients are the crew's.
         """
         first, second = self.cpus[0], self.cpus[1] if len(self.cpus) > 1 else self.cpus[0]
         rest = set(self.cpus[2:]) or ({second} if placement == "one" else set(self.cpus))
         client, server = {"one": ({first}, {first}), "two": ({first}, {second})}.get(placement, (set(self.cpus),) * 2)
         members = {name: pid for name, pid in self.cluster.running().items() if pid is not None}
-        servers = {pid for name, pid in self.node_pids().items() if crew or name in self.combiners(acts)}
+        serving = self.combiners(acts) if acts else self.cluster.nodes
+        servers = [pid for name, pid in self.node_pids().items() if name in serving]
         peers = [self.echo.pid, *([self.p11.pid] if self.p11 else [])]
         try:
             if placement != "free":
@@ -566,8 +569,3 @@ class Rig:
             yield
         finally:
             pin([os.getpid()], self.cpus)
-
-
-def serving_process(pid: int) -> int:
-    """Which process of a node serves: of itself and its descendants the one with the most memory."""
-    return max(family(pid), key=pss_kib)

@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from rich.console import Console
 from rich.table import Table
-from rig import HERE, KEYS, descriptors, pss_kib, serving_process
+from rig import HERE, KEYS, descriptors, pss_kib
 
 import engine
 from engine import Engine, EngineError, InvalidTag, LocalCluster
@@ -264,7 +264,7 @@ class Watch(threading.Thread):
         """Until told to end."""
         begun = time.monotonic()
         while not self._ending.wait(SAMPLE_S):
-            pids = {name: serving_process(pid) for name, pid in self._cluster.running().items() if pid is not None}
+            pids = {name: pid for name, pid in self._cluster.serving().items() if pid is not None}
             for name, pid in {**pids, "client": os.getpid()}.items():
                 sample = Sample(time.monotonic() - begun, pss_kib(pid), descriptors(pid))
                 if sample.kib and sample.files:
