@@ -2,8 +2,10 @@
 
 It replaces functions of the running program by timed ones (their own time without that of other timed ones inside, less
 what the timing costs, which is calibrated). CPU time, since on one core whoever is sent something may run at once, in
-the middle of the sending. The slowest tenth of each function's calls is left out: those found the caches cold. ``python bench/tracing.py node.toml`` runs a node that way and prints its
-stages as JSON when it is stopped; ``stages.py`` does the client's side. A function that is gone is said, not guessed.
+the middle of the sending. The slowest tenth of each function's calls is left out: those found the caches cold.
+
+``python bench/tracing.py node.toml`` runs a node that way and prints its stages as JSON when it is stopped;
+``stages.py`` does the client's side. A function that is gone is said, not guessed.
 """
 
 from __future__ import annotations
