@@ -26,7 +26,18 @@ from engine.cli.identity import (
     open_operator,
     passphrase_option,
 )
-from engine.cli.output import Settings, client_config, common_options, emit, note, one_line, reading, table, writing
+from engine.cli.output import (
+    Settings,
+    client_config,
+    common_options,
+    emit,
+    note,
+    one_line,
+    reading,
+    start_logging,
+    table,
+    writing,
+)
 from engine.client.client import load_settings
 from engine.client.config import (
     CARD_PREFIX,
@@ -63,6 +74,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 GROUPS: Final = 1024
 MANIFEST_MAX: Final = 64 * 1024 * 1024
+PUSH_TIMEOUT_S: Final = 5.0
 _PIN_LINE: Final = re.compile(r'^manifest_pin[ \t]*=[ \t]*"[^"\n]*"[ \t]*$', re.MULTILINE)
 
 
@@ -473,18 +485,17 @@ def rekey(settings: Settings, folder: Path, endpoint: str, publish_endpoint: str
 
 @cluster.command()
 @click.argument("file", metavar="MANIFEST")
-@click.option(
-    "--timeout", type=click.FloatRange(0.1, 600), default=5.0, show_default=True, help="Seconds a member has."
-)
-@common_options()
+@common_options(connects=True)
 @click.pass_obj
-def push(settings: Settings, file: str, timeout: float) -> None:
+def push(settings: Settings, file: str) -> None:
     """Bring a signed manifest to every node and balancer, which go by it at once.
 
     It is sent as the client of --config, of whichever cluster; the manifest proves itself. Members that are in the
     manifest are told, and those that were in the client's own one. A member that can't be reached gets it from the
     others when it is back.
     """
+    start_logging(settings)
+    timeout = settings.timeout_s or PUSH_TIMEOUT_S
     chain = _read_chain(file)
     client = load_settings(client_config(settings))
     view = view_chain(chain, client.cluster.pin)

@@ -190,10 +190,11 @@ class Membership:
         except OSError as error:
             if self._durable:
                 raise ManifestError(f"the new cluster manifest can't be written to {file}: {error.strerror}") from None
-            log.info("cluster manifest kept in memory", file=str(file), reason=os.strerror(error.errno or 0))
+            log.debug("cluster manifest kept in memory", file=str(file), reason=os.strerror(error.errno or 0))
 
     def _tell(self, before: Cluster, now: Cluster) -> None:
-        log.info("cluster manifest taken", serial=now.serial, hash=now.digest.hex(), before=before.serial)
+        if self._durable:  # a server; a client's program may not expect lines of ours
+            log.info("cluster manifest taken", serial=now.serial, hash=now.digest.hex(), before=before.serial)
         for taken in self._subscribers:
             taken(before, now)
 
