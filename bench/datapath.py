@@ -523,6 +523,8 @@ def _checks(rig: Rig, scale: Scale, book: Book) -> None:
 
     meter = NoiseMeter()
     found = measure(rig, scale.stages)
+    for place in found.gone:
+        click.echo(f"NOT MEASURED, since it is not there: {place}")
     book.add(
         name,
         "one",

@@ -21,10 +21,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 NODE: Final = (
-    ("wait", "zmq:Poller.poll"),
+    ("poller", "zmq:Poller.poll"),
     ("receive", "engine.client.listener:Listener.receive"),
-    ("who sent it (User-Id)", "engine.client.listener:_user_id"),
+    ("who sent it (User-Id)", "engine.client.listener:user_id"),
     ("decode", "engine.protocol.wire:Codec.decode"),
+    ("limits", "engine.client.connections:Connections.heard"),
+    ("limits", "engine.client.connections:Connection.replied"),
+    ("limits", "engine.client.admission:Admission.begin"),
+    ("limits", "engine.client.admission:Admission.end"),
     ("policy", "nodes.handlers:check_verb"),
     ("policy", "nodes.handlers:check_key"),
     ("audit: the record", "nodes.handlers:Handlers._record"),
@@ -42,12 +46,13 @@ NODE: Final = (
     ("loop", "nodes.server:Server._take_in"),
 )
 CLIENT: Final = (
-    ("wait", "zmq:Poller.poll"),
+    ("poller", "zmq:Poller.poll"),
     ("classify", "engine.client.calls:classify_request"),
     ("route", "engine.protocol.routing:Router.rank"),
     ("route", "engine.protocol.routing:Router.sent"),
     ("route", "engine.protocol.routing:Router.answered"),
     ("route", "engine.protocol.routing:Router.is_loaded"),
+    ("route", "engine.protocol.routing:Router.took"),
     ("description", "engine.client.calls:_Descriptions.get"),
     ("encode", "engine.protocol.wire:Codec.encode"),
     ("decode", "engine.protocol.wire:Codec.decode"),

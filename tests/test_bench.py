@@ -83,7 +83,7 @@ def test_the_harness_measures_every_row_beside_its_peer(tmp_path: Path, monkeypa
     assert all(row["value"] > 0 or row["name"].startswith("memory") for row in rows), rows
     compared = [row for row in rows if " / " in row["name"]]
     assert all(row["peer_value"] > 0 and row["ratio"] > 0 for row in compared)
-    assert "NOT MEASURED" not in done.stdout
+    assert "NOT MEASURED" not in done.stdout, done.stdout
     assert programs_of(str(tmp_path)) == []
 
 
