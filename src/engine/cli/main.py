@@ -16,6 +16,7 @@ from typing import Any, Final
 import click
 
 from engine._version import __version__
+from engine.cli.attack import attack
 from engine.cli.audit import audit
 from engine.cli.cluster import cluster
 from engine.cli.demo import demo
@@ -64,7 +65,7 @@ class _Sections(click.Group):
 
     sections: Final = {
         "A local cluster": ("demo", "up", "down", "status"),
-        "A cluster over several hosts": ("init", "cluster", "audit"),
+        "A cluster over several hosts": ("init", "cluster", "audit", "attack"),
         "Keys": ("key", "flush"),
         "Use of keys": ("encrypt", "decrypt", "sign", "verify", "mac", "verify-mac"),
     }
@@ -90,7 +91,7 @@ def cli() -> None:
       keyquorum encrypt orders report.pdf --out report.kq
       keyquorum decrypt orders report.kq --out report.pdf
 
-    Exit codes: 0 done, 1 your mistake or a failed check, 2 the cluster could not.
+    Exit codes: 0 done, 1 your mistake or a failed check, 2 the cluster could not (3: `attack --help`).
     """
 
 
@@ -102,6 +103,7 @@ for _command in (
     init,
     cluster,
     audit,
+    attack,
     key,
     flush,
     encrypt,
