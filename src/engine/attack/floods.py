@@ -19,7 +19,7 @@ import zmq
 
 from engine.attack.grants import make_grant
 from engine.attack.model import Attack, NotRun, Trial
-from engine.attack.sockets import CURVE_GREETING, CURVE_HELLO_BYTES, Keys, Line, Recorder, Script, address_of, converse
+from engine.attack.sockets import CURVE_HELLO_BYTES, Keys, Line, Recorder, Script, address_of, converse, told
 from engine.attack.stage import Stage, answer_of
 from engine.attack.transport import hello_frame
 from engine.client.client import Engine
@@ -336,10 +336,12 @@ def handshakes(stage: Stage, trial: Trial) -> None:
         while not stop.is_set():
             due = int((time.monotonic() - begun) * rate) - counts["opened"]
             if due > 0:
-                scripts = [Script("", node.endpoint, [(0.0, sent or CURVE_GREETING)]) for _ in range(min(due, 64))]
-                converse(scripts, 0.1)  # each is dropped after that, and others come
+                pieces = [(0.0, sent[:64]), (0.02, sent[64:])]
+                scripts = [Script("", node.endpoint, pieces) for _ in range(min(due, 64))]
+                converse(scripts, 0.2)  # each is dropped after that, and others come
                 counts["opened"] += len(scripts)
                 counts["refused"] += sum(not each.connected for each in scripts)
+                counts["welcomed"] += sum("WELCOME" in told(each.received) for each in scripts)
             time.sleep(0.005)
 
     thread = threading.Thread(target=flood, name="attack-handshakes", daemon=True)
@@ -351,7 +353,11 @@ def handshakes(stage: Stage, trial: Trial) -> None:
         thread.join(10.0)
     if not counts["opened"]:
         raise NotRun(f"no connection to {address_of(node.endpoint)} could be opened")
-    trial.figures |= {"handshakes begun": counts["opened"], "not accepted": counts["refused"]}
+    trial.figures |= {
+        "handshakes begun": counts["opened"],
+        "that got a WELCOME": counts["welcomed"],
+        "not accepted": counts["refused"],
+    }
     _judge(stage, trial, before, beside)
 
 

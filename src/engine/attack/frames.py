@@ -127,40 +127,18 @@ def _frames_at(
 ) -> tuple[dict[str, list[Answer]], Answer]:
     """Send each frame by itself; the answers that came before that of the next control, and the last control's.
 
-    Requests are answered in the order of arrival where they are not understood, so a ``hello`` after each frame tells
-    that nothing else is to come for it.
+    What is not understood is answered when it is read, so the answer to a ``hello`` after each frame tells that nothing
+    else is to come for it.
     """
     line = Line.open(stage.context, member.endpoint, Keys.of(stage.me.transport, member))
     found: dict[str, list[Answer]] = {}
     try:
         line.settle(REPLY_S)
-        marks: dict[int, str] = {}
         last = Answer("no-answer")
-        pairs = list(frames.items())
-        for begin in range(0, len(pairs), 16):
-            part = pairs[begin : begin + 16]
-            for number, (what, frame) in enumerate(part):
-                mark = 1_000_000 + begin + number
-                marks[mark] = what
-                found[what] = []
-                line.send(frame)
-                line.send(hello_frame(mark))
-            waiting = {1_000_000 + begin + number for number in range(len(part))}
-            early: list[Answer] = []
-            until = time.monotonic() + REPLY_S
-            while waiting and (left := until - time.monotonic()) > 0:
-                got = line.receive(left)
-                if got is None:
-                    break
-                reply = reply_codec.decode(got[-1])
-                if reply.id in waiting:
-                    waiting.discard(reply.id)
-                    found[marks[reply.id]] += early
-                    early = []
-                else:
-                    early.append(answer_of(reply))
-            for mark in waiting:
-                found[marks[mark]].append(Answer("cut" if line.cut else "no-answer", "not even to the hello after it"))
+        for mark, (what, frame) in enumerate(frames.items(), 1_000_000):
+            line.send(frame)
+            line.send(hello_frame(mark))
+            found[what] = _until(line, mark)
         line.send(control)
         until = time.monotonic() + REPLY_S
         while (left := until - time.monotonic()) > 0 and (got := line.receive(left)) is not None:
@@ -171,6 +149,18 @@ def _frames_at(
     finally:
         line.close()
     return found, last
+
+
+def _until(line: Line, mark: int) -> list[Answer]:
+    """What is answered before the hello with the id ``mark``."""
+    found: list[Answer] = []
+    until = time.monotonic() + REPLY_S
+    while (left := until - time.monotonic()) > 0 and (got := line.receive(left)) is not None:
+        reply = reply_codec.decode(got[-1])
+        if reply.id == mark:
+            return found
+        found.append(answer_of(reply))
+    return [*found, Answer("cut" if line.cut else "no-answer", "not even to the hello after it")]
 
 
 def malformed(stage: Stage, trial: Trial) -> None:

@@ -26,6 +26,7 @@ GROUPS: Final = {
     "shares": "A node that was taken over",
     "data": "Ciphertexts, signatures and MACs",
     "documents": "Manifests and routing tables",
+    "members": "Membership while the cluster runs",
     "floods": "Availability",
 }
 
@@ -99,8 +100,8 @@ class Report:
             f"**{self.summary}.**",
             "",
             "Each attack has a control: the same message in its honest form was accepted. After each attack that held, "
-            "every server was still the same start, and every node did honest work with right results. *Held* says that what "
-            "was tried here was refused or survived; it says nothing about what was not tried.",
+            "every server was still the same start, and every node did honest work with right results. *Held* says that "
+            "what was tried here was refused or survived; it says nothing about what was not tried.",
             "",
             "| | |",
             "|---|---|",

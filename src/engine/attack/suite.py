@@ -13,7 +13,7 @@ from typing import Final
 import zmq
 
 from engine._version import __version__
-from engine.attack import data, documents, floods, frames, grants, rights, shares, transport
+from engine.attack import data, documents, floods, frames, grants, membership, rights, shares, transport
 from engine.attack.model import Attack, NotRun, Options, Result, Trial, Undecided, Verdict
 from engine.attack.report import Report
 from engine.attack.stage import Stage
@@ -30,6 +30,7 @@ ATTACKS: Final[tuple[Attack, ...]] = (
     *shares.ATTACKS,
     *data.ATTACKS,
     *documents.ATTACKS,
+    *membership.ATTACKS,
     *floods.ATTACKS,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,7 +14,7 @@ from engine.errors import AccessDenied, ConfigError
 from engine.keys import RequestType
 from engine.protocol.manifest import Cluster, Member
 
-__all__ = ["PREFIX", "Target", "load_target"]
+__all__ = ["PREFIX", "Leaver", "Target", "load_target"]
 
 PREFIX: Final = "keyquorum-attack/"
 """How the names of the keys begin that a run makes, uses and destroys."""
@@ -36,6 +36,14 @@ NEEDED: Final = (
 
 
 @dataclass(frozen=True, slots=True)
+class Leaver:
+    """A client that the cluster's operator can remove meanwhile, and how; it is asked for once."""
+
+    settings: ClientSettings
+    remove: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A cluster that may be attacked. ``pids`` are processes of members on this machine, watched for memory."""
 
@@ -44,6 +52,7 @@ class Target:
     second: ClientSettings | None = None
     nodes: Mapping[str, Identity] = field(default_factory=dict)
     pids: Mapping[str, int] = field(default_factory=dict)
+    leaver: Leaver | None = None
 
     @property
     def cluster(self) -> Cluster:
@@ -62,6 +71,7 @@ def load_target(
     second: str | os.PathLike[str] | None = None,
     node_identities: Sequence[str | os.PathLike[str]] = (),
     pids: Mapping[str, int] | None = None,
+    leaver: Leaver | None = None,
     allow_remote: bool = False,
     cluster: str = "",
 ) -> Target:
@@ -87,7 +97,7 @@ def load_target(
         nodes[identity.name] = identity
     told = load_config(config, ClientConfig)
     chain = resolve(config, told.manifest).read_bytes()
-    return Target(first, chain, beside, nodes, dict(pids or {}))
+    return Target(first, chain, beside, nodes, dict(pids or {}), leaver)
 
 
 def _check_place(cluster: Cluster, allow_remote: bool, name: str) -> None:

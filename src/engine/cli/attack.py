@@ -15,9 +15,9 @@ import click
 
 from engine.attack import ATTACKS, Options, Report, Result, Target, Verdict, attack_cluster, choose, load_target
 from engine.attack.model import DURATION_MAX_S, IDLE_MAX, RATE_MAX
-from engine.attack.target import PREFIX
+from engine.attack.target import PREFIX, Leaver
 from engine.cli.output import Settings, client_config, common_options, emit, note, start_logging, table
-from engine.client.client import connect
+from engine.client.client import connect, load_settings
 from engine.client.local import LocalCluster
 from engine.protocol.manifest import PolicyRule
 
@@ -210,7 +210,7 @@ def _summary(report: Report, place: Path | None) -> str:
 def _local_target(settings: Settings) -> Iterator[Target]:
     """A cluster of five nodes with an attacker, a neighbour, and a key that is neither's."""
     tell: Any = (lambda text: None) if settings.json else note
-    clients = ("local", "attacker", "neighbour")
+    clients = ("local", "attacker", "neighbour", "leaver")
     begun = time.monotonic()
     with LocalCluster(nodes=5, threshold=3, clients=clients, rules=LOCAL_RULES, on_event=tell) as running:
         with connect(running.client_config) as kq:
@@ -220,5 +220,13 @@ def _local_target(settings: Settings) -> Iterator[Target]:
             running.client_config_of("attacker"),
             second=running.client_config_of("neighbour"),
             node_identities=[running.path / "nodes" / node / "identity.toml" for node in running.nodes[:2]],
-            pids={name: pid for name, pid in running.running().items() if pid},
+            pids={name: pid for name, pid in running.serving().items() if pid},
+            leaver=Leaver(
+                load_settings(running.client_config_of("leaver")),
+                lambda: _remove(running, "leaver"),
+            ),
         )
+
+
+def _remove(running: LocalCluster, name: str) -> None:
+    running.sign_manifest([member for member in running.cluster.members.values() if member.name != name])
