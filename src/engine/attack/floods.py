@@ -98,7 +98,7 @@ def _baseline(stage: Stage, trial: Trial) -> Beside:
     name = stage.names["data"]
     for word in ("data",):
         stage.honest.encrypt(stage.names[word], b"x", timeout=HONEST_S)
-    alone = work_beside(stage.honest, name, min(1.0, stage.options.duration_s))
+    alone = work_beside(stage.honest, name, min(1.0, stage.options.duration_s / 2))
     trial.control(
         alone.done > 0 and not alone.failed and not alone.wrong,
         f"{stage.honest.name} works alone, every result right",

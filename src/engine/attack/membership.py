@@ -31,7 +31,7 @@ pack = msgspec.msgpack.encode
 unpack = msgspec.msgpack.decode
 CUT_S: Final = 15.0
 """How long a member may take to cut off who was removed, on a busy machine; the manifest's own way included."""
-PUBLISHED_S: Final = 4.0
+PUBLISHED_S: Final = 2.5
 """Longer than a balancer takes from one routing table to the next."""
 
 

@@ -99,9 +99,9 @@ class Report:
             "",
             f"**{self.summary}.**",
             "",
-            "Each attack has a control: the same message in its honest form was accepted. After each attack that held, "
-            "every server was still the same start, and every node did honest work with right results. *Held* says that "
-            "what was tried here was refused or survived; it says nothing about what was not tried.",
+            "Each attack has a control: the same message in its honest form was accepted. After each attack that "
+            "held, every server was still the same start, and every node did honest work with right results. *Held* "
+            "says that what was tried here was refused or survived; it says nothing about what was not tried.",
             "",
             "| | |",
             "|---|---|",

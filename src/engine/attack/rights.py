@@ -62,7 +62,8 @@ def _node_messages(stage: Stage) -> dict[str, object]:
     """A well-formed body for each verb that only nodes may send, as good as a client can make it."""
     described = stage.described("data")
     key_id = stage.record("data").manifest.key_id
-    destroy = _signed(stage, "order.destroy", DestroyOrder(key_id, stage.names["data"], now_ms() + 60_000))
+    # Expired, so that not even a node which takes the verb from a client erases a share on it.
+    destroy = _signed(stage, "order.destroy", DestroyOrder(key_id, stage.names["data"], now_ms() - 60_000))
     grant = stage.grant("data", stage.holders("data")[0])
     return {
         SHARE_PREPARE: SharePrepare(described.manifest, 1, bytes(64), bytes(32), []),
@@ -100,7 +101,7 @@ def registry_verbs(stage: Stage, trial: Trial) -> None:
         "registry.reserve": Reserve(_signed(stage, "order.create", order)),
         REGISTRY_COMMIT: Commit(described.manifest, [b"x"]),
         "registry.destroy": Destroy(
-            _signed(stage, "order.destroy", DestroyOrder(manifest.key_id, manifest.name, now_ms() + 60_000))
+            _signed(stage, "order.destroy", DestroyOrder(manifest.key_id, manifest.name, now_ms() - 60_000))
         ),
         "registry.sync": Sync(0),
         "registry.outcome": Outcome(manifest.key_id, 1),

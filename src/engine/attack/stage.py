@@ -151,8 +151,12 @@ class Stage:
 
     @property
     def honest(self) -> Engine:
-        """Who works honestly beside a flood: the second client if there is one."""
-        return self.second or self.first
+        """Who works honestly beside a flood: the second client, if there is one that may use the keys of a run."""
+        name = f"{PREFIX}{self.run_id}/data"
+        may = self.cluster.allows
+        if self.second is not None and all(may(self.second.name, verb, name) for verb in ("encrypt", "decrypt")):
+            return self.second
+        return self.first
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -307,17 +311,26 @@ class Stage:
         """
         until = time.monotonic() + PATIENCE_S
         while True:
-            told = self._harm()
+            found = self.hello()
+            restarted = self._restarted(found)
+            if restarted:
+                return restarted
+            told = self._harm(found)
             if not told or time.monotonic() > until:
                 return told
             time.sleep(0.2)
 
-    def _harm(self) -> str:
-        for name, told in self.hello().items():
+    def _restarted(self, found: Mapping[str, Serving | str]) -> str:
+        """Which server is another start than at the beginning: no patience mends that."""
+        for name, told in found.items():
+            if isinstance(told, Serving) and told.boot != self.serving[name].boot:
+                return f"{name} was started anew meanwhile (its boot id changed): it crashed or was restarted"
+        return ""
+
+    def _harm(self, found: Mapping[str, Serving | str]) -> str:
+        for name, told in found.items():
             if isinstance(told, str):
                 return f"{name} does not answer hello ({told})"
-            if told.boot != self.serving[name].boot:
-                return f"{name} was started anew meanwhile (its boot id changed): it crashed or was restarted"
         try:
             return self._wrong_results()
         except (EngineError, ValueError) as error:

@@ -23,6 +23,7 @@ from engine.protocol.manifest import PolicyRule
 
 __all__ = ["attack"]
 
+START_S: Final = 180.0
 GOT_THROUGH: Final = 3
 """Exit code: an attack got through, or harmed the cluster."""
 UNDECIDED: Final = 2
@@ -212,7 +213,7 @@ def _local_target(settings: Settings) -> Iterator[Target]:
     tell: Any = (lambda text: None) if settings.json else note
     clients = ("local", "attacker", "neighbour", "leaver")
     begun = time.monotonic()
-    with LocalCluster(nodes=5, threshold=3, clients=clients, rules=LOCAL_RULES, on_event=tell) as running:
+    with LocalCluster(5, 3, clients=clients, rules=LOCAL_RULES, start_timeout_s=START_S, on_event=tell) as running:
         with connect(running.client_config) as kq:
             kq.create_key("payroll", "aes-256-gcm", threshold=3, shares=5)
         tell(f"a cluster for the attacks is up ({time.monotonic() - begun:.1f} s)")
