@@ -15,6 +15,7 @@ BIN := .venv/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+ATTACK_ARGS ?=
 
 .PHONY: help
 help: ## list the targets
@@ -83,6 +84,11 @@ assurance: ## the long proofs: valgrind, timing, NEON, sanitizers, a million cha
 	@.ci/setup test,lint
 	@tests/assurance/tools
 	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance tests/nodes/test_tampering.py --verbose $(PYTEST_ARGS)
+
+.PHONY: attack
+attack: ## attack a cluster that it starts (2 minutes); build/attack/report.md and .json; ATTACK_ARGS="--quick"
+	@.ci/setup
+	@$(BIN)/keyquorum attack --local --report build/attack/report $(ATTACK_ARGS)
 
 .PHONY: crash
 crash: ## kill -9 at every named step and at random ones, and power cuts (root); KEYQUORUM_CRASH_S bounds what is random

@@ -7,6 +7,8 @@ import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from engine.attack.target import PREFIX
+
 PAGE = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text(encoding="utf-8")
 NEEDS = {"status": "status", "key create": "generate", "encrypt": "encrypt", "decrypt": "decrypt"}
 
@@ -32,3 +34,15 @@ def test_the_policy_fits_the_commands() -> None:
         assert f"--card {client}.card" in PAGE
         checked += 1
     assert checked == 4
+
+
+def test_the_attackers_policy_is_enough_and_no_more() -> None:
+    """The rules of step 6 let the attacker do what a run needs, with the keys of a run alone."""
+    page = PAGE.partition("## 6. Attack it")[2].partition("## Later")[0]
+    (policy,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    rules = {rule["identity"]: rule for rule in tomllib.loads(policy)["rule"]}
+    assert set(rules) == {"attacker", "neighbour"}
+    assert all(rule["keys"] == PREFIX + "*" for rule in rules.values())
+    assert rules["attacker"]["operations"] == ["*"]
+    for name in rules:
+        assert f"{name}/client.toml" in page
