@@ -46,8 +46,15 @@ FOUND = {
     "crash": "frames.malformed",
 }
 """Which attack finds which weakness."""
-ALSO = {"ledger": {"node4"}, "policy": {"node5"}, "release": {"node4"}, "existence": {"node3"}}
-"""Nodes whose own weaknesses the same attack may find too."""
+ALSO = {
+    "ledger": {"node4"},
+    "policy": {"node5"},
+    "release": {"node4"},
+    "existence": {"node3"},
+    # Two ciphertexts of node3, with its one nonce, may be the same: then each node opens a mixture of them.
+    "oracle": set(WEAK),
+}
+"""Nodes at which the same attack may find the weakness of another."""
 RULES = (
     PolicyRule("local", "*", ["*"]),
     PolicyRule("attacker", PREFIX + "*", ["*"]),
@@ -104,6 +111,11 @@ def test_a_weakness_is_found_where_it_is(report: Report, node: str, weakness: st
     assert node in at, found.trial.failures[:5]
     assert at <= {node} | ALSO.get(weakness, set()), found.trial.failures
     assert found.trial.controls
+
+
+def test_an_oracle_is_told_from_the_rest(report: Report) -> None:
+    failures = result_of(report, FOUND["oracle"]).trial.failures
+    assert {case.at for case in failures if "no oracle" in case.what} == {"node4"}
 
 
 def test_a_crash_and_a_lax_decoder_are_found(weak: Weak) -> None:

@@ -12,7 +12,7 @@ from engine.client.client import ClientSettings, load_settings
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
 from engine.errors import AccessDenied, ConfigError
 from engine.keys import RequestType
-from engine.protocol.manifest import Cluster, Member
+from engine.protocol.manifest import Cluster, Member, Retiring
 
 __all__ = ["PREFIX", "Leaver", "Target", "load_target"]
 
@@ -103,10 +103,9 @@ def load_target(
 def _check_place(cluster: Cluster, allow_remote: bool, name: str) -> None:
     if name and name != cluster.name:
         raise ConfigError(f"--cluster {name}: the configuration is of the cluster {cluster.name!r}")
-    endpoints = [
-        endpoint for each in cluster.members.values() for endpoint in (each.endpoint, each.publish_endpoint) if endpoint
-    ]
-    remote = sorted({each for each in endpoints if not _is_loopback(each)})
+    places: tuple[Member | Retiring, ...] = (*cluster.members.values(), *cluster.retiring.values())
+    endpoints = {endpoint for each in places for endpoint in (each.endpoint, each.publish_endpoint) if endpoint}
+    remote = sorted(each for each in endpoints if not _is_loopback(each))
     if remote and not (allow_remote and name == cluster.name):
         raise ConfigError(
             f"the cluster {cluster.name!r} is not on this machine's loopback alone ({', '.join(remote)[:200]}); to "

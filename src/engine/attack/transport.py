@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Final
 
+import msgspec
 import zmq
 
 from engine.attack.model import Attack, NotRun, Trial
@@ -64,9 +65,15 @@ def _control(stage: Stage, trial: Trial, members: Sequence[Member]) -> None:
 
 
 def _ports(stage: Stage) -> list[tuple[str, str, Member]]:
-    """Every open port: what it is, its endpoint, its member."""
+    """Every open port: what it is, its endpoint, and its member, with the key that is served there."""
     found = [(member.name, member.endpoint, member) for member in stage.servers]
     found += [(f"{m.name} (publish)", m.publish_endpoint, m) for m in stage.servers if m.publish_endpoint]
+    for each in stage.cluster.retiring.values():
+        member = msgspec.structs.replace(stage.cluster.members[each.name], curve_public=each.curve_public)
+        if each.endpoint and each.endpoint != member.endpoint:
+            found.append((f"{each.name} (retiring)", each.endpoint, member))
+        if each.publish_endpoint and each.publish_endpoint != member.publish_endpoint:
+            found.append((f"{each.name} (publish, retiring)", each.publish_endpoint, member))
     return found
 
 
