@@ -353,12 +353,12 @@ class TestStale:
 
 
 class TestShortage:
-    def test_two_combiners_are_believed_and_their_missing_merged(self, play: Play) -> None:
+    def test_all_combiners_are_asked_and_what_they_miss_is_merged(self, play: Play) -> None:
         play.answers["encrypt"] = [QuorumUnavailable("2 of 3", ["n1", "n2"]), QuorumUnavailable("1 of 3", ["n2", "n3"])]
         with pytest.raises(QuorumUnavailable, match="2 of 3; 1 of 3") as caught:
             encrypt(play)
         assert caught.value.missing == ("n1", "n2", "n3")
-        assert len(play.verbs("encrypt")) == 2
+        assert len(play.verbs("encrypt")) == 5
 
     def test_a_second_combiner_may_have_it(self, play: Play) -> None:
         play.answers["encrypt"] = [QuorumUnavailable("2 of 3", ["n1"]), Result(b"ct")]
@@ -758,6 +758,33 @@ def test_when_all_are_late_the_call_waits_for_any_of_them(world: World) -> None:
     late.tell(Ended(asked[3], ok(), None))
     assert late.result == b"ct"
     assert all(late.play.router._nodes[node].outstanding == 0 for node in NODES)
+
+
+def test_a_round_is_told_of_nothing_that_an_earlier_one_had_under_way(world: World) -> None:
+    """The first exchange of each round is fresh; those that follow while others are late are not."""
+    play = Play(world, {"describe": world.describe()})
+    late = Late(play, play.calls.encrypt("k", b"data", b"", 5.0))
+    assert late.step.verb == "describe"
+    assert late.step.alone
+    late.tell(None, 1.0)
+    assert late.step.verb == "describe"
+    assert not late.step.alone
+    late.tell(Reply(1, 1, Status.OK, REPLY_CODECS["describe"].encode(world.describe()), IDLE, {}))
+    assert late.step.verb == "encrypt"
+    assert late.step.alone  # or the first node's late description would be taken for its ciphertext
+
+
+def test_a_shortage_of_shares_is_believed_once_all_were_asked(world: World) -> None:
+    """Two nodes that are parted from three have too few shares; those three have enough."""
+    few = NODES[:2]
+    told = ErrorBody("quorum-unavailable", "2 of the 3 shares needed were had", list(NODES[2:]))
+    late = at_first_node(world)
+    asked = []
+    while late.step is not None:
+        asked.append(late.step.peer)
+        short = late.step.peer in few
+        late.tell(Reply(1, 1, Status.ERROR, error_codec.encode(told), IDLE, {}) if short else ok())
+    assert late.result == b"ct"
 
 
 def test_a_late_refusal_is_as_good_as_any(world: World) -> None:

@@ -14,9 +14,11 @@ import pytest
 import zmq
 
 from engine.client.admission import ServiceLimits, welcome
+from engine.client.calls import Await, Exchange
+from engine.client.client import drive
 from engine.client.config import CurveIdentity, Identity, create_identity
 from engine.client.listener import IDLE, Gate, Incoming, Listener
-from engine.client.transport import Channel, ask, connect_options, raise_for_status, watch
+from engine.client.transport import Arrival, Channel, ask, connect_options, raise_for_status, watch
 from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Flush, Flushed, Hello, Welcome
@@ -249,6 +251,39 @@ def test_a_restart_while_idle_does_not_fail_the_next_request(world: World, chann
         assert time.monotonic() < until
     assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
     node.stop()
+
+
+def test_replies_that_come_together_are_all_taken(world: World, context: zmq.Context[Any]) -> None:
+    """A call that asks two nodes at once waits for each of them, also when both answer at the same instant."""
+    kept: list[Incoming] = []
+    ended: list[Any] = []
+
+    def both(listener: Listener, incoming: Incoming) -> None:
+        kept.append(incoming)
+        if len(kept) == 2:
+            for each in kept:
+                answer(listener, each)
+
+    class Slow(Channel):
+        def poll(self, timeout_s: float) -> list[Arrival]:
+            time.sleep(0.3)
+            return super().poll(timeout_s)
+
+    def call() -> Any:
+        assert (yield Exchange("n1", "flush", FLUSH, 20.0, 0.01)) is None
+        first = yield Exchange("n1", "flush", FLUSH, 20.0, 20.0)
+        second = yield Await()
+        return [first, second]
+
+    node = Node(world.node, world.cluster, both)
+    try:
+        with Slow(world.client.transport, world.members, context) as channel:
+            beside = threading.Thread(target=lambda: ended.extend(drive(channel, call())), daemon=True)
+            beside.start()
+            beside.join(60)
+            assert len(ended) == 2, "the second reply was lost, and the call waits for it for ever"
+    finally:
+        node.stop()
 
 
 @pytest.mark.parametrize("garbage", [b"x" * 64, b"\xff" + bytes(8) + b"\x7f\x03" + bytes(200)])

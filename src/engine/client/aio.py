@@ -523,7 +523,7 @@ class AsyncEngine:
                     continue
                 newest, patience_s = None, None
                 if isinstance(step, Exchange):
-                    if step.patience_s is None:
+                    if step.alone:
                         _give_up(under_way)
                     newest, patience_s = self._loop.create_task(self._exchange(step)), step.patience_s
                     under_way[newest] = step.peer

@@ -129,7 +129,8 @@ class Exchange:
     """Ask ``peer``: ``body`` is the verb's encoded message; the reply is due within ``timeout_s`` seconds.
 
     Without an answer within ``patience_s`` the call is resumed with None, and the exchange goes on. With none to be had
-    by patience (None) the call waits for this exchange alone, and gives up any that were late.
+    by patience (None) the call waits for this exchange alone, and gives up any that were late. A ``fresh`` one gives
+    them up too: it is the first of its round, and must not be told of what an earlier round had under way.
     """
 
     peer: str
@@ -137,6 +138,12 @@ class Exchange:
     body: bytes
     timeout_s: float
     patience_s: float | None = None
+    fresh: bool = False
+
+    @property
+    def alone(self) -> bool:
+        """Whether what is under way is given up before this begins."""
+        return self.fresh or self.patience_s is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,12 +297,6 @@ class _Trail:
 
     def told(self) -> str:
         return "; ".join(f"{peer}: {error}" for peer, error in (self.earlier | self.failures).items())[:900]
-
-    def short_of_shares(self, error: QuorumUnavailable | ShareCorrupt) -> None:
-        """Keep a combiner's word that it has too few shares; the second one's is believed and raised."""
-        self.quorum.append(error)
-        if len(self.quorum) > 1:
-            raise self.shortage()
 
     def shortage(self) -> EngineError:
         if len(self.quorum) == 1:
@@ -535,7 +536,8 @@ class Calls:
         if isinstance(outcome, _FINAL):
             raise outcome
         if isinstance(outcome, QuorumUnavailable | ShareCorrupt):
-            trail.short_of_shares(outcome)
+            # Those that it misses are asked all the same: they may be on the other side of a partition, with enough.
+            trail.quorum.append(outcome)
 
     def _message(
         self, node: str, use: _Use, shaped: tuple[bytes, bool], known: Description, cold: bool, trail: _Trail
@@ -995,7 +997,8 @@ class _Race:
         router = self._calls.router
         timeout_s = self._trail.attempt_s(most_s=self._most_s)
         patience_s = min(router.patience_s(peer, request_class, cold) * 2 ** len(self.waiting), timeout_s)
-        exchange = Exchange(peer, verb, REQUEST_CODECS[verb].encode(message), timeout_s, patience_s)
+        fresh = not self.waiting
+        exchange = Exchange(peer, verb, REQUEST_CODECS[verb].encode(message), timeout_s, patience_s, fresh)
         asked = _Asked(exchange, self._calls.clock(), key_name, request_class, cold)
         router.sent(peer)
         self.waiting[peer] = asked

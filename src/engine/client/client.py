@@ -13,6 +13,7 @@ import random
 import resource
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -154,7 +155,7 @@ class _Flight:
         self.newest, self.until_s = 0, math.inf
         if isinstance(step, Await):
             return
-        if step.patience_s is None:
+        if step.alone:
             self.give_up()
         self.newest = self._channel.start(step.peer, step.verb, step.body, step.timeout_s)
         self.peers[self.newest] = step.peer
@@ -190,6 +191,7 @@ class _Flight:
 def drive(channel: Channel, call: Call[T]) -> T:
     """Run one call to its end over a channel that has nothing else under way."""
     flight = _Flight(channel, call)
+    arrived: deque[Arrival] = deque()
     try:
         step = next(call)
         while True:
@@ -203,7 +205,7 @@ def drive(channel: Channel, call: Call[T]) -> T:
             except EngineError as error:
                 step = call.throw(error)
                 continue
-            arrival = _first(channel, flight)
+            arrival = _first(channel, flight, arrived)
             step = flight.late() if arrival is None else flight.ended(arrival)
     except StopIteration as stop:
         result: T = stop.value
@@ -212,15 +214,20 @@ def drive(channel: Channel, call: Call[T]) -> T:
         flight.give_up()
 
 
-def _first(channel: Channel, flight: _Flight) -> Arrival | None:
-    """The first end of what the call has under way, or None when its patience is over."""
+def _first(channel: Channel, flight: _Flight, arrived: deque[Arrival]) -> Arrival | None:
+    """The first end of what the call has under way, or None when its patience is over.
+
+    ``arrived`` keeps what came with an earlier one, at the same instant.
+    """
     while True:
+        while arrived:
+            arrival = arrived.popleft()
+            if arrival.token in flight.peers:
+                return arrival
         wait_s = min(flight.until_s - time.monotonic(), LONGEST_POLL_S)
         if wait_s <= 0:
             return None
-        for arrival in channel.poll(wait_s):
-            if arrival.token in flight.peers:
-                return arrival
+        arrived.extend(channel.poll(wait_s))
 
 
 class _Pipeline:
@@ -297,7 +304,7 @@ class _Pipeline:
                     self._give_up(flight)
                     self._wake(time.monotonic() + step.seconds, 0, flight)
                     return
-                if isinstance(step, Exchange) and step.patience_s is None:
+                if isinstance(step, Exchange) and step.alone:
                     self._give_up(flight)
                 try:
                     flight.begin(step)
