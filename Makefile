@@ -16,6 +16,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 ATTACK_ARGS ?=
+FAULTS_ARGS ?=
 
 .PHONY: help
 help: ## list the targets
@@ -95,6 +96,12 @@ crash: ## kill -9 at every named step and at random ones, and power cuts (root);
 	@.ci/setup test,lint
 	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest -s tests/engine/test_cluster_crashes.py tests/nodes/test_crash_points.py \
 		tests/nodes/test_power_cut.py tests/nodes/test_rotation.py $(PYTEST_ARGS)
+
+.PHONY: faults
+faults: ## play each fault of docs/faults.md on real processes (45 minutes); FAULTS_ARGS="--only NAME --seed N" runs one
+	@.ci/setup test,lint
+	@tests/faults/tools
+	@$(BIN)/python tests/faults/matrix.py $(FAULTS_ARGS)
 
 .PHONY: dist
 dist: ## build the sdist and the wheel into dist/
