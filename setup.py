@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 KERNELS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "src" / "gf256").glob("*.c"))
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "src" / "gf256").glob("*.h"))
 
-# KEYQUORUM_SANITIZE=address,undefined builds the core for the sanitizers (the tests then need LD_PRELOAD of libasan).
+# KEYQUORUM_SANITIZE=address,undefined builds both for the sanitizers (the tests then need LD_PRELOAD of libasan).
 SANITIZE = os.environ.get("KEYQUORUM_SANITIZE", "")
 COMPILE = ["-O3", "-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"]
 LINK: list[str] = []
@@ -27,11 +27,18 @@ fastshamir = Extension(
     extra_link_args=LINK,
 )
 
+fasttoken = Extension(
+    "nodes._fasttoken",
+    sources=["nodes/_fasttoken.pyx"],
+    extra_compile_args=COMPILE,
+    extra_link_args=[*LINK, "-ldl"],
+)
+
 # Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
 DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
-    ext_modules=cythonize([fastshamir], build_dir="build/cython", compiler_directives=DIRECTIVES),
+    ext_modules=cythonize([fastshamir, fasttoken], build_dir="build/cython", compiler_directives=DIRECTIVES),
     packages=[
         *(f"engine{name and '.' + name}" for name in ["", *find_packages("src/engine")]),
         *(f"nodes{name and '.' + name}" for name in ["", *find_packages("nodes")]),

@@ -97,14 +97,14 @@ def installed(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     return venv
 
 
-def test_wheel_holds_exactly_the_modules_and_one_extension(archives: tuple[Path, Path]) -> None:
+def test_wheel_holds_exactly_the_modules_and_two_extensions(archives: tuple[Path, Path]) -> None:
     """No C source, no test, no leftover of an earlier build; stubs and type markers are there."""
     with zipfile.ZipFile(archives[1]) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
     code = {name for name in names if ".dist-info/" not in name}
-    extension = f"engine/_fastshamir{sysconfig.get_config_var('EXT_SUFFIX')}"
-    assert code == packaged_sources() | {extension}
-    assert {"engine/py.typed", "engine/_fastshamir.pyi", "nodes/py.typed", "balancer/py.typed"} <= code
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert code == packaged_sources() | {f"engine/_fastshamir{suffix}", f"nodes/_fasttoken{suffix}"}
+    assert {"engine/py.typed", "engine/_fastshamir.pyi", "nodes/py.typed", "nodes/_fasttoken.pyi"} <= code
     metadata = {name.split(".dist-info/")[1] for name in names - code}
     assert metadata == {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
 
@@ -126,7 +126,16 @@ def test_sdist_holds_what_builds_and_tests_need(archives: tuple[Path, Path]) -> 
     """All sources, the licence and the tests; nothing generated and nothing compiled."""
     with tarfile.open(archives[0]) as sdist:
         names = {member.name.split("/", 1)[1] for member in sdist.getmembers() if member.isfile()}
-    wanted = {"LICENSE", "Makefile", "pyproject.toml", "setup.py", "src/_fastshamir.pyx", ".ci/run", ".ci/setup"}
+    wanted = {
+        "LICENSE",
+        "Makefile",
+        "pyproject.toml",
+        "setup.py",
+        "src/_fastshamir.pyx",
+        "nodes/_fasttoken.pyx",
+        ".ci/run",
+        ".ci/setup",
+    }
     wanted |= {name for name in ("README.md", "CHANGELOG.md") if (ROOT / name).exists()}
     for pattern in ("src/gf256/*.[ch]", "src/engine/**/*.py*", "nodes/**/*.py", "balancer/**/*.py", "tests/**/*.py"):
         wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern) if "__pycache__" not in path.parts}
@@ -141,14 +150,15 @@ def test_installed_package_works_outside_the_checkout(installed: Path) -> None:
     program = """
 import importlib.metadata, engine, nodes, balancer
 from engine import _fastshamir
+from nodes import _fasttoken
 shares = engine.generate_shares(b"sixteen byte key", threshold=2, shares=3)
 assert engine.reconstruct_key(shares[1:]) == b"sixteen byte key"
 assert _fastshamir.kernel_name() in _fastshamir.available_kernels()
 assert engine.__version__ == importlib.metadata.version("keyquorum")
-print(*(module.__file__ for module in (engine, nodes, balancer, _fastshamir)), sep="\\n")
+print(*(module.__file__ for module in (engine, nodes, balancer, _fastshamir, _fasttoken)), sep="\\n")
 """
     files = run([installed / "bin" / "python", "-c", program], installed).split()
-    assert len(files) == 4
+    assert len(files) == 5
     assert all(Path(file).is_relative_to(installed / "lib") for file in files)
 
 

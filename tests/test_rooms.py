@@ -20,6 +20,7 @@ Sources = dict[str, str]
 
 CONFINED = {
     "engine._fastshamir": ("src/engine/sharing/",),
+    "nodes._fasttoken": ("nodes/token.py",),
     "pkcs11": ("nodes/token.py", "nodes/_fasttoken"),
     "sklearn": ("balancer/forecast.py",),
     "highspy": ("balancer/optimizer.py",),
@@ -229,6 +230,7 @@ def test_the_version_is_stated_once() -> None:
         (confined_imports, "src/engine/client/calls.py", "from engine import _fastshamir"),
         (confined_imports, "src/engine/client/calls.py", "from .. import _fastshamir"),
         (confined_imports, "src/engine/__init__.py", "from ._fastshamir import split"),
+        (confined_imports, "nodes/handlers.py", "from nodes import _fasttoken"),
         (confined_imports, "nodes/server.py", "import importlib\nimportlib.import_module('pkcs11.util')"),
         (confined_imports, "balancer/plan.py", "def f():\n    import sklearn.linear_model as linear"),
         (confined_imports, "balancer/plan.py", "import highspy"),
@@ -258,6 +260,7 @@ def test_rules_find_what_they_look_for(rule, path: str, text: str) -> None:
     [
         (confined_imports, "src/engine/sharing/dealer.py", "from engine import _fastshamir"),
         (confined_imports, "nodes/token.py", "import pkcs11"),
+        (confined_imports, "nodes/token.py", "from nodes._fasttoken import Session"),
         (impure_imports, "src/engine/protocol/manifest.py", "import zmq.utils.z85"),
         (facade_imports, "src/engine/sharing/dealer.py", "from engine._fastshamir import split"),
         (facade_imports, "nodes/server.py", "import engine"),

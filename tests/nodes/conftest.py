@@ -592,3 +592,23 @@ def run_python() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def occurrences() -> Callable[[int, bytes], int]:
+    """How often some bytes stand in the memory of a process."""
+
+    def find(pid: int, needle: bytes) -> int:
+        """How often it stands in the memory of a process."""
+        found = 0
+        with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                begin, end = (int(each, 16) for each in line.split()[0].split("-"))
+                if line.split()[1].startswith("rw") and "[vvar" not in line:
+                    try:
+                        found += os.pread(memory.fileno(), end - begin, begin).count(needle)
+                    except OSError:
+                        continue  # a guard page or a device
+        return found
+
+    return find

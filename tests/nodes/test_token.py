@@ -463,24 +463,10 @@ os.read(0, 1)
 """
 
 
-def occurrences(pid: int, needle: bytes) -> int:
-    """How often it stands in the memory of a process."""
-    found = 0
-    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            begin, end = (int(each, 16) for each in line.split()[0].split("-"))
-            if line.split()[1].startswith("rw") and "[vvar" not in line:
-                try:
-                    found += os.pread(memory.fileno(), end - begin, begin).count(needle)
-                except OSError:
-                    continue  # a guard page or a device
-    return found
-
-
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("name", ["aes-256-gcm", "hmac-sha512", "ecdsa-p256-sha256", "ed25519", "rsa-2048-pss-sha256"])
 def test_loading_leaves_no_copy_in_the_process(
-    token_config: TokenConfig, tmp_path: Path, name: str, copied: bool
+    token_config: TokenConfig, tmp_path: Path, occurrences: Callable[[int, bytes], int], name: str, copied: bool
 ) -> None:
     """The whole memory of another process is searched; with one ``bytes`` of the key kept, the search finds that one.
 
