@@ -27,6 +27,7 @@ typedef void *P;         /* every pointer */
 
 #define CKR_OK 0UL
 #define CKR_GENERAL_ERROR 5UL
+#define CKR_BUFFER_TOO_SMALL 0x150UL
 #define CKF_OS_LOCKING_OK 2UL
 #define FOR_EVER UINT64_MAX
 #define NAP_NS 1000000L
@@ -284,7 +285,7 @@ __attribute__((visibility("default"))) U C_Initialize(P given)
         return after(slot, code != CKR_OK ? code : wrapped->name arguments); \
     }
 
-/* A refused call ends the operation that it belongs to, as the standard has it; the real module is made to. */
+/* A refused call ends its operation, as the standard has it, unless the room is too small; the real module is made to. */
 static void end_operation(int place, U session, P data, U size, P signature, U length)
 {
     static __thread B scratch[1 << 17];
@@ -305,7 +306,7 @@ static void end_operation(int place, U session, P data, U size, P signature, U l
     { \
         struct slot *slot = &slots[AT_##name]; \
         U code = before(slot); \
-        if (code != CKR_OK && wrapped != NULL) \
+        if (code != CKR_OK && code != CKR_BUFFER_TOO_SMALL && wrapped != NULL) \
             end_operation(AT_##name, a, b, c, (P)d, (U)e); \
         return after(slot, code != CKR_OK ? code : wrapped->name arguments); \
     }

@@ -76,6 +76,7 @@ class CKR(enum.IntEnum):
     TOKEN_NOT_RECOGNIZED = 0xE1
     USER_ALREADY_LOGGED_IN = 0x100
     USER_NOT_LOGGED_IN = 0x101
+    BUFFER_TOO_SMALL = 0x150
     CRYPTOKI_NOT_INITIALIZED = 0x190
 
 
@@ -221,7 +222,8 @@ class Shim:
     ) -> None:
         """Have the function return ``code`` uncalled: ``times`` times, after ``skip`` calls that go through.
 
-        C_Encrypt, C_Decrypt, C_Sign and C_Verify are called all the same, for that ends the session's operation.
+        C_Encrypt, C_Decrypt, C_Sign and C_Verify are called all the same, for that ends the session's operation, which
+        every code but BUFFER_TOO_SMALL does.
         """
         self._set(function, code=code, times=times, skip=skip, who=who, delay_us=int(delay_s * 1e6))
 
