@@ -19,7 +19,7 @@ import zmq
 from curve_client import CurveClient
 
 from engine.client.config import Identity, create_identity
-from engine.client.connections import MEMBER_BYTES, connections_allowed
+from engine.client.connections import MEMBER_BYTES, Connections, connections_allowed, end_connection, peer_of
 from engine.client.transport import Channel, ask, connect_options, raise_for_status
 from engine.errors import NodeUnavailable, Overloaded
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
@@ -337,3 +337,25 @@ def test_a_process_with_too_few_descriptors_says_so() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode != 0
     assert "the limit on open files (ulimit -n) is 100; at least 256 are needed" in done.stderr
+
+
+def test_a_descriptor_that_was_closed_meanwhile_is_nothing_to_look_at() -> None:
+    """libzmq closes connections beside, and its events come later: a look in between must not end the process."""
+    reader, writer = os.pipe()
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        connections = Connections(context, router, 10, 10)
+        try:
+            for fd in (reader, 1_000_000):  # a file of another kind took its number; or none did
+                assert peer_of(fd) is None
+                end_connection(fd, ("127.0.0.1", 1))
+                connection, _ = connections.heard(fd, "client", 10)
+                connection.sent = 2 * MEMBER_BYTES
+            connections._lowest = -(1 << 40)  # as if the process had grown
+            connections._hold_memory()
+            connections.end_at(7300)
+            connections.end_of({"client"})
+            assert len(connections) == 2
+        finally:
+            connections.close()
+    os.close(reader)
+    os.close(writer)

@@ -283,7 +283,10 @@ def end_connection(fd: int, peer: tuple[str, int]) -> None:
 
 def _on_socket(fd: int, use: Callable[[sockets.socket], Any]) -> Any:
     """Use a descriptor that libzmq owns, and may have closed meanwhile: then None."""
-    socket = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM, sockets.IPPROTO_TCP, fileno=fd)
+    try:
+        socket = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM, sockets.IPPROTO_TCP, fileno=fd)
+    except OSError:  # it is closed, or another file's by now
+        return None
     try:
         return use(socket)
     except OSError:
