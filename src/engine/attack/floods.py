@@ -36,6 +36,8 @@ HONEST_S: Final = 15.0
 """Deadline of an honest operation under a flood, its client's own retries included."""
 DRAIN_S: Final = 5.0
 REQUEST_MS: Final = 5_000
+BURST_MAX: Final = 3_000
+BURST_S: Final = 20.0
 
 Frame = Callable[[int, str], bytes]
 """The flood's n-th request to a node."""
@@ -50,6 +52,11 @@ class Beside:
     wrong: int = 0
     ms: list[float] = field(default_factory=list)
     seconds: float = 0.0
+
+    def take(self, other: Beside) -> None:
+        """Be what another thread has measured."""
+        self.done, self.failed, self.wrong = other.done, other.failed, other.wrong
+        self.ms, self.seconds = other.ms, other.seconds
 
     @property
     def per_s(self) -> float:
@@ -361,6 +368,59 @@ def handshakes(stage: Stage, trial: Trial) -> None:
     _judge(stage, trial, before, beside)
 
 
+def beyond_limits(stage: Stage, trial: Trial) -> None:
+    """More requests under way than one member may have: slow signatures, all at once."""
+    stage.make_key("slow", "rsa-2048-pss-sha256")
+    node = stage.holders("slow")[0]
+    limits = stage.serving[node].limits
+    count = limits.member_requests + 500
+    if count > BURST_MAX:
+        raise NotRun(f"one member may have {limits.member_requests} requests under way, which is too many to be filled")
+    signed = stage.ask_one(
+        node, "sign", stage.operate("slow", b"x", make_grant(stage, "slow", node, operations=["sign"]))
+    )
+    trial.control(signed.code == "ok", f"one signature is made by {node}", signed.seen)
+    name = stage.names["data"]
+    _baseline(stage, trial)
+    before = stage.memory()
+    member = stage.cluster.nodes[node]
+    body = REQUEST_CODECS["sign"].encode(stage.operate("slow", b"x"))
+    each = max(1, limits.connection_requests)
+    keys = Keys.of(stage.me.transport, member)
+    lines = [Line.open(stage.context, member.endpoint, keys) for _ in range(-(-count // each))]
+    codes: Counter[str] = Counter()
+    beside = Beside()
+    honest = threading.Thread(
+        target=lambda: beside.take(work_beside(stage.honest, name, stage.options.duration_s)), daemon=True
+    )
+    try:
+        for line in lines:
+            line.settle(10.0)
+        honest.start()
+        sent = sum(lines[number // each].send(_request(number + 1, "sign", body)) for number in range(count))
+        until = time.monotonic() + BURST_S
+        while sum(codes.values()) < sent and time.monotonic() < until:
+            for line in lines:
+                with suppress(zmq.Again):
+                    while True:
+                        frames = line.socket.recv_multipart(zmq.DONTWAIT)
+                        codes[answer_of(reply_codec.decode(frames[-1])).code] += 1
+            time.sleep(0.002)
+    finally:
+        honest.join(stage.options.duration_s + 2 * HONEST_S)
+        for line in lines:
+            line.close()
+    trial.figures |= {"requests at once": sent} | {f"answered {code}": n for code, n in sorted(codes.items())}
+    answered = sum(codes.values())
+    seen = ", ".join(f"{code} {n}" for code, n in codes.most_common())
+    allowed = {"ok", "overloaded", "deadline-exceeded"}
+    trial.case(answered == sent, "each request is answered", node, f"{answered} of {sent}")
+    trial.case(set(codes) <= allowed, "served, or refused for the limit", node, f"answers: {seen}")
+    if not codes["overloaded"]:
+        trial.note(f"the node was quicker than the requests came: {limits.member_requests} were never under way")
+    _judge(stage, trial, before, beside)
+
+
 _THREAT = "docs/security.md, Who has a client's key"
 ATTACKS: Final = (
     Attack(
@@ -378,6 +438,15 @@ ATTACKS: Final = (
         "an honest client is served beside it; what is too much is answered overloaded",
         f"{_THREAT}; CWE-770",
         valid_requests,
+    ),
+    Attack(
+        "floods.beyond-limits",
+        "More requests under way than one client may have",
+        "to fill a node's queues",
+        "each is served or answered overloaded, and an honest client is served beside it",
+        "docs/security.md, nobody crowds out others; CWE-770",
+        beyond_limits,
+        slow=True,
     ),
     Attack(
         "floods.bad-ciphertexts",

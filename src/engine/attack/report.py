@@ -55,6 +55,7 @@ class Report:
     options: Options
     results: tuple[Result, ...]
     leftovers: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
 
     def count(self, verdict: Verdict) -> int:
         """How many attacks ended so."""
@@ -86,6 +87,7 @@ class Report:
             "summary": self.summary,
             "counts": {str(each): self.count(each) for each in Verdict},
             "leftover_keys": list(self.leftovers),
+            "keys_of_other_runs": list(self.earlier),
             "attacks": [_result(result) for result in self.results],
         }
         told["digest"] = digest_of(told)
@@ -116,6 +118,8 @@ class Report:
         ]
         if self.leftovers:
             lines.append(f"| keys that could not be destroyed | {_safe(', '.join(self.leftovers))} |")
+        if self.earlier:
+            lines.append(f"| keys of other runs, left alone | {_safe(', '.join(self.earlier))} |")
         lines += self._failures()
         for group, title in GROUPS.items():
             chosen = [result for result in self.results if result.attack.group == group]

@@ -38,6 +38,9 @@ __all__ = [
 CURVE_HELLO_BYTES: Final = 202
 """A CURVE HELLO command with its frame's two bytes (ZeroMQ RFC 26)."""
 READ_MAX: Final = 256 * 1024
+CONNECT_S: Final = 1.0
+UNHEARD_MAX: Final = 10
+"""Connections that may come to nothing before the rest of a conversation is given up."""
 EVENTS: Final = (
     zmq.EVENT_CONNECTED
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
@@ -113,11 +116,16 @@ def converse(scripts: Sequence[Script], limit_s: float, at_once: int = 256) -> N
     """Play the scripts side by side, until each connection was closed by the other side or ``limit_s`` has passed."""
     waiting = list(scripts)
     playing: dict[socket.socket, _Player] = {}
+    unheard = 0
     with selectors.DefaultSelector() as selector:
         while waiting or playing:
             while waiting and len(playing) < at_once:
                 player = _Player(waiting.pop(0), time.monotonic() + limit_s)
-                if player.open():
+                if not player.open():
+                    unheard += 1
+                    if unheard == UNHEARD_MAX:
+                        waiting.clear()  # nobody accepts any more, and each try costs its time
+                else:
                     playing[player.socket] = player
                     selector.register(player.socket, selectors.EVENT_READ)
             for key, _ in selector.select(0.02):
@@ -143,7 +151,7 @@ class _Player:
 
     def open(self) -> bool:
         try:
-            self.socket.settimeout(2.0)
+            self.socket.settimeout(CONNECT_S)
             self.socket.connect(address_of(self.script.endpoint))
         except OSError:
             self.socket.close()

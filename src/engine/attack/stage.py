@@ -96,7 +96,7 @@ class Stage:
         self.target = target
         self.options = options
         self.cluster = target.cluster
-        self.random = random.Random(options.seed)  # noqa: S311 - chooses what is changed, guards nothing
+        self.shuffle("")
         self.run_id = os.urandom(4).hex()
         self.context: zmq.Context[Any] = zmq.Context()
         self.context.set(zmq.MAX_SOCKETS, 65_535)
@@ -107,6 +107,8 @@ class Stage:
         """The throw-away keys: a short word for each, and its full name."""
         self.leftovers: list[str] = []
         """Keys of this run that could not be destroyed."""
+        self.earlier: tuple[str, ...] = ()
+        """Keys of other runs, which were killed or still go on; they are left alone."""
         self._made: list[str] = []
         self._channels: dict[str, Channel] = {}
         self._records: dict[str, KeyRecord] = {}
@@ -134,6 +136,10 @@ class Stage:
         if self.second is not None:
             self.second.close()
         self.context.destroy(linger=0)
+
+    def shuffle(self, attack: str) -> None:
+        """Begin the choices of an attack anew from the seed, so that they do not depend on those before it."""
+        self.random = random.Random(f"{self.options.seed}/{attack}")  # noqa: S311 - chooses, and guards nothing
 
     # --- who and where ---
 
@@ -297,6 +303,7 @@ class Stage:
         if silent:
             raise NodeUnavailable("not healthy: " + "; ".join(f"{name}: {why}" for name, why in silent.items()))
         self.serving = {name: told for name, told in found.items() if isinstance(told, Serving)}
+        self.earlier = tuple(key.name for key in self.first.list_keys(f"{PREFIX}*"))
         self.make_keys({"data": "aes-256-gcm", "other": "aes-256-gcm", "sign": "ecdsa-p256-sha256"})
         self.make_keys({"mac": "hmac-sha256", "cold": "aes-256-gcm"})
         harm = self.harm()

@@ -103,6 +103,7 @@ def attack_cluster(
         options=options,
         results=tuple(results),
         leftovers=tuple(stage.leftovers),
+        earlier=stage.earlier,
     )
 
 
@@ -123,6 +124,7 @@ def _lacking(attack: Attack, target: Target) -> str:
 
 def _play(attack: Attack, stage: Stage) -> Result:
     trial = Trial()
+    stage.shuffle(attack.id)
     begun = time.monotonic()
     verdict, reason = Verdict.HELD, ""
     try:
