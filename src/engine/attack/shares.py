@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from engine.attack.grants import forged_grants, make_grant
-from engine.attack.model import Attack, Need, NotRun, Trial, Undecided
+from engine.attack.model import Attack, Need, NotRun, Trial
 from engine.attack.stage import REFUSALS, Answer, Stage, judge, now_ms
 from engine.client.config import Identity
 from engine.keys import OPERATIONS, RequestType
@@ -206,7 +206,7 @@ def rate(stage: Stage, trial: Trial) -> None:
     per_s = asked / (time.monotonic() - begun)
     trial.figures |= {"requests for shares": asked, "a second": round(per_s), "answered overloaded": limited}
     if not limited and per_s < RATE_FLOOR:
-        raise Undecided(f"only {per_s:.0f} requests a second could be sent, too few to meet a limit")
+        raise NotRun(f"only {per_s:.0f} requests a second could be sent from here, too few to meet a limit")
     seen = f"overloaded after {asked} requests" if limited else f"no limit within {asked} requests, {per_s:.0f}/s"
     trial.case(bool(limited), "requests for shares as fast as possible", node, seen)
 
