@@ -208,15 +208,20 @@ def report(rows: Sequence[Row], controls: Sequence[Row], seconds: float) -> dict
         "commit": commit(),
         "machine": machine(),
         "seconds": round(seconds),
-        "runs": len(rows),
-        "faults": len({row.fault for row in rows}),
-        "verdicts": dict(Counter(row.verdict for row in rows)),
-        "acknowledged": sum(row.acknowledged for row in rows),
-        "lost": sum(row.lost for row in rows),
-        "wrong": sum(row.wrong for row in rows),
-        "operations": sum(row.operations for row in rows),
+        **totals([asdict(row) for row in rows]),
         "rows": [asdict(row) for row in rows],
         "controls": [asdict(row) for row in controls],
+    }
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows come to together."""
+    sums = {name: sum(row[name] for row in rows) for name in ("acknowledged", "lost", "wrong", "operations")}
+    return {
+        "runs": len(rows),
+        "faults": len({row["fault"] for row in rows}),
+        "verdicts": dict(Counter(row["verdict"] for row in rows)),
+        **sums,
     }
 
 
@@ -281,6 +286,19 @@ def write_docs(told: dict[str, Any], path: Path = DOCS) -> None:
     path.write_text(f"{before}{MARKS[0]}\n{head}{table(told)}\n{MARKS[1]}{after}")
 
 
+def with_earlier(told: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The report with the rows of an earlier one that were not run again: so a matrix may be run in parts."""
+    again = {(row["fault"], row["seed"]) for row in told["rows"]}
+    rows = [row for row in earlier["rows"] if (row["fault"], row["seed"]) not in again] + told["rows"]
+    return told | {
+        "commit": told["commit"] if told["commit"] == earlier["commit"] else f"{earlier['commit']} to {told['commit']}",
+        "seconds": told["seconds"] + earlier["seconds"],
+        "rows": rows,
+        "controls": told["controls"] or earlier["controls"],
+        **totals(rows),
+    }
+
+
 # --- the command ---
 
 
@@ -315,6 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the short list that make test runs")
     parser.add_argument("--controls", action="store_true", help="the planted bugs alone, which must be noticed")
     parser.add_argument("--no-controls", action="store_true", help="without the planted bugs")
+    parser.add_argument("--add", action="store_true", help="add to the last report: for a matrix that is run in parts")
     parser.add_argument("--docs", action="store_true", help="put the last report into docs/faults.md, and end")
     parser.add_argument("--list", action="store_true", help="name the faults and end")
     options = parser.parse_args(arguments)
@@ -346,6 +365,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         told = report(rows, controls, time.monotonic() - begun)
+        if options.add and (REPORT / "report.json").exists():
+            told = with_earlier(told, json.loads((REPORT / "report.json").read_text()))
         write(told)
     say("\n" + table(told).split("\n", 1)[0])
     failed = [row for row in rows if row.verdict == "FAILED"]
