@@ -225,8 +225,8 @@ def totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def table(told: dict[str, Any], faults: Sequence[Fault] = FAULTS) -> str:
-    """The report as Markdown: one row a fault, all its seeds together."""
+def table(told: dict[str, Any], faults: Sequence[Fault] = FAULTS, *, whole: bool = False) -> str:
+    """The report as Markdown, one row a fault, all its seeds together; ``whole`` has what was left out too."""
     verdicts = ", ".join(f"{number} {verdict}" for verdict, number in told["verdicts"].items())
     lines = [
         f"{told['faults']} faults, {told['runs']} runs in {told['seconds'] / 60:.0f} minutes: {verdicts}. "
@@ -238,7 +238,9 @@ def table(told: dict[str, Any], faults: Sequence[Fault] = FAULTS) -> str:
     ]
     for fault in faults:
         rows = [row for row in told["rows"] if row["fault"] == fault.name]
-        if rows:
+        if not rows and whole:
+            lines.append(f"| {fault.name} | {fault.what} | {fault.expected} | left out of this run | - |")
+        elif rows:
             lines.append(f"| {fault.name} | {fault.what} | {fault.expected} | {_seen(rows)} | {_verdict(rows)} |")
     if told["controls"]:
         lines += ["", "Planted bugs, which the matrix must notice:", "", "| bug | what | must be | seen | verdict |"]
@@ -283,7 +285,7 @@ def write_docs(told: dict[str, Any], path: Path = DOCS) -> None:
     _, _, after = rest.partition(MARKS[1])
     ran_on = f"{told['machine']['cpus']} CPUs, kernel {told['machine']['kernel'].partition('-')[0]}"
     head = f"Last run at commit {told['commit']} ({ran_on}).\n\n"
-    path.write_text(f"{before}{MARKS[0]}\n{head}{table(told)}\n{MARKS[1]}{after}")
+    path.write_text(f"{before}{MARKS[0]}\n{head}{table(told, whole=True)}\n{MARKS[1]}{after}")
 
 
 def with_earlier(told: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
@@ -346,7 +348,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say(f"{fault.name:26} {fault.group:10} {fault.what}")
         return 0 if faults else 2
     seeds = [options.seed] if options.seed is not None else list(range(1, options.seeds + 1))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(1))
     raise_limits()
     begun = time.monotonic()
     rows: list[Row] = []

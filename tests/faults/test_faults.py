@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from controls import CONTROLS, try_control
 from course import NO_BALANCER, NOTHING, ONE_NODE, Fault, Session, carry_out, close_session, make_session, unexpected
 from history import UNFINISHED, Event, Finding, Key, count_errors, errors_of, judge, longest_gap
-from matrix import FAULTS, SEEDS, chosen, report, table
+from matrix import DOCS, FAULTS, SEEDS, chosen, report, table
 from proxy import CUT, Network, Rule, flipped
 
 SIGNER = Ed25519PrivateKey.generate()
@@ -159,6 +159,12 @@ def test_the_matrix_is_as_large_as_it_should_be() -> None:
     }
     assert SEEDS >= 5
     assert [fault.name for fault in chosen("kill-*,resets", "network", False)] == ["resets"]
+
+
+def test_the_documentation_has_every_fault() -> None:
+    """``matrix.py --docs`` writes the table of the last run."""
+    told = DOCS.read_text()
+    assert [name for name in FAULTS if f"\n| {name.name} |" not in told] == []
 
 
 def test_what_is_not_run_is_never_passed() -> None:
