@@ -45,6 +45,7 @@ COLD_KEYS = 160
 COLD_EVERY_S = 0.08
 """Pause of a thread between two uses of cold keys, so that there are cold keys for the whole time."""
 REPETITIONS = 3
+ROUNDS = 5
 SETTLED_S = 2.0
 LEVEL_S = 3.0
 IDLE = 10_000
@@ -194,7 +195,7 @@ def recovery(cluster: LocalCluster, kq: Engine) -> Iterator[Figure]:
     """The throughput from two seconds after a node went, over that with the node away from the start."""
     for how in ("killed", "stopped"):
         levels, after = [], []
-        for repetition in range(REPETITIONS):
+        for repetition in range(ROUNDS):
             node = cluster.nodes[repetition % len(cluster.nodes)]
             with gone(cluster, kq, node, how), clients(warm_use(kq)) as watches:
                 time.sleep(SETTLED_S + LEVEL_S)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from engine.errors import (
     KeyExists,
     ManifestError,
     NodeUnavailable,
+    Overloaded,
     ProtocolError,
 )
 from engine.protocol.manifest import (
@@ -357,6 +359,32 @@ def test_hello_tells_who_the_balancer_is(site: Site) -> None:
         assert told is not None
         assert (told.name, told.cluster_serial, told.cluster_digest) == ("balancer", 1, site.cluster.digest)
         assert call(channel, HELLO, Hello(1, "0")) == told
+
+
+def test_a_flood_of_one_member_is_bounded_and_others_have_their_turn(site: Site) -> None:
+    """One client sends far more than its rate; it is told so, and another's requests are answered meanwhile."""
+    text = site.config.read_text(encoding="utf-8")
+    site.config.write_text(text + "\n[limits]\nrequests_per_s = 50.0\nburst_s = 2.0\n", encoding="utf-8")
+    with running(site), connected(site, "alice") as greedy, connected(site, "node-0") as modest:
+        tokens = {greedy.start("balancer", TABLE, b"\x90", PATIENCE_S) for _ in range(600)}
+        for _ in range(20):
+            call(modest, TABLE, Empty())
+        told: Counter[str] = Counter()
+        while sum(told.values()) < len(tokens):
+            for arrival in greedy.poll(PATIENCE_S):
+                assert arrival.reply is not None, arrival.error
+                try:
+                    raise_for_status(arrival.reply)
+                except Overloaded as error:
+                    told["refused" if "limits.requests_per_s = 50" in str(error) else str(error)] += 1
+                else:
+                    told["served"] += 1
+        assert told["refused"] > 100
+        assert told["served"] >= 50
+        counts = status(modest).service
+        assert counts.refused == told["refused"]
+        assert counts.undeliverable == 0
+        until(lambda: '"count": ' in (site.folder / "balancer.log").read_text())
 
 
 def test_every_request_is_answered(site: Site) -> None:

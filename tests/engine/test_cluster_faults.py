@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -164,6 +166,58 @@ def test_a_stopped_node_costs_a_moment(own_cluster: LocalCluster) -> None:
                 assert kq.decrypt("data", kq.encrypt("data", b"x", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"x"
             finally:
                 own_cluster.resume(node)
+
+
+@pytest.mark.parametrize("how", ["killed", "paused"])
+def test_no_client_sees_an_error_when_a_node_goes(own_cluster: LocalCluster, how: str) -> None:
+    """Threads, a pipelined batch and tasks go on over a node that goes in the middle; each result is right."""
+    node = own_cluster.nodes[0]
+    gone = threading.Event()
+
+    def one_after_the_other(kq: Engine) -> int:
+        done = 0
+        while not gone.is_set() or done < 20:
+            assert kq.decrypt("data", kq.encrypt("data", b"x", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"x"
+            done += 1
+        return sum(
+            kq.decrypt("data", kq.encrypt("data", b"y", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"y"
+            for _ in range(20)
+        )
+
+    def batches(kq: Engine) -> int:
+        kq.encrypt_many("data", [b"x"] * 100, timeout=DEADLINE_S)
+        assert gone.wait(30)
+        return len(kq.encrypt_many("data", [b"x"] * 200, timeout=DEADLINE_S))
+
+    async def tasks() -> int:
+        async with engine.aio.connect(own_cluster.client_config) as kq:
+            await kq.encrypt_many("data", [b"x"] * 100, timeout=DEADLINE_S)
+            await asyncio.to_thread(gone.wait, 30)
+            return len(await kq.encrypt_many("data", [b"x"] * 200, timeout=DEADLINE_S))
+
+    with engine.connect(own_cluster.client_config) as kq, ThreadPoolExecutor(4) as pool:
+        _make_keys(kq)
+        kq.prewarm("data")
+        running = [
+            pool.submit(one_after_the_other, kq),
+            pool.submit(one_after_the_other, kq),
+            pool.submit(batches, kq),
+            pool.submit(asyncio.run, tasks()),
+        ]
+        try:
+            time.sleep(0.3)
+            if how == "killed":
+                own_cluster.kill(node)
+            else:
+                own_cluster.pause(node)
+            gone.set()
+            assert [each.result(60) for each in running] == [20, 20, 200, 200]
+            if how == "killed":
+                own_cluster.start_node(node)
+        finally:
+            gone.set()
+            own_cluster.resume(node)
+        _await_nodes(kq)
 
 
 def test_everything_killed_and_back(own_cluster: LocalCluster) -> None:

@@ -399,8 +399,11 @@ class ClusterFolder:
             check=False,
         )
 
-    def spawn(self, name: str, *, supervised: bool = False, **environment: str) -> NodeProcess:
-        """Start a node without waiting for it; ``pid`` is then that of the process that serves, or its supervisor's."""
+    def spawn(self, name: str, *, supervised: bool = False, open_files: int = 0, **environment: str) -> NodeProcess:
+        """Start a node without waiting for it; ``pid`` is then that of the process that serves, or its supervisor's.
+
+        ``open_files`` is its limit on descriptors, 0 for the usual one.
+        """
         reader, writer = os.pipe()
         folder = self.root / name
         log_path = folder / f"log.{len(self.running)}"
@@ -408,6 +411,7 @@ class ClusterFolder:
             with log_path.open("wb") as log:
                 process = subprocess.Popen(
                     [
+                        *(["prlimit", f"--nofile={open_files}:{open_files}"] if open_files else []),
                         *(sys.executable, "-m", "nodes", "--config", str(self.config(name)), "--lifeline", str(reader)),
                         *([] if supervised else ["--unsupervised"]),
                     ],
@@ -424,9 +428,9 @@ class ClusterFolder:
         self.running.append(node)
         return node
 
-    def start(self, name: str, *, supervised: bool = False) -> NodeProcess:
+    def start(self, name: str, *, supervised: bool = False, open_files: int = 0) -> NodeProcess:
         """Start a node and wait until it answers."""
-        node = self.spawn(name, supervised=supervised)
+        node = self.spawn(name, supervised=supervised, open_files=open_files)
 
         def answers() -> bool:
             if node.process.poll() is not None:

@@ -24,7 +24,7 @@ import zmq
 
 from engine.client.transport import watch
 
-__all__ = ["Connection", "Connections", "connections_allowed", "end_connection", "peer_of", "wire_bytes"]
+__all__ = ["Connection", "Connections", "connections_allowed", "descriptors", "end_connection", "peer_of", "wire_bytes"]
 
 LOOK_EVERY_S: Final = 0.1
 """How often ``look`` is to be called, at the least."""
@@ -32,6 +32,9 @@ RESERVE_MIN: Final = 96
 RESERVE_MAX: Final = 2_048
 """Descriptors that connections leave to everything else."""
 ROOM_AGAIN: Final = 0.95
+ROOM_MADE: Final = 0.9
+MEMBER_PROOF_BYTES: Final = 400
+"""A CURVE client has sent more than this once it has proved its key: greeting, HELLO and INITIATE (RFC 26)."""
 WARN_AT: Final = 0.8
 GROWTH_BYTES: Final = 32 * 1024 * 1024
 """Growth of the process's memory after which the connections are looked through for who keeps it."""
@@ -40,7 +43,9 @@ MEMBER_BYTES: Final = 64 * 1024 * 1024
 HANDSHAKE_BYTES: Final = 1_024
 SILENT_S: Final = 1.0
 """How long a connection has for its first request before it may have to make room."""
-EVENTS_AT_ONCE: Final = 1_000
+MEASURE_EVERY_S: Final = 10.0
+"""How often is counted how many descriptors are in use for anything else."""
+EVENTS_AT_ONCE: Final = 10_000
 EXCESS_S: Final = 0.2
 """How long a connection beyond its member's number has to read that it is one too many."""
 _ACKED, _RECEIVED = 120, 128
@@ -56,13 +61,21 @@ log = structlog.get_logger()
 def connections_allowed(wanted: int, used: int | None = None) -> tuple[int, int]:
     """How many connections there may be with the process's limit on descriptors, and the backlog that fits to it.
 
-    ``wanted`` 0 means as many as there can be; ``used`` are the descriptors open already.
+    ``wanted`` 0 means as many as there can be; ``used`` are the descriptors open for anything else.
     """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd")) if used is None else used
+    used = descriptors() if used is None else used
     reserve = min(max(soft // 16, RESERVE_MIN), RESERVE_MAX)
     room = max(1, soft - used - reserve)
     return min(wanted or room, room), reserve // 2
+
+
+def descriptors() -> int:
+    """How many descriptors the process has open; its limit when not even one is left to find out by."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -85,19 +98,23 @@ class Connections:
     """The connections of one bound socket; made before it is bound, and used by the thread of the socket.
 
     At ``most`` connections new ones are not accepted (their packets are dropped) until there is room, and those are cut
-    that have not sent a request for a second, the oldest first. ``most_of_member`` bounds those of one member.
+    that sent no request in their first second: all that proved no member's key, then the oldest others.
+    ``most_of_member`` bounds those of one member.
     """
 
     def __init__(
         self,
         context: zmq.Context[Any],
         socket: zmq.Socket[bytes],
-        most: int,
+        wanted: int,
         most_of_member: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.monitor = watch(context, socket, _EVENTS)
-        self.most = most
+        self.most, self.backlog = connections_allowed(wanted)
+        self._wanted = wanted
+        self._next_measure_s = 0.0
+        self._refused = 0
         self.cut = 0
         self._socket = socket
         self._most_of_member = most_of_member
@@ -109,7 +126,8 @@ class Connections:
         self._deaf = False
         self._warned = False
         self._next_look_s = 0.0
-        self._lowest = _resident_bytes()
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+        self._lowest = self._resident_bytes()
         self._trim = False
 
     def __len__(self) -> int:
@@ -119,6 +137,7 @@ class Connections:
         """Read no more events; the socket itself is its owner's."""
         self._socket.disable_monitor()
         self.monitor.close(0)
+        os.close(self._statm)
 
     # --- what the listener tells ---
 
@@ -152,9 +171,12 @@ class Connections:
         """Take in the events, and ten times a second at most look after the bounds."""
         self._read()
         now = self._clock()
-        if now < self._next_look_s:
+        if now < self._next_look_s and not self._refused:
             return
         self._next_look_s = now + LOOK_EVERY_S
+        if now >= self._next_measure_s and not self._refused:
+            self._next_measure_s = now + MEASURE_EVERY_S
+            self.most, _ = connections_allowed(self._wanted, descriptors() - len(self._open))
         for connection in [each for each in self._excess if now - each.since_s > EXCESS_S]:
             self._end((connection,), "its member has too many connections")
         self._hold_number()
@@ -179,7 +201,7 @@ class Connections:
             elif event == zmq.EVENT_CLOSED:
                 self._listening.discard(value)
             elif event == zmq.EVENT_ACCEPT_FAILED:
-                log.error("connection not accepted", reason=os.strerror(value), connections=len(self._open))
+                self._refused += 1
 
     def _leave(self, connection: Connection) -> None:
         if connection.member:
@@ -192,19 +214,36 @@ class Connections:
     def _hold_number(self) -> None:
         """Warn, cut the silent ones, or stop accepting, as it fills up."""
         count = len(self._open)
-        if count >= self.most:
-            long_ago = self._clock() - SILENT_S
-            silent = [each for each in self._open.values() if not each.member and each.since_s <= long_ago]
-            silent.sort(key=lambda each: each.since_s)
-            self._end(silent[: count - self.most + max(1, self.most // 10)], "there are too many connections")
+        if self._refused:
+            # More came in a moment than there are descriptors: libzmq asks again and again until there is one.
+            log.error("no descriptor left", times=self._refused, connections=count)
+            self._refused = 0
             self._hear(False)
-        elif self._deaf and count <= self.most * ROOM_AGAIN:
+            self._make_room(max(count, self.most), 0.0)
+        elif count >= (self.most * ROOM_AGAIN if self._deaf else self.most):
+            self._make_room(count, SILENT_S)
+            self._hear(False)
+        elif self._deaf:
             self._hear(True)
         full = count >= self.most * WARN_AT
         if full != self._warned:
             self._warned = full
             if full:
                 log.warning("many connections", connections=count, limit=self.most)
+
+    def _make_room(self, count: int, silent_s: float) -> None:
+        """Cut those without a request for so long: all that did not prove a member's key, then the oldest others."""
+        long_ago = self._clock() - silent_s
+        silent = [each for each in self._open.values() if not each.member and each.since_s <= long_ago]
+        strangers: list[Connection] = []
+        others: list[Connection] = []
+        for each in silent:
+            (strangers if _received_bytes(each) < MEMBER_PROOF_BYTES else others).append(each)
+        self._end(strangers, "there are too many connections, and these are no member's")
+        wanted = count - len(strangers) - int(self.most * ROOM_MADE)
+        if wanted > 0:
+            others.sort(key=lambda each: each.since_s)
+            self._end(others[:wanted], "there are too many connections, and these were never used")
 
     def _hear(self, hear: bool) -> None:
         """Accept connections, or have the kernel drop what asks for one: others are not touched by that."""
@@ -222,11 +261,11 @@ class Connections:
 
     def _hold_memory(self) -> None:
         """When the process grew: find out which member's connections keep much, and cut the largest of them."""
-        resident = _resident_bytes()
+        resident = self._resident_bytes()
         if self._trim:
             self._trim = False
             _libc.malloc_trim(0)
-            resident = _resident_bytes()
+            resident = self._resident_bytes()
         self._lowest = min(self._lowest, resident)
         if resident < self._lowest + GROWTH_BYTES:
             return
@@ -244,6 +283,9 @@ class Connections:
                 total -= size
                 self._trim = True
                 self._end((connection,), f"{member or 'a member'} keeps more than {MEMBER_BYTES} bytes in memory")
+
+    def _resident_bytes(self) -> int:
+        return int(os.pread(self._statm, 256, 0).split()[1]) * _PAGE
 
     def _end(self, connections: Iterable[Connection], reason: str) -> None:
         """Cut connections; the events of that come later, and the peer sees a connection that broke."""
@@ -299,20 +341,28 @@ def _option(fd: int, option: int, value: int | bytes) -> None:
     _on_socket(fd, lambda socket: socket.setsockopt(sockets.SOL_SOCKET, option, value))
 
 
-def _kept_bytes(connection: Connection) -> int:
-    """What came in by it and was not delivered as messages, and what was sent to it and not taken by its machine."""
+def _traffic(connection: Connection) -> tuple[int, int] | None:
+    """Bytes that came in by it, and bytes that its peer's machine took; None if it is gone."""
     told = _on_socket(connection.fd, lambda socket: socket.getsockopt(sockets.IPPROTO_TCP, sockets.TCP_INFO, 256))
     if told is None or len(told) < _RECEIVED + 8:
+        return None
+    (acked,), (received,) = struct.unpack_from("=Q", told, _ACKED), struct.unpack_from("=Q", told, _RECEIVED)
+    return int(received), int(acked)
+
+
+def _received_bytes(connection: Connection) -> int:
+    traffic = _traffic(connection)
+    return 0 if traffic is None else traffic[0]
+
+
+def _kept_bytes(connection: Connection) -> int:
+    """What came in by it and was not delivered as messages, and what was sent to it and not taken by its machine."""
+    traffic = _traffic(connection)
+    if traffic is None:
         return 0
-    (acked,) = struct.unpack_from("=Q", told, _ACKED)
-    (received,) = struct.unpack_from("=Q", told, _RECEIVED)
+    received, acked = traffic
     undelivered = received - connection.delivered - HANDSHAKE_BYTES
     return int(max(0, undelivered) + max(0, connection.sent - acked))
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * _PAGE
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")

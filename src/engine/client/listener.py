@@ -6,7 +6,6 @@ gets in. The ``User-Id`` that ZAP attached is looked up for every single message
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from engine.client.admission import DEFAULT_LIMITS, Admission, ServiceLimits
 from engine.client.config import CurveIdentity
-from engine.client.connections import Connection, Connections, connections_allowed, end_connection, peer_of, wire_bytes
+from engine.client.connections import Connection, Connections, descriptors, end_connection, peer_of, wire_bytes
 from engine.client.transport import FRAME_MAX, HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
 from engine.errors import EngineError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster, Member
@@ -172,14 +171,13 @@ class Listener(FollowsCluster):
         self._next_warning_s = 0.0
         self.undeliverable = 0
         self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-        most, backlog = connections_allowed(limits.connections)
-        self.limits = replace_limits(limits, connections=most)
-        self.connections = Connections(context, self.socket, most, limits.member_connections)
+        self.connections = Connections(context, self.socket, limits.connections, limits.member_connections)
+        self.limits = replace_limits(limits, connections=self.connections.most)
         try:
             curve_server(self.socket, identity)
             self.socket.sndhwm = SENT_TIMES * limits.connection_requests
             self.socket.rcvhwm = RECEIVED_MAX
-            self.socket.backlog = min(BACKLOG, backlog)
+            self.socket.backlog = min(BACKLOG, self.connections.backlog)
             self.socket.router_mandatory = 1
             self._bound = Bound(self.socket)
             self._bound.follow({endpoint: identity})
@@ -213,7 +211,7 @@ class Listener(FollowsCluster):
             admission.under_way,
             len(self.connections),
             self.connections.most,
-            len(os.listdir("/proc/self/fd")),
+            descriptors(),
             max(0, soft),
             admission.refused,
             self.refused,
