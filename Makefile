@@ -17,6 +17,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 ATTACK_ARGS ?=
 FAULTS_ARGS ?=
+FUZZ_ARGS ?=
 
 .PHONY: help
 help: ## list the targets
@@ -91,6 +92,11 @@ assurance: ## the long proofs: valgrind, timing, NEON, sanitizers, a million cha
 attack: ## attack a cluster that it starts (2 minutes); build/attack/report.md and .json; ATTACK_ARGS="--quick"
 	@.ci/setup
 	@$(BIN)/keyquorum attack --local --report build/attack/report $(ATTACK_ARGS)
+
+.PHONY: fuzz
+fuzz: ## ten million changed inputs for every decoder, and planted bugs; build/fuzz/report.txt (FUZZ_ARGS="--list")
+	@.ci/setup test,lint
+	@PYTHONHASHSEED=0 $(BIN)/python tests/fuzz/run.py $(FUZZ_ARGS)
 
 .PHONY: crash
 crash: ## kill -9 at every named step and at random ones, and power cuts (root); KEYQUORUM_CRASH_S bounds what is random
