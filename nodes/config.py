@@ -27,6 +27,12 @@ MODULE_PATHS = (
     "/usr/lib64/pkcs11/libsofthsm2.so",
     "/usr/local/lib/softhsm/libsofthsm2.so",
 )
+URI_ATTRIBUTES = frozenset(
+    {"token", "manufacturer", "serial", "model", "library-manufacturer", "library-version", "library-description"}
+    | {"object", "type", "id", "slot-manufacturer", "slot-description", "slot-id"}
+    | {"pin-source", "pin-value", "module-name", "module-path"}
+)
+"""The attributes of a PKCS#11 URI (RFC 7512, 2.3)."""
 MAX_PIN_BYTES = 255
 MAX_LABEL_BYTES = 32
 """PKCS#11 v2.40, 3.2: a label is 32 bytes, not characters."""
@@ -240,8 +246,12 @@ def _pin_source(path: str | os.PathLike[str], text: str) -> PinSource:
 def _module(text: str) -> Path:
     if text:
         module = Path(text)
-        if not module.is_file():
-            raise ConfigError(f"the PKCS#11 module {module} is not there")
+        try:
+            there = module.is_file()
+        except OSError:  # a name that is too long, say
+            there = False
+        if not there:
+            raise ConfigError(f"the PKCS#11 module {text[:200]} is not there")
         return module
     for candidate in MODULE_PATHS:
         if Path(candidate).is_file():
@@ -266,7 +276,8 @@ def parse_uri(uri: str) -> Mapping[str, str]:
         if name == "pin-value":
             raise ConfigError("token.uri: pin-value is refused; use pin-source")
         if name not in known or not equals:
-            what = repr(name[:40]) if equals else "a part without '='"  # which may be a PIN
+            # What is no attribute of RFC 7512 may be a PIN in the wrong place, and is not shown.
+            what = repr(name) if name in URI_ATTRIBUTES and equals else "a part that is no attribute"
             raise ConfigError(f"token.uri: {what} is not understood; known are {', '.join(known)}")
         if known[name] in found:
             raise ConfigError(f"token.uri: {name!r} is told twice")

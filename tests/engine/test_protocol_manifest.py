@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from engine.cli.chains import view_chain
 from engine.errors import AccessDenied, EngineError, ManifestError, ProtocolError
 from engine.protocol import manifest as module
 from engine.protocol.manifest import (
@@ -252,6 +253,26 @@ def test_members_that_contradict_each_other_are_refused(members: list[Member], q
     )
     raw = sign_envelope("cluster", 2, module._manifests.encode(wrong), *OPERATORS)
     refused(chained(envelopes(FIRST)[0], raw), match)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"cluster": "other"}, "can't change"),
+        ({"groups": 512}, "can't change"),
+        ({"rules": [PolicyRule("*", "*", ["sing"])]}, "unknown operation 'sing'"),
+        ({"members": [*ALL, member("n1")]}, "name 'n1' appears twice"),
+    ],
+)
+def test_an_operator_is_shown_nothing_to_sign_that_nobody_would_take(changes: dict[str, Any], match: str) -> None:
+    """With one signature of two on it, which is as far as it comes before a second operator sees it."""
+    last = read_unverified(envelopes(FIRST)[0])
+    manifest = msgspec.structs.replace(module._manifests.decode(last.payload), previous=last.digest)
+    good = sign_envelope("cluster", 2, module._manifests.encode(manifest), OPERATORS[0])
+    assert not view_chain(chained(envelopes(FIRST)[0], good), PIN).complete
+    wrong = module._manifests.encode(msgspec.structs.replace(manifest, **changes))
+    with pytest.raises(ManifestError, match=match):
+        view_chain(chained(envelopes(FIRST)[0], sign_envelope("cluster", 2, wrong, OPERATORS[0])), PIN)
 
 
 def test_a_rule_with_an_unknown_operation_is_refused() -> None:

@@ -118,12 +118,25 @@ def test_each_mistake_is_told_with_its_place(tmp_path: Path, changes: dict[str, 
         {"label": "n", "pin": "file:47110815\0"},
         {"uri": "pkcs11:token=t?47110815"},
         {"uri": "pkcs11:47110815"},
+        {"uri": "pkcs11:47110815="},
     ],
 )
 def test_a_pin_in_the_wrong_place_is_not_shown(tmp_path: Path, token: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_node_config(written(tmp_path, token=token))
     assert "47110815" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["identity", "manifest", "data"])
+def test_a_path_that_is_too_long_is_told(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match="a path in it is too long"):
+        load_node_config(written(tmp_path, **{key: "a" * 300}))
+
+
+def test_a_module_with_a_name_that_is_too_long_is_told_in_a_few_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not there") as caught:
+        load_node_config(written(tmp_path, token={"label": "n", "pin": "file:p", "module": "/x" + "a" * 5_000}))
+    assert len(str(caught.value)) < 1_000
 
 
 @pytest.mark.parametrize("key", ["identity", "manifest", "data"])
@@ -266,7 +279,7 @@ def test_a_pin_in_the_uri_is_refused_and_not_shown(tmp_path: Path, uri: str) -> 
         ("token=t?pin-source=p", "must begin with pkcs11:"),
         ("pkcs12:token=t", "must begin with pkcs11:"),
         ("pkcs11:slot-id=3?pin-source=p", "'slot-id' is not understood"),
-        ("pkcs11:token?pin-source=p", "a part without '=' is not understood"),
+        ("pkcs11:token?pin-source=p", "a part that is no attribute is not understood"),
         ("pkcs11:?pin-source=p", "token.label is missing"),
         ("pkcs11:token=t", "token.pin is missing"),
         ("pkcs11:token=a;token=b?pin-source=p", "token.uri: 'token' is told twice"),

@@ -57,10 +57,14 @@ def _view(chain: bytes, pin: bytes) -> ChainView:
     envelopes = documents._chains.decode(chain).envelopes
     newest = read_unverified(envelopes[-1])
     manifest = documents._manifests.decode(newest.payload)
+    documents._check_members(manifest.members, manifest.quorum)
+    documents._check_rules(manifest.rules)
     if len(envelopes) > 1:
         before = open_chain(documents._chains.encode(documents._Chain(envelopes[:-1])), pin)
         if (newest.serial, manifest.previous) != (before.serial + 1, before.digest):
             raise ManifestError(f"cluster manifest: serial {newest.serial} does not follow {before.serial}")
+        if (manifest.cluster, manifest.groups) != (before.name, before.groups):
+            raise ManifestError("cluster manifest: the name and the number of groups can't change")
         operators, needed = before.sign_key("operator"), before.quorum
     else:
         if newest.digest != pin:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import logging
 import os
 import re
@@ -93,9 +94,15 @@ def _number_at(data: Any, message: str) -> str:
 def resolve(config_path: str | os.PathLike[str], value: str) -> Path:
     """A path of a configuration file, relative to the file's folder."""
     try:
-        return (Path(config_path).resolve().parent / value).resolve()
+        path = (Path(config_path).resolve().parent / value).resolve()
     except (OSError, ValueError, RuntimeError):  # a NUL character, a loop of symbolic links
         raise ConfigError(f"{config_path}: a path in it is none") from None
+    try:
+        path.stat()
+    except OSError as error:  # whatever else keeps it from being read is told by who reads it
+        if error.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{config_path}: a path in it is too long") from None
+    return path
 
 
 def write_private(path: Path, data: bytes) -> None:
