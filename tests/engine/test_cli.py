@@ -443,7 +443,8 @@ def _unknown_curve() -> str:
     [
         ("signing_key", _unknown_curve(), "the signing key is malformed"),
         ("signing_key", "", "the signing key is malformed"),
-        ("role", "MARK" * 5_000, "Invalid enum value"),
+        ("role", "MARK" * 5_000, r"identity\.toml: Invalid enum value - at `\$\.role`$"),
+        ("role", "MARK", r"identity\.toml: Invalid enum value - at `\$\.role`$"),
     ],
 )
 def test_an_identity_file_that_is_damaged_is_told_in_a_few_words(

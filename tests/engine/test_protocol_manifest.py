@@ -262,6 +262,7 @@ def test_members_that_contradict_each_other_are_refused(members: list[Member], q
         ({"groups": 512}, "can't change"),
         ({"rules": [PolicyRule("*", "*", ["sing"])]}, "unknown operation 'sing'"),
         ({"members": [*ALL, member("n1")]}, "name 'n1' appears twice"),
+        ({"retiring": [module.Retiring("nobody", bytes(32))]}, "or is no member"),
     ],
 )
 def test_an_operator_is_shown_nothing_to_sign_that_nobody_would_take(changes: dict[str, Any], match: str) -> None:

@@ -57,8 +57,7 @@ def _view(chain: bytes, pin: bytes) -> ChainView:
     envelopes = documents._chains.decode(chain).envelopes
     newest = read_unverified(envelopes[-1])
     manifest = documents._manifests.decode(newest.payload)
-    documents._check_members(manifest.members, manifest.quorum)
-    documents._check_rules(manifest.rules)
+    documents.check_content(manifest)
     if len(envelopes) > 1:
         before = open_chain(documents._chains.encode(documents._Chain(envelopes[:-1])), pin)
         if (newest.serial, manifest.previous) != (before.serial + 1, before.digest):

@@ -27,7 +27,7 @@ from msgspec import Meta, Struct
 from engine.errors import ConfigError, ManifestError, ProtocolError
 from engine.protocol.manifest import Cluster, Member, Role, decode_card, encode_card, open_chain
 from engine.protocol.signed import SigningKey
-from engine.protocol.wire import Name
+from engine.protocol.wire import Name, without_value
 
 __all__ = [
     "ClientConfig",
@@ -77,7 +77,7 @@ def load_config(path: str | os.PathLike[str], kind: type[S]) -> S:
     try:
         return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{file}: {str(error)[:MAX_TEXT]}{_number_at(data, str(error))}") from None
+        raise ConfigError(f"{file}: {without_value(str(error))[:MAX_TEXT]}{_number_at(data, str(error))}") from None
 
 
 def _number_at(data: Any, message: str) -> str:

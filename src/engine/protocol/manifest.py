@@ -470,6 +470,13 @@ def _operators(members: Iterable[Member]) -> Mapping[str, bytes]:
     return {member.name: member.sign_public for member in members if member.role == "operator"}
 
 
+def check_content(manifest: _ClusterManifest) -> None:
+    """Refuse a manifest whose parts contradict each other, whoever signed it."""
+    _check_members(manifest.members, manifest.quorum)
+    _check_rules(manifest.rules)
+    _check_retiring(manifest.retiring, manifest.members)
+
+
 def _as_cluster(
     signed: Signed,
     manifest: _ClusterManifest,
@@ -477,9 +484,7 @@ def _as_cluster(
     past: Mapping[tuple[str, Role], tuple[bytes, ...]],
     past_rules: tuple[PolicyRule, ...],
 ) -> Cluster:
-    _check_members(manifest.members, manifest.quorum)
-    _check_rules(manifest.rules)
-    _check_retiring(manifest.retiring, manifest.members)
+    check_content(manifest)
     keys = dict(past)
     for member in manifest.members:
         known = keys.get((member.name, member.role), ())

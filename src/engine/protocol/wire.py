@@ -93,13 +93,16 @@ class Codec(Generic[T]):
 
 def _reason(error: Exception) -> str:
     if isinstance(error, msgspec.MsgspecError):
-        text = str(error)
-        if text.startswith("Invalid enum value"):  # msgspec quotes the value, whatever its length
-            return (
-                f"Invalid enum value{text[place:]}" if (place := text.rfind(" - at `$")) >= 0 else "Invalid enum value"
-            )
-        return text
+        return without_value(str(error))
     return "invalid UTF-8" if isinstance(error, UnicodeDecodeError) else "nested too deep"
+
+
+def without_value(text: str) -> str:
+    """A text of msgspec's without the value, of any length, that it quotes where one of a few words is expected."""
+    if not text.startswith("Invalid enum value"):
+        return text
+    place = text.rfind(" - at `$")
+    return f"Invalid enum value{text[place:]}" if place >= 0 else "Invalid enum value"
 
 
 class Request(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
