@@ -417,6 +417,16 @@ def _link_again(r: Random, links: list[bytes], place: int) -> None:
         links[behind] = msgpack.packb([body, signed], use_bin_type=True)
 
 
+def _retiring_rules(retiring: list[Any], members: list[Any], owned: list[bytes]) -> None:
+    """A key that retires is of a member with CURVE, one of each, in nobody's use."""
+    roles = {each[0]: each for each in members}
+    require(all(each[0] in roles and roles[each[0]][1] != "operator" for each in retiring), "chain: whose key retires?")
+    require(len({each[0] for each in retiring}) == len(retiring), "chain: two keys of a member retire")
+    keys = [*owned, *(each[1] for each in retiring)]
+    require(len(set(keys)) == len(keys), "chain: a key that retires is in use")
+    require(all(not roles[each[0]][4] or each[2].startswith("tcp://") for each in retiring), "chain: endpoint")
+
+
 def _chain_rules(chain: bytes, pin: bytes, complete: bool = True) -> list[Any]:
     """The newest manifest of a chain, if the chain may be accepted."""
     tree = reference(documents._chains).tree(chain)
@@ -448,6 +458,7 @@ def _chain_rules(chain: bytes, pin: bytes, complete: bool = True) -> list[Any]:
             require(each[1] not in ("node", "balancer") or each[4].startswith("tcp://"), "chain: endpoint")
             require(each[1] != "node" or all(each[6].split("/")), "chain: location")
         require(all(each in {"*", *RequestType} for rule in rules for each in rule[2]), "chain: an unknown operation")
+        _retiring_rules(manifest[codec_fields(documents._manifests).index("retiring")], members, owned)
         before = serial, digest, manifest
     return manifest
 

@@ -483,6 +483,9 @@ def _identity_toml() -> list[bytes]:
     head = {"version": 1, "name": "alice"}
     return [
         tomli_w.dumps({**head, "role": "client", "signing_key": pem, "curve_secret": secret}).encode(),
+        tomli_w.dumps(
+            {**head, "role": "node", "signing_key": pem, "curve_secret": secret, "curve_retiring": secret}
+        ).encode(),
         tomli_w.dumps({**head, "role": "operator", "signing_key": pem}).encode(),
         tomli_w.dumps({**head, "role": "node", "signing_key": other, "curve_secret": _CURVE_SECRET}).encode(),
     ]

@@ -37,6 +37,7 @@ from engine.protocol.manifest import (
     PolicyRule,
     Receipt,
     RefreshOrder,
+    Retiring,
     aborts,
     certificates,
     chain_pin,
@@ -136,7 +137,16 @@ class World:
         first = issue_cluster_manifest(name="test", members=members, rules=RULES, operators=operators, quorum=2)
         self.first_chain = first
         self.chain = issue_cluster_manifest(
-            name="test", members=members, rules=RULES, operators=operators, quorum=2, chain=first
+            name="test",
+            members=members,
+            rules=RULES,
+            operators=operators,
+            quorum=2,
+            chain=first,
+            retiring=[
+                Retiring("node1", material("old curve", 32), "tcp://127.0.0.1:3"),
+                Retiring("alice", material("old alice", 32)),
+            ],
         )
         self.chain = countersign_chain(self.chain, self.keys["op3"])
         self.pin = chain_pin(self.chain)
