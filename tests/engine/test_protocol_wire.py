@@ -337,7 +337,14 @@ def test_another_version_is_refused(version: int) -> None:
 
 
 def test_a_verb_has_one_audience() -> None:
-    groups = (CLIENT_VERBS, NODE_VERBS, REGISTRY_VERBS, {requests.HELLO}, {requests.STATS, requests.TABLE})
+    groups = (
+        CLIENT_VERBS,
+        NODE_VERBS,
+        REGISTRY_VERBS,
+        requests.MANIFEST_VERBS,
+        {requests.HELLO},
+        {requests.STATS, requests.TABLE},
+    )
     for one, other in itertools.combinations(groups, 2):
         assert not set(one) & set(other)
     assert set().union(*groups) == set(BODIES)

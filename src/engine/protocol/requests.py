@@ -256,7 +256,7 @@ class NodeStats(Message, frozen=True):
     classes: Annotated[list[ClassCount], Meta(max_length=512)]
     groups: Annotated[list[tuple[UInt, UInt]], Meta(max_length=2048)]
     caches: Annotated[list[CacheCount], Meta(max_length=16)]
-    cluster_serial: UInt = 0
+    cluster_serial: UInt
 
 
 class TokenHealth(Message, frozen=True):
