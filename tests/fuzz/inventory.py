@@ -37,7 +37,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "nodes.supervisor._Parent._hear": "what its child, the node, writes to it; whole frames of a fixed size alone",
     "nodes.server.Server.__init__": "its own CURVE key, which load_identity has checked",
     "engine.client.connections.Connections._read": "what libzmq tells of its own sockets",
-    "engine.client.connections._kept_bytes": "what the kernel tells of a socket",
+    "engine.client.connections._traffic": "what the kernel tells of a socket",
     "engine.sharing.placement.placement_group": "the number of a hash",
     "nodes.token.Lane.sign": "the token's answer; tests/nodes/test_token.py",
 }
