@@ -77,7 +77,7 @@ def ciphertexts(stage: Stage, trial: Trial) -> None:
             for (what, fields), answer in zip(tries.items(), answers, strict=True)
             if len(fields["data"]) >= HEADER + 12 + TAG and fields["data"][:HEADER] == good[:HEADER]
         ]
-        texts[node] = {each.seen for each in body}
+        texts[node] = {each.seen for each in body if each.code in TAG_WRONG}  # what was opened has failed already
         trial.figures[f"wrong tags told apart at {node}"] = len(texts[node]) - 1
         told = " / ".join(sorted(texts[node]))
         trial.case(
