@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 
 from engine import LocalCluster, PolicyRule
 from engine.attack import ATTACKS, Options, choose, digest_of, load_target
@@ -19,6 +21,13 @@ from engine.errors import AccessDenied, ConfigError
 from engine.protocol.manifest import chain_pin, issue_cluster_manifest
 
 COMMAND = Path(sys.executable).with_name("keyquorum")
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """The command has the log go to the standard error of its time, which pytest closes."""
+    yield
+    structlog.reset_defaults()
 
 
 def test_a_quick_run_holds_on_a_real_cluster(tmp_path: Path) -> None:
