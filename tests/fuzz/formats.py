@@ -69,6 +69,8 @@ from nodes.token import Lane, Token, initialize_token
 
 PIN: Final = b"4711081547110815"
 """A PIN of digits only, as people choose them: no error may show it, not even where it was not quoted."""
+FOLDER_VARIABLE: Final = "KEYQUORUM_FUZZ_FOLDER"
+"""Where the temporary folder is made, if it is set: the tests have it below their own, which somebody clears away."""
 _folders: list[tempfile.TemporaryDirectory[str]] = []
 
 
@@ -76,7 +78,9 @@ def folder() -> Path:
     """A folder of this process that goes away with it."""
     if not _folders:
         memory = Path("/dev/shm")  # noqa: S108 # a folder of random name is made in it
-        _folders.append(tempfile.TemporaryDirectory(prefix="keyquorum-fuzz-", dir=memory if memory.is_dir() else None))
+        given = os.environ.get(FOLDER_VARIABLE)
+        where = given or (memory if memory.is_dir() else None)
+        _folders.append(tempfile.TemporaryDirectory(prefix="keyquorum-fuzz-", dir=where))
     return Path(_folders[0].name)
 
 

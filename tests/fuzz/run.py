@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import ast
+import ctypes
 import inspect
 import json
 import logging
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -42,6 +44,7 @@ EXECUTIONS = 10_500_000
 GROWTH_MAX_KIB = 96 * 1024
 """What a process may grow by after its first job on a target; caches of the harness are the most of it."""
 TRACED = 1_500
+PR_SET_PDEATHSIG = 1
 
 _held = ExitStack()
 _targets: dict[str, Target] = {}
@@ -54,6 +57,13 @@ def prepare() -> None:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
         _targets.update(all_targets())
         driver.quiet_process()
+
+
+def die_with(parent: int) -> None:
+    """A worker's first step: it ends when the process that started it does, however that ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def note_job(*told: object) -> None:
@@ -142,7 +152,7 @@ def run_all(options: argparse.Namespace) -> int:
     bugs: dict[str, dict[str, Any]] = {}
     lines: dict[str, set[int]] = {}
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(options.processes, mp_context=context)
+    pool = ProcessPoolExecutor(options.processes, mp_context=context, initializer=die_with, initargs=(os.getpid(),))
     try:
         jobs: dict[Future[Any], str] = {}
         for name, block, count in plan(chosen, options.executions):

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN = Path(__file__).parent / "run.py"
-REPORT = ROOT / "build" / "fuzz-test"
 EXECUTIONS = 60_000
 TIMEOUT_S = 600
 """It only ends a run that hangs."""
@@ -27,21 +26,36 @@ BUGS_MIN = 15
 CORPUS_MAX = 1024 * 1024
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """``run.py`` to its end."""
-    return subprocess.run(
-        [sys.executable, str(RUN), *arguments],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONHASHSEED": "0", "KEYQUORUM_FUZZ_REPORT": str(REPORT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=TIMEOUT_S,
-    )
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def replayed() -> dict[str, Any]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """For the report and the temporary files."""
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    """``run.py`` to its end; its workers end with it."""
+    more = {"PYTHONHASHSEED": "0", "KEYQUORUM_FUZZ_REPORT": str(folder), "KEYQUORUM_FUZZ_FOLDER": str(folder)}
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(RUN), *arguments],
+            cwd=ROOT,
+            env={**os.environ, **more},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_S,
+        )
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def replayed(run: Run) -> dict[str, Any]:
     """Samples and corpus, each once."""
     done = run("--replay")
     assert done.stdout, done.stderr
@@ -50,11 +64,11 @@ def replayed() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def report() -> dict[str, Any]:
+def report(run: Run, folder: Path) -> dict[str, Any]:
     """A short run of everything, with seeds that never change."""
     done = run("--executions", str(EXECUTIONS), "--seed", "0", "--trace", "0")
     assert done.stdout, done.stderr
-    found: dict[str, Any] = json.loads((REPORT / "report.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     return found
 
 
@@ -93,7 +107,7 @@ def test_every_planted_bug_is_found(report: dict[str, Any]) -> None:
     assert all(each["executions"] <= each["within"] for each in bugs.values())
 
 
-def test_a_failure_is_found_again_by_its_iteration(report: dict[str, Any]) -> None:
+def test_a_failure_is_found_again_by_its_iteration(run: Run) -> None:
     """The same input twice, and another with another seed."""
     one, two = (run("--target", "document/grant", "--seed", "3", "--iteration", "700") for _ in range(2))
     other = run("--target", "document/grant", "--seed", "4", "--iteration", "700")
