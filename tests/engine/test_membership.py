@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +19,10 @@ from engine.protocol.manifest import (
     Cluster,
     Member,
     PolicyRule,
+    Retiring,
     chain_after,
     chain_pin,
+    countersign_chain,
     issue_cluster_manifest,
     open_chain,
 )
@@ -62,6 +66,26 @@ def membership_of(chain: bytes, file: Path | None = None) -> Membership:
     return Membership(open_chain(chain, PIN), chain, file)
 
 
+def test_manifests_of_before_there_were_retiring_keys_still_open() -> None:
+    """Without a retiring key the bytes are those of the builds before; with one they are others, and follow."""
+    before = "bc2d8ccf466034f6707b083928c21fad0acd43d3166528671d30de156c08ca97"  # of the same chain, made by such a build
+    assert hashlib.sha256(SECOND).hexdigest() == before
+    members = membership_of(SECOND)
+    changing = issue_cluster_manifest(
+        name="prod",
+        members=[OPERATOR, *NODES],
+        rules=[],
+        operators=[ALICE],
+        groups=16,
+        chain=SECOND,
+        retiring=[Retiring("node1", b"r" * 32, "tcp://127.0.0.1:9")],
+    )
+    assert members.offer_chain(changing)
+    assert list(members.cluster.retiring) == ["node1"]
+    assert members.offer_chain(issue(changing, NODES))
+    assert not members.cluster.retiring
+
+
 def test_a_newer_chain_is_taken_and_told() -> None:
     """The next manifests are in force at once, and whoever subscribed hears of both."""
     members = membership_of(FIRST)
@@ -93,6 +117,75 @@ def test_two_manifests_of_one_serial_are_an_alarm() -> None:
         assert members.cluster.serial == 2
         assert set(members.cluster.nodes) == {"node1", "node2"}
         assert "two manifests" in members.problem
+
+
+BOB = key_of("bob")
+
+
+def issue_with_bob(chain: bytes) -> bytes:
+    """Signed by Alice alone, where Bob is an operator too."""
+    return issue(chain, [member("bob", "operator"), *NODES])
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=5), st.integers(0, 2))
+@settings(deadline=None, max_examples=40)
+def test_it_does_not_matter_who_else_signed(signed_too: list[bool], known: int) -> None:
+    """A manifest with another operator's signature beside, or without it, is the same: no alarm, and the next follow."""
+    own = other = b""
+    for number, too in enumerate(signed_too):
+        other = issue_with_bob(other)
+        if number == known:
+            own = other if too else countersign_chain(other, BOB)
+        if too:
+            other = countersign_chain(other, BOB)
+    own = own or other
+    members, behind = (Membership(open_chain(own, chain_pin(own)), own) for _ in range(2))
+    serial = members.cluster.serial
+    assert members.offer_chain(other) == (len(signed_too) > serial)
+    assert (members.cluster.serial, members.problem) == (len(signed_too), "")
+    assert not members.offer_chain(own)
+    if len(signed_too) > serial:  # what it has now is good for others, too
+        assert behind.offer_after(serial, members.after(serial))
+    assert behind.cluster.digest == members.cluster.digest
+
+
+def test_a_file_with_a_further_signature_is_no_problem(tmp_path: Path) -> None:
+    """An operator may countersign what is in force; the copy in the file stays as it was put there."""
+    file = tmp_path / "cluster.manifest"
+    chain = issue_with_bob(b"")
+    file.write_bytes(chain)
+    members = open_membership(file, chain_pin(chain).hex())
+    signed_too = countersign_chain(chain, BOB)
+    file.write_bytes(signed_too)
+    assert not members.look()
+    assert (members.problem, file.read_bytes()) == ("", signed_too)
+    file.write_bytes(issue_with_bob(signed_too))
+    assert members.look()
+    assert (members.cluster.serial, members.problem) == (2, "")
+
+
+def test_subscribers_hear_of_manifests_in_order() -> None:
+    """Two threads bring one each: nobody hears of the later one first."""
+    members = membership_of(FIRST)
+    heard: list[int] = []
+    inside, go_on = threading.Event(), threading.Event()
+
+    def hear(before: Cluster, now: Cluster) -> None:
+        if now.serial == 2:
+            inside.set()
+            assert go_on.wait(20)
+        heard.append(now.serial)
+
+    members.subscribe(hear)
+    threads = [threading.Thread(target=members.offer_chain, args=(chain,)) for chain in (SECOND, THIRD)]
+    threads[0].start()
+    assert inside.wait(20)
+    threads[1].start()
+    threads[1].join(0.3)
+    go_on.set()
+    for thread in threads:
+        thread.join()
+    assert heard == [2, 3]
 
 
 def test_a_forged_manifest_is_no_alarm() -> None:

@@ -22,6 +22,7 @@ from engine.protocol.manifest import (
     ClusterSource,
     Member,
     chain_after,
+    chain_serial,
     follow_chain,
     join_chains,
     open_chain,
@@ -109,7 +110,10 @@ class Membership:
         return self._cluster
 
     def subscribe(self, taken: Taken) -> None:
-        """Have ``taken`` called for each manifest that is put in force, by the thread that brought it."""
+        """Have ``taken`` called for each manifest that is put in force, in their order, by the thread that brought it.
+
+        No other is taken until it returns, so it must be quick and must not offer one itself.
+        """
         self._subscribers.append(taken)
 
     def guard(self, check: Callable[[Cluster], None]) -> None:
@@ -147,7 +151,7 @@ class Membership:
                 return False
             cluster, whole = follow_chain(before, self._chain, rest)
             self._take(cluster, whole)
-        self._tell(before, cluster)
+            self._tell(before, cluster)
         return True
 
     def look(self) -> bool:
@@ -164,7 +168,7 @@ class Membership:
             self._state = state
             chain = read_chain(self._file)
             taken = self.offer_chain(chain)
-            if not taken and chain != self._chain:
+            if not taken and chain_serial(chain) < self._cluster.serial:
                 raise ManifestError(f"it is older than serial {self._cluster.serial}, which is in force")
         except (EngineError, OSError) as error:
             self.problem = f"{self._file}: {error}"[:MAX_PROBLEM]

@@ -7,7 +7,7 @@ milliseconds since the Unix epoch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cached_property, lru_cache
@@ -16,6 +16,7 @@ from typing import Annotated, Literal, Protocol
 
 import zmq.utils.z85
 from msgspec import Meta, Struct
+from msgspec.structs import astuple
 
 from engine.errors import AccessDenied, ManifestError
 from engine.keys import ALGORITHMS, RequestType
@@ -50,6 +51,7 @@ __all__ = [
     "Retiring",
     "Role",
     "chain_after",
+    "chain_serial",
     "check_share_counts",
     "check_successor",
     "decode_card",
@@ -135,14 +137,23 @@ class _ClusterManifest(Struct, frozen=True, array_like=True, forbid_unknown_fiel
     rules: Annotated[list[PolicyRule], Meta(max_length=4096)]
     groups: Annotated[int, Meta(ge=1, le=65536)]
     domain_level: Annotated[int, Meta(ge=1, le=8)]
-    retiring: Annotated[list[Retiring], Meta(max_length=MAX_MEMBERS)]
+    retiring: Annotated[list[Retiring], Meta(max_length=MAX_MEMBERS)] = []
 
 
 class _Chain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     envelopes: Annotated[list[Annotated[bytes, Meta(max_length=MAX_ENVELOPE)]], Meta(min_length=1, max_length=10_000)]
 
 
-_manifests = Codec(_ClusterManifest, "cluster manifest", MAX_ENVELOPE)
+class _ManifestCodec(Codec[_ClusterManifest]):
+    """Leaves ``retiring`` out where it is empty, as manifests are from before there were retiring keys."""
+
+    def __init__(self) -> None:
+        super().__init__(_ClusterManifest, "cluster manifest", MAX_ENVELOPE)
+        whole: Callable[[object], bytes] = self._encode
+        self._encode = lambda value: whole(value if value.retiring else astuple(value)[:-1])
+
+
+_manifests = _ManifestCodec()
 _chains = Codec(_Chain, "cluster manifest file", 64 * MAX_ENVELOPE)
 _cards = Codec(Member, "identity card", 4096)
 _CARD_KIND = "card"
@@ -411,6 +422,11 @@ def open_chain(chain: bytes, pin: bytes) -> Cluster:
     return cluster
 
 
+def chain_serial(chain: bytes) -> int:
+    """The serial of the newest manifest of a verified chain."""
+    return len(_chains.decode(chain).envelopes)
+
+
 def chain_after(chain: bytes, serial: int) -> bytes:
     """The manifests of a verified chain that come after ``serial``, in the same form; empty if none do."""
     later = _chains.decode(chain).envelopes[serial:]
@@ -434,11 +450,15 @@ def follow_chain(cluster: Cluster, chain: bytes, later: bytes) -> tuple[Cluster,
 
 
 def split_chain(chain: bytes, known: bytes) -> tuple[int, bytes]:
-    """How many manifests a chain has in common with a known one from the first on, and what comes after those."""
+    """How many manifests a chain has in common with a known one from the first on, and what comes after those.
+
+    A manifest is the same whoever signed it: more operators may sign one that is in force, and anybody can leave out a
+    signature that is not needed.
+    """
     told, mine = _chains.decode(chain).envelopes, _chains.decode(known).envelopes
     common = 0
     for each, other in zip(told, mine, strict=False):
-        if each != other:
+        if each != other and read_unverified(each).digest != read_unverified(other).digest:
             break
         common += 1
     rest = told[common:]
