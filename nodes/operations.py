@@ -39,12 +39,12 @@ def operate(lane: Lane, key: LoadedKey, verb: str, body: Operate, version: int) 
     """Do it in the token. The result is empty where the answer is yes."""
     if verb == RequestType.ENCRYPT:
         header = _header(key.algorithm, version)
-        return header + lane.encrypt(key, body.data, header + body.associated_data)
+        return lane.encrypt(key, body.data, body.associated_data, header)
     if verb == RequestType.DECRYPT:
         header = _header(key.algorithm, version)
         if body.data[: len(header)] != header:
             raise InvalidTag(f"the ciphertext does not begin with the header of format 1 and key version {version}")
-        return lane.decrypt(key, body.data[len(header) :], header + body.associated_data)
+        return lane.decrypt(key, body.data, body.associated_data, header)
     if verb == RequestType.MAC:
         return lane.mac(key, body.data)
     if verb == RequestType.VERIFY_MAC:

@@ -56,7 +56,7 @@ def test_a_handle_that_is_given_out_again_is_not_used_or_destroyed_by_the_old_ke
     old = lane.load(AES, os.urandom(32))
     token.renew()
     fresh = [lane.load(AES, os.urandom(32)) for _ in range(64)]
-    assert old.private.handle in [each.private.handle for each in fresh], "SoftHSM counts its handles from 1 again"
+    assert old.handles.private in [each.handles.private for each in fresh], "SoftHSM counts its handles from 1 again"
     with pytest.raises(NeedGrant):
         lane.encrypt(old, b"x", b"")
     old.destroy()

@@ -76,7 +76,7 @@ def called(library: ctypes.CDLL) -> int:
 
 def test_it_has_every_function_of_the_standard() -> None:
     assert len(FUNCTIONS) == len(set(FUNCTIONS)) == 68
-    # The order is told by the places that nodes/token.py uses, which were taken from the standard.
+    # The places of some, as the standard's pkcs11f.h has them.
     assert [FUNCTIONS.index(name) for name in ("C_CreateObject", "C_EncryptInit", "C_Decrypt")] == [20, 29, 34]
     assert FUNCTIONS[-1] == "C_WaitForSlotEvent"
 

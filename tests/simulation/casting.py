@@ -115,7 +115,7 @@ class SimLane:
         self._kek = AESGCM(kek)
 
     def destroy(self, key: LoadedKey) -> None:
-        key.private.destroy()
+        key.handles.destroy()
 
     def seal(self, plaintext: bytes, associated_data: bytes) -> bytes:
         nonce = os.urandom(12)
@@ -144,32 +144,33 @@ class SimLane:
         with memoryview(material) as view:
             return LoadedKey(algo, Material(algo, bytes(view)), self, self.generation)  # type: ignore[arg-type]
 
-    def encrypt(self, key: LoadedKey, plaintext: bytes, associated_data: bytes) -> bytes:
-        key.private.check()
+    def encrypt(self, key: LoadedKey, plaintext: bytes, associated_data: bytes, header: bytes = b"") -> bytes:
+        key.handles.check()
         nonce = os.urandom(12)
-        return nonce + key.private._cipher.encrypt(nonce, plaintext, associated_data)
+        return header + nonce + key.handles._cipher.encrypt(nonce, plaintext, header + associated_data)
 
-    def decrypt(self, key: LoadedKey, ciphertext: bytes, associated_data: bytes) -> bytes:
-        key.private.check()
+    def decrypt(self, key: LoadedKey, ciphertext: bytes, associated_data: bytes, header: bytes = b"") -> bytes:
+        key.handles.check()
+        sealed = ciphertext[len(header) :]
         try:
-            return key.private._cipher.decrypt(ciphertext[:12], ciphertext[12:], associated_data)
+            return key.handles._cipher.decrypt(sealed[:12], sealed[12:], header + associated_data)
         except (cryptography.exceptions.InvalidTag, ValueError):
             raise InvalidTag("the ciphertext, its associated data or its key does not fit") from None
 
     def sign(self, key: LoadedKey, data: bytes) -> bytes:
-        key.private.check()
-        return key.private._private.sign(data)
+        key.handles.check()
+        return key.handles._private.sign(data)
 
     def verify(self, key: LoadedKey, data: bytes, signature: bytes) -> None:
-        key.private.check()
+        key.handles.check()
         try:
-            key.private._private.public_key().verify(signature, data)
+            key.handles._private.public_key().verify(signature, data)
         except cryptography.exceptions.InvalidSignature:
             raise InvalidSignature("the signature does not belong to the message") from None
 
     def mac(self, key: LoadedKey, data: bytes) -> bytes:
-        key.private.check()
-        return hmac.digest(key.private._bytes, data, "sha256")
+        key.handles.check()
+        return hmac.digest(key.handles._bytes, data, "sha256")
 
     def verify_mac(self, key: LoadedKey, data: bytes, tag: bytes) -> None:
         if not hmac.compare_digest(self.mac(key, data), tag):
