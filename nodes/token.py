@@ -22,7 +22,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -521,8 +521,9 @@ class Lane:
         try:
             with self._guard:
                 if key.generation == self.generation:
-                    with suppress(CallError):
-                        self._fast.destroy(key.handles)
+                    self._fast.destroy(key.handles)
+        except CallError:
+            return  # it is gone already, or the token is sick, which the next use tells
         except TokenError:
             return  # the token is not open, or is being opened anew: the objects end with its sessions
 
