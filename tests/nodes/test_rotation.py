@@ -19,6 +19,7 @@ import engine
 from engine import Engine, LocalCluster
 from engine.failpoints import POINTS, VARIABLE
 from nodes.config import PinSource, TokenConfig
+from nodes.health import EXIT_PIN
 from nodes.rotation import rotate
 
 NODE = "node1"
@@ -119,7 +120,7 @@ def test_everything_is_sealed_anew_and_old_disks_are_useless(place: Place, tmp_p
     new_disk = place.copy(tmp_path / "new")
     for disk, right, wrong in ((old_disk, old_pin, new_pin), (new_disk, new_pin, old_pin)):
         pin = disk.parents[2] / "secrets" / f"{NODE}.pin"
-        for each, code in ((wrong, 2), (right, 0)):  # the right one shows that the copy itself is whole
+        for each, code in ((wrong, EXIT_PIN), (right, 0)):  # the right one shows that the copy itself is whole
             pin.write_bytes(each)
             pin.chmod(0o600)
             opened = place.run("check-token", config=disk)
@@ -194,7 +195,7 @@ def test_a_pin_from_the_environment(place: Place, tmp_path: Path) -> None:
     fresh = "f" * 40
     done = place.run("rotate-kek", "--new-pin-env", "NEW", config=disk, OLD=old, NEW=fresh)
     assert done.returncode == 0, done.stderr
-    assert place.run("check-token", config=disk, OLD=old).returncode == 2
+    assert place.run("check-token", config=disk, OLD=old).returncode == EXIT_PIN
     assert place.run("check-token", config=disk, OLD=fresh).returncode == 0
 
 

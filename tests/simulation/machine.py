@@ -269,7 +269,7 @@ class SimListener(Listener):
     """The real listener over a simulated socket."""
 
     def __init__(self, net: Network, name: str, cluster: Cluster) -> None:
-        self._cluster = cluster
+        self._source = cluster
         self.refused = 0
         self._next_warning_s = 0.0
         self.undeliverable = 0
