@@ -68,7 +68,8 @@ def membership_of(chain: bytes, file: Path | None = None) -> Membership:
 
 def test_manifests_of_before_there_were_retiring_keys_still_open() -> None:
     """Without a retiring key the bytes are those of the builds before; with one they are others, and follow."""
-    before = "bc2d8ccf466034f6707b083928c21fad0acd43d3166528671d30de156c08ca97"  # of the same chain, made by such a build
+    # Of the same chain, made by such a build.
+    before = "bc2d8ccf466034f6707b083928c21fad0acd43d3166528671d30de156c08ca97"
     assert hashlib.sha256(SECOND).hexdigest() == before
     members = membership_of(SECOND)
     changing = issue_cluster_manifest(
@@ -130,7 +131,7 @@ def issue_with_bob(chain: bytes) -> bytes:
 @given(st.lists(st.booleans(), min_size=2, max_size=5), st.integers(0, 2))
 @settings(deadline=None, max_examples=40)
 def test_it_does_not_matter_who_else_signed(signed_too: list[bool], known: int) -> None:
-    """A manifest with another operator's signature beside, or without it, is the same: no alarm, and the next follow."""
+    """A manifest with one operator's signature more or less is the same: no alarm, and the next follow."""
     own = other = b""
     for number, too in enumerate(signed_too):
         other = issue_with_bob(other)
