@@ -324,7 +324,9 @@ class P11Kit:
         self.client_module = _p11_client()
         config = _new_token(folder, "peer", module)
         self.pin_file = Path(config.pin.place)
-        self.socket = folder / "socket"
+        # A unix socket's path has room for 107 bytes, which a folder for temporary files may need by itself.
+        self._place = tempfile.TemporaryDirectory(prefix="keyquorum-", dir="/tmp")
+        self.socket = Path(self._place.name) / "socket"
         environment = {**os.environ, "SOFTHSM2_CONF": str(folder / "data" / "softhsm2.conf")}
         command = ["p11-kit", "server", "--foreground", "--provider", str(module), "--name", str(self.socket)]
         self._process = subprocess.Popen(
@@ -349,6 +351,7 @@ class P11Kit:
         while len(family(self.pid)) > 1 and time.monotonic() < until:
             time.sleep(0.01)
         end_process(self._process)
+        self._place.cleanup()
 
 
 def _p11_client() -> str:
