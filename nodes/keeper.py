@@ -230,7 +230,6 @@ class Keeper:
         if code is None and now - begun_s < FRESH_TIMEOUT_S:
             return
         text = self._end_fresh()
-        self._next_fresh_s = time.monotonic() + self._care.fresh_canary_every_s
         if code == 0:
             self._fresh_s, self._fresh_problem = time.monotonic(), ""
         elif code in (EXIT_PIN, EXIT_TOKEN):
@@ -252,6 +251,7 @@ class Keeper:
             if process.stdin is not None:
                 with process.stdin:
                     process.stdin.write(self._token.witness.hex().encode())
+                process.stdin = None  # or communicate() flushes a closed file
         except OSError as error:
             self._next_fresh_s = now + self._care.fresh_canary_every_s
             self._not_looked(str(error.strerror))
@@ -268,6 +268,7 @@ class Keeper:
             return ""
         process, _ = self._fresh
         self._fresh = None
+        self._next_fresh_s = time.monotonic() + self._care.fresh_canary_every_s  # whatever comes of it
         process.kill()
         told = process.communicate()[1]
         return told.decode("utf-8", errors="replace").strip()[-MAX_REASON:]

@@ -427,8 +427,8 @@ def test_a_changed_grant_is_refused() -> None:
 class SoftLane:
     """AES-GCM as the token does it, with the page's key."""
 
-    def decrypt(self, key: object, ciphertext: bytes, associated_data: bytes) -> bytes:
-        return AESGCM(SEED).decrypt(ciphertext[:12], ciphertext[12:], associated_data)
+    def decrypt(self, key: object, ciphertext: bytes, associated_data: bytes, header: bytes) -> bytes:
+        return AESGCM(SEED).decrypt(ciphertext[:12], ciphertext[12:], header + associated_data)
 
 
 def test_the_ciphertext() -> None:

@@ -145,9 +145,9 @@ def oracle() -> None:
 
     genuine = Lane.decrypt
 
-    def decrypt(self: Any, key: Any, ciphertext: bytes, associated_data: bytes) -> bytes:
+    def decrypt(self: Any, key: Any, ciphertext: bytes, *rest: bytes) -> bytes:
         try:
-            return genuine(self, key, ciphertext, associated_data)
+            return genuine(self, key, ciphertext, *rest)
         except InvalidTag as error:
             raise InvalidTag(f"{error} ({zlib.crc32(ciphertext) % 5})") from None
 
@@ -155,17 +155,19 @@ def oracle() -> None:
 
 
 def nonces() -> None:
-    """Use one nonce for everything."""
-    from nodes import token
+    """Use one nonce for everything that is the same."""
+    from nodes.token import Lane
 
-    class Same:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(os, name)
+    genuine = Lane.encrypt
+    made: dict[tuple[Any, ...], bytes] = {}
 
-        def urandom(self, count: int) -> bytes:
-            return bytes(count) if count == token.NONCE_BYTES else os.urandom(count)
+    def encrypt(self: Any, key: Any, *rest: bytes) -> bytes:
+        again = (id(key), *rest)
+        if again not in made:
+            made[again] = genuine(self, key, *rest)
+        return made[again]
 
-    token.os = Same()  # type: ignore[assignment]
+    Lane.encrypt = encrypt  # type: ignore[method-assign]
 
 
 def canonical() -> None:
