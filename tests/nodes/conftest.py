@@ -6,6 +6,7 @@ start another process.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -297,20 +298,34 @@ def token_config(tmp_path_factory: pytest.TempPathFactory) -> TokenConfig:
 
 
 @pytest.fixture(scope="session")
-def token(token_config: TokenConfig) -> Token:
-    """The one token of this process."""
-    folder = Path(token_config.pin.place).parent
+def token_data(token_config: TokenConfig) -> Path:
+    """The data folder of the one token of this process."""
+    data = Path(token_config.pin.place).parent / "data"
+    with _environment_kept():
+        initialize_token(token_config, data)
+    return data
+
+
+@pytest.fixture(scope="module")
+def token(token_config: TokenConfig, token_data: Path) -> Token:
+    """The token, opened anew: other users of PKCS#11 in this process (the benchmarks) end the sessions of before."""
+    with _environment_kept():
+        return Token(token_config, token_data)
+
+
+@contextlib.contextmanager
+def _environment_kept() -> Iterator[None]:
     before = os.environ.get("SOFTHSM2_CONF")
-    initialize_token(token_config, folder / "data")
-    token = Token(token_config, folder / "data")
-    if before is None:
-        os.environ.pop("SOFTHSM2_CONF", None)
-    else:
-        os.environ["SOFTHSM2_CONF"] = before
-    return token
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop("SOFTHSM2_CONF", None)
+        else:
+            os.environ["SOFTHSM2_CONF"] = before
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_lane(token: Token) -> Lane:
     return token.lane()
 

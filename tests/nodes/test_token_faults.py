@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engine.protocol.requests import Describe, Empty, Flush, TokenHealth
 from pkcs11_shim import CKR, Shim, Who
 
 NODE = "node1"
+FRESH_EVERY_S = 2.0
 OTHER_KEK = """
 import sys
 from pathlib import Path
@@ -78,7 +80,8 @@ def sick(tmp_path_factory: pytest.TempPathFactory, new_cluster_folder: Any, unti
         assert folder.init(NODE).returncode == 0
         path = folder.config(NODE)
         with Shim(folder.root / "shim") as shim:
-            told = f'[token]\nmodule = "{shim.library}"\ncanary_every_s = 0.3\nfresh_canary_every_s = 2.0\n'
+            care = f"canary_every_s = 0.3\nfresh_canary_every_s = {FRESH_EVERY_S}"
+            told = f'[token]\nmodule = "{shim.library}"\n{care}\n'
             path.write_text(path.read_text().replace("[token]\n", told))
             yield Sick(folder, shim, until)
     finally:
@@ -166,6 +169,17 @@ def test_a_slow_token_is_no_sick_one(sick: Sick) -> None:
     sick.flush()
     assert sick.works()
     assert sick.health().problem == ""
+
+
+def test_a_fresh_process_looks_at_the_token_once_in_its_time(sick: Sick) -> None:
+    """It is not begun again at once, and what it finds is taken in: Python processes in a row cost a machine a lot."""
+    ages = []
+    until_s = time.monotonic() + 3 * FRESH_EVERY_S
+    while time.monotonic() < until_s:
+        ages.append(sick.health().fresh_age_ms)
+        time.sleep(0.02)
+    assert 1 <= sum(later < earlier for earlier, later in pairwise(ages)) <= 3
+    assert "looking after the token failed" not in sick.node.log
 
 
 def test_a_deleted_token_is_noticed_from_a_fresh_process_alone(sick: Sick) -> None:
