@@ -56,7 +56,7 @@ TTL_S = 4.0
 TRIES = 5
 EXPIRY_PATIENCE_S = 30.0
 """Less than the default TTLs, so that a node which does not go by the configured ones is noticed."""
-CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGQUIT, signal.SIGSEGV)
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV)
 CLD_KILLED, CLD_DUMPED = 2, 3
 RUN = 16
 """So many bytes of a secret in a row count as a find; a find in a row of 15 and more can't be missed."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from engine.protocol.manifest import (
     Cluster,
     Member,
     PolicyRule,
-    Retiring,
     chain_after,
     chain_pin,
     countersign_chain,
@@ -64,27 +62,6 @@ PIN = chain_pin(FIRST)
 
 def membership_of(chain: bytes, file: Path | None = None) -> Membership:
     return Membership(open_chain(chain, PIN), chain, file)
-
-
-def test_manifests_of_before_there_were_retiring_keys_still_open() -> None:
-    """Without a retiring key the bytes are those of the builds before; with one they are others, and follow."""
-    # Of the same chain, made by such a build.
-    before = "bc2d8ccf466034f6707b083928c21fad0acd43d3166528671d30de156c08ca97"
-    assert hashlib.sha256(SECOND).hexdigest() == before
-    members = membership_of(SECOND)
-    changing = issue_cluster_manifest(
-        name="prod",
-        members=[OPERATOR, *NODES],
-        rules=[],
-        operators=[ALICE],
-        groups=16,
-        chain=SECOND,
-        retiring=[Retiring("node1", b"r" * 32, "tcp://127.0.0.1:9")],
-    )
-    assert members.offer_chain(changing)
-    assert list(members.cluster.retiring) == ["node1"]
-    assert members.offer_chain(issue(changing, NODES))
-    assert not members.cluster.retiring
 
 
 def test_a_newer_chain_is_taken_and_told() -> None:

@@ -428,7 +428,9 @@ class SoftLane:
     """AES-GCM as the token does it, with the page's key."""
 
     def decrypt(self, key: object, ciphertext: bytes, associated_data: bytes, header: bytes) -> bytes:
-        return AESGCM(SEED).decrypt(ciphertext[:12], ciphertext[12:], header + associated_data)
+        assert ciphertext.startswith(header)
+        nonce, rest = ciphertext[len(header) :][:12], ciphertext[len(header) + 12 :]
+        return AESGCM(SEED).decrypt(nonce, rest, header + associated_data)
 
 
 def test_the_ciphertext() -> None:

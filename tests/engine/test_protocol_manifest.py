@@ -212,19 +212,6 @@ def test_name_and_groups_never_change(field: str, value: Any) -> None:
         issue("op1", "op2", chain=FIRST, **options)
 
 
-def test_there_is_one_form_without_a_retiring_key() -> None:
-    """An empty list of retiring keys is left out; written down it is no canonical manifest, whoever signed it."""
-    first = envelopes(FIRST)[0]
-    last = read_unverified(first)
-    manifest = msgspec.structs.replace(module._manifests.decode(last.payload), previous=last.digest)
-    fields = msgspec.structs.astuple(manifest)
-    raw = sign_envelope("cluster", 2, msgspec.msgpack.encode(fields[:-1]), *OPERATORS)
-    assert open_chain(chained(first, raw), PIN).serial == 2
-    raw = sign_envelope("cluster", 2, msgspec.msgpack.encode(fields), *OPERATORS)
-    with pytest.raises(ProtocolError, match="not in canonical form"):
-        open_chain(chained(first, raw), PIN)
-
-
 def test_every_changed_byte_of_a_chain_is_refused() -> None:
     small = [each for each in ALL if each.name in ("op1", "n1")]
     chain = issue("op1", members=small, quorum=1, rules=[])

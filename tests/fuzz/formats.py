@@ -35,7 +35,6 @@ from targets import Target, kind_of, require
 from world import HOLDERS, NODES, NOW_MS, ec_key, is_signed_by, material, opened, private_key, rsa_key, the_world
 
 import engine.client.files as files
-import nodes.token
 from balancer.config import BalancerConfig
 from balancer.history import History
 from balancer.registry import SqliteRegistry, _Row
@@ -61,6 +60,7 @@ from engine.sharing.formats import (
     slip39_recover,
     write_vault_part,
 )
+from nodes._fasttoken import ecdsa_from_der
 from nodes.audit import _check_tail, _kept_records, _log_id, _read_end
 from nodes.config import MODULE_PATHS, PinSource, TokenConfig, _pin_source, load_node_config, parse_uri
 from nodes.operations import check_operation, operate
@@ -863,38 +863,15 @@ def _publics() -> list[bytes]:
     return [key.public_key().public_bytes(*spki) for key in (ec_key(256), ec_key(384), private_key("alice"), rsa_key())]
 
 
-def _take_rsa(data: bytes) -> str:
-    """The DER of a combined RSA key, read by nodes/token.py without a copy, and by pyca/cryptography."""
-    kind, secret, public = nodes.token._rsa_attributes(memoryview(data), 2048)
-    numbers = [int.from_bytes(value, "big") for value in secret.values()]
-    require(numbers[0].bit_length() == 2048 and all(len(value) for value in secret.values()), "numbers that are none")
-    require(len(public) == 2 and kind.name == "RSA", "other attributes")
-    try:
-        key = serialization.load_der_private_key(data, None, unsafe_skip_rsa_key_validation=True)
-        found = key.private_numbers()  # type: ignore[union-attr]
-    except (ValueError, TypeError, AttributeError, cryptography.exceptions.UnsupportedAlgorithm):
-        return "read here alone"  # what pyca refuses of it (a negative number, say) the token is given as it is
-    other = [
-        found.public_numbers.n,
-        found.public_numbers.e,
-        found.d,
-        found.p,
-        found.q,
-        found.dmp1,
-        found.dmq1,
-        found.iqmp,
-    ]
-    require(numbers == other, "two readers of one DER read different numbers")
-    return "read by both"
-
-
 def _rsa_der() -> list[bytes]:
     plain = serialization.NoEncryption()
     return [rsa_key().private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, plain)]
 
 
 def _take_ecdsa(data: bytes) -> str:
-    raw = nodes.token._raw_ecdsa(data, 32)
+    raw = ecdsa_from_der(data, 32)
+    if raw is None:
+        raise InvalidSignature("no DER signature")
     require(len(raw) == 64, "a signature of another length")
     r, s = utils.decode_dss_signature(data)
     require((r, s) == (int.from_bytes(raw[:32], "big"), int.from_bytes(raw[32:], "big")), "another signature")
@@ -1322,23 +1299,13 @@ def format_targets() -> list[Target]:
     )
     target("key/public", _publics, _take_public, change_der, values, 0.5, "engine.keys.public_key_pem")
     target(
-        "key/rsa-der",
-        _rsa_der,
-        _take_rsa,
-        change_der,
-        values,
-        1,
-        "nodes.token._rsa_attributes",
-        "nodes.token._der_value",
-    )
-    target(
         "key/ecdsa-signature",
         _ecdsa_signatures,
         _take_ecdsa,
         change_der,
         (InvalidSignature,),
         2,
-        "nodes.token._raw_ecdsa",
+        "nodes._fasttoken.ecdsa_from_der",
     )
     target(
         "balancer/stats",
@@ -1385,7 +1352,7 @@ def format_targets() -> list[Target]:
         (EngineError,),
         0.02,
         "nodes.token.Lane.load",
-        "nodes.token._curve_attributes",
+        "nodes.token._check_point",
         cpu_s=2.0,
     )
     return made

@@ -37,6 +37,7 @@ import nodes.token
 from engine.errors import ConfigError, ManifestError, ProtocolError
 from engine.protocol.signed import Signed
 from engine.protocol.wire import Codec
+from nodes._fasttoken import ecdsa_from_der
 
 Patch = Callable[[ExitStack], None]
 
@@ -434,11 +435,8 @@ def _number_shown(data: Any, message: str) -> str:
     return f", where it says {data}" if isinstance(data, int | float) else ""
 
 
-def _unchecked_length(data: memoryview, tag: int) -> tuple[memoryview, memoryview]:
-    length_bytes = data[1] & 0x7F if data[1] & 0x80 else 0
-    length = int.from_bytes(data[2 : 2 + length_bytes], "big") if length_bytes else data[1]
-    value = data[2 + length_bytes :]
-    return value[:length], value[length:]
+def _unchecked_length(der: bytes, half: int) -> bytes | None:
+    return ecdsa_from_der(der[: 2 + der[1]] if len(der) > 2 else der, half)
 
 
 def _binascii_only(text: str, keys: Any) -> Any:
@@ -589,8 +587,8 @@ BUGS: Final[dict[str, Bug]] = {
     ),
     "der-length": Bug(
         "a DER length is not held against the data",
-        "key/rsa-der",
-        _replace(nodes.token, "_der_value", _unchecked_length),
+        "key/ecdsa-signature",
+        _patched_in_formats("ecdsa_from_der", _unchecked_length),
     ),
     "verb": Bug("an unknown verb passes the policy", "frame/request", _patched_in_targets("check_verb", _any_verb)),
 }

@@ -7,7 +7,7 @@ milliseconds since the Unix epoch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cached_property, lru_cache
@@ -16,7 +16,6 @@ from typing import Annotated, Literal, Protocol
 
 import zmq.utils.z85
 from msgspec import Meta, Struct
-from msgspec.structs import astuple
 
 from engine.errors import AccessDenied, ManifestError
 from engine.keys import ALGORITHMS, RequestType
@@ -137,23 +136,14 @@ class _ClusterManifest(Struct, frozen=True, array_like=True, forbid_unknown_fiel
     rules: Annotated[list[PolicyRule], Meta(max_length=4096)]
     groups: Annotated[int, Meta(ge=1, le=65536)]
     domain_level: Annotated[int, Meta(ge=1, le=8)]
-    retiring: Annotated[list[Retiring], Meta(max_length=MAX_MEMBERS)] = []
+    retiring: Annotated[list[Retiring], Meta(max_length=MAX_MEMBERS)]
 
 
 class _Chain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     envelopes: Annotated[list[Annotated[bytes, Meta(max_length=MAX_ENVELOPE)]], Meta(min_length=1, max_length=10_000)]
 
 
-class _ManifestCodec(Codec[_ClusterManifest]):
-    """Leaves ``retiring`` out where it is empty, as manifests are from before there were retiring keys."""
-
-    def __init__(self) -> None:
-        super().__init__(_ClusterManifest, "cluster manifest", MAX_ENVELOPE)
-        whole: Callable[[object], bytes] = self._encode
-        self._encode = lambda value: whole(value if value.retiring else astuple(value)[:-1])
-
-
-_manifests = _ManifestCodec()
+_manifests = Codec(_ClusterManifest, "cluster manifest", MAX_ENVELOPE)
 _chains = Codec(_Chain, "cluster manifest file", 64 * MAX_ENVELOPE)
 _cards = Codec(Member, "identity card", 4096)
 _CARD_KIND = "card"
