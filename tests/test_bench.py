@@ -87,6 +87,7 @@ def test_the_harness_measures_every_row_beside_its_peer(tmp_path: Path, monkeypa
     assert programs_of(str(tmp_path)) == []
 
 
+@pytest.mark.long
 def test_a_soak_loses_nothing_while_nodes_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`make soak`, for a minute: results checked, nodes killed and restarted, memory and descriptors flat."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
