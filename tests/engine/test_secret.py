@@ -478,7 +478,8 @@ if os.geteuid() == 0:
     os.setuid(65534)  # without CAP_IPC_LOCK
 first = SecretBuffer(32)
 maps = len(open("/proc/self/maps").readlines())
-for length in (8193, 20_000):
+tries = 20
+for length in (8193, 20_000) * tries:
     try:
         SecretBuffer(length)
     except OSError as error:
@@ -488,7 +489,8 @@ for length in (8193, 20_000):
     assert f"no locked memory for {length} bytes" in text, text
     assert "mlock failed" in text and "may lock 40000 bytes" in text and "LimitMEMLOCK=" in text, text
 assert secret_memory() == (32768, 64)
-assert len(open("/proc/self/maps").readlines()) == maps
+more = len(open("/proc/self/maps").readlines()) - maps
+assert more < tries, more  # the interpreter maps a piece for itself at times
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
 second = SecretBuffer(32)  # from the region that is locked already
 assert reconstruct_key(generate_shares(b"needs none", threshold=2, shares=2)) == b"needs none"
