@@ -86,7 +86,8 @@ soak: ## ten minutes of mixed load at 80 % of capacity while nodes die and come 
 assurance: ## the long proofs: valgrind, timing, NEON, sanitizers, a million changed messages (20 minutes)
 	@.ci/setup test,lint
 	@tests/assurance/tools
-	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance tests/nodes/test_tampering.py tests/test_bench.py --verbose $(PYTEST_ARGS)
+	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance tests/nodes/test_tampering.py tests/test_bench.py \
+		tests/simulation --verbose $(PYTEST_ARGS)
 
 .PHONY: attack
 attack: ## attack a cluster that it starts (2 minutes); build/attack/report.md and .json; ATTACK_ARGS="--quick"

@@ -126,3 +126,9 @@ def ecdsa_to_der(raw: Buffer, /) -> bytes:
 
 def ecdsa_from_der(der: Buffer, half: int, /) -> bytes | None:
     """r || s of ``half`` bytes each; None if it is not DER to the letter or a number is negative or does not fit."""
+
+def rsa_from_der(der: Buffer, /) -> list[tuple[int, int]] | None:
+    """Offset and length of the eight numbers of a two-prime RSAPrivateKey (RFC 8017, A.1.2) in its order; else None.
+
+    Nothing is copied: they are secret.
+    """

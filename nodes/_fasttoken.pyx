@@ -485,6 +485,22 @@ def ecdsa_from_der(der, half, /):
         _release(&given)
 
 
+def rsa_from_der(der, /):
+    """Where the numbers are, or None."""
+    cdef buffers given
+    cdef ck_attribute[RSA_PARTS] parts
+    cdef size_t length = 0
+    cdef const uint8_t *data
+    given.count = 0
+    try:
+        data = _read(&given, der, "the key", &length)
+        if not _get_rsa(data, length, parts):
+            return None
+        return [(<const uint8_t *>parts[i].value - data, parts[i].length) for i in range(RSA_PARTS)]
+    finally:
+        _release(&given)
+
+
 # --- nonces ------------------------------------------------------------------------------------------------------------
 
 cdef struct reserve:  # drawn ahead, as the system call takes a fifth of an encryption's time

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 import structlog
 
-from engine.client.transport import Arrival, Channel, ask, raise_for_status
+from engine.client.transport import Arrival, Channel, KeyRefused, ask, raise_for_status
 from engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -467,6 +467,8 @@ class Conversation(FollowsCluster):
         for name, body in bodies.items():
             try:
                 asked[channel.start(name, verb, body, max(0.001, deadline_s - self._clock()))] = name
+            except KeyRefused as error:  # of this node's key: nothing that the client whom it serves may not do
+                yield name, NodeUnavailable(str(error))
             except EngineError as error:
                 yield name, error
         until_s, hurried = deadline_s, False
@@ -487,7 +489,8 @@ class Conversation(FollowsCluster):
     def ask_registry(self, channel: Channel, verb: str, message: object, deadline_s: float) -> Any:
         """Ask the registry, at each balancer in turn; ``RegistryUnavailable`` if none answers.
 
-        A balancer that has just started is dialled again for a second before it counts as away.
+        A balancer that has just started, or has not heard of this node's new key, is dialled again for a second before it
+        counts as away.
         """
         problems: dict[str, str] = {}
         patient_until_s = min(deadline_s, self._clock() + REGISTRY_PATIENCE_S)
@@ -499,7 +502,7 @@ class Conversation(FollowsCluster):
                     continue
                 try:
                     return ask(channel, balancer.name, verb, message, left_s)
-                except (NodeUnavailable, DeadlineExceeded) as error:
+                except (NodeUnavailable, DeadlineExceeded, KeyRefused) as error:
                     problems[balancer.name] = str(error)
             if not problems or self._clock() >= patient_until_s:
                 break

@@ -69,7 +69,7 @@ class Forgetful(Wrapped):
 
     def create_key(self, name: str, algorithm: str, **options: Any) -> Any:
         self.made += 1
-        if self.made % 4:
+        if self.made % 2:
             return self._kq.create_key(name, algorithm, **options)
         other = self._kq.create_key(f"{name}-elsewhere", algorithm, **options)
         return replace(other, name=name)

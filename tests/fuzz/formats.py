@@ -60,7 +60,7 @@ from engine.sharing.formats import (
     slip39_recover,
     write_vault_part,
 )
-from nodes._fasttoken import ecdsa_from_der
+from nodes._fasttoken import ecdsa_from_der, rsa_from_der
 from nodes.audit import _check_tail, _kept_records, _log_id, _read_end
 from nodes.config import MODULE_PATHS, PinSource, TokenConfig, _pin_source, load_node_config, parse_uri
 from nodes.operations import check_operation, operate
@@ -863,6 +863,33 @@ def _publics() -> list[bytes]:
     return [key.public_key().public_bytes(*spki) for key in (ec_key(256), ec_key(384), private_key("alice"), rsa_key())]
 
 
+def _take_rsa(data: bytes) -> str:
+    """The DER of a combined RSA key, read by nodes/_fasttoken.pyx without a copy, and by pyca/cryptography."""
+    places = rsa_from_der(data)
+    if places is None:
+        raise ValueError("no RSAPrivateKey")
+    require(len(places) == 8, "other attributes")
+    require(all(0 < at < at + length <= len(data) for at, length in places), "numbers that are none")
+    numbers = [int.from_bytes(data[at : at + length], "big") for at, length in places]
+    try:
+        key = serialization.load_der_private_key(data, None, unsafe_skip_rsa_key_validation=True)
+        found = key.private_numbers()  # type: ignore[union-attr]
+    except (ValueError, TypeError, AttributeError, cryptography.exceptions.UnsupportedAlgorithm):
+        return "read here alone"  # what pyca refuses of it (a negative number, say) the token is given as it is
+    other = [
+        found.public_numbers.n,
+        found.public_numbers.e,
+        found.d,
+        found.p,
+        found.q,
+        found.dmp1,
+        found.dmq1,
+        found.iqmp,
+    ]
+    require(numbers == other, "two readers of one DER read different numbers")
+    return "read by both"
+
+
 def _rsa_der() -> list[bytes]:
     plain = serialization.NoEncryption()
     return [rsa_key().private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, plain)]
@@ -1298,6 +1325,15 @@ def format_targets() -> list[Target]:
         cpu_s=3.0,
     )
     target("key/public", _publics, _take_public, change_der, values, 0.5, "engine.keys.public_key_pem")
+    target(
+        "key/rsa-der",
+        _rsa_der,
+        _take_rsa,
+        change_der,
+        values,
+        1,
+        "nodes._fasttoken.rsa_from_der",
+    )
     target(
         "key/ecdsa-signature",
         _ecdsa_signatures,

@@ -41,7 +41,17 @@ from engine.protocol.wire import (
     request_codec,
 )
 
-__all__ = ["Arrival", "Channel", "Greeting", "Moved", "ask", "check_zmq_version", "connect_options", "raise_for_status"]
+__all__ = [
+    "Arrival",
+    "Channel",
+    "Greeting",
+    "KeyRefused",
+    "Moved",
+    "ask",
+    "check_zmq_version",
+    "connect_options",
+    "raise_for_status",
+]
 
 CONNECT_TIMEOUT_S = 0.5
 """How long a request waits for a first connection (TCP and CURVE handshake) before the peer counts as unreachable."""
@@ -68,6 +78,10 @@ MIN_ZMQ = (4, 3, 5)
 
 _EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
 _FIRST_EVENTS = _EVENTS | zmq.EVENT_CONNECT_RETRIED
+
+
+class KeyRefused(AccessDenied):
+    """The peer lets nobody with this process's own CURVE key in. Nothing is said of whom it asks for."""
 
 
 class Moved(EngineError):
@@ -254,7 +268,7 @@ class Channel:
     def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
         """Send a request and return its token; its end comes from ``poll``, at the latest at its deadline.
 
-        ``NodeUnavailable`` if there is no connection, ``AccessDenied`` if the peer refuses this key.
+        ``NodeUnavailable`` if there is no connection, ``KeyRefused`` if the peer refuses this key.
         """
         connection = self._connected(peer, timeout_s)
         if connection.greeting.refusal is not None:
@@ -338,7 +352,7 @@ class Channel:
         if connection.refused:
             # Closed, since libzmq would knock again every few milliseconds for ever.
             self._drop(peer)
-            raise AccessDenied(f"{peer} refuses the key of {connection.own.name!r}: it is no member's in its manifest")
+            raise KeyRefused(f"{peer} refuses the key of {connection.own.name!r}: it is no member's in its manifest")
         raise NodeUnavailable(f"{peer} at {connection.member.endpoint} can't be reached")
 
     def _of_today(self, peer: str) -> _Connection:
