@@ -489,8 +489,8 @@ class Conversation(FollowsCluster):
     def ask_registry(self, channel: Channel, verb: str, message: object, deadline_s: float) -> Any:
         """Ask the registry, at each balancer in turn; ``RegistryUnavailable`` if none answers.
 
-        A balancer that has just started, or has not heard of this node's new key, is dialled again for a second before it
-        counts as away.
+        A balancer that has just started, or does not know this node's new key yet, is dialled again for a second before
+        it counts as away.
         """
         problems: dict[str, str] = {}
         patient_until_s = min(deadline_s, self._clock() + REGISTRY_PATIENCE_S)
