@@ -172,13 +172,15 @@ def test_a_stopped_node_costs_a_moment(own_cluster: LocalCluster) -> None:
 def test_no_client_sees_an_error_when_a_node_goes(own_cluster: LocalCluster, how: str) -> None:
     """Threads, a pipelined batch and tasks go on over a node that goes in the middle; each result is right."""
     node = own_cluster.nodes[0]
-    gone = threading.Event()
+    begun, gone = threading.Barrier(5), threading.Event()
 
     def one_after_the_other(kq: Engine) -> int:
         done = 0
         while not gone.is_set() or done < 20:
             assert kq.decrypt("data", kq.encrypt("data", b"x", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"x"
             done += 1
+            if done == 1:
+                begun.wait(30)
         return sum(
             kq.decrypt("data", kq.encrypt("data", b"y", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"y"
             for _ in range(20)
@@ -186,12 +188,14 @@ def test_no_client_sees_an_error_when_a_node_goes(own_cluster: LocalCluster, how
 
     def batches(kq: Engine) -> int:
         kq.encrypt_many("data", [b"x"] * 100, timeout=DEADLINE_S)
+        begun.wait(30)
         assert gone.wait(30)
         return len(kq.encrypt_many("data", [b"x"] * 200, timeout=DEADLINE_S))
 
     async def tasks() -> int:
         async with engine.aio.connect(own_cluster.client_config) as kq:
             await kq.encrypt_many("data", [b"x"] * 100, timeout=DEADLINE_S)
+            await asyncio.to_thread(begun.wait, 30)
             await asyncio.to_thread(gone.wait, 30)
             return len(await kq.encrypt_many("data", [b"x"] * 200, timeout=DEADLINE_S))
 
@@ -205,7 +209,7 @@ def test_no_client_sees_an_error_when_a_node_goes(own_cluster: LocalCluster, how
             pool.submit(asyncio.run, tasks()),
         ]
         try:
-            time.sleep(0.3)
+            begun.wait(30)
             if how == "killed":
                 own_cluster.kill(node)
             else:

@@ -7,13 +7,14 @@ in pyca/cryptography, which gives the same bytes in every run; the targets under
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import os
 import re
 import sqlite3
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from random import Random
@@ -320,23 +321,28 @@ def _columns(data: bytes, count: int) -> list[Any]:
     return fields
 
 
+@contextlib.contextmanager
+def _only_row(database: sqlite3.Connection, columns: str, fields: Sequence[Any]) -> Iterator[None]:
+    """The table of keys with this row alone, for the block."""
+    database.execute("SAVEPOINT fuzz")
+    try:
+        try:
+            database.execute("DELETE FROM keys")
+            database.execute(f"INSERT INTO keys{columns} VALUES ({', '.join('?' * len(fields))})", fields)  # noqa: S608 # constants
+        except (sqlite3.Error, UnicodeEncodeError, OverflowError):
+            raise ProtocolError("no row of SQLite's") from None
+        yield
+    finally:
+        database.execute("ROLLBACK TO fuzz")
+        database.execute("RELEASE fuzz")
+
+
 def _take_row(data: bytes) -> str:
     """The columns of a row as who has the file may set them: a row that is read is one that the node wrote."""
     state = the_stores()
     fields = _columns(data, len(_ROW_FIELDS) + 1)
-    marks = ", ".join("?" * len(fields))
-    database = state.store._db
-    try:
-        database.execute("SAVEPOINT fuzz")
-        try:
-            database.execute("DELETE FROM keys")
-            database.execute(f"INSERT INTO keys ({', '.join(_ROW_FIELDS)}, tag) VALUES ({marks})", fields)  # noqa: S608 # constants
-        except (sqlite3.Error, UnicodeEncodeError, OverflowError):
-            raise ProtocolError("no row of SQLite's") from None
+    with _only_row(state.store._db, f" ({', '.join(_ROW_FIELDS)}, tag)", fields):
         (row,) = state.store.rows()
-    finally:
-        database.execute("ROLLBACK TO fuzz")
-        database.execute("RELEASE fuzz")
     require(row in state.rows, "a row that the node did not write is read")
     types = [type(getattr(row, name)) for name in _ROW_FIELDS]
     require(types == [type(getattr(state.rows[0], name)) for name in _ROW_FIELDS], "a column of another type")
@@ -354,18 +360,8 @@ def _row_samples() -> list[bytes]:
 def _take_registry_row(data: bytes) -> str:
     state = the_stores()
     fields = _columns(data, len(state.registry_row))
-    database = state.registry._store
-    try:
-        database.execute("SAVEPOINT fuzz")
-        try:
-            database.execute("DELETE FROM keys")
-            database.execute(f"INSERT INTO keys VALUES ({', '.join('?' * len(fields))})", fields)  # noqa: S608 # constants
-        except (sqlite3.Error, UnicodeEncodeError, OverflowError):
-            raise ProtocolError("no row of SQLite's") from None
+    with _only_row(state.registry._store, "", fields):
         row = state.registry._row(the_world().first.manifest.key_id)
-    finally:
-        database.execute("ROLLBACK TO fuzz")
-        database.execute("RELEASE fuzz")
     if row is None:
         raise ProtocolError("no row of this key")
     require(row == _Row(*state.registry_row[:-1]), "a row that the registry did not write is read")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -96,7 +95,7 @@ def test_a_node_with_few_descriptors_outlives_more_connections_than_it_has(
             one = stack.enter_context(socket.socket())
             one.setblocking(False)
             one.connect_ex((host, int(port)))
-        time.sleep(1.0)
+        until(lambda: "many connections" in node.log, "the node notices them")
 
         def served() -> bool:
             try:
@@ -107,7 +106,6 @@ def test_a_node_with_few_descriptors_outlives_more_connections_than_it_has(
         until(served, "a member is served beside the strangers")
     until(lambda: status(cluster_folder).service.connections < before.connections_max, "they are gone")
     assert node.process.poll() is None
-    assert "many connections" in node.log
 
 
 def test_a_node_without_enough_descriptors_says_so(cluster_folder: Any) -> None:
