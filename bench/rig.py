@@ -366,13 +366,19 @@ def p11_uses(module: str, socket: str, pin_file: str) -> Uses:
     """A client's session over p11-kit's remoting, with keys of its own."""
     os.environ["P11_KIT_SERVER_ADDRESS"] = f"unix:path={socket}"
     until = time.monotonic() + START_S
-    # When many connect at once its server shows some of them no token at all.
-    while (token := next(iter(pkcs11.lib(module).get_tokens()), None)) is None:
+    # When many connect at once its server shows some of them no token at all, or opens no session for them.
+    while True:
+        token = next(iter(pkcs11.lib(module).get_tokens()), None)
+        problem = "shows no token"
+        if token is not None:
+            try:
+                return Uses(token.open(user_pin=Path(pin_file).read_text(encoding="ascii").strip()))
+            except pkcs11.exceptions.PKCS11Error as error:
+                problem = f"opens no session: {type(error).__name__}"
         if time.monotonic() > until:
-            raise MissingPeer("p11-kit's server shows no token")
+            raise MissingPeer(f"p11-kit's server {problem}")
         pkcs11.unload(module)
         time.sleep(0.05)
-    return Uses(token.open(user_pin=Path(pin_file).read_text(encoding="ascii").strip()))
 
 
 def end_process(process: subprocess.Popen[Any]) -> None:

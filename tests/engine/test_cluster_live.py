@@ -252,4 +252,4 @@ def test_a_node_that_is_taken_out_serves_no_more(tmp_path: Path) -> None:
         assert not errors
         told = [each.name for each in kq.status() if each.role == "node"]
         assert told == ["node1", "node3", "node4"]
-        assert "removed from the cluster" in local.log_file("node2").read_text()
+        assert wait_for(lambda: "removed from the cluster" in local.log_file("node2").read_text())

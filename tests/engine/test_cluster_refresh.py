@@ -200,7 +200,10 @@ def _crash_through(cluster: LocalCluster, points: Sequence[str], monkeypatch: py
                 told = kq.refresh_key("data", timeout=10).epoch
             except engine.EngineError:
                 told = 0
-            assert cluster.running()[coordinator] is None, f"{point} was never passed"
+            until_s = time.monotonic() + 20  # its own commit may come after its reply
+            while cluster.running()[coordinator] is not None:
+                assert time.monotonic() < until_s, f"{point} was never passed"
+                time.sleep(0.05)
             kq.flush()
             assert kq.decrypt("data", before, timeout=20) == b"from before"
             cluster.start_node(coordinator)
