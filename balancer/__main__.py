@@ -175,6 +175,7 @@ def _serve(
         if time.monotonic() >= next_look_s:
             next_look_s = time.monotonic() + POLL_MS / 1000
             membership.look()
+            listener.settle()
         if known is not membership.cluster:
             known = membership.cluster
             _listen(listener, served())

@@ -277,8 +277,9 @@ class Server:
             self._take_in()
 
     def _look(self) -> None:
-        """Take a newer manifest that was put into its file."""
+        """Take a newer manifest that was put into its file; leave the endpoints that the one in force left out."""
         self._membership.look()
+        self._listener.settle()
 
     def _take_in(self) -> None:
         for _ in range(BATCH):

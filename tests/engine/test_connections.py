@@ -18,8 +18,9 @@ import pytest
 import zmq
 from curve_client import CurveClient
 
-from engine.client.config import Identity, create_identity
+from engine.client.config import Identity, create_identity, load_identity
 from engine.client.connections import MEMBER_BYTES, Connections, connections_allowed, end_connection, peer_of
+from engine.client.listener import LEAVE_S, Listener
 from engine.client.transport import Channel, ask, connect_options, raise_for_status
 from engine.errors import NodeUnavailable, Overloaded
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
@@ -319,6 +320,41 @@ def test_a_stopped_member_is_noticed_by_heartbeats_and_clients_send_none(site: S
         finally:
             os.kill(counts.pid, signal.SIGCONT)
         assert until(lambda: site.served("app"))
+
+
+def test_an_endpoint_that_is_left_out_is_served_a_moment_more(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So whoever takes the manifest a moment later goes on; what takes its place or comes back is bound at once."""
+    real, later_s = time.monotonic, 0.0
+    monkeypatch.setattr("engine.client.listener.time.monotonic", lambda: real() + later_s)
+    pair = load_identity(site.folder / "n1.toml").transport
+    first, second = (free_port() for _ in range(2))
+
+    def listening() -> list[bool]:
+        found = []
+        for port in (first, second):
+            with socket.socket() as probe:
+                found.append(probe.connect_ex(("127.0.0.1", port)) == 0)
+        return found
+
+    with zmq.Context() as context:
+        listener = Listener(context, pair, f"tcp://127.0.0.1:{first}", site.cluster)
+        try:
+            listener.serve({f"tcp://127.0.0.1:{second}": pair})
+            assert listening() == [True, True]
+            later_s += LEAVE_S / 10
+            listener.serve({f"tcp://127.0.0.1:{second}": pair})  # a manifest after it gives no more time
+            listener.settle()
+            assert listening() == [True, True]
+            later_s += LEAVE_S
+            listener.settle()
+            assert until(lambda: listening() == [False, True])
+            listener.serve({f"tcp://127.0.0.1:{first}": pair})
+            listener.serve({f"tcp://127.0.0.1:{second}": pair, f"tcp://127.0.0.1:{first}": pair})
+            later_s += LEAVE_S
+            listener.settle()
+            assert listening() == [True, True]
+        finally:
+            listener.close()
 
 
 def test_the_number_follows_from_the_descriptors() -> None:

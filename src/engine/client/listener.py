@@ -54,6 +54,8 @@ IDLE = Load(0, 0, False)
 BACKLOG = 1024
 GARBAGE_IN_A_ROW = 256
 REBIND_S = 1.0
+LEAVE_S = 2.0
+"""How long an endpoint is served that a newer manifest leaves out: members take a manifest one after the other."""
 RECEIVED_MAX = 64
 """Messages of one connection that wait in the socket; then its peer waits, by TCP."""
 SENT_TIMES = 2
@@ -180,17 +182,35 @@ class Listener(FollowsCluster):
             self.socket.backlog = min(BACKLOG, self.connections.backlog)
             self.socket.router_mandatory = 1
             self._bound = Bound(self.socket)
-            self._bound.follow({endpoint: identity})
+            self._places: dict[str, CurveIdentity] = {endpoint: identity}
+            self._leaving: dict[str, tuple[CurveIdentity, float]] = {}
+            self._bound.follow(self._places)
         except (EngineError, zmq.ZMQError) as error:
             self.connections.close()
             self.socket.close(0)
             raise error if isinstance(error, EngineError) else EngineError(f"can't bind {endpoint}: {error}") from None
 
     def serve(self, places: Mapping[str, CurveIdentity]) -> None:
-        """Listen at these endpoints, each with its pair; connections that came in at another one are cut."""
-        for endpoint in self._bound.follow(places):
+        """Listen at these endpoints, each with its pair; at one that is left out for ``LEAVE_S`` more (``settle``)."""
+        until_s = time.monotonic() + LEAVE_S
+        left = {endpoint: (pair, until_s) for endpoint, pair in self._places.items() if endpoint not in places}
+        going_on = {endpoint: each for endpoint, each in self._leaving.items() if endpoint not in places}
+        self._leaving = left | going_on
+        self._places = dict(places)
+        self._follow()
+
+    def settle(self) -> None:
+        """Leave the endpoints whose time is up; connections that came in there are cut."""
+        now = time.monotonic()
+        if any(until_s <= now for _, until_s in self._leaving.values()):
+            self._leaving = {endpoint: each for endpoint, each in self._leaving.items() if each[1] > now}
+            self._follow()
+
+    def _follow(self) -> None:
+        wanted = {endpoint: pair for endpoint, (pair, _) in self._leaving.items()} | self._places
+        for endpoint in self._bound.follow(wanted):
             log.info("no longer listening", endpoint=endpoint)
-            if endpoint not in places:
+            if endpoint not in wanted:
                 self.connections.end_at(int(endpoint.rpartition(":")[2]))
 
     def close(self) -> None:
