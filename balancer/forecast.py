@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.linear_model import Ridge
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped] # comes with scikit-learn
 
 from balancer.history import HistorySnapshot
@@ -99,6 +99,14 @@ def predict_load(history: HistorySnapshot) -> Forecast:
 
 
 @cache
+def _ridge() -> Any:
+    """scikit-learn's Ridge, loaded when there is enough to learn from: a start need not wait a second for that."""
+    from sklearn.linear_model import Ridge
+
+    return Ridge
+
+
+@cache
 def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
 
@@ -159,11 +167,11 @@ def _ridge_guess(roots: FloatArray, level: FloatArray, calibration: int) -> _Gue
     targets = ahead - base
     split = rows - calibration
     ceiling = 2.0 * float(roots.max())
-    early = Ridge(alpha=RIDGE_ALPHA).fit(features[:split], targets[:split])
+    early = _ridge()(alpha=RIDGE_ALPHA).fit(features[:split], targets[:split])
     told = np.reshape(early.predict(features[split:rows]), (calibration, HORIZON_TICKS))
     tested = np.clip(told + base[split:], 0.0, ceiling)[:, 0]
     variance = _variance(ahead[split:, 0] - tested)
-    full = Ridge(alpha=RIDGE_ALPHA).fit(features[:rows], targets)
+    full = _ridge()(alpha=RIDGE_ALPHA).fit(features[:rows], targets)
     newest = np.clip(np.ravel(full.predict(features[-1:]))[:1] + level[-1], 0.0, ceiling)
     return _Guess(
         "ridge", float(_counts(newest, variance)[0]), _counts(tested, variance), _counts(np.asarray(ahead[split:, 0]))

@@ -13,12 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from random import SystemRandom
 from typing import Any
 
 import pytest
 import tomli_w
 import zmq
+from ports import free_port
 
 from balancer import loop as loop_module
 from balancer.config import load_settings
@@ -79,19 +79,6 @@ from engine.protocol.wire import Status
 
 PATIENCE_S = 30.0
 SIGN = "sign/ed25519"
-
-
-def free_port() -> int:
-    """A port of 127.0.0.1 in 20000..32000 that nobody listens on."""
-    for _ in range(100):
-        port = SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port found in 100 tries")
 
 
 def until(condition: Callable[[], Any]) -> Any:

@@ -3,13 +3,11 @@
 Every command runs as the installed script, in a process of its own, as a user would type it.
 """
 
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import hashes, hmac, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from ports import free_ports
 
 NODES = ("node1", "node2", "node3", "node4", "node5")
 START_S = 60.0
@@ -70,19 +69,6 @@ def keyquorum(*words: str | Path, cwd: Path, config: Path | None = None, stdin: 
         [script, *words], cwd=cwd, env=environment, input=stdin, capture_output=True, timeout=COMMAND_S, check=False
     )
     return Result(done.returncode, done.stdout, done.stderr.decode())
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, below those the kernel gives to outgoing connections."""
-    with contextlib.ExitStack() as held:
-        ports: list[int] = []
-        while len(ports) < count:
-            bound = held.enter_context(socket.socket())
-            port = random.randrange(20_000, 32_000)
-            with contextlib.suppress(OSError):
-                bound.bind(("127.0.0.1", port))
-                ports.append(port)
-        return ports
 
 
 class Processes:

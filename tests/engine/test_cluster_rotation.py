@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import zmq
+from ports import free_port
 
 import engine
 from engine import Engine, LocalCluster
@@ -83,12 +83,6 @@ def under_load(kq: Engine) -> Iterator[list[Exception]]:
         stop.set()
         for thread in threads:
             thread.join()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def folder_of(local: LocalCluster, name: str) -> Path:

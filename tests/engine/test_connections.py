@@ -17,6 +17,7 @@ from typing import IO, Any
 import pytest
 import zmq
 from curve_client import CurveClient
+from ports import free_port
 
 from engine.client.config import Identity, create_identity, load_identity
 from engine.client.connections import MEMBER_BYTES, Connections, connections_allowed, end_connection, peer_of
@@ -68,12 +69,6 @@ while True:
         listener.reply(incoming, 0, body)
 """
 FOLDER_CLIENTS = ("app", "other")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Counts:

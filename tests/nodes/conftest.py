@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import itertools
 import os
-import secrets
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,7 @@ import pytest
 import zmq
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from ports import free_port
 
 from engine.client.config import CurveIdentity, Identity, create_identity, write_toml
 from engine.client.transport import Channel, ask
@@ -337,19 +336,6 @@ def lane(shared_lane: Lane) -> Lane:
 
 
 # --- processes ---
-
-
-def free_port() -> int:
-    """A port below the ephemeral range that is free now."""
-    for _ in range(500):
-        port = 20_000 + secrets.randbelow(12_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError("no free port in 20000..31999")
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:

@@ -158,6 +158,7 @@ def refused_before_binding(cluster_folder: Any, node: str, code: int = 2) -> str
     """Start a node whose port the test holds itself; its log. Had it tried to bind, that is what it would tell."""
     host, _, port = cluster_folder.world.cluster.nodes[node].endpoint.removeprefix("tcp://").partition(":")
     with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of before may not be over yet
         holder.bind((host, int(port)))
         holder.listen()
         process = cluster_folder.spawn(node)
@@ -172,6 +173,7 @@ def test_the_positive_control_a_good_node_would_bind(cluster_folder: Any) -> Non
     assert cluster_folder.init("node1").returncode == 0
     host, _, port = cluster_folder.world.cluster.nodes["node1"].endpoint.removeprefix("tcp://").partition(":")
     with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of before may not be over yet
         holder.bind((host, int(port)))
         holder.listen()
         process = cluster_folder.spawn("node1")
