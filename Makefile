@@ -41,7 +41,7 @@ lint: ## ruff, mypy, import-linter and stubtest; any finding fails
 	@echo "lint: mypy"; $(BIN)/python -m mypy
 	@echo "lint: import-linter"; $(BIN)/lint-imports --no-cache
 	@echo "lint: stubtest"; MYPYPATH=src $(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml \
-		engine._fastshamir nodes._fasttoken
+		engine._fastshamir engine.protocol._fastwire nodes._fasttoken
 
 .PHONY: bench
 bench: ## run the benchmarks, saved as build/bench/latest.json (PYTEST_ARGS="--benchmark-save=before" keeps them)
@@ -121,6 +121,6 @@ dist: ## build the sdist and the wheel into dist/
 
 .PHONY: clean
 clean: ## remove everything that was built, .venv too
-	@rm -rf .venv build dist *.egg-info src/*.egg-info src/engine/*.so nodes/*.so
+	@rm -rf .venv build dist *.egg-info src/*.egg-info src/engine/*.so src/engine/*/*.so nodes/*.so
 	@rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .benchmarks
 	@find src nodes balancer tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

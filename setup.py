@@ -34,11 +34,22 @@ fasttoken = Extension(
     extra_link_args=[*LINK, "-ldl"],
 )
 
+fastwire = Extension(
+    "engine.protocol._fastwire",
+    sources=["src/engine/protocol/_fastwire.pyx"],
+    depends=["src/engine/protocol/fastwire.h"],
+    include_dirs=["src/engine/protocol"],
+    extra_compile_args=COMPILE,
+    extra_link_args=LINK,
+)
+
 # Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
 DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
-    ext_modules=cythonize([fastshamir, fasttoken], build_dir="build/cython", compiler_directives=DIRECTIVES),
+    ext_modules=cythonize(
+        [fastshamir, fasttoken, fastwire], include_path=["src"], build_dir="build/cython", compiler_directives=DIRECTIVES
+    ),
     packages=[
         *(f"engine{name and '.' + name}" for name in ["", *find_packages("src/engine")]),
         *(f"nodes{name and '.' + name}" for name in ["", *find_packages("nodes")]),
