@@ -34,21 +34,30 @@ fasttoken = Extension(
     extra_link_args=[*LINK, "-ldl"],
 )
 
-fastwire = Extension(
-    "engine.protocol._fastwire",
-    sources=["src/engine/protocol/_fastwire.pyx"],
-    depends=["src/engine/protocol/fastwire.h"],
-    include_dirs=["src/engine/protocol"],
-    extra_compile_args=COMPILE,
-    extra_link_args=LINK,
-)
+def on_the_wire(name: str, source: str) -> Extension:
+    """An extension that reads and writes frames by ``fastwire.h``."""
+    return Extension(
+        name,
+        sources=[source],
+        depends=["src/engine/protocol/fastwire.h"],
+        include_dirs=["src/engine/protocol"],
+        extra_compile_args=COMPILE,
+        extra_link_args=LINK,
+    )
+
+
+fastwire = on_the_wire("engine.protocol._fastwire", "src/engine/protocol/_fastwire.pyx")
+fastline = on_the_wire("engine.client._fastline", "src/engine/client/_fastline.pyx")
 
 # Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
 DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
     ext_modules=cythonize(
-        [fastshamir, fasttoken, fastwire], include_path=["src"], build_dir="build/cython", compiler_directives=DIRECTIVES
+        [fastshamir, fasttoken, fastwire, fastline],
+        include_path=["src"],
+        build_dir="build/cython",
+        compiler_directives=DIRECTIVES,
     ),
     packages=[
         *(f"engine{name and '.' + name}" for name in ["", *find_packages("src/engine")]),

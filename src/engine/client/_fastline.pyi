@@ -1,0 +1,32 @@
+import zmq
+
+DONE: int
+NOT_SENT: int
+LATE: int
+OTHER: int
+BROKEN: int
+
+class Line:
+    data: bytes
+    frame: bytes
+    queue: int
+    service_us: int
+    loaded: bool
+    elapsed_s: float
+    def __init__(self, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None: ...
+    @property
+    def spins(self) -> bool: ...
+    def operate(
+        self,
+        number: int,
+        verb: bytes,
+        key: bytes,
+        key_id: bytes,
+        data: bytes,
+        associated_data: bytes,
+        proof: bytes,
+        digested: bool,
+        timeout_ms: int,
+        patience_s: float,
+    ) -> int: ...
+    def resume(self) -> int: ...

@@ -1,0 +1,285 @@
+"""One request and its reply over a connection, in C: written, sent, awaited and read without an object in between.
+
+It works on sockets that pyzmq opened, through the very libzmq that pyzmq loaded. It knows what a use of a key looks like
+on the wire (``fastwire.h``) and nothing of keys, nodes or policies. Whatever is not the plain answer to the request at
+hand is given back as it is, for the ordinary transport to look at.
+"""
+
+import ctypes
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from engine.protocol._fastwire cimport (
+    KQ_MAX_MESSAGE,
+    kq_operate,
+    kq_operate_room,
+    kq_read_result,
+    kq_result,
+    kq_span,
+    kq_write_operate,
+)
+from libc.errno cimport EAGAIN, EINTR
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from zmq.backend.cython import _zmq
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+# From zmq.h: the parts of libzmq's stable interface that are used here.
+cdef extern from *:
+    """
+    #include <time.h>
+
+    static inline double kq_now_s(void) { /* monotonic seconds */
+        struct timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+    }
+
+    typedef struct { _Alignas(8) unsigned char opaque[64]; } kq_message;
+    typedef struct { void *socket; int fd; short events; short revents; } kq_poll_item;
+    """
+    double kq_now_s() nogil
+
+    ctypedef struct kq_message:
+        pass
+    ctypedef struct kq_poll_item:
+        void *socket
+        int fd
+        short events
+        short revents
+
+cdef enum:
+    ZMQ_DONTWAIT = 1
+    ZMQ_EVENTS = 15
+    ZMQ_POLLIN = 1
+
+ctypedef int (*send_function)(void *socket, const void *buffer, size_t length, int flags) noexcept nogil
+ctypedef int (*message_function)(kq_message *message) noexcept nogil
+ctypedef int (*receive_function)(kq_message *message, void *socket, int flags) noexcept nogil
+ctypedef void *(*data_function)(kq_message *message) noexcept nogil
+ctypedef size_t (*size_function)(kq_message *message) noexcept nogil
+ctypedef int (*errno_function)() noexcept nogil
+ctypedef int (*poll_function)(kq_poll_item *items, int count, long timeout_ms) noexcept nogil
+ctypedef int (*option_function)(void *socket, int option, void *value, size_t *length) noexcept nogil
+
+cdef send_function zmq_send
+cdef message_function zmq_msg_init, zmq_msg_close, zmq_msg_more
+cdef receive_function zmq_msg_recv
+cdef data_function zmq_msg_data
+cdef size_function zmq_msg_size
+cdef errno_function zmq_errno
+cdef poll_function zmq_poll
+cdef option_function zmq_getsockopt
+
+
+cdef void *_address(library, str name) except NULL:
+    return <void *><size_t>ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+
+
+# The extension module of pyzmq leads to the libzmq that it was linked with, wherever that is.
+_library = ctypes.CDLL(_zmq.__file__)
+zmq_send = <send_function>_address(_library, "zmq_send")
+zmq_msg_init = <message_function>_address(_library, "zmq_msg_init")
+zmq_msg_close = <message_function>_address(_library, "zmq_msg_close")
+zmq_msg_more = <message_function>_address(_library, "zmq_msg_more")
+zmq_msg_recv = <receive_function>_address(_library, "zmq_msg_recv")
+zmq_msg_data = <data_function>_address(_library, "zmq_msg_data")
+zmq_msg_size = <size_function>_address(_library, "zmq_msg_size")
+zmq_errno = <errno_function>_address(_library, "zmq_errno")
+zmq_poll = <poll_function>_address(_library, "zmq_poll")
+zmq_getsockopt = <option_function>_address(_library, "zmq_getsockopt")
+
+DONE = 0
+"""The reply came: ``data``, ``queue``, ``service_us`` and ``loaded`` are its."""
+NOT_SENT = 1
+"""The connection is down, its queue is full, or something of it has to be looked at first; nothing was sent."""
+LATE = 2
+"""No reply came in the time given. A later one will come as ``OTHER`` to a later request, or to the channel."""
+OTHER = 3
+"""``frame`` arrived, which is no plain result of this request: the channel looks at it, and ``resume`` goes on."""
+BROKEN = 4
+"""The monitor has something to tell, which may end this request; ``resume`` goes on if it does not."""
+
+cdef enum:
+    DONE_ = 0
+    NOT_SENT_ = 1
+    LATE_ = 2
+    OTHER_ = 3
+    BROKEN_ = 4
+    INTERRUPTED_ = 5
+
+cdef enum:
+    SPIN_PARTS = 40  # so often the processor is offered to others before the thread goes to sleep
+    SAMPLE_EVERY = 64  # one request in so many is made the other way, to know what spinning would bring now
+
+
+cdef class Line:
+    """The two sockets of one connection (the peer's and its monitor's), used by one thread at a time.
+
+    Whether to spin before sleeping is decided by what both have taken of late: spinning helps where a processor is free
+    for it, and hurts where client and node share one.
+    """
+
+    cdef object _keep
+    cdef void *_socket
+    cdef void *_monitor
+    cdef uint8_t *_room
+    cdef size_t _capacity
+    cdef uint64_t _id
+    cdef double _until_s
+    cdef double _spinning_s, _sleeping_s
+    cdef unsigned int _requests
+    cdef readonly object data
+    cdef readonly object frame
+    cdef readonly uint64_t queue
+    cdef readonly uint64_t service_us
+    cdef readonly bint loaded
+    cdef readonly double elapsed_s
+
+    def __cinit__(self, socket, monitor):
+        self._keep = socket, monitor
+        self._socket = <void *><size_t>socket.underlying
+        self._monitor = <void *><size_t>monitor.underlying
+        self._capacity = 2048
+        self._room = <uint8_t *>malloc(self._capacity)
+        if self._room == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self._room)
+
+    @property
+    def spins(self):
+        """Whether requests spin at present."""
+        return self._spinning_s < self._sleeping_s
+
+    def operate(
+        self,
+        uint64_t number,
+        bytes verb not None,
+        bytes key not None,
+        bytes key_id not None,
+        bytes data not None,
+        bytes associated_data not None,
+        bytes proof not None,
+        bint digested,
+        uint32_t timeout_ms,
+        double patience_s,
+    ):
+        """Send a use of a key under the id ``number`` and wait ``patience_s`` seconds for its result; one of the codes.
+
+        ``timeout_ms`` is what the node is told. ``ValueError`` if it is longer than a message may be.
+        """
+        cdef kq_operate request
+        cdef size_t length
+        cdef int more
+        cdef bint spin
+        cdef double begun_s = kq_now_s()
+        request.id, request.timeout_ms, request.digested = number, timeout_ms, digested
+        request.verb, request.key, request.key_id = _span(verb), _span(key), _span(key_id)
+        request.data, request.associated_data, request.proof = _span(data), _span(associated_data), _span(proof)
+        self._reserve(kq_operate_room(&request))
+        length = kq_write_operate(self._room, &request)
+        if not length:
+            raise ValueError(f"a request of more than {KQ_MAX_MESSAGE} bytes")
+        self._id, self._until_s = number, begun_s + patience_s
+        if _readable(self._monitor) or zmq_send(self._socket, self._room, length, ZMQ_DONTWAIT) < 0:
+            return NOT_SENT
+        self._requests += 1
+        spin = self._spinning_s < self._sleeping_s
+        if self._requests % SAMPLE_EVERY == 0:
+            spin = not spin
+        code = self._await(spin)
+        self.elapsed_s = kq_now_s() - begun_s
+        if code == DONE:
+            if spin:
+                self._spinning_s += (self.elapsed_s - self._spinning_s) / 8
+            else:
+                self._sleeping_s += (self.elapsed_s - self._sleeping_s) / 8
+        return code
+
+    def resume(self):
+        """Wait on for the request that ended in ``OTHER`` or ``BROKEN``."""
+        return self._await(False)
+
+    cdef _reserve(self, size_t wanted):
+        cdef uint8_t *room
+        if wanted > self._capacity:
+            room = <uint8_t *>malloc(wanted)
+            if room == NULL:
+                raise MemoryError
+            free(self._room)
+            self._room, self._capacity = room, wanted
+
+    cdef int _await(self, bint spin) except? -1:
+        cdef kq_message message
+        cdef kq_result result
+        cdef int code
+        zmq_msg_init(&message)
+        try:
+            while True:
+                with nogil:
+                    code = self._receive(&message, spin)
+                if code == INTERRUPTED_:
+                    PyErr_CheckSignals()
+                    continue
+                if code != OTHER_:
+                    return code
+                if (
+                    not zmq_msg_more(&message)
+                    and kq_read_result(<const uint8_t *>zmq_msg_data(&message), zmq_msg_size(&message), &result)
+                    and result.id == self._id
+                ):
+                    self.data = PyBytes_FromStringAndSize(<const char *>result.data.at, result.data.length)
+                    self.queue, self.service_us, self.loaded = result.queue, result.service_us, result.loaded
+                    return DONE_
+                self.frame = PyBytes_FromStringAndSize(<const char *>zmq_msg_data(&message), zmq_msg_size(&message))
+                while zmq_msg_more(&message) and zmq_msg_recv(&message, self._socket, ZMQ_DONTWAIT) >= 0:
+                    self.frame = b""  # no reply has a second frame; what remains is no message
+                return OTHER_
+        finally:
+            zmq_msg_close(&message)
+
+    cdef int _receive(self, kq_message *message, bint spin) noexcept nogil:
+        """OTHER once a message is there, LATE, BROKEN or INTERRUPTED."""
+        cdef kq_poll_item items[2]
+        cdef int left, error
+        cdef double wait_s
+        left = SPIN_PARTS if spin else 1
+        while True:
+            while left:
+                if zmq_msg_recv(message, self._socket, ZMQ_DONTWAIT) >= 0:
+                    return OTHER_
+                error = zmq_errno()
+                if error == EINTR:
+                    return INTERRUPTED_
+                if error != EAGAIN:
+                    return BROKEN_
+                left -= 1
+                if left:
+                    sched_yield()
+            wait_s = self._until_s - kq_now_s()
+            if wait_s <= 0:
+                return LATE_
+            items[0].socket, items[0].fd, items[0].events, items[0].revents = self._socket, 0, ZMQ_POLLIN, 0
+            items[1].socket, items[1].fd, items[1].events, items[1].revents = self._monitor, 0, ZMQ_POLLIN, 0
+            if zmq_poll(items, 2, <long>(wait_s * 1000) + 1) < 0:
+                return INTERRUPTED_ if zmq_errno() == EINTR else BROKEN_
+            if items[1].revents and not items[0].revents:
+                return BROKEN_
+            left = 1
+
+
+cdef inline kq_span _span(bytes data) noexcept:
+    cdef kq_span span
+    span.at = <const uint8_t *>PyBytes_AS_STRING(data)
+    span.length = PyBytes_GET_SIZE(data)
+    return span
+
+
+cdef bint _readable(void *socket) noexcept nogil:
+    cdef int events = 0
+    cdef size_t length = sizeof(events)
+    return zmq_getsockopt(socket, ZMQ_EVENTS, &events, &length) < 0 or events & ZMQ_POLLIN
