@@ -34,6 +34,7 @@ fasttoken = Extension(
     extra_link_args=[*LINK, "-ldl"],
 )
 
+
 def on_the_wire(name: str, source: str) -> Extension:
     """An extension that reads and writes frames by ``fastwire.h``."""
     return Extension(
@@ -48,13 +49,14 @@ def on_the_wire(name: str, source: str) -> Extension:
 
 fastwire = on_the_wire("engine.protocol._fastwire", "src/engine/protocol/_fastwire.pyx")
 fastline = on_the_wire("engine.client._fastline", "src/engine/client/_fastline.pyx")
+fastpath = on_the_wire("nodes._fastpath", "nodes/_fastpath.pyx")
 
 # Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
 DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
     ext_modules=cythonize(
-        [fastshamir, fasttoken, fastwire, fastline],
+        [fastshamir, fasttoken, fastwire, fastline, fastpath],
         include_path=["src"],
         build_dir="build/cython",
         compiler_directives=DIRECTIVES,

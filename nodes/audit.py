@@ -31,7 +31,16 @@ import structlog
 from engine.client.config import sync_folder
 from engine.errors import AuditUnavailable, ConfigError
 from engine.protocol import audit as chain
-from engine.protocol.audit import AuditHead, Record, chained_line, line_hash, read_link, read_record, sign_head
+from engine.protocol.audit import (
+    AuditHead,
+    Record,
+    UseLines,
+    chained_line,
+    line_hash,
+    read_link,
+    read_record,
+    sign_head,
+)
 from engine.protocol.signed import SigningKey
 from nodes.store import ShareStore
 from nodes.token import Lane
@@ -190,6 +199,14 @@ class AuditLog:
                 raise failures[0]
         return seq
 
+    def write_use(self, lines: UseLines, request: int, elapsed_us: int) -> int:
+        """Append the request and the reply of a use that went well, in one write; the number of the second record."""
+        with self._lock:
+            first, second, last = lines.chained(self._seq + 1, self._hash, self._now_ms(), request, elapsed_us)
+            self._put([first + b"\n", second + b"\n"], last, self._signing.name)
+            self._unheaded += 2
+            return self._seq
+
     def when_durable(self, seq: int, then: Callable[[AuditUnavailable | None], None]) -> None:
         """Have the loop call ``then`` once record ``seq`` is on the disk, or with the error once that has failed."""
         self._wait_for(seq, lambda failure: self._post(lambda: then(failure)))
@@ -235,29 +252,34 @@ class AuditLog:
     # --- appending; under the lock ---
 
     def _append(self, record: Record) -> int:
-        if self._problem:
-            raise AuditUnavailable(f"{record.node}: the audit log can't be written: {self._problem}")
-        segment = self._segment
-        line = chained_line(self._seq + 1, self._hash, record) + b"\n"
-        try:
-            if segment.size - segment.durable > UNSYNCED_MAX_BYTES:
-                raise OSError(errno.EIO, f"the disk has not synced {segment.size - segment.durable} bytes")
-            written = os.pwrite(segment.descriptor, line, segment.size)
-            if written != len(line):
-                raise OSError(errno.ENOSPC, f"the disk took {written} of {len(line)} bytes: it is full, or at a quota")
-        except OSError as error:
-            self._broke(error)
-            raise AuditUnavailable(f"{record.node}: the audit log can't be written: {self._problem}") from None
-        segment.size += len(line)
-        segment.unsynced.append(line)
-        self._seq, self._hash = self._seq + 1, line_hash(line[:-1])
+        line = chained_line(self._seq + 1, self._hash, record)
+        self._put([line + b"\n"], line_hash(line), record.node)
         if record.event in KEPT:
             self._keep(record)
         elif record.event != chain.HEAD:
             self._unheaded += 1
+        return self._seq
+
+    def _put(self, lines: list[bytes], last_hash: bytes, node: str) -> None:
+        """Write lines that are chained to what there is, the hash of the last of them being ``last_hash``."""
+        if self._problem:
+            raise AuditUnavailable(f"{node}: the audit log can't be written: {self._problem}")
+        segment = self._segment
+        data = lines[0] if len(lines) == 1 else b"".join(lines)
+        try:
+            if segment.size - segment.durable > UNSYNCED_MAX_BYTES:
+                raise OSError(errno.EIO, f"the disk has not synced {segment.size - segment.durable} bytes")
+            written = os.pwrite(segment.descriptor, data, segment.size)
+            if written != len(data):
+                raise OSError(errno.ENOSPC, f"the disk took {written} of {len(data)} bytes: it is full, or at a quota")
+        except OSError as error:
+            self._broke(error)
+            raise AuditUnavailable(f"{node}: the audit log can't be written: {self._problem}") from None
+        segment.size += len(data)
+        segment.unsynced += lines
+        self._seq, self._hash = self._seq + len(lines), last_hash
         if not self._dirty.is_set():
             self._dirty.set()
-        return self._seq
 
     def _keep(self, record: Record) -> None:
         self._kept[record.member] = msgspec.structs.replace(record, event=chain.PEER_HEAD, detail="known before")

@@ -88,6 +88,17 @@ class Cache(Generic[K, V]):
         """The value, unless absent, expired or used up; takes one of its uses and, if ``counted``, is a hit or miss."""
         return self.read(key, now_s, lambda value: value, counted=counted)
 
+    def use(self, key: K, now_s: float) -> V | None:
+        """As ``get``, but where there is nothing, nothing is counted and nothing leaves: that is the next ``get``'s."""
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None or entry.expires_s <= now_s or entry.uses_left < 1:
+                return None
+            self._entries.move_to_end(key)
+            entry.uses_left -= 1
+            self._tally.hits += 1
+            return entry.value
+
     def read(self, key: K, now_s: float, reader: Callable[[V], R], *, counted: bool = True) -> R | None:
         """As ``get``, but gives what ``reader`` makes of the value, which can't leave while it is read."""
         with self._lock:

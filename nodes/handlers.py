@@ -19,6 +19,7 @@ import structlog
 
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, welcome
+from engine.client.connections import Connection, wire_bytes
 from engine.client.listener import IDLE, Incoming
 from engine.client.membership import Membership
 from engine.client.spreading import Desk, Gossip
@@ -37,7 +38,7 @@ from engine.errors import (
     TokenError,
 )
 from engine.failpoints import failpoint
-from engine.keys import OPERATIONS, RequestType
+from engine.keys import OPERATIONS, KeyKind, RequestType
 from engine.protocol import audit as chain
 from engine.protocol.audit import Record
 from engine.protocol.grant import check_grant, read_grant
@@ -106,8 +107,18 @@ from engine.protocol.requests import (
     classify_request,
 )
 from engine.protocol.signed import read_unverified
-from engine.protocol.wire import ErrorBody, Load, Status, error_codec
+from engine.protocol.wire import (
+    MAX_DATA,
+    MAX_MESSAGE,
+    PROTOCOL_VERSION,
+    ErrorBody,
+    Load,
+    Request,
+    Status,
+    error_codec,
+)
 from engine.sharing import unblind
+from nodes._fastpath import FastPath, Plan
 from nodes.audit import AuditLog
 from nodes.cache import Cache, CacheLimits, CacheStatistics
 from nodes.catalogue import Catalogue, Entry
@@ -115,7 +126,7 @@ from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
 from nodes.health import Kind, TokenFault
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
-from nodes.operations import check_operation, operate
+from nodes.operations import bound, check_operation, operate
 from nodes.policy import check_key, check_verb
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
@@ -178,6 +189,7 @@ HEADS_TIMEOUT_S: Final = 1.0
 FAREWELL_S: Final = 0.3
 """What a node that stops gives the others to take in its last head."""
 MAX_ERROR_DETAIL: Final = 200
+MAX_PLAN_NAME: Final = 128
 STEPS: Final[dict[str, str]] = {
     **dict.fromkeys(OPERATIONS, "combiner.operate"),
     RequestType.GENERATE: "dealer.create",
@@ -308,6 +320,8 @@ class Handlers(FollowsCluster):
         limits: ServiceLimits,
         health: Health,
         counts: Callable[[Admission], ServiceCount],
+        known: Callable[[int, str], Connection | None] = lambda fd, member: None,
+        fast: FastPath | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._node = node
@@ -338,6 +352,8 @@ class Handlers(FollowsCluster):
         self._limits = limits
         self._health = health
         self._service_counts = counts
+        self._known = known
+        self._fast = fast
         self._now_ms = ledger.clock.now_ms
         self._writing_ledger = False
         self._clock_complaint = ""
@@ -350,7 +366,7 @@ class Handlers(FollowsCluster):
         self._unloading: list[_Loaded] = []
         self._counts: dict[str, _Count] = {}
         self._group_counts: dict[int, int] = {}
-        self._number = 0
+        self.number = 0
         self._admission = Admission(limits)
         self._cursor = Cursor()
         self._next_books_s = self._looked_s = 0.0
@@ -392,9 +408,9 @@ class Handlers(FollowsCluster):
     def handle(self, incoming: Incoming) -> None:
         """Take a request; its reply may go out later."""
         now = self._clock()
-        self._number += 1
+        self.number += 1
         request = incoming.request
-        call = _Call(incoming, self._number, now, now + request.timeout_ms / 1000, request.verb, self._cluster)
+        call = _Call(incoming, self.number, now, now + request.timeout_ms / 1000, request.verb, self._cluster)
         try:
             self._admission.begin(incoming.member.name, now)
         except Overloaded as error:  # told and recorded in one for many, since there is no end to them
@@ -414,6 +430,80 @@ class Handlers(FollowsCluster):
             self._verbs[request.verb](call, body)
         except Exception as error:  # every request gets exactly one answer
             self._fail(call, error)
+
+    # --- the shortest way: uses of loaded keys that went well before ---
+
+    def _plan(self, call: _Call, body: Operate, loaded: _Loaded, version: int) -> None:
+        """Have such uses by this member served without being looked at anew, until something changes."""
+        entry = call.entry
+        if self._fast is None or entry is None or self._audit_strict or body.grant or len(body.key) > MAX_PLAN_NAME:
+            return
+        algo = entry.algorithm
+        name = call.key if self._audit_name is None else self._audit_name(call.key)
+        member = call.incoming.member
+        plan = Plan(
+            member=member.name,
+            verb=call.verb,
+            name=call.key,
+            cluster=call.cluster,
+            entry=entry,
+            loaded=loaded,
+            cached_as=_cached_as(entry),
+            count=self._counts.setdefault(call.request_class, _Count()),
+            group=self._cluster.group_of(call.key),
+            request_class=call.request_class,
+            key_id=entry.row.key_id,
+            use=bound(self._lane, loaded.key, call.verb, version, digested=body.digested),
+            digested=body.digested,
+            associated=algo.kind is KeyKind.AES,
+            proves=call.verb in (RequestType.VERIFY, RequestType.VERIFY_MAC),
+            most=MAX_DATA if call.verb != RequestType.DECRYPT else MAX_MESSAGE,
+            lines=chain.UseLines(node=self._node, boot=self._boot_text, member=member.name, verb=call.verb, key=name),
+        )
+        self._fast.remember(member.curve_z85, plan)
+
+    def hurry(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
+        """Begin a use by its plan: the connection it came by, or None where it has to be looked at in every respect."""
+        if (
+            plan.cluster is not self._source.cluster
+            or self._health.problem
+            or self._catalogue.by_name(plan.name) is not plan.entry
+        ):
+            return None
+        connection = self._known(fd, plan.member)
+        if connection is None or not self._admission.begins(plan.member, now_s):
+            return None
+        loaded = self._cache.use(plan.cached_as, now_s)
+        if loaded is not plan.loaded or not loaded.key.lives:
+            self._admission.end(plan.member)
+            return None
+        connection.delivered += wire_bytes(size)
+        self.number += 1
+        return connection
+
+    def hurried(self, plan: Plan, service_us: int) -> int:
+        """A use by its plan went well: how many requests are under way."""
+        self._admission.end(plan.member)
+        plan.count.requests += 1
+        plan.count.busy_us += service_us
+        self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + 1
+        return self._admission.under_way
+
+    def hurried_badly(
+        self, plan: Plan, route: bytes, request_id: int, connection: Connection, started_s: float, error: Exception
+    ) -> None:
+        """A use by its plan failed: record and answer that as that of any other."""
+        request = Request(PROTOCOL_VERSION, request_id, plan.verb, 1, b"", {})
+        incoming = Incoming(route, self._cluster.members[plan.member], request, connection)
+        call = _Call(incoming, self.number, started_s, started_s, plan.verb, plan.cluster, plan.name)
+        call.request_class, call.entry, call.recording = plan.request_class, plan.entry, False
+        self._fail(call, error)
+
+    def _forget_plans(self) -> None:
+        if self._fast is not None:
+            self._fast.forget()
+
+    # --- answers ---
 
     def _answer(self, call: _Call, message: object) -> None:
         """Reply with an ok message."""
@@ -752,10 +842,13 @@ class Handlers(FollowsCluster):
         if loaded.slow:
             self._aside(call, self._slow, timed)
         else:
-            self._answer(call, timed(self._lane))
+            result = timed(self._lane)
+            self._plan(call, body, loaded, version)
+            self._answer(call, result)
 
     def _unload(self, loaded: _Loaded) -> None:
         """Destroy a key's objects on the lane that made them, after what is queued there for it."""
+        self._forget_plans()
         if not loaded.slow:
             loaded.key.destroy()
             return
@@ -1200,6 +1293,7 @@ class Handlers(FollowsCluster):
 
     def members_changed(self, before: Cluster, now: Cluster) -> None:
         """Another manifest is in force: drop what was kept by the word of who is no member any more."""
+        self._forget_plans()
         self._signatures.clear("changed")
         gone = sorted(set(before.members) - set(now.members))
         if gone:
@@ -1209,6 +1303,7 @@ class Handlers(FollowsCluster):
 
     def token_renewed(self) -> None:
         """Every loaded key is gone from the token; forget those that were loaded before."""
+        self._forget_plans()
         self._cache.drop_values(lambda loaded: not loaded.key.lives, "flushed")
 
     def key_changed(self, entry: Entry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Final
 
 from engine.errors import InvalidTag
@@ -11,7 +12,10 @@ from engine.protocol.requests import Operate
 from engine.protocol.wire import MAX_DATA
 from nodes.token import Lane, LoadedKey
 
-__all__ = ["HEADER_BYTES", "check_operation", "operate"]
+__all__ = ["HEADER_BYTES", "Use", "bound", "check_operation", "operate"]
+
+Use = Callable[[bytes, bytes, bytes], bytes]
+"""A use of a key, with data, associated data and proof."""
 
 MAGIC: Final = b"KQ\x01"
 HEADER_BYTES: Final = len(MAGIC) + 4
@@ -37,26 +41,38 @@ def check_operation(algo: Algorithm, verb: str, body: Operate) -> None:
 
 def operate(lane: Lane, key: LoadedKey, verb: str, body: Operate, version: int) -> bytes:
     """Do it in the token. The result is empty where the answer is yes."""
+    return bound(lane, key, verb, version, digested=body.digested)(body.data, body.associated_data, body.proof)
+
+
+def bound(lane: Lane, key: LoadedKey, verb: str, version: int, *, digested: bool) -> Use:
+    """What does such uses of a key; its result is empty where the answer is yes."""
+    algo = key.algorithm
+    header = _header(algo, version)
     if verb == RequestType.ENCRYPT:
-        header = _header(key.algorithm, version)
-        return lane.encrypt(key, body.data, body.associated_data, header)
+        return lambda data, associated_data, proof: lane.encrypt(key, data, associated_data, header)
     if verb == RequestType.DECRYPT:
-        header = _header(key.algorithm, version)
-        if body.data[: len(header)] != header:
-            raise InvalidTag(f"the ciphertext does not begin with the header of format 1 and key version {version}")
-        return lane.decrypt(key, body.data, body.associated_data, header)
+
+        def decrypt(data: bytes, associated_data: bytes, proof: bytes) -> bytes:
+            if data[: len(header)] != header:
+                raise InvalidTag(f"the ciphertext does not begin with the header of format 1 and key version {version}")
+            return lane.decrypt(key, data, associated_data, header)
+
+        return decrypt
     if verb == RequestType.MAC:
-        return lane.mac(key, body.data)
-    if verb == RequestType.VERIFY_MAC:
-        lane.verify_mac(key, body.data, body.proof)
-        return b""
-    data = body.data
-    if key.algorithm.prehashed and not body.digested:
-        data = hashlib.new(key.algorithm.hash_name, data).digest()
+        return lambda data, associated_data, proof: lane.mac(key, data)
+
+    def shaped(data: bytes) -> bytes:
+        return hashlib.new(algo.hash_name, data).digest() if algo.prehashed and not digested else data
+
     if verb == RequestType.SIGN:
-        return lane.sign(key, data)
-    lane.verify(key, data, body.proof)
-    return b""
+        return lambda data, associated_data, proof: lane.sign(key, shaped(data))
+    check = lane.verify_mac if verb == RequestType.VERIFY_MAC else lane.verify
+
+    def verify(data: bytes, associated_data: bytes, proof: bytes) -> bytes:
+        check(key, data if verb == RequestType.VERIFY_MAC else shaped(data), proof)
+        return b""
+
+    return verify
 
 
 def _header(algo: Algorithm, version: int) -> bytes:

@@ -21,8 +21,10 @@ from engine.client.membership import Membership, OwnCurve, Servers, open_members
 from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
 from engine.errors import ConfigError, EngineError
+from engine.failpoints import armed
 from engine.protocol.manifest import Cluster
 from engine.protocol.signed import remember_signatures
+from nodes._fastpath import EVENTS, FastPath
 from nodes.audit import AuditLog, AuditNames
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
@@ -56,6 +58,8 @@ MAX_CREATIONS_WAITING: Final = 64
 ZERO_COPY_RECV: Final = 10
 """libzmq's option of that name (zmq.h), which pyzmq names only in draft builds."""
 BATCH: Final = 256
+MAIL, ENDING = 4, 8
+"""What ``FastPath.wait`` tells of the descriptors that it was given: the mailbox, the lifeline."""
 """Requests taken in before the mailbox is looked at again."""
 
 log = structlog.get_logger()
@@ -181,6 +185,8 @@ class Server:
             [sys.executable, "-P", "-m", "nodes", "check-token", "--same-kek", "--config", str(config.path)],
             renewed=lambda: self._mailbox.post(self._handlers.token_renewed),
         )
+        sources = [self._mailbox.fileno(), *([] if lifeline is None else [lifeline])]
+        self._fast = FastPath(self._listener.socket, self._listener.connections.monitor, *sources)
         self._handlers = Handlers(
             node=identity.name,
             boot=boot,
@@ -207,7 +213,10 @@ class Server:
             limits=self._listener.limits,
             counts=self._listener.counts,
             health=self._keeper,
+            known=self._listener.connections.known,
+            fast=None if armed() else self._fast,
         )
+        self._fast.serve(self._listener.open, self._listener.send, self._handlers, self._audit.write_use)
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)
         cluster.subscribe(lambda before, now: self._mailbox.post(lambda: self._manifest_taken(before, now)))
@@ -238,22 +247,17 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stop())
         signal.signal(signal.SIGHUP, lambda *_: self._mailbox.post(self._look))
-        poller = zmq.Poller()
-        poller.register(self._listener.socket, zmq.POLLIN)
-        poller.register(self._listener.connections.monitor, zmq.POLLIN)
-        poller.register(self._mailbox.fileno(), zmq.POLLIN)
-        if self._lifeline is not None:
-            poller.register(self._lifeline, zmq.POLLIN)
         self._keeper.start()
         log.info("serving", endpoint=self.endpoint)
         try:
-            self._loop(poller)
+            self._loop()
         finally:
             self._close()
         log.info("stopped")
 
-    def _loop(self, poller: zmq.Poller) -> None:
-        next_tick_s = 0.0
+    def _loop(self) -> None:
+        next_tick_s = next_look_s = 0.0
+        fast, connections = self._fast, self._listener.connections
         while True:
             now = time.monotonic()
             if self._beat is not None:
@@ -264,29 +268,23 @@ class Server:
                 self._look()
                 self._handlers.tick(SETTLE_AFTER_MS)
                 next_tick_s = now + TICK_S
-            ready = dict(poller.poll(max(0, int(min(next_tick_s - now, LOOK_EVERY_S) * 1000))))
-            self._listener.connections.look()
-            if self._lifeline in ready:
-                poller.unregister(self._lifeline)
+            ready = fast.wait(max(0, int(min(next_tick_s - now, LOOK_EVERY_S) * 1000)))
+            if ready & EVENTS or now >= next_look_s:
+                next_look_s = now + LOOK_EVERY_S
+                connections.look()
+            if ready & ENDING and self._lifeline is not None:
+                fast.unwatch(self._lifeline)
                 self._begin_stop()
-            self._mailbox.run()
-            if self._stopping_s:
-                if self._listener.socket in ready:
-                    poller.unregister(self._listener.socket)
-                continue
-            self._take_in()
+            if ready & MAIL:
+                self._mailbox.run()
+            fast.deaf = bool(self._stopping_s)
+            if not fast.deaf:
+                fast.take_in(BATCH)
 
     def _look(self) -> None:
         """Take a newer manifest that was put into its file; leave the endpoints that the one in force left out."""
         self._membership.look()
         self._listener.settle()
-
-    def _take_in(self) -> None:
-        for _ in range(BATCH):
-            incoming = self._listener.receive()
-            if incoming is None:
-                return
-            self._handlers.handle(incoming)
 
     def _end(self, *workers: Worker[Any]) -> None:
         for worker in workers:

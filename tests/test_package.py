@@ -69,6 +69,15 @@ def packaged_sources() -> set[str]:
     return names
 
 
+EXTENSIONS = (
+    "engine/_fastshamir",
+    "engine/client/_fastline",
+    "engine/protocol/_fastwire",
+    "nodes/_fastpath",
+    "nodes/_fasttoken",
+)
+
+
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The sdist, made from a copy of the checkout with rubbish in it, and the wheel, made from the sdist."""
@@ -97,14 +106,14 @@ def installed(archives: tuple[Path, Path], tmp_path_factory: pytest.TempPathFact
     return venv
 
 
-def test_wheel_holds_exactly_the_modules_and_two_extensions(archives: tuple[Path, Path]) -> None:
+def test_wheel_holds_exactly_the_modules_and_extensions(archives: tuple[Path, Path]) -> None:
     """No C source, no test, no leftover of an earlier build; stubs and type markers are there."""
     with zipfile.ZipFile(archives[1]) as wheel:
         names = {name for name in wheel.namelist() if not name.endswith("/")}
     code = {name for name in names if ".dist-info/" not in name}
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert code == packaged_sources() | {f"engine/_fastshamir{suffix}", f"nodes/_fasttoken{suffix}"}
-    assert {"engine/py.typed", "engine/_fastshamir.pyi", "nodes/py.typed", "nodes/_fasttoken.pyi"} <= code
+    assert code == packaged_sources() | {name + suffix for name in EXTENSIONS}
+    assert {"engine/py.typed", "nodes/py.typed", *(f"{name}.pyi" for name in EXTENSIONS)} <= code
     metadata = {name.split(".dist-info/")[1] for name in names - code}
     assert metadata == {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
 

@@ -27,6 +27,15 @@ CONFINED = {
 }
 """Module -> the only places (prefixes of paths) of the product that may import it."""
 
+NATIVE = (
+    ("src/engine/protocol/", ("nodes", "balancer", "engine.client", "engine.cli", "engine.sharing", "zmq")),
+    ("src/engine/client/", ("nodes", "balancer", "engine.cli", "engine.sharing")),
+    ("src/", ("nodes", "balancer", "engine")),
+    ("nodes/_fastpath", ("balancer", "engine.cli", "engine.sharing", "nodes")),
+    ("nodes/", ("balancer", "engine.client", "engine.cli")),
+)
+"""Prefix of a native module's path -> what it must not import; the first that fits."""
+
 PURE = ("src/engine/sharing/", "src/engine/protocol/", "src/engine/keys.py", "src/engine/errors.py")
 IMPURE_MODULES = ("asyncio", "datetime", "selectors", "socket", "ssl", "subprocess", "time", "zmq")
 PURE_PARTS = ("zmq.utils.z85",)
@@ -163,9 +172,7 @@ def native_imports(sources: Sources) -> list[str]:
     line = re.compile(r"^\s*(?:from\s+(\S+)\s+c?import|c?import\s+(.+))", re.MULTILINE)
     found = []
     for path, text in sources.items():
-        forbidden = (
-            ("nodes", "balancer", "engine") if path.startswith("src/") else ("balancer", "engine.client", "engine.cli")
-        )
+        forbidden = next(rooms for prefix, rooms in NATIVE if path.startswith(prefix))
         for match in line.finditer(text):
             names = [match[1]] if match[1] else [part.split()[0] for part in match[2].split("#")[0].split(",")]
             found += [f"{path} imports {name}" for name in names for room in forbidden if is_within(name, room)]
@@ -215,7 +222,7 @@ def test_the_product_imports_no_tests() -> None:
 
 
 def test_native_modules_stay_in_their_rooms() -> None:
-    """The core imports no room, the token path neither the balancer nor the client."""
+    """The core imports no room, the codec only itself, the token path neither the balancer nor the client."""
     assert native_imports(read(("src", "nodes"), ".pyx", ".pxd")) == []
 
 
@@ -247,6 +254,8 @@ def test_the_version_is_stated_once() -> None:
         (native_imports, "src/_fastshamir.pyx", "from engine.errors import EngineError"),
         (native_imports, "src/_fastshamir.pyx", "import os, nodes.token"),
         (native_imports, "nodes/_fasttoken.pyx", "from balancer cimport plan"),
+        (native_imports, "nodes/_fastpath.pyx", "from nodes import handlers"),
+        (native_imports, "src/engine/protocol/_fastwire.pyx", "from engine.client._fastline cimport zmq_send"),
         (versions_stated, "nodes/__init__.py", "__version__ = '1'"),
     ],
 )

@@ -22,7 +22,7 @@ import structlog
 
 from engine.errors import ConfigError, EngineError
 
-__all__ = ["POINTS", "VARIABLE", "arm", "arm_from_environment", "failpoint"]
+__all__ = ["POINTS", "VARIABLE", "arm", "arm_from_environment", "armed", "failpoint"]
 
 VARIABLE: Final = "KEYQUORUM_FAILPOINTS"
 MAX_DELAY_MS: Final = 60_000
@@ -144,6 +144,11 @@ def failpoint(name: str) -> None:
     action = _armed.get(name)
     if action is not None:
         action()
+
+
+def armed() -> bool:
+    """Whether anything is set."""
+    return bool(_armed)
 
 
 def arm_from_environment() -> None:

@@ -20,7 +20,17 @@ from typing import Any
 import pytest
 
 from engine.errors import AuditUnavailable, ConfigError
-from engine.protocol.audit import AuditHead, ChainCheck, Claim, Finding, Record, chained_line, line_hash, open_head
+from engine.protocol.audit import (
+    AuditHead,
+    ChainCheck,
+    Claim,
+    Finding,
+    Record,
+    UseLines,
+    chained_line,
+    line_hash,
+    open_head,
+)
 from nodes.audit import AuditLog, segment_paths
 
 Post = Callable[[], None]
@@ -122,6 +132,43 @@ def test_lines_of_many_threads_never_mix(opens: Open) -> None:
     assert not found
     seen = [json.loads(line)["request"] for line in opens.lines() if b'"sign"' in line]
     assert sorted(seen) == sorted(thread * 1000 + number for thread in range(4) for number in range(200))
+
+
+@pytest.mark.parametrize("elapsed_us", [0, 1, 123_456])
+@pytest.mark.parametrize("key", ["orders", 'a"b\\c', "schl\u00fcssel \u20ac"])
+def test_the_lines_of_a_use_are_those_of_its_two_records(key: str, elapsed_us: int) -> None:
+    """``UseLines`` has to write byte by byte what the records would be, for the next chain check and every reader."""
+    lines = UseLines(node="n1", boot="00ff", member="alice", verb="sign", key=key)
+    first, second, last = lines.chained(41, bytes(range(32)), 1_700_000_000_000, 7, elapsed_us)
+    told = {"time_ms": 1_700_000_000_000, "node": "n1", "boot": "00ff", "request": 7}
+    of = {"member": "alice", "verb": "sign", "key": key}
+    assert first == chained_line(41, bytes(range(32)), Record(event="request", **told, **of))  # type: ignore[arg-type]
+    reply = Record(event="reply", outcome="ok", elapsed_us=elapsed_us, **told, **of)  # type: ignore[arg-type]
+    assert second == chained_line(42, line_hash(first), reply)
+    assert last == line_hash(second)
+
+
+def test_the_uses_of_many_threads_are_two_lines_each_in_one_chain(opens: Open) -> None:
+    log = opens()
+    lines = UseLines(node="node1", boot="boot", member="alice", verb="sign", key="orders")
+
+    def write(thread: int) -> None:
+        for number in range(100):
+            log.write_use(lines, thread * 1000 + number, number)
+            log.write(a_record(thread * 1000 + 500 + number, verb="mac"))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    log.close()
+    found, _, _ = opens.check()
+    assert not found
+    uses = [each for line in opens.lines() if (each := json.loads(line)).get("verb") == "sign"]
+    assert [each["event"] for each in uses] == ["request", "reply"] * 400
+    assert [each["request"] for each in uses[::2]] == [each["request"] for each in uses[1::2]]
+    assert sorted(each["request"] for each in uses[::2]) == sorted(t * 1000 + n for t in range(4) for n in range(100))
 
 
 # --- who waits for the disk ---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import pytest
 from pkcs11 import Attribute
 
 from engine.client.admission import Admission, ServiceLimits
+from engine.client.connections import Connection, wire_bytes
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
     AuditUnavailable,
     DeadlineExceeded,
     EngineError,
+    InvalidTag,
     KeyNotFound,
     NeedGrant,
     Overloaded,
@@ -40,6 +43,7 @@ from engine.protocol.requests import (
 )
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Request, Status
 from engine.sharing import SecretBuffer, blind
+from nodes._fastpath import Plan
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
 from nodes.clock import TrustedClock
@@ -138,6 +142,8 @@ class Scene:
         self.clock_s = 0.0
         self.signatures = SignatureCache(CacheLimits(300.0, 16), time.monotonic)
         self._number = 0
+        self.plans: dict[str, Plan] = {}
+        self.connection = Connection(7, 0.0, "alice")
         clock = TrustedClock(wall_ms=world.clock, steady_ms=lambda: 0)
         self.ledger = GrantLedger(store, clock, Limits())
         self.health = SimpleNamespace(problem="", told=lambda: TokenHealth("", "", 0, 0, 0, 0))
@@ -168,6 +174,10 @@ class Scene:
             limits=ServiceLimits(),
             health=self.health,
             counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
+            known=lambda fd, member: self.connection if (fd, member) == (7, self.connection.member) else None,
+            fast=SimpleNamespace(  # type: ignore[arg-type]
+                remember=lambda user, plan: self.plans.update({user + plan.verb: plan}), forget=self.plans.clear
+            ),
         )
 
     def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float) -> Gathered:
@@ -707,3 +717,109 @@ def test_a_full_token_gets_room_once(
     scene.handlers.close()
     scene.local.run()
     assert scene.objects() == 0
+
+
+# --- plans ---
+
+
+def planned(scene: Scene) -> Plan:
+    """The plan that alice's second use of the key left."""
+    scene.encrypt()
+    scene.talkers.run()
+    scene.encrypt(grant=False)
+    (plan,) = scene.plans.values()
+    return plan
+
+
+def hurry(scene: Scene, plan: Plan) -> Connection | None:
+    """Begin a use by the plan, and end it where it began."""
+    connection = scene.handlers.hurry(plan, 7, 100, time.monotonic())
+    if connection is not None:
+        scene.handlers.hurried(plan, 5)
+    return connection
+
+
+def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
+    plan = planned(scene)
+    assert set(scene.plans) == {scene.world.cluster.members["alice"].curve_z85 + "encrypt"}
+    before, number = dataclasses.replace(plan.count), scene.handlers.number
+    hits = scene.handlers._cache.statistics().hits
+    assert hurry(scene, plan) is scene.connection
+    assert scene.handlers.number == number + 1
+    assert plan.count == dataclasses.replace(before, requests=before.requests + 1, busy_us=before.busy_us + 5)
+    assert scene.handlers._cache.statistics().hits == hits + 1
+    assert scene.connection.delivered == wire_bytes(100)
+    assert scene.handlers.pending == 0
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda scene: setattr(scene.health, "problem", "the token hangs"),
+        lambda scene: setattr(scene.handlers, "_source", SimpleNamespace(cluster=copy.copy(scene.world.cluster))),
+        lambda scene: setattr(scene.connection, "member", "bob"),
+        lambda scene: scene.catalogue.put(scene.catalogue.by_id(scene.dealt.key_id).row),  # type: ignore[union-attr]
+        lambda scene: setattr(scene.handlers._admission, "under_way", ServiceLimits().requests),
+        lambda scene: scene.handlers._cache.clear("flushed"),
+        lambda scene: setattr(scene.lane, "generation", scene.lane.generation + 1),
+    ],
+    ids=["health", "manifest", "connection", "catalogue", "overload", "cache", "token"],
+)
+def test_a_plan_is_not_followed_once_anything_changed(scene: Scene, spoil: Callable[[Scene], object]) -> None:
+    plan = planned(scene)
+    under_way, generation = scene.handlers.pending, scene.lane.generation
+    uses = scene.handlers._cache.statistics().hits
+    try:
+        spoil(scene)
+        assert hurry(scene, plan) is None
+        assert scene.handlers.pending in (under_way, ServiceLimits().requests)
+        assert scene.handlers._cache.statistics().hits <= uses + 1
+    finally:
+        scene.lane.generation = generation
+
+
+def test_a_plan_spends_the_keys_uses(world: Any, lane: Lane, store: ShareStore) -> None:
+    scene = Scene(world, lane, store, max_uses=4)
+    plan = planned(scene)  # two of them
+    assert [hurry(scene, plan) is not None for _ in range(4)] == [True, True, False, False]
+    scene.handlers.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda scene: scene.send("flush", Flush("orders")),
+        lambda scene: scene.handlers.token_renewed(),
+        lambda scene: scene.handlers.members_changed(scene.world.cluster, scene.world.cluster),
+        lambda scene: scene.handlers.close(),
+    ],
+    ids=["flush", "renewal", "manifest", "close"],
+)
+def test_plans_are_forgotten_with_what_they_go_by(scene: Scene, change: Callable[[Scene], object]) -> None:
+    planned(scene)
+    change(scene)
+    assert not scene.plans
+
+
+def test_a_use_with_a_grant_or_of_the_slow_lane_leaves_no_plan(scene: Scene, slow: Scene) -> None:
+    scene.encrypt()
+    scene.talkers.run()
+    assert not scene.plans
+    for _ in range(2):
+        slow.encrypt(verb="sign")
+        slow.talkers.run()
+        slow.local.run()
+    assert not slow.plans
+
+
+def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
+    plan = planned(scene)
+    count = len(scene.records)
+    assert scene.handlers.hurry(plan, 7, 100, time.monotonic()) is not None
+    scene.handlers.hurried_badly(plan, b"route", 99, scene.connection, time.monotonic(), InvalidTag("changed"))
+    assert scene.outcome(99) == "InvalidTag"
+    assert [(each.event, each.member, each.outcome) for each in scene.records[count:]] == [
+        ("request", "alice", ""),
+        ("reply", "alice", "invalid-tag"),
+    ]
+    assert (plan.count.errors, scene.handlers.pending) == (1, 0)

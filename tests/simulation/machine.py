@@ -225,8 +225,9 @@ class Frame:
         self.bytes = data
         self._user = user
 
-    def get(self, name: str | int) -> str:
-        return self._user
+    def get(self, name: str | int) -> str | int:
+        """Its connection's key (``User-Id``), or its descriptor, which it has none of."""
+        return self._user if isinstance(name, str) else 0
 
     def __len__(self) -> int:
         return len(self.bytes)

@@ -1,4 +1,8 @@
+from typing import Any, final
+
 import zmq
+
+__pyx_capi__: dict[str, Any]
 
 DONE: int
 NOT_SENT: int
@@ -6,6 +10,7 @@ LATE: int
 OTHER: int
 BROKEN: int
 
+@final
 class Line:
     data: bytes
     frame: bytes
@@ -13,7 +18,7 @@ class Line:
     service_us: int
     loaded: bool
     elapsed_s: float
-    def __init__(self, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None: ...
+    def __new__(cls, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> Line: ...
     @property
     def spins(self) -> bool: ...
     def operate(

@@ -23,56 +23,10 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from zmq.backend.cython import _zmq
 
+cimport cython
+
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
-
-# From zmq.h: the parts of libzmq's stable interface that are used here.
-cdef extern from *:
-    """
-    #include <time.h>
-
-    static inline double kq_now_s(void) { /* monotonic seconds */
-        struct timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-    }
-
-    typedef struct { _Alignas(8) unsigned char opaque[64]; } kq_message;
-    typedef struct { void *socket; int fd; short events; short revents; } kq_poll_item;
-    """
-    double kq_now_s() nogil
-
-    ctypedef struct kq_message:
-        pass
-    ctypedef struct kq_poll_item:
-        void *socket
-        int fd
-        short events
-        short revents
-
-cdef enum:
-    ZMQ_DONTWAIT = 1
-    ZMQ_EVENTS = 15
-    ZMQ_POLLIN = 1
-
-ctypedef int (*send_function)(void *socket, const void *buffer, size_t length, int flags) noexcept nogil
-ctypedef int (*message_function)(kq_message *message) noexcept nogil
-ctypedef int (*receive_function)(kq_message *message, void *socket, int flags) noexcept nogil
-ctypedef void *(*data_function)(kq_message *message) noexcept nogil
-ctypedef size_t (*size_function)(kq_message *message) noexcept nogil
-ctypedef int (*errno_function)() noexcept nogil
-ctypedef int (*poll_function)(kq_poll_item *items, int count, long timeout_ms) noexcept nogil
-ctypedef int (*option_function)(void *socket, int option, void *value, size_t *length) noexcept nogil
-
-cdef send_function zmq_send
-cdef message_function zmq_msg_init, zmq_msg_close, zmq_msg_more
-cdef receive_function zmq_msg_recv
-cdef data_function zmq_msg_data
-cdef size_function zmq_msg_size
-cdef errno_function zmq_errno
-cdef poll_function zmq_poll
-cdef option_function zmq_getsockopt
-
 
 cdef void *_address(library, str name) except NULL:
     return <void *><size_t>ctypes.cast(getattr(library, name), ctypes.c_void_p).value
@@ -90,6 +44,9 @@ zmq_msg_size = <size_function>_address(_library, "zmq_msg_size")
 zmq_errno = <errno_function>_address(_library, "zmq_errno")
 zmq_poll = <poll_function>_address(_library, "zmq_poll")
 zmq_getsockopt = <option_function>_address(_library, "zmq_getsockopt")
+zmq_msg_gets = <property_function>_address(_library, "zmq_msg_gets")
+zmq_msg_get = <number_function>_address(_library, "zmq_msg_get")
+zmq_msg_send = <send_message_function>_address(_library, "zmq_msg_send")
 
 DONE = 0
 """The reply came: ``data``, ``queue``, ``service_us`` and ``loaded`` are its."""
@@ -115,6 +72,8 @@ cdef enum:
     SAMPLE_EVERY = 64  # one request in so many is made the other way, to know what spinning would bring now
 
 
+@cython.final
+@cython.auto_pickle(False)
 cdef class Line:
     """The two sockets of one connection (the peer's and its monitor's), used by one thread at a time.
 
@@ -128,7 +87,7 @@ cdef class Line:
     cdef uint8_t *_room
     cdef size_t _capacity
     cdef uint64_t _id
-    cdef double _until_s
+    cdef double _begun_s, _until_s
     cdef double _spinning_s, _sleeping_s
     cdef unsigned int _requests
     cdef readonly object data
@@ -176,7 +135,7 @@ cdef class Line:
         cdef size_t length
         cdef int more
         cdef bint spin
-        cdef double begun_s = kq_now_s()
+        self._begun_s = kq_now_s()
         request.id, request.timeout_ms, request.digested = number, timeout_ms, digested
         request.verb, request.key, request.key_id = _span(verb), _span(key), _span(key_id)
         request.data, request.associated_data, request.proof = _span(data), _span(associated_data), _span(proof)
@@ -184,7 +143,7 @@ cdef class Line:
         length = kq_write_operate(self._room, &request)
         if not length:
             raise ValueError(f"a request of more than {KQ_MAX_MESSAGE} bytes")
-        self._id, self._until_s = number, begun_s + patience_s
+        self._id, self._until_s = number, self._begun_s + patience_s
         if _readable(self._monitor) or zmq_send(self._socket, self._room, length, ZMQ_DONTWAIT) < 0:
             return NOT_SENT
         self._requests += 1
@@ -192,7 +151,7 @@ cdef class Line:
         if self._requests % SAMPLE_EVERY == 0:
             spin = not spin
         code = self._await(spin)
-        self.elapsed_s = kq_now_s() - begun_s
+        self.elapsed_s = kq_now_s() - self._begun_s
         if code == DONE:
             if spin:
                 self._spinning_s += (self.elapsed_s - self._spinning_s) / 8
@@ -202,7 +161,9 @@ cdef class Line:
 
     def resume(self):
         """Wait on for the request that ended in ``OTHER`` or ``BROKEN``."""
-        return self._await(False)
+        code = self._await(False)
+        self.elapsed_s = kq_now_s() - self._begun_s
+        return code
 
     cdef _reserve(self, size_t wanted):
         cdef uint8_t *room

@@ -140,19 +140,30 @@ class Admission:
 
     def begin(self, member: str, now_s: float) -> None:
         """Count a request in, or ``Overloaded``; each one begun is to be ended by ``end``."""
+        reason = self._objection(member, now_s)
+        if reason:
+            self._refuse(member, reason)
+
+    def begins(self, member: str, now_s: float) -> bool:
+        """As ``begin``, but only says no, for a request that then is given to ``begin``."""
+        return not self._objection(member, now_s)
+
+    def _objection(self, member: str, now_s: float) -> str:
+        """Count a request in, or say why not."""
         limits = self._limits
         bucket = self._buckets.get(member)
         if bucket is None:
             bucket = self._buckets[member] = TokenBucket(limits.requests_per_s, limits.burst_s, now_s)
         if not bucket.holds_one(now_s):
-            self._refuse(member, f"more requests than limits.requests_per_s = {limits.requests_per_s:g} allows")
+            return f"more requests than limits.requests_per_s = {limits.requests_per_s:g} allows"
         if self._under_way[member] >= limits.member_requests:
-            self._refuse(member, f"limits.member_requests = {limits.member_requests} are under way")
+            return f"limits.member_requests = {limits.member_requests} are under way"
         if self.under_way >= limits.requests:
-            self._refuse(member, f"limits.requests = {limits.requests} are under way, of all members")
+            return f"limits.requests = {limits.requests} are under way, of all members"
         bucket.take()
         self._under_way[member] += 1
         self.under_way += 1
+        return ""
 
     def end(self, member: str) -> None:
         """A request that was begun has its answer."""

@@ -155,6 +155,11 @@ class Connections:
                 self._excess.append(connection)
         return connection, bool(self._excess) and connection in self._excess
 
+    def known(self, fd: int, member: str) -> Connection | None:
+        """The connection of a descriptor, if this member was heard by it before and none is one too many."""
+        connection = self._open.get(fd)
+        return None if connection is None or connection.member != member or self._excess else connection
+
     def end_of(self, members: Collection[str]) -> None:
         """Cut every connection of these members, who are none any more."""
         self._read()

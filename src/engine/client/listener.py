@@ -249,29 +249,35 @@ class Listener(FollowsCluster):
                 frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return None
-            incoming = self._open(frames)
+            last: Any = frames[-1]
+            content = [frame.bytes for frame in frames]
+            incoming = self.open(content[0], content[1:], user_id(last), int(last.get(zmq.SRCFD)))
             if incoming is not None:
                 return incoming
-            self.refused += 1
         return None
 
-    def _open(self, frames: list[Any]) -> Incoming | None:
-        route, last = frames[0].bytes, frames[-1]
-        member = self._cluster.by_curve.get(user_id(last))
+    def open(self, route: bytes, frames: list[bytes], user: str, fd: int) -> Incoming | None:
+        """The request in the frames that came by a descriptor from the CURVE key ``user``; None for garbage."""
+        incoming = self._open(route, frames, user, fd)
+        if incoming is None:
+            self.refused += 1
+        return incoming
+
+    def _open(self, route: bytes, frames: list[bytes], user: str, fd: int) -> Incoming | None:
+        member = self._cluster.by_curve.get(user)
         if member is None:
             self._tell("", "its connection's key is no member's")
-            fd = int(last.get(zmq.SRCFD))
             peer = peer_of(fd)
             if peer is not None:
                 end_connection(fd, peer)
             return None
-        size = sum(wire_bytes(len(frame)) for frame in frames[1:])
-        connection, excess = self.connections.heard(last.get(zmq.SRCFD), member.name, size)
+        size = sum(wire_bytes(len(frame)) for frame in frames)
+        connection, excess = self.connections.heard(fd, member.name, size)
         request_id = 0
         try:
-            if len(frames) != 2:
-                raise ProtocolError(f"a request has 1 frame, this one {len(frames) - 1}")
-            request = request_codec.decode(last.bytes)
+            if len(frames) != 1:
+                raise ProtocolError(f"a request has 1 frame, this one {len(frames)}")
+            request = request_codec.decode(frames[0])
             request_id = request.id
             if request.verb != HELLO:  # which is how two versions get to know each other
                 check_version(request.version)
@@ -311,6 +317,10 @@ class Listener(FollowsCluster):
             data = reply_codec.encode(reply)
         except ValueError as error:  # longer than a message may be
             data = reply_codec.encode(replace(reply, status=Status.ERROR, body=error_body(ProtocolError(str(error)))))
+        self.send(route, data, connection)
+
+    def send(self, route: bytes, data: bytes, connection: Connection | None) -> None:
+        """Send a reply's frame, if its client takes it."""
         if not (self._sent(route, data) or self._sent(route, data)):
             # Only that client waits: it went away, or does not read.
             self.undeliverable += 1

@@ -27,6 +27,7 @@ __all__ = [
     "Claim",
     "Finding",
     "Record",
+    "UseLines",
     "chained_line",
     "line_hash",
     "open_head",
@@ -91,6 +92,35 @@ def line_hash(line: bytes) -> bytes:
 def chained_line(seq: int, previous: bytes, record: Record) -> bytes:
     """The line of a record, without its newline; ``previous`` is the hash of the line before, or the log's id."""
     return b'{"seq":%d,"prev":"%b",%b' % (seq, previous.hex().encode(), _encode_record(record)[1:])
+
+
+class UseLines:
+    """The two lines of a use of a key that goes well, with all in them that is the same at each use of its kind."""
+
+    __slots__ = ("_event", "_outcome", "_source")
+
+    def __init__(self, *, node: str, boot: str, member: str, verb: str, key: str) -> None:
+        text = msgspec.json.encode
+        of = b'"member":%b,"verb":%b,"key":%b' % (text(member), text(verb), text(key))
+        self._source = b'"node":%b,"boot":%b,"request":' % (text(node), text(boot))
+        self._event = b',"event":%b,%b}' % (text(REQUEST), of)
+        self._outcome = b',"event":%b,%b,"outcome":"ok"' % (text(REPLY), of)
+
+    def chained(
+        self, seq: int, previous: bytes, time_ms: int, request: int, elapsed_us: int
+    ) -> tuple[bytes, bytes, bytes]:
+        """The lines ``seq`` and the next, as ``chained_line`` makes them, and the hash of the second."""
+        since = b'"time_ms":%d,%b%d' % (time_ms, self._source, request)
+        first = b'{"seq":%d,"prev":"%b",%b%b' % (seq, previous.hex().encode(), since, self._event)
+        elapsed = b',"elapsed_us":%d}' % elapsed_us if elapsed_us else b"}"
+        second = b'{"seq":%d,"prev":"%b",%b%b%b' % (
+            seq + 1,
+            hashlib.sha256(first).hexdigest().encode(),
+            since,
+            self._outcome,
+            elapsed,
+        )
+        return first, second, hashlib.sha256(second).digest()
 
 
 def read_link(line: bytes) -> tuple[int, bytes] | None:

@@ -1,0 +1,96 @@
+"""The shortest way through a node: a request for a use of a loaded key, from the socket to its reply, in one C loop.
+
+The ordinary way (``Handlers``) serves a member's first use of a key and leaves a ``Plan`` of how it went: who, which
+key, which verb, and that all checks passed. As long as nothing changes that the checks went by, such requests are
+served by their plan: each is still admitted, counted, audited and checked against the key's limits. What has no plan,
+or does not fit to it, goes the ordinary way as it came.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final, final
+
+import zmq
+
+REQUESTS: Final[int]
+EVENTS: Final[int]
+
+@final
+class Plan:
+    """How one member's uses of one key with one verb are served.
+
+    ``use`` is called with data, associated data and proof; ``lines`` are its audit records (``AuditLog.write_use``).
+    """
+
+    member: str
+    verb: str
+    name: str
+    cluster: Any
+    entry: Any
+    loaded: Any
+    cached_as: Any
+    count: Any
+    group: int
+    request_class: str
+    def __new__(
+        cls,
+        *,
+        member: str,
+        verb: str,
+        name: str,
+        cluster: Any,
+        entry: Any,
+        loaded: Any,
+        cached_as: Any,
+        count: Any,
+        group: int,
+        request_class: str,
+        key_id: bytes,
+        use: Callable[[bytes, bytes, bytes], bytes],
+        digested: bool,
+        associated: bool,
+        proves: bool,
+        most: int,
+        lines: Any,
+    ) -> Plan: ...
+
+@final
+class FastPath:
+    """The receiving end of a ROUTER socket, for the thread that owns it."""
+
+    deaf: bool
+    """Whether requests are left where they are."""
+    served: int
+    """Requests that were served by a plan."""
+    def __new__(cls, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], *descriptors: int) -> FastPath: ...
+    def serve(
+        self,
+        opened: Callable[[bytes, list[bytes], str, int], Any],
+        send_again: Callable[[bytes, bytes, Any], None],
+        handlers: Any,
+        write_use: Callable[[Any, int, int], int],
+    ) -> None:
+        """Who opens and takes what has no plan, sends what could not be sent at once, and records a use."""
+
+    def remember(self, user_id: str, plan: Plan) -> None:
+        """Serve such requests, from the connections of that CURVE key (Z85), by the plan from now on."""
+
+    def forget(self) -> None:
+        """Something changed: every plan has to be made anew."""
+
+    @property
+    def plans(self) -> int:
+        """How many plans there are."""
+
+    @property
+    def spins(self) -> bool:
+        """Whether waits spin at present."""
+
+    def wait(self, timeout_ms: int) -> int:
+        """Wait until there is something to do; what, as the sum of ``REQUESTS``, ``EVENTS``, and 4, 8 ... for the
+        descriptors."""
+
+    def unwatch(self, descriptor: int) -> None:
+        """Wait for that descriptor no more."""
+
+    def take_in(self, limit: int) -> int:
+        """Take in at most so many messages, and serve or hand over each; how many there were."""

@@ -1,0 +1,370 @@
+"""See _fastpath.pyi. What it can't do at once, by a plan, it gives to the ordinary way untouched."""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from engine.client._fastline cimport (
+    ZMQ_DONTWAIT,
+    ZMQ_EVENTS,
+    ZMQ_FD,
+    ZMQ_POLLIN,
+    ZMQ_SNDMORE,
+    ZMQ_SRCFD,
+    kq_message,
+    kq_now_s,
+    zmq_errno,
+    zmq_getsockopt,
+    zmq_msg_close,
+    zmq_msg_data,
+    zmq_msg_get,
+    zmq_msg_gets,
+    zmq_msg_init,
+    zmq_msg_more,
+    zmq_msg_recv,
+    zmq_msg_send,
+    zmq_msg_size,
+    zmq_send,
+)
+from engine.protocol._fastwire cimport (
+    KQ_OVERHEAD,
+    kq_operate,
+    kq_read_operate,
+    kq_result,
+    kq_span,
+    kq_write_result,
+)
+from libc.errno cimport EINTR
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, strlen
+
+cimport cython
+
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *items, unsigned long count, int timeout_ms)
+    short POLLIN
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+
+cdef enum:
+    Z85_KEY = 40  # characters of a CURVE key, which ZAP gives as the User-Id
+    WHERE_MAX = 256
+    SOURCES = 8
+    SPIN_PARTS = 40  # so often the processor is offered to others before the loop goes to sleep
+    REQUESTS_ = 1
+    EVENTS_ = 2
+    SAMPLE_EVERY = 64  # one wait in so many is made the other way, to know what spinning would bring now
+
+
+cdef double GAP_MAX_S = 0.001  # who waits longer between two requests gains nothing by spinning
+
+REQUESTS = 1
+EVENTS = 2
+
+
+cdef bytes _bytes(kq_span span):
+    return PyBytes_FromStringAndSize(<const char *>span.at, span.length)
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Plan:
+    """How one member's uses of one key are served, as the ordinary way found it out; see _fastpath.pyi."""
+
+    cdef readonly str member
+    cdef readonly str verb
+    cdef readonly str name
+    cdef readonly object cluster
+    cdef readonly object entry
+    cdef readonly object loaded
+    cdef readonly object cached_as
+    cdef readonly object count
+    cdef readonly int group
+    cdef readonly str request_class
+    cdef bytes key_id
+    cdef object use
+    cdef bint digested
+    cdef bint associated
+    cdef bint proves
+    cdef size_t most
+    cdef object lines
+
+    def __cinit__(self, *, str member, str verb, str name, cluster, entry, loaded, cached_as, count, int group,
+                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines):
+        self.member, self.verb, self.name = member, verb, name
+        self.cluster, self.entry, self.loaded, self.cached_as = cluster, entry, loaded, cached_as
+        self.count, self.group, self.request_class, self.key_id = count, group, request_class, key_id
+        self.use, self.digested, self.associated, self.proves, self.most = use, digested, associated, proves, most
+        self.lines = lines
+
+    cdef bint fits(self, kq_operate *request):
+        """Whether the request is one that the ordinary way would not refuse."""
+        if request.key_id.length and request.key_id.length != <size_t>PyBytes_GET_SIZE(self.key_id):
+            return False
+        for i in range(request.key_id.length):
+            if request.key_id.at[i] != <uint8_t>PyBytes_AS_STRING(self.key_id)[i]:
+                return False
+        return (
+            request.digested == self.digested
+            and request.data.length <= self.most
+            and (self.associated or not request.associated_data.length)
+            and (self.proves == (request.proof.length > 0))
+        )
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class FastPath:
+    """The receiving end of a node's socket; see _fastpath.pyi."""
+
+    cdef object _keep
+    cdef void *_socket
+    cdef void *_monitor
+    cdef pollfd[SOURCES] _sources
+    cdef int _count
+    cdef object _opened
+    cdef object _send_again
+    cdef object _handlers
+    cdef object _write_use
+    cdef dict _plans
+    cdef uint8_t *_room
+    cdef size_t _capacity
+    cdef double _spinning_s, _sleeping_s
+    cdef unsigned int _waits
+    cdef int _descriptor
+    cdef public bint deaf
+    cdef readonly uint64_t served
+
+    def __cinit__(self, socket, monitor, *descriptors):
+        cdef int descriptor = 0
+        cdef size_t length
+        self._keep = socket, monitor
+        self._socket = <void *><size_t>socket.underlying
+        self._monitor = <void *><size_t>monitor.underlying
+        self._plans = {}
+        for each in self._keep:
+            length = sizeof(descriptor)
+            if zmq_getsockopt(<void *><size_t>each.underlying, ZMQ_FD, &descriptor, &length) < 0:
+                raise OSError("no descriptor of the socket")
+            self._watch(descriptor)
+        self._descriptor = self._sources[0].fd
+        for each in descriptors:
+            self._watch(each)
+        self._capacity = 4096
+        self._room = <uint8_t *>malloc(self._capacity)
+        if self._room == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self._room)
+
+    cdef _watch(self, int descriptor):
+        if self._count == SOURCES:
+            raise ValueError("too many descriptors")
+        self._sources[self._count].fd = descriptor
+        self._sources[self._count].events = POLLIN
+        self._count += 1
+
+    def serve(self, opened, send_again, handlers, write_use):
+        """Who takes what has no plan, and what a use with one needs."""
+        self._opened, self._send_again, self._handlers, self._write_use = opened, send_again, handlers, write_use
+
+    def remember(self, str user_id, Plan plan not None):
+        """Serve such requests by the plan from now on."""
+        if len(self._plans) >= 10_000:
+            self._plans.clear()
+        self._plans[user_id.encode() + plan.verb.encode() + b"\0" + plan.name.encode()] = plan
+
+    def forget(self):
+        """Something changed: every plan has to be made anew."""
+        self._plans.clear()
+
+    @property
+    def plans(self):
+        """How many plans there are."""
+        return len(self._plans)
+
+    # --- waiting ---
+
+    def wait(self, int timeout_ms):
+        """Wait until there is something to do; what, as the sum of ``REQUESTS``, ``EVENTS``, and 4, 8 ... for the
+        descriptors.
+
+        Whether to spin before sleeping is decided by how soon after the last wait the next request came of late:
+        spinning helps where a processor is free for it, and hurts where client and node share one.
+        """
+        cdef bint spin = self._spinning_s < self._sleeping_s
+        cdef bint events, requests, rested = False
+        cdef int i, left, found
+        cdef double begun_s, gap_s
+        cdef pollfd *sources = self._sources
+        self._waits += 1
+        if self._waits % SAMPLE_EVERY == 0:
+            spin = not spin
+        with nogil:
+            begun_s = kq_now_s()
+            left = SPIN_PARTS if spin else 0
+            requests = not self.deaf and _readable(self._socket)
+            events = _readable(self._monitor)
+            while left and not requests and not self.deaf and timeout_ms:
+                sched_yield()
+                requests = _readable(self._socket)
+                left -= 1
+            rested = not requests and not events
+            for i in range(self._count):
+                sources[i].revents = 0
+            sources[0].fd = -1 if self.deaf else self._descriptor
+            if poll(sources, self._count, timeout_ms if rested else 0) < 0:
+                for i in range(self._count):
+                    sources[i].revents = 0
+            requests = not self.deaf and (requests or _readable(self._socket))
+            events = events or _readable(self._monitor)
+            if requests:
+                gap_s = kq_now_s() - begun_s
+                if gap_s < GAP_MAX_S:
+                    if spin:
+                        self._spinning_s += (gap_s - self._spinning_s) / 8
+                    else:
+                        self._sleeping_s += (gap_s - self._sleeping_s) / 8
+        found = REQUESTS_ * requests + EVENTS_ * events
+        for i in range(2, self._count):
+            if sources[i].revents:
+                found += 1 << i
+        return found
+
+    @property
+    def spins(self):
+        """Whether waits spin at present."""
+        return self._spinning_s < self._sleeping_s
+
+    def unwatch(self, int descriptor):
+        """Wait for it no more."""
+        cdef int i
+        for i in range(2, self._count):
+            if self._sources[i].fd == descriptor:
+                self._sources[i].fd = -1
+
+    # --- serving ---
+
+    def take_in(self, int limit):
+        """Take in at most so many messages, and serve or hand over each; how many there were."""
+        cdef int taken = 0
+        while taken < limit and self._take_one():
+            taken += 1
+        return taken
+
+    cdef bint _take_one(self) except -1:
+        cdef kq_message route, body
+        cdef kq_operate request
+        cdef const char *user
+        cdef size_t user_length, length
+        cdef char[WHERE_MAX] where
+        cdef Plan plan
+        cdef bint served = False
+        cdef object frames
+        zmq_msg_init(&route)
+        if zmq_msg_recv(&route, self._socket, ZMQ_DONTWAIT) < 0:
+            zmq_msg_close(&route)
+            return False
+        zmq_msg_init(&body)
+        try:
+            if not zmq_msg_more(&route) or zmq_msg_recv(&body, self._socket, ZMQ_DONTWAIT) < 0:
+                return True  # no ROUTER gives such a message
+            user = zmq_msg_gets(&body, b"User-Id")
+            user_length = strlen(user) if user != NULL else 0
+            if (
+                user_length == Z85_KEY
+                and self._plans
+                and not zmq_msg_more(&body)
+                and kq_read_operate(<const uint8_t *>zmq_msg_data(&body), zmq_msg_size(&body), &request)
+            ):
+                length = Z85_KEY + request.verb.length + 1 + request.key.length
+                memcpy(where, user, Z85_KEY)
+                memcpy(where + Z85_KEY, request.verb.at, request.verb.length)
+                where[Z85_KEY + request.verb.length] = 0
+                memcpy(where + Z85_KEY + request.verb.length + 1, request.key.at, request.key.length)
+                found = self._plans.get(PyBytes_FromStringAndSize(where, length))
+                if found is not None:
+                    plan = found
+                    if plan.fits(&request):
+                        served = self._serve(plan, &request, &route, zmq_msg_get(&body, ZMQ_SRCFD), zmq_msg_size(&body))
+            if not served:
+                fd = zmq_msg_get(&body, ZMQ_SRCFD)
+                text = user[:user_length].decode("ascii", "replace") if user_length else ""
+                frames = [_content(&body)]
+                while zmq_msg_more(&body):
+                    if zmq_msg_recv(&body, self._socket, ZMQ_DONTWAIT) < 0:
+                        break
+                    frames.append(_content(&body))
+                incoming = self._opened(_content(&route), frames, text, fd)
+                if incoming is not None:
+                    self._handlers.handle(incoming)
+            return True
+        finally:
+            zmq_msg_close(&route)
+            zmq_msg_close(&body)
+
+    cdef bint _serve(self, Plan plan, kq_operate *request, kq_message *route, int fd, size_t size) except -1:
+        cdef kq_result result
+        cdef double started_s = kq_now_s(), begun_s
+        cdef size_t length
+        cdef bytes answer
+        handlers = self._handlers
+        connection = handlers.hurry(plan, fd, size, started_s)
+        if connection is None:
+            return False
+        number = handlers.number
+        data, associated, proof = _bytes(request.data), b"", b""
+        if request.associated_data.length:
+            associated = _bytes(request.associated_data)
+        if request.proof.length:
+            proof = _bytes(request.proof)
+        begun_s = kq_now_s()
+        try:
+            answer = plan.use(data, associated, proof)
+            result.service_us = <uint64_t>((kq_now_s() - begun_s) * 1e6) or 1
+            self._write_use(plan.lines, number, <long>((kq_now_s() - started_s) * 1e6))
+        except Exception as error:
+            handlers.hurried_badly(plan, _content(route), request.id, connection, started_s, error)
+            return True
+        result.queue = handlers.hurried(plan, result.service_us)
+        result.id, result.loaded = request.id, True
+        result.data.at, result.data.length = <const uint8_t *>PyBytes_AS_STRING(answer), PyBytes_GET_SIZE(answer)
+        self._reserve(KQ_OVERHEAD + result.data.length)
+        length = kq_write_result(self._room, &result)
+        if self._send(route, length):
+            connection.replied(length)
+        else:
+            self._send_again(_content(route), PyBytes_FromStringAndSize(<const char *>self._room, length), connection)
+        self.served += 1
+        return True
+
+    cdef bint _send(self, kq_message *route, size_t length):
+        """Whether both frames went out. The first is copied, since a refused one is needed again."""
+        if zmq_send(self._socket, zmq_msg_data(route), zmq_msg_size(route), ZMQ_DONTWAIT | ZMQ_SNDMORE) < 0:
+            return False
+        return zmq_send(self._socket, self._room, length, ZMQ_DONTWAIT) >= 0
+
+    cdef _reserve(self, size_t wanted):
+        cdef uint8_t *room
+        if wanted > self._capacity:
+            room = <uint8_t *>malloc(wanted)
+            if room == NULL:
+                raise MemoryError
+            free(self._room)
+            self._room, self._capacity = room, wanted
+
+
+cdef bytes _content(kq_message *message):
+    return PyBytes_FromStringAndSize(<const char *>zmq_msg_data(message), zmq_msg_size(message))
+
+
+cdef bint _readable(void *socket) noexcept nogil:
+    cdef int events = 0
+    cdef size_t length = sizeof(events)
+    return zmq_getsockopt(socket, ZMQ_EVENTS, &events, &length) < 0 or events & ZMQ_POLLIN

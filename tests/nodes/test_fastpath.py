@@ -1,0 +1,296 @@
+"""The receiving end of a node's socket over CURVE: what is served by a plan, what is handed over, and how it waits."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from ports import free_port
+
+from engine.client.config import Identity, create_identity
+from engine.client.connections import Connection
+from engine.client.listener import Gate, Incoming, Listener
+from engine.client.transport import connect_options
+from engine.errors import InvalidTag
+from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
+from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Operate
+from engine.protocol.wire import MAX_DATA, PROTOCOL_VERSION, Request, Status, reply_codec, request_codec
+from nodes._fastpath import EVENTS, REQUESTS, FastPath, Plan
+
+KEY_ID = bytes(range(16))
+
+
+class Hands:
+    """In place of ``Handlers``: it lets plans be followed as long as ``willing``, and notes what comes."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.willing = True
+        self.connection = Connection(0, 0.0, "app")
+        self.handled: list[Incoming] = []
+        self.failed: list[tuple[int, Exception]] = []
+        self.recorded: list[tuple[Any, int]] = []
+        self.resent: list[bytes] = []
+
+    def handle(self, incoming: Incoming) -> None:
+        self.handled.append(incoming)
+
+    def hurry(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
+        if not self.willing:
+            return None
+        assert fd > 2
+        assert abs(now_s - time.monotonic()) < 5
+        self.number += 1
+        self.connection.delivered += size
+        return self.connection
+
+    def hurried(self, plan: Plan, service_us: int) -> int:
+        assert service_us >= 1
+        return 7
+
+    def hurried_badly(
+        self, plan: Plan, route: bytes, number: int, connection: Connection, started_s: float, error: Exception
+    ) -> None:
+        self.failed.append((number, error))
+
+    def record(self, lines: Any, number: int, elapsed_us: int) -> int:
+        assert elapsed_us >= 0
+        self.recorded.append((lines, number))
+        return 0
+
+    def send_again(self, route: bytes, data: bytes, connection: Connection) -> None:
+        self.resent.append(data)
+
+
+class Place:
+    """A listener with its fast path, and a client's socket to it."""
+
+    def __init__(self, folder: Path) -> None:
+        operator = create_identity(folder / "op.toml", "op", "operator", passphrase="p")
+        node: Identity = create_identity(folder / "n1.toml", "n1", "node")
+        self.client = create_identity(folder / "app.toml", "app", "client")
+        chain = issue_cluster_manifest(
+            name="test",
+            members=[
+                operator.member(),
+                node.member(endpoint=f"tcp://127.0.0.1:{free_port()}", location="a/b"),
+                self.client.member(),
+            ],
+            rules=[PolicyRule("app", "*", ["*"])],
+            operators=[operator.signing],
+        )
+        self.cluster = open_chain(chain, chain_pin(chain))
+        member = self.cluster.members["n1"]
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.gate = Gate(self.context, self.cluster)
+        self.listener = Listener(self.context, node.transport, member.endpoint, self.cluster)
+        self.hands = Hands()
+        self.bell = os.eventfd(0, os.EFD_NONBLOCK)
+        self.fast = FastPath(self.listener.socket, self.listener.connections.monitor, self.bell)
+        self.fast.serve(self.listener.open, self.hands.send_again, self.hands, self.hands.record)
+        self.socket: zmq.Socket[bytes] = self.context.socket(zmq.DEALER)
+        connect_options(self.socket, self.client.transport, member)
+        self.socket.connect(member.endpoint)
+
+    def close(self) -> None:
+        self.socket.close(0)
+        self.listener.close()
+        self.gate.close()
+        self.context.destroy(0)
+        os.close(self.bell)
+
+    def plan(self, **changes: Any) -> Plan:
+        values: dict[str, Any] = {
+            "member": "app", "verb": "encrypt", "name": "orders", "cluster": self.cluster, "entry": None,
+            "loaded": None, "cached_as": None, "count": None, "group": 1, "request_class": "encrypt/aes-256-gcm",
+            "key_id": KEY_ID, "use": lambda data, associated, proof: b"<" + data + b"|" + associated + proof + b">",
+            "digested": False, "associated": True, "proves": False, "most": MAX_DATA, "lines": "lines",
+        }  # fmt: skip
+        plan = Plan(**(values | changes))
+        self.fast.remember(self.client.member().curve_z85, plan)
+        return plan
+
+    def send(self, number: int, verb: str = "encrypt", extensions: dict[str, bytes] | None = None, **body: Any) -> None:
+        values: dict[str, Any] = {
+            "key": "orders", "key_id": KEY_ID, "data": b"data", "associated_data": b"", "proof": b"",
+            "digested": False, "grant": b"",
+        }  # fmt: skip
+        message = REQUEST_CODECS[verb].encode(Operate(**(values | body)))
+        self.socket.send(request_codec.encode(Request(PROTOCOL_VERSION, number, verb, 1000, message, extensions or {})))
+
+    def take(self, count: int = 1) -> None:
+        """Take in so many messages."""
+        until_s = time.monotonic() + 20
+        while count > 0 and time.monotonic() < until_s:
+            self.fast.wait(100)
+            count -= self.fast.take_in(count)
+        assert count == 0
+
+    def answer(self) -> tuple[int, bytes]:
+        """The id and the data of the next reply, which has to be good."""
+        assert self.socket.poll(10_000)
+        reply = reply_codec.decode(self.socket.recv())
+        assert (reply.status, reply.load.queue, reply.load.loaded) == (Status.OK, 7, True)
+        return reply.id, REPLY_CODECS["encrypt"].decode(reply.body).data
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    yield made
+    made.close()
+
+
+def test_a_request_that_fits_is_served_recorded_and_answered(place: Place) -> None:
+    place.plan()
+    for number, data in enumerate((b"", b"data", bytes(MAX_DATA)), 1):
+        place.send(number, data=data, associated_data=b"aad")
+        place.take()
+        assert place.answer() == (number, b"<" + data + b"|aad>")
+    place.send(4, key_id=b"")
+    place.take()
+    assert place.answer() == (4, b"<data|>")
+    assert place.hands.recorded == [("lines", number) for number in range(1, 5)]
+    assert (place.fast.served, place.hands.handled) == (4, [])
+    assert place.hands.connection.sent > MAX_DATA
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"verb": "decrypt"},
+        {"key": "others"},
+        {"key_id": bytes(16)},
+        {"digested": True},
+        {"proof": b"proof"},
+        {"grant": b"grant"},
+        {"extensions": {"x": b"y"}},
+        {"data": bytes(MAX_DATA + 1)},
+    ],
+    ids=lambda request_: next(iter(request_)),
+)
+def test_what_fits_no_plan_goes_the_ordinary_way_as_it_came(place: Place, request_: dict[str, Any]) -> None:
+    place.plan()
+    place.send(9, **request_)
+    place.take()
+    (incoming,) = place.hands.handled
+    assert (incoming.member.name, incoming.request.id) == ("app", 9)
+    assert incoming.connection is not None
+    assert incoming.connection.member == "app"
+    if "extensions" not in request_:
+        body = REQUEST_CODECS[incoming.request.verb].decode(incoming.request.body)
+        for name, value in request_.items():
+            assert name == "verb" or getattr(body, name) == value
+    assert place.fast.served == 0
+
+
+def test_a_plan_that_may_not_be_followed_or_is_forgotten_is_not(place: Place) -> None:
+    place.plan()
+    place.hands.willing = False
+    place.send(1)
+    place.take()
+    place.hands.willing = True
+    assert place.fast.plans == 1
+    place.fast.forget()
+    assert place.fast.plans == 0
+    place.send(2)
+    place.take()
+    assert [each.request.id for each in place.hands.handled] == [1, 2]
+
+
+def test_one_members_plan_serves_no_other(place: Place) -> None:
+    plan = place.plan()
+    place.fast.forget()
+    place.fast.remember("0" * 40, plan)
+    place.send(1)
+    place.take()
+    assert [each.request.id for each in place.hands.handled] == [1]
+
+
+def test_a_use_that_fails_is_told_and_the_next_is_served(place: Place) -> None:
+    def use(data: bytes, associated: bytes, proof: bytes) -> bytes:
+        if data == b"bad":
+            raise InvalidTag("changed")
+        return data
+
+    place.plan(use=use)
+    place.send(1, data=b"bad")
+    place.send(2, data=b"good")
+    place.take(2)
+    ((number, error),) = place.hands.failed
+    assert (number, str(error)) == (1, "changed")
+    assert place.answer() == (2, b"good")
+
+
+def test_garbage_is_handed_over(place: Place) -> None:
+    place.plan()
+    for frames in ([b""], [b"\x96"], [os.urandom(60)], [b"two", b"frames"]):
+        place.socket.send_multipart(frames)
+    place.send(5)
+    place.take(5)
+    assert place.listener.refused == 4
+    replies = [reply_codec.decode(place.socket.recv()) for _ in range(5) if place.socket.poll(5_000)]
+    assert [reply.status for reply in replies] == [Status.ERROR] * 4 + [Status.OK]
+
+
+def test_a_reply_that_its_client_does_not_take_is_handed_over(place: Place) -> None:
+    place.plan(use=lambda data, associated, proof: bytes(40_000))
+    for number in range(1, 4_000):
+        place.send(number)
+        place.take()
+        if place.hands.resent:
+            break
+    assert reply_codec.decode(place.hands.resent[0]).id == number
+
+
+def test_it_waits_for_requests_events_and_descriptors(place: Place) -> None:
+    place.send(1)
+    until_s = time.monotonic() + 10
+    found = 0
+    while found != EVENTS | REQUESTS and time.monotonic() < until_s:
+        found |= place.fast.wait(100)
+    assert found == EVENTS | REQUESTS
+    place.fast.take_in(10)
+    place.listener.connections.look()
+    assert place.fast.wait(0) == 0
+    os.eventfd_write(place.bell, 1)
+    assert place.fast.wait(1_000) == 4
+    place.fast.unwatch(place.bell)
+    assert place.fast.wait(0) == 0
+    place.fast.deaf = True
+    place.send(2)
+    time.sleep(0.2)
+    assert place.fast.wait(0) == 0
+    place.fast.deaf = False
+    assert place.fast.wait(1_000) == REQUESTS
+
+
+def test_a_request_ends_the_wait_of_an_idle_node(place: Place) -> None:
+    """Whether it spins or sleeps: none of many requests, sent while it waits, is slept over."""
+    place.plan()
+    place.send(0)
+    place.take()
+    place.answer()
+
+    def send() -> None:
+        for number in range(1, 301):
+            place.send(number)
+            place.answer()
+            if number % 10 == 0:
+                time.sleep(0.002)
+
+    client = threading.Thread(target=send)
+    client.start()
+    begun_s = time.monotonic()
+    while place.fast.served < 301 and time.monotonic() < begun_s + 60:
+        place.fast.wait(30_000)
+        place.fast.take_in(10)
+    client.join(60)
+    assert place.fast.served == 301
+    assert time.monotonic() - begun_s < 25, "a request was noticed by the end of a wait only"
