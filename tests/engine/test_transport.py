@@ -7,9 +7,11 @@ import socket as socket_module
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 
@@ -18,11 +20,21 @@ from engine.client.calls import Await, Exchange
 from engine.client.client import drive
 from engine.client.config import CurveIdentity, Identity, create_identity
 from engine.client.listener import IDLE, Gate, Incoming, Listener
-from engine.client.transport import Arrival, Channel, ask, connect_options, raise_for_status, watch
+from engine.client.transport import Arrival, Channel, Direct, ask, connect_options, raise_for_status, watch
 from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
-from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Flush, Flushed, Hello, Welcome
-from engine.protocol.wire import MAX_MESSAGE, ErrorBody, Reply, Request, Status, error_codec, reply_codec, request_codec
+from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Flush, Flushed, Hello, Result, Welcome
+from engine.protocol.wire import (
+    MAX_MESSAGE,
+    ErrorBody,
+    Load,
+    Reply,
+    Request,
+    Status,
+    error_codec,
+    reply_codec,
+    request_codec,
+)
 
 FLUSH = REQUEST_CODECS["flush"].encode(Flush(""))
 Handler = Callable[[Listener, Incoming], None]
@@ -427,3 +439,120 @@ def test_unread_events_never_stop_the_other_sockets(context: zmq.Context[Any], n
             count += 1
         assert count > 2_000
         reader.close(0)
+
+
+# --- the shortest way ---
+
+MAC = Direct("n1", b"mac", b"orders", bytes(16), b"data", b"", b"", False, 5.0, 2.0)
+
+
+def use(listener: Listener, incoming: Incoming) -> None:
+    """A node whose MAC of something is that thing backwards; anything else it does as ``answer``."""
+    if incoming.request.verb != "mac":
+        answer(listener, incoming)
+        return
+    asked = REQUEST_CODECS["mac"].decode(incoming.request.body)
+    assert (asked.key, asked.key_id, asked.grant) == ("orders", bytes(16), b"")
+    listener.reply(incoming, Status.OK, REPLY_CODECS["mac"].encode(Result(asked.data[::-1])), Load(3, 40, True))
+
+
+@pytest.fixture
+def direct(node: Node, channel: Channel) -> Channel:
+    """A channel whose connection is up and greeted, to a node that does ``use``."""
+    node.handler = use
+    ask(channel, "n1", "flush", Flush(""), 5.0)
+    return channel
+
+
+def test_a_direct_use_brings_the_result_and_the_snapshot(direct: Channel) -> None:
+    for length in (0, 1, 200, 300, 40_000):
+        data = os.urandom(length)
+        ended = direct.direct(replace(MAC, data=data))
+        assert (ended.data, ended.load, ended.reply, ended.sent) == (data[::-1], Load(3, 40, True), None, True)
+        assert 0 < ended.elapsed_s < 5
+    assert ask(direct, "n1", "flush", Flush(""), 5.0).dropped == 3  # the connection is the same as ever
+
+
+def test_a_direct_use_is_not_sent_where_something_is_to_be_done_first(node: Node, channel: Channel) -> None:
+    node.handler = use
+    assert not channel.direct(MAC).sent  # no connection yet
+    assert not channel.direct(replace(MAC, peer="n9")).sent
+    ask(channel, "n1", "flush", Flush(""), 5.0)
+    token = channel.start("n1", "flush", FLUSH, 5.0)
+    assert not channel.direct(MAC).sent  # something is under way
+    while not any(each.token == token for each in channel.poll(5.0)):
+        pass
+    assert channel.direct(MAC).sent
+    served = node.served
+    node.stop()
+    try:
+        ended = channel.direct(MAC)
+        assert ended.data is None
+        assert node.served == served
+    finally:
+        node.start()
+
+
+def test_a_direct_use_that_is_refused_brings_the_reply(node: Node, direct: Channel) -> None:
+    node.handler = lambda listener, incoming: listener.fail(incoming, KeyNotFound("no such key"))
+    ended = direct.direct(MAC)
+    assert ended.data is None
+    assert ended.reply is not None
+    with pytest.raises(KeyNotFound, match="no such key"):
+        raise_for_status(ended.reply)
+
+
+def test_a_late_answer_to_a_direct_use_is_none_to_the_next(node: Node, direct: Channel) -> None:
+    held: list[Incoming] = []
+    node.handler = lambda listener, incoming: held.append(incoming)
+    ended = direct.direct(replace(MAC, data=b"first", patience_s=0.05))
+    assert (ended.sent, ended.data, ended.reply) == (True, None, None)
+
+    def both(listener: Listener, incoming: Incoming) -> None:
+        use(listener, held.pop())
+        use(listener, incoming)
+
+    node.handler = both
+    assert direct.direct(replace(MAC, data=b"second")).data == b"dnoces"
+
+
+def test_a_node_that_dies_ends_a_direct_use_before_the_patience(node: Node, direct: Channel) -> None:
+    arrived = threading.Event()
+    node.handler = lambda listener, incoming: arrived.set()
+
+    def stop() -> None:
+        assert arrived.wait(10)
+        node.stop()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    begun_s = time.monotonic()
+    ended = direct.direct(replace(MAC, timeout_s=60.0, patience_s=60.0))
+    stopper.join()
+    assert (ended.sent, ended.data, ended.reply) == (True, None, None)
+    assert time.monotonic() - begun_s < 30
+    node.start()
+
+
+def test_garbage_ends_no_direct_use(node: Node, direct: Channel) -> None:
+    """What is no reply to it is passed over; a good one is taken after it."""
+
+    def lie(listener: Listener, incoming: Incoming) -> None:
+        for junk in (b"", b"\x96", os.urandom(50), MAC.data):
+            listener.socket.send_multipart([incoming.route, junk])
+        listener.socket.send_multipart([incoming.route, b"two", b"frames"])
+        use(listener, replace_request(incoming, incoming.request.id + 1))
+        use(listener, incoming)
+
+    node.handler = lie
+    assert direct.direct(MAC).data == b"atad"
+
+
+def replace_request(incoming: Incoming, number: int) -> Incoming:
+    return Incoming(incoming.route, incoming.member, msgspec.structs.replace(incoming.request, id=number))
+
+
+def test_a_direct_use_that_is_too_long_is_told(direct: Channel) -> None:
+    with pytest.raises(ValueError, match="a request of more than 65536 bytes"):
+        direct.direct(replace(MAC, data=bytes(70_000)))
+    assert direct.direct(MAC).data == b"atad"

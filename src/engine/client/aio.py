@@ -18,7 +18,6 @@ from zmq.utils.monitor import parse_monitor_message
 
 from engine.client.calls import (
     CREATE_TIMEOUT_S,
-    Await,
     Call,
     Destroyed,
     Ended,
@@ -27,6 +26,7 @@ from engine.client.calls import (
     KeySummary,
     MemberStatus,
     Pause,
+    Step,
     answered_by_any,
     check_timeout,
     merge_lists,
@@ -629,7 +629,7 @@ def _resume(
     ended: asyncio.Task[Reply],
     newest: asyncio.Task[Reply] | None,
     under_way: dict[asyncio.Task[Reply], str],
-) -> Exchange | Await | Pause:
+) -> Step:
     """Resume a call with one exchange's end; an error that is none of a member's or of the transport's is raised."""
     peer = under_way.pop(ended)
     error = ended.exception()

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from engine.client.transport import Moved, raise_for_status
+from engine.client.transport import Direct, Directly, Moved, raise_for_status
 from engine.errors import (
     AccessDenied,
     AuditUnavailable,
@@ -97,6 +97,7 @@ __all__ = [
     "KeySummary",
     "MemberStatus",
     "Pause",
+    "Step",
 ]
 
 CREATE_TIMEOUT_S = 15.0
@@ -167,7 +168,8 @@ class Pause:
     seconds: float
 
 
-Call = Generator[Exchange | Await | Pause, Reply | Ended | None, T]
+Step = Exchange | Await | Pause | Direct
+Call = Generator[Step, Reply | Ended | Directly | None, T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +234,10 @@ class Description:
     algorithm: Algorithm
     holders: tuple[str, ...]
     info: KeyInfo
+
+    def request_class(self, verb: str) -> str:
+        """The class under which such a use of it is counted and forecast."""
+        return classify_request(verb, self.algorithm.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +371,10 @@ class _Descriptions:
                 self._known.move_to_end(name)
             return found
 
+    def peek(self, name: str) -> Description | None:
+        """As ``get``, but it counts as no use."""
+        return self._known.get(name)
+
     def put(self, name: str, description: Description) -> None:
         with self._lock:
             self._known[name] = description
@@ -416,15 +426,21 @@ class Calls:
 
     # --- uses of a key ---
 
-    def encrypt(self, name: str, plaintext: bytes, associated_data: bytes, timeout_s: float) -> Call[bytes]:
+    # With ``direct`` the driver takes ``Direct`` steps.
+
+    def encrypt(
+        self, name: str, plaintext: bytes, associated_data: bytes, timeout_s: float, *, direct: bool = False
+    ) -> Call[bytes]:
         """The ciphertext; ``ValueError`` for more than 48 KiB."""
         data = as_bytes("plaintext", plaintext)
         if len(data) > MAX_DATA:
             raise ValueError(f"plaintext of {len(data)} bytes; the limit is {MAX_DATA}, encrypt_stream has none")
         aad = as_bytes("associated_data", associated_data)
-        return self._operate(_Use(RequestType.ENCRYPT, name, data, _bounded_aad(aad)), timeout_s)
+        return self._operate(_Use(RequestType.ENCRYPT, name, data, _bounded_aad(aad)), timeout_s, direct)
 
-    def decrypt(self, name: str, ciphertext: bytes, associated_data: bytes, timeout_s: float) -> Call[bytes]:
+    def decrypt(
+        self, name: str, ciphertext: bytes, associated_data: bytes, timeout_s: float, *, direct: bool = False
+    ) -> Call[bytes]:
         """The plaintext, or ``InvalidTag``."""
         data = as_bytes("ciphertext", ciphertext)
         if len(data) > MAX_CIPHERTEXT:
@@ -433,36 +449,52 @@ class Calls:
                 "encrypt_stream made"
             )
         aad = as_bytes("associated_data", associated_data)
-        return self._operate(_Use(RequestType.DECRYPT, name, data, _bounded_aad(aad)), timeout_s)
+        return self._operate(_Use(RequestType.DECRYPT, name, data, _bounded_aad(aad)), timeout_s, direct)
 
-    def sign(self, name: str, message: bytes | None, digest: bytes | None, timeout_s: float) -> Call[bytes]:
+    def sign(
+        self, name: str, message: bytes | None, digest: bytes | None, timeout_s: float, *, direct: bool = False
+    ) -> Call[bytes]:
         """The signature of a message, or of its digest where the algorithm hashes first."""
-        return self._operate(_Use(RequestType.SIGN, name, *_message(message, digest)), timeout_s)
+        return self._operate(_Use(RequestType.SIGN, name, *_message(message, digest)), timeout_s, direct)
 
     def verify(
-        self, name: str, message: bytes | None, signature: bytes, digest: bytes | None, timeout_s: float
+        self,
+        name: str,
+        message: bytes | None,
+        signature: bytes,
+        digest: bytes | None,
+        timeout_s: float,
+        *,
+        direct: bool = False,
     ) -> Call[bytes]:
         """Nothing, or ``InvalidSignature``."""
         data, _, _, hashed = _message(message, digest)
         proof = _proof("signature", signature)
-        return self._operate(_Use(RequestType.VERIFY, name, data, b"", proof, hashed), timeout_s)
+        return self._operate(_Use(RequestType.VERIFY, name, data, b"", proof, hashed), timeout_s, direct)
 
-    def mac(self, name: str, message: bytes, timeout_s: float) -> Call[bytes]:
+    def mac(self, name: str, message: bytes, timeout_s: float, *, direct: bool = False) -> Call[bytes]:
         """The MAC of a message."""
-        return self._operate(_Use(RequestType.MAC, name, as_bytes("message", message)), timeout_s)
+        return self._operate(_Use(RequestType.MAC, name, as_bytes("message", message)), timeout_s, direct)
 
-    def verify_mac(self, name: str, message: bytes, tag: bytes, timeout_s: float) -> Call[bytes]:
+    def verify_mac(
+        self, name: str, message: bytes, tag: bytes, timeout_s: float, *, direct: bool = False
+    ) -> Call[bytes]:
         """Nothing, or ``InvalidSignature``."""
         data, proof = as_bytes("message", message), _proof("MAC", tag)
-        return self._operate(_Use(RequestType.VERIFY_MAC, name, data, b"", proof), timeout_s)
+        return self._operate(_Use(RequestType.VERIFY_MAC, name, data, b"", proof), timeout_s, direct)
 
-    def _operate(self, use: _Use, timeout_s: float) -> Call[bytes]:
+    def _operate(self, use: _Use, timeout_s: float, direct: bool) -> Call[bytes]:
         if not isinstance(use.name, str):
             raise TypeError(f"a key's name must be str, not {type(use.name).__name__}")
-        trail = self._trail(f"{use.verb} with {use.name[:128]!r}", timeout_s)
-        return self._operating(use, trail)
+        return self._operating(use, check_timeout(timeout_s), direct)
 
-    def _operating(self, use: _Use, trail: _Trail) -> Call[bytes]:
+    def _operating(self, use: _Use, timeout_s: float, direct: bool) -> Call[bytes]:
+        deadline_s = self.clock() + timeout_s
+        if direct:
+            done = yield from self._directly(use, timeout_s)
+            if done is not None:
+                return done
+        trail = _Trail(f"{use.verb} with {use.name[:128]!r}", self.clock, deadline_s)
         kept = self._descriptions.get(use.name)
         if kept is not None and use.verb not in kept.algorithm.operations:
             # The name may be another key's by now, of an algorithm that can do this.
@@ -484,12 +516,57 @@ class Calls:
             yield pause
             refreshed = False  # by now the key may have changed again
 
+    def _directly(self, use: _Use, timeout_s: float) -> Call[bytes | None]:
+        """Ask the best combiner that has the key loaded, by the shortest way; None if that brought no result."""
+        known = self._descriptions.peek(use.name)
+        if known is None or use.verb not in known.algorithm.operations:
+            return None
+        request_class = known.request_class(use.verb)
+        found = self.router.begin_direct(request_class, use.name, known.holders, self.clock())
+        if found is None:
+            return None
+        node, patience_s = found
+        try:
+            data, digested = _shape(use, known.algorithm)
+            ended = yield Direct(
+                node,
+                use.verb.encode(),
+                use.name.encode(),
+                known.record.manifest.key_id,
+                data,
+                use.associated_data,
+                use.proof,
+                digested,
+                timeout_s,
+                min(patience_s, timeout_s),
+            )
+        except BaseException:
+            self.router.dropped(node)
+            raise
+        if not isinstance(ended, Directly):
+            raise RuntimeError("a direct exchange must be answered as such")
+        now_s = self.clock()
+        if ended.data is not None and ended.load is not None:
+            self.router.answered_direct(node, use.name, request_class, ended.load, ended.elapsed_s, now_s)
+            return ended.data
+        if not ended.sent:
+            self.router.dropped(node)
+            return None
+        if ended.reply is None:
+            self.router.failed(node, now_s)
+            return None
+        outcome = _outcome(use.verb, ended.reply, "node")
+        self.learn(node, ended.reply, outcome, now_s - ended.elapsed_s, use.name, request_class, False)
+        if isinstance(outcome, _FINAL):
+            raise outcome
+        return None if isinstance(outcome, Exception | _Lost) else bytes(outcome.data)
+
     def _round(
         self, use: _Use, known: Description, trail: _Trail, refreshed: bool
     ) -> Call[bytes | StaleKey | KeyNotFound | None]:
         """Ask the combiners in turn: the result, the word that the description is old, or None when all failed."""
         shaped = _shape(use, known.algorithm)
-        request_class = classify_request(use.verb, known.algorithm.name)
+        request_class = known.request_class(use.verb)
         queue = deque(self.router.rank(request_class, use.name, known.holders, self.clock()))
         asked: set[str] = set()
         granted: set[str] = set()
@@ -1012,6 +1089,8 @@ class _Race:
             return None
         if isinstance(answer, Ended):
             return self._ended(answer.peer, answer.reply, answer.error)
+        if isinstance(answer, Directly):
+            raise RuntimeError("an exchange must be answered with a reply")
         return self._ended(peer, answer, None)
 
     def wait(self) -> Call[tuple[str, Any] | None]:

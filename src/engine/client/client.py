@@ -35,6 +35,7 @@ from engine.client.calls import (
     KeySummary,
     MemberStatus,
     Pause,
+    Step,
     answered_by_any,
     check_timeout,
     merge_lists,
@@ -43,7 +44,7 @@ from engine.client.calls import (
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.spreading import pull
-from engine.client.transport import Arrival, Channel, check_zmq_version, connect_options
+from engine.client.transport import Arrival, Channel, Direct, check_zmq_version, connect_options
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, ClusterSource, Member
 from engine.protocol.requests import Welcome
@@ -150,8 +151,10 @@ class _Flight:
         self.until_s = math.inf
         """The monotonic time at which the call's patience with the newest is over."""
 
-    def begin(self, step: Exchange | Await) -> None:
+    def begin(self, step: Exchange | Await | Direct) -> None:
         """Do what the call asks for; ``EngineError`` where an exchange can't begin."""
+        if isinstance(step, Direct):
+            raise RuntimeError("only the first step may be direct, and only where the driver was asked for it")
         self.newest, self.until_s = 0, math.inf
         if isinstance(step, Await):
             return
@@ -162,12 +165,12 @@ class _Flight:
         if step.patience_s is not None:
             self.until_s = time.monotonic() + step.patience_s
 
-    def late(self, _: object = None) -> Exchange | Await | Pause:
+    def late(self, _: object = None) -> Step:
         """Resume the call, whose patience is over."""
         self.newest, self.until_s = 0, math.inf
         return self.call.send(None)
 
-    def ended(self, arrival: Arrival) -> Exchange | Await | Pause:
+    def ended(self, arrival: Arrival) -> Step:
         """Resume the call with what arrived."""
         peer = self.peers.pop(arrival.token)
         newest, self.until_s = arrival.token == self.newest, math.inf
@@ -194,6 +197,8 @@ def drive(channel: Channel, call: Call[T]) -> T:
     arrived: deque[Arrival] = deque()
     try:
         step = next(call)
+        if isinstance(step, Direct):
+            step = call.send(channel.direct(step))
         while True:
             if isinstance(step, Pause):
                 flight.give_up()
@@ -671,21 +676,21 @@ class Engine:
     ) -> bytes:
         """Encrypt at most 48 KiB (``encrypt_stream`` takes any length); ``associated_data`` is authenticated too."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.encrypt(name, plaintext, associated_data, wait_s), wait_s)
+        return self._run(self._calls.encrypt(name, plaintext, associated_data, wait_s, direct=True), wait_s)
 
     def decrypt(
         self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
     ) -> bytes:
         """The plaintext, or ``InvalidTag`` if ciphertext or associated data were changed."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.decrypt(name, ciphertext, associated_data, wait_s), wait_s)
+        return self._run(self._calls.decrypt(name, ciphertext, associated_data, wait_s, direct=True), wait_s)
 
     def sign(
         self, name: str, message: bytes | None = None, *, digest: bytes | None = None, timeout: float | None = None
     ) -> bytes:
         """Sign a message, or its digest where the algorithm hashes first; ECDSA signatures are DER."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.sign(name, message, digest, wait_s), wait_s)
+        return self._run(self._calls.sign(name, message, digest, wait_s, direct=True), wait_s)
 
     def verify(
         self,
@@ -698,17 +703,17 @@ class Engine:
     ) -> None:
         """Raise ``InvalidSignature`` unless the signature is the key's for the message (None with ``digest``)."""
         wait_s = self._wait_s(timeout)
-        self._run(self._calls.verify(name, message, signature, digest, wait_s), wait_s)
+        self._run(self._calls.verify(name, message, signature, digest, wait_s, direct=True), wait_s)
 
     def mac(self, name: str, message: bytes, *, timeout: float | None = None) -> bytes:
         """The MAC of at most 48 KiB."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.mac(name, message, wait_s), wait_s)
+        return self._run(self._calls.mac(name, message, wait_s, direct=True), wait_s)
 
     def verify_mac(self, name: str, message: bytes, tag: bytes, *, timeout: float | None = None) -> None:
         """Raise ``InvalidSignature`` unless ``tag`` is the message's MAC."""
         wait_s = self._wait_s(timeout)
-        self._run(self._calls.verify_mac(name, message, tag, wait_s), wait_s)
+        self._run(self._calls.verify_mac(name, message, tag, wait_s, direct=True), wait_s)
 
     # --- batches ---
 

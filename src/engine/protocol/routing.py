@@ -32,6 +32,9 @@ MAX_LOADED = 65_536
 """How many (key, node) pairs the router remembers as loaded."""
 TABLE_LIFETIME_MAX_MS = 3_600_000
 """The longest time a routing table may be good for."""
+CHOICE_S = 0.02
+"""How long one choice of a node holds for requests that follow each other by the shortest way."""
+MAX_CHOICES = 4_096
 DOWN_S = 1.0
 DOWN_MAX_S = 4.0
 """How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
@@ -172,6 +175,7 @@ class Router(FollowsCluster):
         self._loaded: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._paces: dict[tuple[str, bool], _Pace] = {}
         self._indexed: _Indexed | None = None
+        self._choices: dict[tuple[str, str], tuple[str, float]] = {}
 
     @property
     def table(self) -> RoutingTable | None:
@@ -190,6 +194,7 @@ class Router(FollowsCluster):
             if self._indexed is not None and table.order <= self._indexed.table.order:
                 return False
             self._indexed = indexed
+            self._choices.clear()
             return True
 
     def holders(self, key_name: str) -> tuple[str, ...]:
@@ -207,27 +212,74 @@ class Router(FollowsCluster):
         with self._lock:
             self._nodes[node].outstanding += 1
 
+    def begin_direct(
+        self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float
+    ) -> tuple[str, float] | None:
+        """Count a request to the best node that has the key loaded: the node, and its patience in seconds.
+
+        None where another way is to be taken: no such node is best, or one that failed is due to be tried again. While
+        nothing is under way there, a choice holds for ``CHOICE_S``.
+        """
+        with self._lock:
+            choice = self._choices.get((request_class, key_name))
+            if choice is not None and choice[1] > now_s:
+                node = choice[0]
+                state = self._nodes[node]
+                if (
+                    not (state.outstanding or state.down_for_s)
+                    and (key_name, node) in self._loaded
+                    and node in self._cluster.nodes
+                ):
+                    state.outstanding += 1
+                    return node, self._patience_s(state, request_class, False)
+            states = [self._nodes[name] for name in eligible]
+            if any(state.down_for_s and state.down_until_s <= now_s for state in states):
+                return None
+            order = self._rank(request_class, key_name, eligible, now_s)
+            if not order or (key_name, order[0]) not in self._loaded or self._nodes[order[0]].down_for_s:
+                return None
+            node = order[0]
+            if len(self._choices) >= MAX_CHOICES:
+                self._choices.clear()
+            self._choices[request_class, key_name] = node, now_s + CHOICE_S
+            state = self._nodes[node]
+            state.outstanding += 1
+            return node, self._patience_s(state, request_class, False)
+
+    def answered_direct(
+        self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
+    ) -> None:
+        """``took`` and ``answered`` in one."""
+        with self._lock:
+            self._took(request_class, False, elapsed_s)
+            self._answered(node, key_name, request_class, load, elapsed_s * 1e6, now_s)
+
     def answered(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
     ) -> None:
         """A reply with its snapshot came back."""
         with self._lock:
-            state = self._nodes[node]
-            state.outstanding = max(0, state.outstanding - 1)
-            state.queue, state.seen_s = load.queue, now_s
-            state.up()
-            state.round_trip_us += 0.1 * (max(0.0, min(elapsed_us - load.service_us, 1e6)) - state.round_trip_us)
-            if load.service_us and request_class:
-                before = state.service_us.get(request_class, float(load.service_us))
-                state.service_us[request_class] = before + 0.1 * (load.service_us - before)
-            if key_name:
-                if load.loaded:
-                    self._loaded[key_name, node] = None
-                    self._loaded.move_to_end((key_name, node))
-                    if len(self._loaded) > MAX_LOADED:
-                        self._loaded.popitem(last=False)
-                else:
-                    self._loaded.pop((key_name, node), None)
+            self._answered(node, key_name, request_class, load, elapsed_us, now_s)
+
+    def _answered(
+        self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
+    ) -> None:
+        state = self._nodes[node]
+        state.outstanding = max(0, state.outstanding - 1)
+        state.queue, state.seen_s = load.queue, now_s
+        state.up()
+        state.round_trip_us += 0.1 * (max(0.0, min(elapsed_us - load.service_us, 1e6)) - state.round_trip_us)
+        if load.service_us and request_class:
+            before = state.service_us.get(request_class, float(load.service_us))
+            state.service_us[request_class] = before + 0.1 * (load.service_us - before)
+        if key_name:
+            if load.loaded:
+                self._loaded[key_name, node] = None
+                self._loaded.move_to_end((key_name, node))
+                if len(self._loaded) > MAX_LOADED:
+                    self._loaded.popitem(last=False)
+            else:
+                self._loaded.pop((key_name, node), None)
 
     def dropped(self, node: str) -> None:
         """A request's answer is no longer waited for, and the node is not to blame."""
@@ -259,22 +311,28 @@ class Router(FollowsCluster):
     def took(self, request_class: str, cold: bool, seconds: float) -> None:
         """An exchange was answered after so many seconds."""
         with self._lock:
-            pace = self._paces.get((request_class, cold))
-            if pace is None:
-                self._paces[request_class, cold] = _Pace(seconds, seconds / 2)
-            else:
-                pace.add(seconds)
+            self._took(request_class, cold, seconds)
+
+    def _took(self, request_class: str, cold: bool, seconds: float) -> None:
+        pace = self._paces.get((request_class, cold))
+        if pace is None:
+            self._paces[request_class, cold] = _Pace(seconds, seconds / 2)
+        else:
+            pace.add(seconds)
 
     def patience_s(self, node: str, request_class: str, cold: bool) -> float:
         """How long to wait for a node before another is asked beside."""
         with self._lock:
-            if self._nodes[node].probing:
-                return PROBE_PATIENCE_S
-            pace = self._paces.get((request_class, cold))
-            if pace is None:
-                return PATIENCE_COLD_S if cold else PATIENCE_UNKNOWN_S
-            usual_s = pace.mean_s + 4 * pace.deviation_s
-            return min(max(PATIENCE_TIMES * usual_s, PATIENCE_MIN_S), PATIENCE_MAX_S)
+            return self._patience_s(self._nodes[node], request_class, cold)
+
+    def _patience_s(self, state: _Node, request_class: str, cold: bool) -> float:
+        if state.probing:
+            return PROBE_PATIENCE_S
+        pace = self._paces.get((request_class, cold))
+        if pace is None:
+            return PATIENCE_COLD_S if cold else PATIENCE_UNKNOWN_S
+        usual_s = pace.mean_s + 4 * pace.deviation_s
+        return min(max(PATIENCE_TIMES * usual_s, PATIENCE_MIN_S), PATIENCE_MAX_S)
 
     def is_loaded(self, key_name: str, node: str) -> bool:
         """Whether the node's last reply said that it has the key loaded."""
@@ -289,16 +347,20 @@ class Router(FollowsCluster):
     def rank(self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float) -> tuple[str, ...]:
         """The eligible combiners, best first."""
         with self._lock:
-            names = [name for name in eligible if name in self._cluster.nodes]
-            if len(names) < 2:
-                return tuple(names)
-            scores = {name: self._score(request_class, key_name, name, now_s) for name in names}
-            up = [name for name in names if self._nodes[name].down_until_s <= now_s]
-            first = self._sample(request_class, up)
-            first |= {name for name in up if (key_name, name) in self._loaded}
-            order = sorted(names, key=lambda name: (name not in up, name not in first, scores[name]))
-            self._probe(order[0], now_s)
+            order = self._rank(request_class, key_name, eligible, now_s)
+            if len(order) > 1:
+                self._probe(order[0], now_s)
             return tuple(order)
+
+    def _rank(self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float) -> list[str]:
+        names = [name for name in eligible if name in self._cluster.nodes]
+        if len(names) < 2:
+            return names
+        scores = {name: self._score(request_class, key_name, name, now_s) for name in names}
+        up = [name for name in names if self._nodes[name].down_until_s <= now_s]
+        first = self._sample(request_class, up)
+        first |= {name for name in up if (key_name, name) in self._loaded}
+        return sorted(names, key=lambda name: (name not in up, name not in first, scores[name]))
 
     def order(self, names: Sequence[str], now_s: float) -> tuple[str, ...]:
         """The names as given, but those last that are down."""
