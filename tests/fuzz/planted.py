@@ -35,6 +35,7 @@ import nodes.policy
 import nodes.store
 import nodes.token
 from engine.errors import ConfigError, ManifestError, ProtocolError
+from engine.protocol._fastwire import read_operate
 from engine.protocol.signed import Signed
 from engine.protocol.wire import Codec
 from nodes._fasttoken import ecdsa_from_der
@@ -439,6 +440,14 @@ def _unchecked_length(der: bytes, half: int) -> bytes | None:
     return ecdsa_from_der(der[: 2 + der[1]] if len(der) > 2 else der, half)
 
 
+def _tail_unseen(data: bytes) -> Any:
+    for length in range(len(data), max(0, len(data) - 4), -1):
+        read = read_operate(data[:length])
+        if read is not None:
+            return read
+    return None
+
+
 def _binascii_only(text: str, keys: Any) -> Any:
     raw = engine.protocol.audit.base64.b64decode(text, validate=True)
     return engine.protocol.audit.open_head(raw, keys)
@@ -589,6 +598,11 @@ BUGS: Final[dict[str, Bug]] = {
         "a DER length is not held against the data",
         "key/ecdsa-signature",
         _patched_in_formats("ecdsa_from_der", _unchecked_length),
+    ),
+    "quick-tail": Bug(
+        "the quick reader of requests does not see what stands behind one",
+        "frame/quick-request",
+        _patched_in_targets("read_operate", _tail_unseen),
     ),
     "verb": Bug("an unknown verb passes the policy", "frame/request", _patched_in_targets("check_verb", _any_verb)),
 }

@@ -25,7 +25,8 @@ import nodes
 from engine.client.transport import Moved, raise_for_status
 from engine.errors import EngineError, ProtocolError
 from engine.protocol import requests, wire
-from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, ReleasedShare, ShareRelease
+from engine.protocol._fastwire import read_operate, read_result
+from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Operate, ReleasedShare, Result, ShareRelease
 from engine.protocol.wire import PROTOCOL_VERSION, Codec, ErrorBody, Load, Reply, Request
 from nodes.policy import check_key, check_verb
 
@@ -256,6 +257,57 @@ def _take_reply(data: bytes) -> str:
     return f"reply to {verb}"
 
 
+# --- the same frames as fastwire.h reads them, which may leave any to the codecs, but may not read another meaning ---
+
+
+def _operate_samples() -> list[bytes]:
+    made = []
+    for number, (key, data) in enumerate((("orders", b""), ("a" * 40, bytes(300)), ("k", bytes(range(200))))):
+        body = REQUEST_CODECS["sign"].encode(Operate(key, bytes(16 * (number % 2)), data, b"aad", b"p" * 70, True, b""))
+        made.append(
+            wire.request_codec.encode(Request(PROTOCOL_VERSION, 300**number, "sign", 5 * 300**number, body, {}))
+        )
+    return made
+
+
+def _take_operate(data: bytes) -> str:
+    read = read_operate(data)
+    if read is None:
+        raise ProtocolError("left to the codecs")
+    try:
+        request = wire.request_codec.decode(data)
+        body = REQUEST_CODECS["sign"].decode(request.body)
+    except ProtocolError as error:
+        # A plan is looked up by verb and name byte by byte, so that no name passes that was not checked before.
+        require("$[0]" in str(error) or "$[2]" in str(error) or "UTF-8" in str(error), f"it is refused: {error}")
+        return "a name that no plan has"
+    told = request.id, request.verb.encode(), request.timeout_ms, body.key.encode(), body.key_id, body.data
+    require((*told, body.associated_data, body.proof, body.digested) == read, "another request")
+    require(request.version == PROTOCOL_VERSION and not request.extensions and not body.grant, "more than it reads")
+    return "read"
+
+
+def _result_samples() -> list[bytes]:
+    made = []
+    for number, data in enumerate((b"", bytes(300), bytes(range(200)))):
+        body = REPLY_CODECS["sign"].encode(Result(data))
+        load = Load(number, 300**number, bool(number % 2))
+        made.append(wire.reply_codec.encode(Reply(PROTOCOL_VERSION, 300**number, 0, body, load, {})))
+    return made
+
+
+def _take_result(data: bytes) -> str:
+    read = read_result(data)
+    if read is None:
+        raise ProtocolError("left to the codecs")
+    reply = wire.reply_codec.decode(data)
+    body = REPLY_CODECS["sign"].decode(reply.body)
+    told = reply.id, body.data, reply.load.queue, reply.load.service_us, reply.load.loaded
+    require(told == read, "another reply")
+    require((reply.version, reply.status, reply.extensions) == (PROTOCOL_VERSION, 0, {}), "more than it reads")
+    return "read"
+
+
 # --- a share on its way from holder to combiner ---
 
 
@@ -304,6 +356,14 @@ def frame_targets() -> list[Target]:
         Target(
             "frame/reply", _reply_samples, _take_reply, _change_frame(3), (ProtocolError,), 12,
             covers=("engine.client.transport.raise_for_status", "engine.errors.error_from_code"),
+        ),
+        Target(
+            "frame/quick-request", _operate_samples, _take_operate, _change_frame(4), weight=6,
+            covers=("engine.protocol._fastwire.read_operate",),
+        ),
+        Target(
+            "frame/quick-reply", _result_samples, _take_result, _change_frame(3), weight=6,
+            covers=("engine.protocol._fastwire.read_result",),
         ),
         Target(
             "share/released", _release_samples, _take_share, errors=(EngineError,), weight=6,
