@@ -24,7 +24,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 from rig import DATA, HERE, Rig, end_process, pin, thread_times
-from tracing import CHECKS, CLIENT, NODE, StageClock
+from tracing import CHECKS, CLIENT, NODE, REST, StageClock
 
 OPERATIONS: Final = 20_000
 STOP_S: Final = 15.0
@@ -136,6 +136,9 @@ def measure(rig: Rig, operations: int = OPERATIONS, flame: Path | None = None) -
         client, said = clock.report(), nodes.finish()
     node = max(said, key=lambda each: each["calls"].get("token", 0))
     stages = [*_stages("client", client, operations, CLIENT), *_stages("node", node, node["calls"]["token"], NODE)]
+    main_us = (after[1]["main"] - before[1]["main"]) / operations
+    timed_us = sum(each.us for each in stages if each.where == "node")
+    stages.append(Stage("node", REST, max(0.0, main_us - timed_us), 0.0))
     for where, then, now in zip(("client", "node"), before, after, strict=True):
         for kind, name in (("libzmq", "libzmq's threads: CURVE, TCP"), ("others", "other threads of ours")):
             stages.append(Stage(where, name, (now[kind] - then[kind]) / operations, 0.0))

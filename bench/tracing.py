@@ -21,52 +21,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 NODE: Final = (
-    ("poller", "zmq:Poller.poll"),
-    ("receive", "engine.client.listener:Listener.receive"),
-    ("who sent it (User-Id)", "engine.client.listener:user_id"),
-    ("decode", "engine.protocol.wire:Codec.decode"),
-    ("limits", "engine.client.connections:Connections.heard"),
-    ("limits", "engine.client.connections:Connection.replied"),
-    ("limits", "engine.client.admission:Admission.begin"),
-    ("limits", "engine.client.admission:Admission.end"),
-    ("policy", "nodes.handlers:check_verb"),
-    ("policy", "nodes.handlers:check_key"),
-    ("audit: the record", "nodes.handlers:Handlers._record"),
-    ("audit: chain and write", "nodes.audit:AuditLog.write"),
-    ("cache", "nodes.cache:Cache.get"),
-    ("cache", "nodes.cache:Cache.contains"),
+    ("policy, limits, cache (by the plan)", "nodes.handlers:Handlers.hurry"),
     ("token", "nodes.token:Lane.encrypt"),
-    ("operation around the token", "nodes.handlers:operate"),
-    ("operation around the token", "nodes.handlers:check_operation"),
-    ("classify", "nodes.handlers:classify_request"),
-    ("encode", "engine.protocol.wire:Codec.encode"),
-    ("send", "engine.client.listener:Listener._send"),
-    ("handlers", "nodes.handlers:Handlers.handle"),
+    ("audit: chain and write", "nodes.audit:AuditLog.write_use"),
+    ("counts", "nodes.handlers:Handlers.hurried"),
+    ("the ordinary way", "nodes.handlers:Handlers.handle"),
     ("loop", "nodes.workers:Mailbox.run"),
-    ("loop", "nodes.server:Server._take_in"),
+    ("loop", "engine.client.connections:Connections.look"),
 )
 CLIENT: Final = (
-    ("poller", "zmq:Poller.poll"),
-    ("classify", "engine.client.calls:classify_request"),
-    ("route", "engine.protocol.routing:Router.rank"),
-    ("route", "engine.protocol.routing:Router.sent"),
-    ("route", "engine.protocol.routing:Router.answered"),
-    ("route", "engine.protocol.routing:Router.is_loaded"),
-    ("route", "engine.protocol.routing:Router.took"),
-    ("description", "engine.client.calls:_Descriptions.get"),
-    ("encode", "engine.protocol.wire:Codec.encode"),
-    ("decode", "engine.protocol.wire:Codec.decode"),
-    ("connection's state (monitor)", "engine.client.transport:Channel._connected"),
-    ("send", "engine.client.transport:Channel.start"),
-    ("receive", "engine.client.transport:Channel._readable"),
-    ("deadlines and polling", "engine.client.transport:Channel.poll"),
-    ("deadlines and polling", "engine.client.transport:Channel._expire"),
+    ("route", "engine.protocol.routing:Router.begin_direct"),
+    ("description", "engine.client.calls:_Descriptions.peek"),
+    ("send, wait, receive (in C)", "engine.client.transport:Channel.direct"),
+    ("route", "engine.protocol.routing:Router.answered_direct"),
     ("pool of channels", "engine.client.client:_Channels.take"),
     ("pool of channels", "engine.client.client:_Channels.give"),
-    ("verb (generators, trail)", "engine.client.client:Engine.encrypt"),
+    ("verb (generator, arguments)", "engine.client.client:Engine.encrypt"),
 )
-CHECKS: Final = ("policy", "audit: the record", "audit: chain and write", "route")
-"""What a grant of trust costs: policy and audit in the node, routing in the client."""
+CHECKS: Final = ("policy, limits, cache (by the plan)", "audit: chain and write", "route")
+"""What a grant of trust costs: policy (with the limits and the cache) and audit in the node, routing in the client."""
+REST: Final = "the rest: socket, decode, encode, loop (in C)"
+"""What a node's main thread took beside the stages that are timed."""
 
 
 class StageClock:
@@ -180,10 +155,9 @@ def main() -> None:
     from nodes.server import Server
 
     configure_logging("error")
-    server = Server(load_node_config(sys.argv[1]))
     clock = StageClock()
     clock.install(NODE)
-    server.run()
+    Server(load_node_config(sys.argv[1])).run()
     print(json.dumps(clock.report()), flush=True)
 
 
