@@ -230,7 +230,7 @@ def test_manifests_travel_between_hosts(tmp_path: Path) -> None:
                 local.start_node("node2")  # a file that was put back does not lead it back
             (local.path / "nodes" / "node2" / "cluster.manifest").write_bytes(third)
             local.start_node("node2")
-            assert all_have(3, everybody)
+            assert wait_for(lambda: all_have(3, everybody))
 
 
 def _serial(channel: Channel, name: str) -> int:
