@@ -92,5 +92,9 @@ class FastPath:
     def unwatch(self, descriptor: int) -> None:
         """Wait for that descriptor no more."""
 
+    def run(self, timeout_ms: int, limit: int) -> int:
+        """Wait and take in, up to so many messages at a time, until there is something else to do or the time is over;
+        what, as ``wait`` says."""
+
     def take_in(self, limit: int) -> int:
         """Take in at most so many messages, and serve or hand over each; how many there were."""

@@ -194,8 +194,11 @@ cdef class FastPath:
     def wait(self, int timeout_ms):
         """Wait until there is something to do; what, as the sum of ``REQUESTS``, ``EVENTS``, and 4, 8 ... for the
         descriptors.
+        """
+        return self._wait(timeout_ms)
 
-        Whether to spin before sleeping is decided by how soon after the last wait the next request came of late:
+    cdef int _wait(self, int timeout_ms) except -1:
+        """Whether to spin before sleeping is decided by how soon after the last wait the next request came of late:
         spinning helps where a processor is free for it, and hurts where client and node share one.
         """
         cdef bint spin = self._spinning_s < self._sleeping_s
@@ -250,6 +253,21 @@ cdef class FastPath:
                 self._sources[i].fd = -1
 
     # --- serving ---
+
+    def run(self, int timeout_ms, int limit):
+        """Wait and take in, up to so many messages at a time, until there is something else to do or the time is over;
+        what, as ``wait`` says."""
+        cdef double until_s = kq_now_s() + timeout_ms * 1e-3, left_s = timeout_ms * 1e-3
+        cdef int found, taken
+        while True:
+            found = self._wait(<int>(left_s * 1000) + 1 if left_s > 0 else 0)
+            if found & REQUESTS_:
+                taken = 0
+                while taken < limit and self._take_one():
+                    taken += 1
+            left_s = until_s - kq_now_s()
+            if found != REQUESTS_ or left_s <= 0:
+                return found
 
     def take_in(self, int limit):
         """Take in at most so many messages, and serve or hand over each; how many there were."""

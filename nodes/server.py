@@ -58,9 +58,9 @@ MAX_CREATIONS_WAITING: Final = 64
 ZERO_COPY_RECV: Final = 10
 """libzmq's option of that name (zmq.h), which pyzmq names only in draft builds."""
 BATCH: Final = 256
-MAIL, ENDING = 4, 8
-"""What ``FastPath.wait`` tells of the descriptors that it was given: the mailbox, the lifeline."""
 """Requests taken in before the mailbox is looked at again."""
+MAIL, ENDING = 4, 8
+"""What ``FastPath.run`` tells of the descriptors that it was given: the mailbox, the lifeline."""
 
 log = structlog.get_logger()
 
@@ -268,7 +268,7 @@ class Server:
                 self._look()
                 self._handlers.tick(SETTLE_AFTER_MS)
                 next_tick_s = now + TICK_S
-            ready = fast.wait(max(0, int(min(next_tick_s - now, LOOK_EVERY_S) * 1000)))
+            ready = fast.run(max(0, int(min(next_tick_s - now, LOOK_EVERY_S) * 1000)), BATCH)
             if ready & EVENTS or now >= next_look_s:
                 next_look_s = now + LOOK_EVERY_S
                 connections.look()
@@ -278,8 +278,6 @@ class Server:
             if ready & MAIL:
                 self._mailbox.run()
             fast.deaf = bool(self._stopping_s)
-            if not fast.deaf:
-                fast.take_in(BATCH)
 
     def _look(self) -> None:
         """Take a newer manifest that was put into its file; leave the endpoints that the one in force left out."""

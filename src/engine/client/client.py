@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, overload
 
@@ -73,6 +74,7 @@ QUIET_MAX_S = 90.0
 """A subscription that brings nothing for so long is made anew: libzmq may have given the connection up for good
 (``engine.client.transport.REOPEN_S``). It is longer than a balancer's longest tick."""
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 log = structlog.get_logger()
@@ -193,12 +195,21 @@ class _Flight:
 
 def drive(channel: Channel, call: Call[T]) -> T:
     """Run one call to its end over a channel that has nothing else under way."""
-    flight = _Flight(channel, call)
-    arrived: deque[Arrival] = deque()
     try:
         step = next(call)
         if isinstance(step, Direct):
             step = call.send(channel.direct(step))
+    except StopIteration as stop:
+        done: T = stop.value
+        return done
+    return _drive_on(channel, call, step)
+
+
+def _drive_on(channel: Channel, call: Call[T], step: Step) -> T:
+    """Run a call on from the step that it waits for."""
+    flight = _Flight(channel, call)
+    arrived: deque[Arrival] = deque()
+    try:
         while True:
             if isinstance(step, Pause):
                 flight.give_up()
@@ -362,15 +373,13 @@ class _Channels:
         self._make = make
         self._limit = limit
         self._idle: list[tuple[float, Channel]] = []
-        self._out = 0
+        self._out = self._waiting = 0
         self._closed = False
         self._changed = threading.Condition()
 
     def take(self, timeout_s: float) -> Channel:
         with self._changed:
-            if self._out >= self._limit and not self._changed.wait_for(
-                lambda: self._closed or self._out < self._limit, timeout_s
-            ):
+            if self._out >= self._limit and not self._wait(timeout_s):
                 raise Overloaded(f"all {self._limit} channels were in use for {timeout_s:g} s")
             if self._closed:
                 raise _closed()
@@ -383,13 +392,22 @@ class _Channels:
             self._returned()
             raise
 
+    def _wait(self, timeout_s: float) -> bool:
+        """Whether there was room within the time; with the condition held."""
+        self._waiting += 1
+        try:
+            return self._changed.wait_for(lambda: self._closed or self._out < self._limit, timeout_s)
+        finally:
+            self._waiting -= 1
+
     def give(self, channel: Channel, *, broken: bool = False) -> None:
         if not broken:
             with self._changed:
                 if not self._closed:
                     self._idle.append((time.monotonic(), channel))
                     self._out -= 1
-                    self._changed.notify_all()
+                    if self._waiting:
+                        self._changed.notify_all()
                     return
         channel.close()
         self._returned()
@@ -985,13 +1003,13 @@ class Engine:
         return self._channels.take(timeout_s)
 
     def _run(self, call: Call[T], timeout_s: float) -> T:
-        return self._with_channel(lambda channel: drive(channel, call), timeout_s)
+        return self._with_channel(drive, call, timeout_s)
 
-    def _with_channel(self, use: Callable[[Channel], T], timeout_s: float) -> T:
+    def _with_channel(self, use: Callable[[Channel, A], T], argument: A, timeout_s: float) -> T:
         channel = self._take(timeout_s)
         clean = False
         try:
-            result = use(channel)
+            result = use(channel, argument)
             clean = True
             return result
         except (EngineError, ValueError, TypeError):
@@ -1006,7 +1024,7 @@ class Engine:
             self._channels.give(channel, broken=not clean)
 
     def _run_all(self, calls: Iterable[Call[T]], timeout_s: float) -> list[Any]:
-        return self._with_channel(lambda channel: drive_many(channel, calls, stop_at_error=False), timeout_s)
+        return self._with_channel(partial(drive_many, stop_at_error=False), calls, timeout_s)
 
     def _run_many(
         self, name: str, calls: Iterable[Call[bytes]], count: int, timeout_s: float, return_exceptions: bool
@@ -1016,12 +1034,12 @@ class Engine:
         if count > MAX_BATCH:
             raise ValueError(f"a batch of {count}; the limit is {MAX_BATCH}")
 
-        def use(channel: Channel) -> list[Any]:
+        def use(channel: Channel, calls: Iterable[Call[bytes]]) -> list[Any]:
             # One description first, so that not every call of the window asks for it.
             drive(channel, self._calls.describe(name, timeout_s))
             return drive_many(channel, calls, stop_at_error=not return_exceptions)
 
-        done = self._with_channel(use, timeout_s)
+        done = self._with_channel(use, calls, timeout_s)
         if not return_exceptions:
             for each in done:
                 if isinstance(each, Exception):

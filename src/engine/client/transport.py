@@ -146,7 +146,7 @@ class Arrival:
     elapsed_us: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Direct:
     """Ask ``peer``, whose connection is up, by the shortest way: a use of a loaded key, without a grant.
 

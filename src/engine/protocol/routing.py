@@ -265,10 +265,14 @@ class Router(FollowsCluster):
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
     ) -> None:
         state = self._nodes[node]
-        state.outstanding = max(0, state.outstanding - 1)
+        if state.outstanding:
+            state.outstanding -= 1
         state.queue, state.seen_s = load.queue, now_s
-        state.up()
-        state.round_trip_us += 0.1 * (max(0.0, min(elapsed_us - load.service_us, 1e6)) - state.round_trip_us)
+        if state.down_for_s or state.probing:
+            state.up()
+        network_us = elapsed_us - load.service_us
+        network_us = 0.0 if network_us < 0.0 else 1e6 if network_us > 1e6 else network_us
+        state.round_trip_us += 0.1 * (network_us - state.round_trip_us)
         if load.service_us and request_class:
             before = state.service_us.get(request_class, float(load.service_us))
             state.service_us[request_class] = before + 0.1 * (load.service_us - before)
