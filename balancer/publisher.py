@@ -71,9 +71,11 @@ class Publisher:
             except zmq.Again:
                 break
             key = user_id(frame)
+            if not key:  # libzmq's own word of a connection that ended, which came by none
+                continue
             fd = int(frame.get(zmq.SRCFD))
             peer = peer_of(fd)
-            if key and peer is not None:
+            if peer is not None:
                 self._subscribers[peer] = fd, key
                 self._checked = 0
         if self._checked == cluster.serial:

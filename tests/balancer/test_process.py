@@ -553,6 +553,29 @@ def test_the_last_good_table_stays_when_the_solver_fails(site: Site, monkeypatch
         until(lambda: not loop.standing.last_error)
 
 
+def test_subscribers_that_go_keep_no_table_from_the_others(site: Site) -> None:
+    """What libzmq itself says of a connection that ended carries no key and no descriptor."""
+    context: zmq.Context[Any] = zmq.Context()
+    gate = Gate(context, site.cluster)
+    publisher = Publisher(context, site.who["balancer"].transport, site.balancer.publish_endpoint)
+    try:
+        for _ in range(2):
+            with context.socket(zmq.SUB) as leaving:
+                connect_options(leaving, site.curve("alice"), site.balancer)
+                for number in range(15):
+                    leaving.subscribe(b"%d" % number)
+                leaving.subscribe(b"table")
+                leaving.connect(site.balancer.publish_endpoint)
+                until(lambda: (publisher.publish(b"table", site.cluster), leaving.poll(20))[1])
+            for _ in range(20):
+                publisher.publish(b"table", site.cluster)
+                time.sleep(0.02)
+    finally:
+        publisher.close()
+        gate.close()
+        context.destroy(0)
+
+
 def test_without_a_good_table_none_is_published(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop whose very first decisions fail goes on, and publishes nothing that was never decided."""
 
