@@ -36,6 +36,7 @@ from engine.protocol.manifest import (
     destroy_orders,
     open_abort,
     open_certificate,
+    open_create_order,
     open_destroy_order,
     open_key_manifest,
     read_certificate,
@@ -369,11 +370,23 @@ class ShareHolder(FollowsCluster):
             else:
                 self._follow(entry, record, item.certificate)
             return None
-        if entry is None or entry.row.state == "destroyed":
+        if entry is not None and entry.row.state == "destroyed":
             return None
         if destroy_orders.decode(read_unverified(item.document).payload).key_id != item.key_id:
             raise ManifestError(f"the destroy order in the registry's entry for {item.key_id.hex()} is for another key")
+        if entry is None:
+            self._bury(record, item.document)
+            return None
         return self.destroy(Destroy(item.document), booked=True)
+
+    def _bury(self, record: KeyRecord, order: bytes) -> None:
+        """Note the destruction of a key that this node does not know, if its share may still be on a slow way here."""
+        try:
+            open_create_order(record.manifest.order, self._cluster, self._now_ms())
+        except (ManifestError, AccessDenied):
+            return  # so nothing of it is taken any more
+        open_destroy_order(order, self._cluster, None)
+        self._catalogue.put(self._store.put(self._row(record, "destroyed", document=order)))
 
     def _follow(self, entry: Entry, record: KeyRecord, certificate: bytes) -> None:
         """Go on to what the registry says is committed of a key that this node knows.
@@ -406,9 +419,10 @@ class ShareHolder(FollowsCluster):
     def _row(
         self,
         record: KeyRecord,
-        state: Literal["prepared", "committed"],
+        state: Literal["prepared", "committed", "destroyed"],
         *,
         certificate: bytes = b"",
+        document: bytes = b"",
         sealed: bytes = b"",
     ) -> Row:
         manifest = record.manifest
@@ -422,7 +436,7 @@ class ShareHolder(FollowsCluster):
             manifest_hash=record.digest,
             manifest=record.raw,
             certificate=certificate,
-            document=b"",
+            document=document,
             sealed=sealed,
             changed_ms=self._now_ms(),
         )

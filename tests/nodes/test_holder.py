@@ -753,6 +753,28 @@ def test_a_missed_destruction_is_caught_up(scene: Scene) -> None:
     assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) is None
 
 
+def test_a_share_that_comes_after_its_keys_destruction_is_refused(scene: Scene) -> None:
+    """A dealer's link may be slower than the books: what was destroyed meanwhile must not come to life by it."""
+    dealt = scene.world.deal()
+    order = scene.world.destroy_order(dealt.key_id, "orders")
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) is None
+    with pytest.raises(KeyExists, match="with this id is destroyed already"):
+        scene.prepare(dealt)
+    with pytest.raises(StaleKey, match="was destroyed on node2"):
+        scene.holder.commit(ShareCommit(dealt.key_id, scene.world.certificate(dealt)))
+    assert scene.catalogue.by_name("orders") is None
+    scene.committed()  # its name is free
+
+
+def test_an_old_destruction_of_an_unknown_key_leaves_nothing(scene: Scene) -> None:
+    """Once the order to create it is over no share of it is taken, so nothing has to be kept."""
+    dealt = scene.world.deal()
+    order = scene.world.destroy_order(dealt.key_id, "orders")
+    scene.world.now_ms += 3_600_000
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) is None
+    assert scene.store.rows() == []
+
+
 def test_another_attempt_that_was_committed_replaces_the_prepared_one(scene: Scene) -> None:
     first = scene.world.deal()
     scene.prepare(first)
