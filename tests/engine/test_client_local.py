@@ -18,6 +18,7 @@ import pytest
 import engine
 from engine import AccessDenied, ClusterError, ConfigError, LocalCluster, PolicyRule
 from engine.client.local import _Stamp
+from engine.protocol.manifest import chain_pin, open_chain
 
 SOFTHSM = (
     "/usr/lib/softhsm",
@@ -94,6 +95,20 @@ def test_ports_lie_outside_the_ephemeral_range(local: LocalCluster) -> None:
 def test_no_site_holds_two_of_three_nodes(local: LocalCluster) -> None:
     sites = [member.location.partition("/")[0] for member in local.cluster.of_role("node")]
     assert len(set(sites)) == 3
+
+
+def test_its_operator_signs_by_the_command_line(local: LocalCluster, folder: Path, tmp_path: Path) -> None:
+    """What ``keyquorum up`` made is managed like any cluster. Its operator's own copy is the one that all read."""
+    out, before = tmp_path / "next.manifest", local.cluster
+    passphrase = folder / "secrets" / "operator.passphrase"
+    program = "from engine.cli.main import main; main()"
+    arguments = ["cluster", "sign", "--operator", folder / "operator", "--passphrase-file", passphrase, "--out", out]
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    chain = open_chain(out.read_bytes(), chain_pin((folder / "cluster.manifest").read_bytes()))
+    assert chain.serial == before.serial + 1
+    assert (chain.members, local.cluster.serial) == (before.members, chain.serial)
 
 
 def test_a_killed_node_is_told_and_comes_back(local: LocalCluster) -> None:

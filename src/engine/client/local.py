@@ -685,6 +685,7 @@ class LocalCluster:
                 self._write_node(name, pin)
             values = {"identity": "identity.toml", "manifest": "../cluster.manifest", "manifest_pin": pin}
             write_toml(self.path / "balancer" / "balancer.toml", {"version": 1, **values, "data": "data"})
+            write_toml(self.path / "operator" / "operator.toml", {"version": 1, **values})
             self._init_tokens(names)
         self._write_file("local", names, list(plan.clients), plan.threshold, plan.shares)
 
