@@ -290,7 +290,7 @@ def _course(run: Run, row: Row) -> None:
     finally:
         if not workload.stop():
             run.findings.append(Finding("slow", "a client did not come back from a call"))
-        row.gap_s = round(longest_gap(workload.history.events, hit_s, time.monotonic()), 2)
+        row.gap_s = round(longest_gap(workload.history.events, hit_s, workload.used_until_s), 2)
     workload.check(rng)
     run.checked = True
     _check_shares(run, rng)

@@ -223,14 +223,15 @@ class FaultCluster(LocalCluster):
         failed: dict[str, str] = {}
         try:
             with Channel(kq_identity.transport, nodes, context) as channel:
-                told = None
+                descriptions = []
                 for node in nodes:
                     with contextlib.suppress(engine.EngineError):
                         told = ask(channel, node, "describe", Describe(name), 3.0)
-                        break
-                if told is None:
+                        descriptions.append((open_key_manifest(told.manifest, self.cluster), told))
+                if not descriptions:
                     raise Sick(f"no node describes {name}")
-            record = open_key_manifest(told.manifest, self.cluster)
+            # A node whose store went back tells of an earlier epoch.
+            record, told = max(descriptions, key=lambda each: (each[0].manifest.version, each[0].manifest.epoch))
             holders = [holder.node for holder in record.manifest.holders]
             for me, asked in ((holders[0], holders[1:]), (holders[1], holders[:1])):
                 identity = load_identity(self.path / "nodes" / me / "identity.toml")
@@ -340,9 +341,13 @@ def run(*command: str | Path, timeout_s: float = MOUNT_S) -> str:
 
 
 class Disk:
-    """A small file system that takes the place of a folder while no process uses it, and gives its contents back."""
+    """A small file system that takes the place of a folder while no process uses it, and gives its contents back.
+
+    It has ``size_kib`` of room beside what is in the folder.
+    """
 
     def __init__(self, folder: Path, kind: str, size_kib: int) -> None:
+        size_kib += sum(each.stat().st_size for each in folder.rglob("*") if each.is_file()) // 1024 * 9 // 8
         self.folder = folder
         self.kind = kind
         self._aside = folder.with_name(f"{folder.name}.aside")
@@ -371,7 +376,17 @@ class Disk:
         self.folder.chmod(0o700)
 
     def unmount(self) -> None:
-        run("umount", self.folder)
+        """Unmount it; a process that was killed may take a moment to let go of it."""
+        until_s = time.monotonic() + MOUNT_S
+        while True:
+            try:
+                run("umount", self.folder)
+            except OSError as error:
+                if "busy" not in str(error) or time.monotonic() > until_s:
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
     @staticmethod
     def _copy(source: Path, target: Path) -> None:

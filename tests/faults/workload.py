@@ -57,6 +57,7 @@ class Workload:
         self.crashes: list[str] = []
         """Exceptions that no caller may ever see."""
         self._threads: list[threading.Thread] = []
+        self.used_until_s = 0.0
         for key in self.keys.values():
             self._know(key)
 
@@ -199,11 +200,13 @@ class Workload:
             thread.start()
 
     def stop(self) -> bool:
-        """End the clients; whether all of them ended in time."""
+        """End the clients; whether all of them ended in time. ``used_until_s`` is when the last use of a key ended."""
         self._stop.set()
         until = time.monotonic() + JOIN_S
-        for thread in self._threads:
+        for number, thread in enumerate(self._threads):
             thread.join(max(0.0, until - time.monotonic()))
+            if number < DATA_THREADS:
+                self.used_until_s = time.monotonic()
         return not any(thread.is_alive() for thread in self._threads)
 
     def _until_stopped(self, work: Callable[[random.Random], None], rng: random.Random) -> None:
