@@ -31,6 +31,7 @@ class Plan:
     count: Any
     group: int
     request_class: str
+    lines: Any
     def __new__(
         cls,
         *,
@@ -67,9 +68,8 @@ class FastPath:
         opened: Callable[[bytes, list[bytes], str, int], Any],
         send_again: Callable[[bytes, bytes, Any], None],
         handlers: Any,
-        write_use: Callable[[Any, int, int], int],
     ) -> None:
-        """Who opens and takes what has no plan, sends what could not be sent at once, and records a use."""
+        """Who opens and takes what has no plan, sends what could not be sent at once, and records and counts a use."""
 
     def remember(self, user_id: str, plan: Plan) -> None:
         """Serve such requests, from the connections of that CURVE key (Z85), by the plan from now on."""

@@ -8,8 +8,13 @@ from engine.client._fastline cimport (
     ZMQ_POLLIN,
     ZMQ_SNDMORE,
     ZMQ_SRCFD,
+    KQ_YIELD_LONG_S,
     kq_message,
     kq_now_s,
+    kq_spin_s,
+    kq_spinner,
+    kq_spins,
+    kq_waited,
     zmq_errno,
     zmq_getsockopt,
     zmq_msg_close,
@@ -55,10 +60,8 @@ cdef enum:
     Z85_KEY = 40  # characters of a CURVE key, which ZAP gives as the User-Id
     WHERE_MAX = 256
     SOURCES = 8
-    SPIN_PARTS = 40  # so often the processor is offered to others before the loop goes to sleep
     REQUESTS_ = 1
     EVENTS_ = 2
-    SAMPLE_EVERY = 64  # one wait in so many is made the other way, to know what spinning would bring now
 
 
 cdef double GAP_MAX_S = 0.001  # who waits longer between two requests gains nothing by spinning
@@ -92,7 +95,7 @@ cdef class Plan:
     cdef bint associated
     cdef bint proves
     cdef size_t most
-    cdef object lines
+    cdef readonly object lines
 
     def __cinit__(self, *, str member, str verb, str name, cluster, entry, loaded, cached_as, count, int group,
                  str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines):
@@ -130,12 +133,11 @@ cdef class FastPath:
     cdef object _opened
     cdef object _send_again
     cdef object _handlers
-    cdef object _write_use
     cdef dict _plans
     cdef uint8_t *_room
     cdef size_t _capacity
-    cdef double _spinning_s, _sleeping_s
-    cdef unsigned int _waits
+    cdef kq_spinner _spinner
+    cdef bint _busy  # whether the last wait brought a request: who is idle does not spin
     cdef int _descriptor
     cdef public bint deaf
     cdef readonly uint64_t served
@@ -170,9 +172,9 @@ cdef class FastPath:
         self._sources[self._count].events = POLLIN
         self._count += 1
 
-    def serve(self, opened, send_again, handlers, write_use):
+    def serve(self, opened, send_again, handlers):
         """Who takes what has no plan, and what a use with one needs."""
-        self._opened, self._send_again, self._handlers, self._write_use = opened, send_again, handlers, write_use
+        self._opened, self._send_again, self._handlers = opened, send_again, handlers
 
     def remember(self, str user_id, Plan plan not None):
         """Serve such requests by the plan from now on."""
@@ -201,23 +203,20 @@ cdef class FastPath:
         """Whether to spin before sleeping is decided by how soon after the last wait the next request came of late:
         spinning helps where a processor is free for it, and hurts where client and node share one.
         """
-        cdef bint spin = self._spinning_s < self._sleeping_s
         cdef bint events, requests, rested = False
-        cdef int i, left, found
-        cdef double begun_s, gap_s
+        cdef int i, found
+        cdef double begun_s, now_s, before_s, spin_s = kq_spin_s(&self._spinner) if self._busy else 0
         cdef pollfd *sources = self._sources
-        self._waits += 1
-        if self._waits % SAMPLE_EVERY == 0:
-            spin = not spin
         with nogil:
-            begun_s = kq_now_s()
-            left = SPIN_PARTS if spin else 0
+            begun_s = now_s = kq_now_s()
             requests = not self.deaf and _readable(self._socket)
             events = _readable(self._monitor)
-            while left and not requests and not self.deaf and timeout_ms:
+            while spin_s and not requests and not self.deaf and timeout_ms:
                 sched_yield()
                 requests = _readable(self._socket)
-                left -= 1
+                before_s, now_s = now_s, kq_now_s()
+                if now_s - begun_s >= spin_s or now_s - before_s >= KQ_YIELD_LONG_S:
+                    break
             rested = not requests and not events
             for i in range(self._count):
                 sources[i].revents = 0
@@ -228,12 +227,10 @@ cdef class FastPath:
             requests = not self.deaf and (requests or _readable(self._socket))
             events = events or _readable(self._monitor)
             if requests:
-                gap_s = kq_now_s() - begun_s
-                if gap_s < GAP_MAX_S:
-                    if spin:
-                        self._spinning_s += (gap_s - self._spinning_s) / 8
-                    else:
-                        self._sleeping_s += (gap_s - self._sleeping_s) / 8
+                now_s = kq_now_s() - begun_s
+                if self._busy and now_s < GAP_MAX_S:
+                    kq_waited(&self._spinner, now_s)
+            self._busy = requests
         found = REQUESTS_ * requests + EVENTS_ * events
         for i in range(2, self._count):
             if sources[i].revents:
@@ -243,7 +240,7 @@ cdef class FastPath:
     @property
     def spins(self):
         """Whether waits spin at present."""
-        return self._spinning_s < self._sleeping_s
+        return kq_spins(&self._spinner)
 
     def unwatch(self, int descriptor):
         """Wait for it no more."""
@@ -332,11 +329,15 @@ cdef class FastPath:
         cdef double started_s = kq_now_s(), begun_s
         cdef size_t length
         cdef bytes answer
+        cdef int sent
         handlers = self._handlers
-        connection = handlers.hurry(plan, fd, size, started_s)
+        try:
+            connection = handlers.hurry(plan, fd, size, started_s)
+        except Exception as error:
+            handlers.plan_broke(error)
+            return False
         if connection is None:
             return False
-        number = handlers.number
         data, associated, proof = _bytes(request.data), b"", b""
         if request.associated_data.length:
             associated = _bytes(request.associated_data)
@@ -346,27 +347,27 @@ cdef class FastPath:
         try:
             answer = plan.use(data, associated, proof)
             result.service_us = <uint64_t>((kq_now_s() - begun_s) * 1e6) or 1
-            self._write_use(plan.lines, number, <long>((kq_now_s() - started_s) * 1e6))
+            result.queue = handlers.hurried(plan, result.service_us, <long>((kq_now_s() - started_s) * 1e6))
         except Exception as error:
             handlers.hurried_badly(plan, _content(route), request.id, connection, started_s, error)
             return True
-        result.queue = handlers.hurried(plan, result.service_us)
         result.id, result.loaded = request.id, True
         result.data.at, result.data.length = <const uint8_t *>PyBytes_AS_STRING(answer), PyBytes_GET_SIZE(answer)
         self._reserve(KQ_OVERHEAD + result.data.length)
         length = kq_write_result(self._room, &result)
-        if self._send(route, length):
+        sent = self._send(route, length)
+        if sent == 2:
             connection.replied(length)
-        else:
+        elif sent == 0:
             self._send_again(_content(route), PyBytes_FromStringAndSize(<const char *>self._room, length), connection)
         self.served += 1
         return True
 
-    cdef bint _send(self, kq_message *route, size_t length):
-        """Whether both frames went out. The first is copied, since a refused one is needed again."""
+    cdef int _send(self, kq_message *route, size_t length):
+        """How many of the two frames went out. The first is copied, since a refused one is needed again."""
         if zmq_send(self._socket, zmq_msg_data(route), zmq_msg_size(route), ZMQ_DONTWAIT | ZMQ_SNDMORE) < 0:
-            return False
-        return zmq_send(self._socket, self._room, length, ZMQ_DONTWAIT) >= 0
+            return 0
+        return 1 + (zmq_send(self._socket, self._room, length, ZMQ_DONTWAIT) >= 0)
 
     cdef _reserve(self, size_t wanted):
         cdef uint8_t *room

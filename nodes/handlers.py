@@ -481,20 +481,36 @@ class Handlers(FollowsCluster):
         self.number += 1
         return connection
 
-    def hurried(self, plan: Plan, service_us: int) -> int:
-        """A use by its plan went well: how many requests are under way."""
+    def hurried(self, plan: Plan, service_us: int, elapsed_us: int) -> int:
+        """A use by its plan went well: record and count it. How many requests are under way; an error ends it badly."""
+        if plan.cluster is not self._source.cluster:  # another thread took a newer one meanwhile
+            self._check_plan(plan)
+        self._audit.write_use(plan.lines, self.number, elapsed_us)
         self._admission.end(plan.member)
         plan.count.requests += 1
         plan.count.busy_us += service_us
         self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + 1
         return self._admission.under_way
 
+    def _check_plan(self, plan: Plan) -> None:
+        """Whether who asked by the manifest of before may still have the result."""
+        member = self._cluster.by_curve.get(plan.cluster.members[plan.member].curve_z85)
+        if member is None:
+            raise AccessDenied(f"{plan.member!r} is no member any more")
+        check_verb(self._cluster, member, plan.verb)
+        check_key(self._cluster, member, plan.verb, plan.name)
+
+    def plan_broke(self, error: Exception) -> None:
+        """A plan could not even be followed: that is a fault of this code, which shall cost no more than the plans."""
+        log.error("a plan could not be followed", kind=type(error).__name__, exc_info=error)
+        self._forget_plans()
+
     def hurried_badly(
         self, plan: Plan, route: bytes, request_id: int, connection: Connection, started_s: float, error: Exception
     ) -> None:
         """A use by its plan failed: record and answer that as that of any other."""
         request = Request(PROTOCOL_VERSION, request_id, plan.verb, 1, b"", {})
-        incoming = Incoming(route, self._cluster.members[plan.member], request, connection)
+        incoming = Incoming(route, plan.cluster.members[plan.member], request, connection)
         call = _Call(incoming, self.number, started_s, started_s, plan.verb, plan.cluster, plan.name)
         call.request_class, call.entry, call.recording = plan.request_class, plan.entry, False
         self._fail(call, error)

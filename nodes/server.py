@@ -216,7 +216,7 @@ class Server:
             known=self._listener.connections.known,
             fast=None if armed() else self._fast,
         )
-        self._fast.serve(self._listener.open, self._listener.send, self._handlers, self._audit.write_use)
+        self._fast.serve(self._listener.open, self._listener.send, self._handlers)
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)
         cluster.subscribe(lambda before, now: self._mailbox.post(lambda: self._manifest_taken(before, now)))

@@ -17,7 +17,7 @@ from engine.client.config import Identity, create_identity
 from engine.client.connections import Connection
 from engine.client.listener import Gate, Incoming, Listener
 from engine.client.transport import connect_options
-from engine.errors import InvalidTag
+from engine.errors import AccessDenied, InvalidTag
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Operate
 from engine.protocol.wire import MAX_DATA, PROTOCOL_VERSION, Request, Status, reply_codec, request_codec
@@ -37,6 +37,9 @@ class Hands:
         self.failed: list[tuple[int, Exception]] = []
         self.recorded: list[tuple[Any, int]] = []
         self.resent: list[bytes] = []
+        self.broke: list[Exception] = []
+        self.refusal: Exception | None = None
+        self.fault: Exception | None = None
 
     def handle(self, incoming: Incoming) -> None:
         self.handled.append(incoming)
@@ -44,25 +47,28 @@ class Hands:
     def hurry(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
         if not self.willing:
             return None
+        if self.fault is not None:
+            raise self.fault
         assert fd > 2
         assert abs(now_s - time.monotonic()) < 5
         self.number += 1
         self.connection.delivered += size
         return self.connection
 
-    def hurried(self, plan: Plan, service_us: int) -> int:
-        assert service_us >= 1
+    def hurried(self, plan: Plan, service_us: int, elapsed_us: int) -> int:
+        assert elapsed_us >= service_us - 1 >= 0
+        if self.refusal is not None:
+            raise self.refusal
+        self.recorded.append((plan.lines, self.number))
         return 7
+
+    def plan_broke(self, error: Exception) -> None:
+        self.broke.append(error)
 
     def hurried_badly(
         self, plan: Plan, route: bytes, number: int, connection: Connection, started_s: float, error: Exception
     ) -> None:
         self.failed.append((number, error))
-
-    def record(self, lines: Any, number: int, elapsed_us: int) -> int:
-        assert elapsed_us >= 0
-        self.recorded.append((lines, number))
-        return 0
 
     def send_again(self, route: bytes, data: bytes, connection: Connection) -> None:
         self.resent.append(data)
@@ -93,7 +99,7 @@ class Place:
         self.hands = Hands()
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
         self.fast = FastPath(self.listener.socket, self.listener.connections.monitor, self.bell)
-        self.fast.serve(self.listener.open, self.hands.send_again, self.hands, self.hands.record)
+        self.fast.serve(self.listener.open, self.hands.send_again, self.hands)
         self.socket: zmq.Socket[bytes] = self.context.socket(zmq.DEALER)
         connect_options(self.socket, self.client.transport, member)
         self.socket.connect(member.endpoint)
@@ -226,6 +232,25 @@ def test_a_use_that_fails_is_told_and_the_next_is_served(place: Place) -> None:
     ((number, error),) = place.hands.failed
     assert (number, str(error)) == (1, "changed")
     assert place.answer() == (2, b"good")
+
+
+def test_a_use_that_may_not_be_answered_any_more_brings_no_result(place: Place) -> None:
+    """Where it can't be recorded, or its member was removed meanwhile: the error is answered in its place."""
+    place.plan()
+    place.hands.refusal = AccessDenied("no member any more")
+    place.send(1)
+    place.take()
+    assert [number for number, _ in place.hands.failed] == [1]
+    assert not place.socket.poll(100)
+
+
+def test_a_plan_that_breaks_costs_nothing_but_itself(place: Place) -> None:
+    place.plan()
+    place.hands.fault = KeyError("gone")
+    place.send(1)
+    place.take()
+    assert [each.request.id for each in place.hands.handled] == [1]
+    assert place.hands.broke == [place.hands.fault]
 
 
 def test_garbage_is_handed_over(place: Place) -> None:

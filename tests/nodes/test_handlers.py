@@ -16,6 +16,7 @@ from engine.client.admission import Admission, ServiceLimits
 from engine.client.connections import Connection, wire_bytes
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
+    AccessDenied,
     AuditUnavailable,
     DeadlineExceeded,
     EngineError,
@@ -98,6 +99,7 @@ class FakeAudit:
 
     def __init__(self) -> None:
         self.records: list[Any] = []
+        self.uses: list[tuple[Any, int, int]] = []
         self.waiting: list[Callable[[AuditUnavailable | None], None]] = []
         self.held = False
 
@@ -105,6 +107,12 @@ class FakeAudit:
         if self.problem:
             raise AuditUnavailable(self.problem)
         self.records.append(record)
+        return len(self.records)
+
+    def write_use(self, lines: Any, request: int, elapsed_us: int) -> int:
+        if self.problem:
+            raise AuditUnavailable(self.problem)
+        self.uses.append((lines, request, elapsed_us))
         return len(self.records)
 
     def when_durable(self, seq: int, then: Callable[[AuditUnavailable | None], None]) -> None:
@@ -735,7 +743,7 @@ def hurry(scene: Scene, plan: Plan) -> Connection | None:
     """Begin a use by the plan, and end it where it began."""
     connection = scene.handlers.hurry(plan, 7, 100, time.monotonic())
     if connection is not None:
-        scene.handlers.hurried(plan, 5)
+        scene.handlers.hurried(plan, 5, 9)
     return connection
 
 
@@ -746,6 +754,7 @@ def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
     hits = scene.handlers._cache.statistics().hits
     assert hurry(scene, plan) is scene.connection
     assert scene.handlers.number == number + 1
+    assert scene.audit.uses == [(plan.lines, number + 1, 9)]
     assert plan.count == dataclasses.replace(before, requests=before.requests + 1, busy_us=before.busy_us + 5)
     assert scene.handlers._cache.statistics().hits == hits + 1
     assert scene.connection.delivered == wire_bytes(100)
@@ -823,3 +832,33 @@ def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
         ("reply", "alice", "invalid-tag"),
     ]
     assert (plan.count.errors, scene.handlers.pending) == (1, 0)
+
+
+def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) -> None:
+    """Another thread may take a newer manifest while the token works: nobody is answered by the one of before."""
+    plan, world = planned(scene), scene.world
+    assert scene.handlers.hurry(plan, 7, 100, time.monotonic()) is not None
+    without = SimpleNamespace(
+        by_curve={curve: each for curve, each in world.cluster.by_curve.items() if each.name != "alice"},
+        members={name: each for name, each in world.cluster.members.items() if name != "alice"},
+        group_of=world.cluster.group_of,
+    )
+    scene.handlers._source = SimpleNamespace(cluster=without)  # type: ignore[assignment]
+    with pytest.raises(AccessDenied, match="'alice' is no member any more") as refused:
+        scene.handlers.hurried(plan, 5, 9)
+    scene.handlers.hurried_badly(plan, b"route", 99, scene.connection, time.monotonic(), refused.value)
+    assert scene.outcome(99) == "AccessDenied"
+    assert not scene.audit.uses
+    assert [each.outcome for each in scene.records[-2:]] == ["", "access-denied"]
+    assert scene.handlers.pending == 0
+
+
+def test_a_use_that_cannot_be_recorded_is_not_counted_as_good(scene: Scene) -> None:
+    plan = planned(scene)
+    assert scene.handlers.hurry(plan, 7, 100, time.monotonic()) is not None
+    scene.audit.problem = "the disk is full"
+    with pytest.raises(AuditUnavailable):
+        scene.handlers.hurried(plan, 5, 9)
+    scene.handlers.hurried_badly(plan, b"route", 98, scene.connection, time.monotonic(), AuditUnavailable("full"))
+    assert scene.outcome(98) == "AuditUnavailable"
+    assert scene.handlers.pending == 0
