@@ -19,6 +19,7 @@ import engine
 from engine.client.client import ClientSettings, Engine
 from engine.client.config import create_identity, write_private, write_toml
 from engine.client.listener import Gate, Listener, curve_server
+from engine.client.transport import Channel, Direct, Directly
 from engine.errors import (
     AccessDenied,
     ConfigError,
@@ -257,6 +258,60 @@ class TestEngine:
     def test_without_nodes_it_ends_with_the_deadline(self, kq: Engine) -> None:
         with pytest.raises(NodeUnavailable, match=r"n\d.*n\d.*n\d"):
             kq.encrypt("k", b"", timeout=0.5)
+
+    def test_a_loaded_key_is_used_by_the_shortest_way(
+        self, nodes: Nodes, kq: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ended: list[Directly] = []
+        real = Channel.direct
+
+        def direct(channel: Channel, asked: Direct) -> Directly:
+            told = real(channel, asked)
+            ended.append(replace(told))
+            return told
+
+        monkeypatch.setattr(Channel, "direct", direct)
+        for number in range(10):
+            assert kq.encrypt("k", b"%d" % number) == b"ct:%d" % number
+        assert [each.data for each in ended if each.sent][-5:] == [b"ct:%d" % number for number in range(5, 10)]
+        nodes.served.clear()
+        with pytest.raises(InvalidTag):
+            kq.decrypt("k", b"bad")
+        assert len([each for each in nodes.served if each[1] == "decrypt"]) == 1  # what is final is not asked twice
+        assert all(not state.outstanding for state in kq._calls.router._nodes.values())
+
+    def test_a_deadline_shorter_than_the_patience_names_the_silent_node(self, nodes: Nodes, kq: Engine) -> None:
+        for _ in range(3):
+            kq.encrypt("k", b"")
+        nodes.silent |= set(NODES)
+        with pytest.raises(DeadlineExceeded, match=r"n\d: no reply within \d+ ms"):
+            kq.encrypt("k", b"", timeout=0.05)
+        assert all(not state.outstanding for state in kq._calls.router._nodes.values())
+
+    def test_an_interrupted_use_is_not_counted_as_under_way(
+        self, nodes: Nodes, kq: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also while the exception is kept, as an interactive session keeps it."""
+        for _ in range(3):
+            kq.encrypt("k", b"")
+
+        def interrupted(channel: Channel, asked: Direct) -> Directly:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Channel, "direct", interrupted)
+            with pytest.raises(KeyboardInterrupt) as kept:
+                kq.encrypt("k", b"")
+        assert kept.value is not None
+        assert all(not state.outstanding for state in kq._calls.router._nodes.values())
+        assert kq.encrypt("k", b"x") == b"ct:x"
+
+    def test_a_kind_of_bytes_is_bytes(self, nodes: Nodes, kq: Engine) -> None:
+        class Tagged(bytes):
+            pass
+
+        for _ in range(3):
+            assert kq.encrypt("k", Tagged(b"data"), associated_data=Tagged(b"aad")) == b"ct:data"
 
     def test_a_stranger_is_denied(self, nodes: Nodes, world: World) -> None:
         with engine.connect(replace(world.settings(), identity=world.stranger)) as kq:

@@ -12,8 +12,8 @@ BROKEN: int
 
 @final
 class Line:
-    data: bytes
-    frame: bytes
+    data: bytes | None
+    frame: bytes | None
     queue: int
     service_us: int
     loaded: bool

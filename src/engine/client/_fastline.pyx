@@ -67,10 +67,6 @@ cdef enum:
     BROKEN_ = 4
     INTERRUPTED_ = 5
 
-cdef enum:
-    SPIN_PARTS = 40  # so often the processor is offered to others before the thread goes to sleep
-    SAMPLE_EVERY = 64  # one request in so many is made the other way, to know what spinning would bring now
-
 
 @cython.final
 @cython.auto_pickle(False)
@@ -78,7 +74,7 @@ cdef class Line:
     """The two sockets of one connection (the peer's and its monitor's), used by one thread at a time.
 
     Whether to spin before sleeping is decided by what both have taken of late: spinning helps where a processor is free
-    for it, and hurts where client and node share one.
+    for it, and hurts where others need it.
     """
 
     cdef object _keep
@@ -88,10 +84,9 @@ cdef class Line:
     cdef size_t _capacity
     cdef uint64_t _id
     cdef double _begun_s, _until_s
-    cdef double _spinning_s, _sleeping_s
-    cdef unsigned int _requests
-    cdef readonly object data
-    cdef readonly object frame
+    cdef kq_spinner _spinner
+    cdef public object data
+    cdef public object frame
     cdef readonly uint64_t queue
     cdef readonly uint64_t service_us
     cdef readonly bint loaded
@@ -112,7 +107,7 @@ cdef class Line:
     @property
     def spins(self):
         """Whether requests spin at present."""
-        return self._spinning_s < self._sleeping_s
+        return kq_spins(&self._spinner)
 
     def operate(
         self,
@@ -134,7 +129,7 @@ cdef class Line:
         cdef kq_operate request
         cdef size_t length
         cdef int more
-        cdef bint spin
+        cdef double spin_s
         self._begun_s = kq_now_s()
         request.id, request.timeout_ms, request.digested = number, timeout_ms, digested
         request.verb, request.key, request.key_id = _span(verb), _span(key), _span(key_id)
@@ -146,22 +141,16 @@ cdef class Line:
         self._id, self._until_s = number, self._begun_s + patience_s
         if _readable(self._monitor) or zmq_send(self._socket, self._room, length, ZMQ_DONTWAIT) < 0:
             return NOT_SENT
-        self._requests += 1
-        spin = self._spinning_s < self._sleeping_s
-        if self._requests % SAMPLE_EVERY == 0:
-            spin = not spin
-        code = self._await(spin)
+        spin_s = kq_spin_s(&self._spinner)
+        code = self._await(spin_s)
         self.elapsed_s = kq_now_s() - self._begun_s
-        if code == DONE:
-            if spin:
-                self._spinning_s += (self.elapsed_s - self._spinning_s) / 8
-            else:
-                self._sleeping_s += (self.elapsed_s - self._sleeping_s) / 8
+        if code == DONE_:
+            kq_waited(&self._spinner, self.elapsed_s)
         return code
 
     def resume(self):
         """Wait on for the request that ended in ``OTHER`` or ``BROKEN``."""
-        code = self._await(False)
+        code = self._await(0)
         self.elapsed_s = kq_now_s() - self._begun_s
         return code
 
@@ -174,7 +163,7 @@ cdef class Line:
             free(self._room)
             self._room, self._capacity = room, wanted
 
-    cdef int _await(self, bint spin) except? -1:
+    cdef int _await(self, double spin_s) except? -1:
         cdef kq_message message
         cdef kq_result result
         cdef int code
@@ -182,7 +171,7 @@ cdef class Line:
         try:
             while True:
                 with nogil:
-                    code = self._receive(&message, spin)
+                    code = self._receive(&message, spin_s)
                 if code == INTERRUPTED_:
                     PyErr_CheckSignals()
                     continue
@@ -203,25 +192,26 @@ cdef class Line:
         finally:
             zmq_msg_close(&message)
 
-    cdef int _receive(self, kq_message *message, bint spin) noexcept nogil:
+    cdef int _receive(self, kq_message *message, double spin_s) noexcept nogil:
         """OTHER once a message is there, LATE, BROKEN or INTERRUPTED."""
         cdef kq_poll_item items[2]
-        cdef int left, error
-        cdef double wait_s
-        left = SPIN_PARTS if spin else 1
+        cdef int error
+        cdef double wait_s, now_s = kq_now_s(), before_s
+        cdef double spin_until_s = now_s + spin_s if spin_s else 0
         while True:
-            while left:
-                if zmq_msg_recv(message, self._socket, ZMQ_DONTWAIT) >= 0:
-                    return OTHER_
-                error = zmq_errno()
-                if error == EINTR:
-                    return INTERRUPTED_
-                if error != EAGAIN:
-                    return BROKEN_
-                left -= 1
-                if left:
-                    sched_yield()
-            wait_s = self._until_s - kq_now_s()
+            if zmq_msg_recv(message, self._socket, ZMQ_DONTWAIT) >= 0:
+                return OTHER_
+            error = zmq_errno()
+            if error == EINTR:
+                return INTERRUPTED_
+            if error != EAGAIN:
+                return BROKEN_
+            before_s, now_s = now_s, kq_now_s()
+            if now_s < spin_until_s and now_s - before_s < KQ_YIELD_LONG_S:
+                sched_yield()
+                continue
+            spin_until_s = 0
+            wait_s = self._until_s - now_s
             if wait_s <= 0:
                 return LATE_
             items[0].socket, items[0].fd, items[0].events, items[0].revents = self._socket, 0, ZMQ_POLLIN, 0
@@ -230,7 +220,6 @@ cdef class Line:
                 return INTERRUPTED_ if zmq_errno() == EINTR else BROKEN_
             if items[1].revents and not items[0].revents:
                 return BROKEN_
-            left = 1
 
 
 cdef inline kq_span _span(bytes data) noexcept:

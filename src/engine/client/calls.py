@@ -490,11 +490,12 @@ class Calls:
 
     def _operating(self, use: _Use, timeout_s: float, direct: bool) -> Call[bytes]:
         deadline_s = self.clock() + timeout_s
+        lost: dict[str, Exception] = {}
         if direct:
-            done = yield from self._directly(use, timeout_s)
+            done = yield from self._directly(use, timeout_s, lost)
             if done is not None:
                 return done
-        trail = _Trail(f"{use.verb} with {use.name[:128]!r}", self.clock, deadline_s)
+        trail = _Trail(f"{use.verb} with {use.name[:128]!r}", self.clock, deadline_s, earlier=lost)
         kept = self._descriptions.get(use.name)
         if kept is not None and use.verb not in kept.algorithm.operations:
             # The name may be another key's by now, of an algorithm that can do this.
@@ -516,8 +517,11 @@ class Calls:
             yield pause
             refreshed = False  # by now the key may have changed again
 
-    def _directly(self, use: _Use, timeout_s: float) -> Call[bytes | None]:
-        """Ask the best combiner that has the key loaded, by the shortest way; None if that brought no result."""
+    def _directly(self, use: _Use, timeout_s: float, lost: dict[str, Exception]) -> Call[bytes | None]:
+        """Ask the best combiner that has the key loaded, by the shortest way; None if that brought no result.
+
+        A node that was asked and did not answer is put into ``lost``.
+        """
         known = self._descriptions.peek(use.name)
         if known is None or use.verb not in known.algorithm.operations:
             return None
@@ -553,7 +557,13 @@ class Calls:
             self.router.dropped(node)
             return None
         if ended.reply is None:
-            self.router.failed(node, now_s)
+            if ended.broken:
+                lost[node] = NodeUnavailable(f"{node}: the connection broke")
+                self.router.failed(node, now_s)
+            else:
+                lost[node] = DeadlineExceeded(f"{node}: no reply within {ended.elapsed_s * 1000:.0f} ms")
+                self.router.late(node, now_s)
+                self.router.dropped(node)
             return None
         outcome = _outcome(use.verb, ended.reply, "node")
         self.learn(node, ended.reply, outcome, now_s - ended.elapsed_s, use.name, request_class, False)
@@ -1139,9 +1149,9 @@ def _outcome(verb: str, reply: Reply, role: MemberRole) -> Any:
 
 def as_bytes(what: str, value: object) -> bytes:
     """The bytes of a bytes-like value; ``TypeError`` names anything else by its type alone."""
-    if isinstance(value, bytes):
+    if type(value) is bytes:
         return value
-    if isinstance(value, bytearray | memoryview):
+    if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value)
     raise TypeError(f"{what} must be bytes, not {type(value).__name__}")
 

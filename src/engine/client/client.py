@@ -202,6 +202,9 @@ def drive(channel: Channel, call: Call[T]) -> T:
     except StopIteration as stop:
         done: T = stop.value
         return done
+    except BaseException:
+        call.close()  # which tells the router that its answer is no longer waited for
+        raise
     return _drive_on(channel, call, step)
 
 
@@ -228,6 +231,7 @@ def _drive_on(channel: Channel, call: Call[T], step: Step) -> T:
         return result
     finally:
         flight.give_up()
+        call.close()
 
 
 def _first(channel: Channel, flight: _Flight, arrived: deque[Arrival]) -> Arrival | None:

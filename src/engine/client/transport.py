@@ -170,13 +170,14 @@ class Directly:
     """How that ended: ``data`` with the snapshot that came with it, another ``reply``, or nothing.
 
     ``sent`` is False where it was not even sent, as the connection is not as it must be. Else no answer came in time,
-    or the connection broke.
+    or the connection is ``broken``.
     """
 
     data: bytes | None = None
     load: Load | None = None
     reply: Reply | None = None
     sent: bool = False
+    broken: bool = False
     elapsed_s: float = 0.0
 
 
@@ -390,6 +391,7 @@ class Channel:
         while True:
             if code == DONE:
                 ended.data, ended.load = line.data, Load(line.queue, line.service_us, line.loaded)
+                line.data = None  # it may be a plaintext
                 break
             if code == NOT_SENT:
                 return ended
@@ -397,12 +399,14 @@ class Channel:
             if code == LATE:
                 break
             if code == OTHER:
-                ended.reply = self._other(connection, line.frame, number)
-                if ended.reply is not None:
+                ended.reply = self._other(connection, line.frame or b"", number)
+                line.frame = None
+                if ended.reply is not None or line.elapsed_s > asked.patience_s:
                     break
             else:
                 self._read_monitor(connection.monitor)
                 if not connection.up:
+                    ended.broken = True
                     break
             code = line.resume()
         ended.sent, ended.elapsed_s = True, line.elapsed_s
