@@ -47,8 +47,10 @@ PATIENCE_COLD_S = 0.5
 """How long a node has for its answer until another one is asked too: several times what answers usually take, within
 these bounds; and where nothing was measured, by whether shares may have to be gathered."""
 PATIENCE_TIMES = 4
+PROBE_PATIENCE_MIN_S = 0.005
 PROBE_PATIENCE_S = 0.05
-"""The same for a node that failed and is tried again: most often it is still away."""
+"""The bounds for a node that failed and is tried again: most often it is still away, and who finds that out has lost so
+much. A stopped node accepts, and says nothing."""
 
 
 class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -330,13 +332,13 @@ class Router(FollowsCluster):
             return self._patience_s(self._nodes[node], request_class, cold)
 
     def _patience_s(self, state: _Node, request_class: str, cold: bool) -> float:
-        if state.probing:
-            return PROBE_PATIENCE_S
         pace = self._paces.get((request_class, cold))
         if pace is None:
-            return PATIENCE_COLD_S if cold else PATIENCE_UNKNOWN_S
-        usual_s = pace.mean_s + 4 * pace.deviation_s
-        return min(max(PATIENCE_TIMES * usual_s, PATIENCE_MIN_S), PATIENCE_MAX_S)
+            return PROBE_PATIENCE_S if state.probing else PATIENCE_COLD_S if cold else PATIENCE_UNKNOWN_S
+        usual_s = PATIENCE_TIMES * (pace.mean_s + 4 * pace.deviation_s)
+        if state.probing:
+            return min(max(usual_s, PROBE_PATIENCE_MIN_S), PROBE_PATIENCE_S)
+        return min(max(usual_s, PATIENCE_MIN_S), PATIENCE_MAX_S)
 
     def is_loaded(self, key_name: str, node: str) -> bool:
         """Whether the node's last reply said that it has the key loaded."""
