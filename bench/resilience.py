@@ -431,7 +431,7 @@ def show(figures: Sequence[Figure]) -> None:
 def main() -> int:
     """Run all parts, or those named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=["failover", "recovery", "floods"])
+    parser.add_argument("parts", nargs="*", default=["failover", "recovery", "floods"], help="some of the three parts")
     parser.add_argument("--idle", type=int, default=IDLE)
     parser.add_argument("--output", type=Path, default=Path("build/bench/resilience.json"))
     parser.add_argument("--attack", nargs=5, help=argparse.SUPPRESS)
@@ -449,6 +449,9 @@ def main() -> int:
     idle = min(options.idle, files - 2_000)
     figures: list[Figure] = []
     parts: dict[str, Callable[..., Iterator[Figure]]] = {"failover": failover, "recovery": recovery, "floods": floods}
+    unknown = sorted(set(options.parts) - set(parts))
+    if unknown:
+        parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(parts)}")
     limits = f"connections = {idle + 4_000}\nmember_connections = {idle + 2_000}"
     with (
         tempfile.TemporaryDirectory(prefix="keyquorum-bench-") as folder,
