@@ -221,9 +221,11 @@ class Network:
         target = gate.target
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", gate.to_port)
-        except OSError:
-            gate.down.set()
+        except BaseException as error:
             _abort(writer)
+            if not isinstance(error, OSError):
+                raise  # the end of all
+            gate.down.set()
             return
         source = self._who(writer.get_extra_info("peername")[1], writer.get_extra_info("sockname")[1])
         self.seen.add((source, target))
@@ -246,13 +248,13 @@ class Network:
             while link.half_open and not ways[0].done():
                 await asyncio.wait(ways[:1])
         finally:
+            self._links.discard(link)
+            _abort(writer)  # before anything that may be cancelled
+            _abort(far_writer)
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
             self._tasks.difference_update(ways)
-            self._links.discard(link)
-            _abort(writer)
-            _abort(far_writer)
 
     async def _pass(self, link: _Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         """Pass bytes on in one direction, each chunk when its time has come."""
