@@ -552,6 +552,14 @@ def replace_request(incoming: Incoming, number: int) -> Incoming:
     return Incoming(incoming.route, incoming.member, msgspec.structs.replace(incoming.request, id=number))
 
 
+def test_neither_what_is_asked_nor_what_comes_is_in_a_repr(direct: Channel) -> None:
+    asked = replace(MAC, data=b"very secret")
+    ended = direct.direct(asked)
+    assert ended.data == b"terces yrev"
+    assert "secret" not in repr(asked)
+    assert "terces" not in repr(ended)
+
+
 def test_a_direct_use_that_is_too_long_is_told(direct: Channel) -> None:
     with pytest.raises(ValueError, match="a request of more than 65536 bytes"):
         direct.direct(replace(MAC, data=bytes(70_000)))

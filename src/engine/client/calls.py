@@ -247,7 +247,7 @@ class _Lost:
     error: EngineError
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class _Use:
     """A use of a key as the caller asked for it, before the algorithm shapes it."""
 

@@ -146,7 +146,7 @@ class Arrival:
     elapsed_us: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Direct:
     """Ask ``peer``, whose connection is up, by the shortest way: a use of a loaded key, without a grant.
 
@@ -165,7 +165,7 @@ class Direct:
     patience_s: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Directly:
     """How that ended: ``data`` with the snapshot that came with it, another ``reply``, or nothing.
 
