@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from engine.client.transport import Direct, Directly, Moved, raise_for_status
+from engine.client.transport import Direct, Directly, KeyRefused, Moved, raise_for_status
 from engine.errors import (
     AccessDenied,
     AuditUnavailable,
@@ -318,7 +318,10 @@ class _Trail:
         """The pause before another round, or the verdict raised: when it is certain, or no time is left."""
         if self.quorum:
             raise self.shortage()
-        if self.all_are(AccessDenied):
+        # While this client's own CURVE key is being changed, all may refuse it for a moment.
+        refused = any(isinstance(each, KeyRefused) for each in self.failures.values())
+        changing = refused and not self.rounds and self.left_s() > PAUSE_FIRST_S
+        if self.all_are(AccessDenied) and not changing:
             raise AccessDenied(f"{self.what}: every node refuses this client ({self.told()})")
         if self.all_are(KeyNotFound):
             raise KeyNotFound(f"{self.what}: {next(iter(self.failures.values()))}")
