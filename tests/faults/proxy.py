@@ -175,7 +175,12 @@ class Network:
                 gate.server.close()
 
     async def _settle(self) -> None:
-        """End every task, and let the loop close what they had open."""
+        """End every task, and let the loop close what they had open.
+
+        What asyncio just accepted is let through first: cancelled in between, its socket would stay open.
+        """
+        while coming := [each for each in asyncio.all_tasks() if "_accept_connection" in repr(each.get_coro())]:
+            await asyncio.wait(coming, timeout=CALL_S / 4)
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
