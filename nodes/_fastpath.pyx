@@ -2,20 +2,18 @@
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from engine.client._fastline cimport (
+    KQ_YIELD_LONG_S,
     ZMQ_DONTWAIT,
-    ZMQ_EVENTS,
     ZMQ_FD,
-    ZMQ_POLLIN,
     ZMQ_SNDMORE,
     ZMQ_SRCFD,
-    KQ_YIELD_LONG_S,
     kq_message,
     kq_now_s,
     kq_spin_s,
     kq_spinner,
     kq_spins,
     kq_waited,
-    zmq_errno,
+    readable,
     zmq_getsockopt,
     zmq_msg_close,
     zmq_msg_data,
@@ -24,22 +22,23 @@ from engine.client._fastline cimport (
     zmq_msg_init,
     zmq_msg_more,
     zmq_msg_recv,
-    zmq_msg_send,
     zmq_msg_size,
     zmq_send,
 )
 from engine.protocol._fastwire cimport (
     KQ_OVERHEAD,
+    bytes_of,
     kq_operate,
     kq_read_operate,
+    kq_reserve,
     kq_result,
-    kq_span,
+    kq_room,
     kq_write_result,
+    span_of,
 )
-from libc.errno cimport EINTR
 from libc.stdint cimport uint8_t, uint64_t
-from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, strlen
+from libc.stdlib cimport free
+from libc.string cimport memcmp, memcpy, strlen
 
 cimport cython
 
@@ -66,12 +65,8 @@ cdef enum:
 
 cdef double GAP_MAX_S = 0.001  # who waits longer between two requests gains nothing by spinning
 
-REQUESTS = 1
-EVENTS = 2
-
-
-cdef bytes _bytes(kq_span span):
-    return PyBytes_FromStringAndSize(<const char *>span.at, span.length)
+REQUESTS = REQUESTS_
+EVENTS = EVENTS_
 
 
 @cython.final
@@ -107,13 +102,13 @@ cdef class Plan:
 
     cdef bint fits(self, kq_operate *request):
         """Whether the request is one that the ordinary way would not refuse."""
-        if request.key_id.length and request.key_id.length != <size_t>PyBytes_GET_SIZE(self.key_id):
-            return False
-        for i in range(request.key_id.length):
-            if request.key_id.at[i] != <uint8_t>PyBytes_AS_STRING(self.key_id)[i]:
-                return False
         return (
-            request.digested == self.digested
+            (
+                not request.key_id.length
+                or request.key_id.length == <size_t>PyBytes_GET_SIZE(self.key_id)
+                and memcmp(request.key_id.at, PyBytes_AS_STRING(self.key_id), request.key_id.length) == 0
+            )
+            and request.digested == self.digested
             and request.data.length <= self.most
             and (self.associated or not request.associated_data.length)
             and (self.proves == (request.proof.length > 0))
@@ -134,8 +129,7 @@ cdef class FastPath:
     cdef object _send_again
     cdef object _handlers
     cdef dict _plans
-    cdef uint8_t *_room
-    cdef size_t _capacity
+    cdef kq_room _room
     cdef kq_spinner _spinner
     cdef bint _busy  # whether the last wait brought a request: who is idle does not spin
     cdef int _descriptor
@@ -157,13 +151,9 @@ cdef class FastPath:
         self._descriptor = self._sources[0].fd
         for each in descriptors:
             self._watch(each)
-        self._capacity = 4096
-        self._room = <uint8_t *>malloc(self._capacity)
-        if self._room == NULL:
-            raise MemoryError
 
     def __dealloc__(self):
-        free(self._room)
+        free(self._room.at)
 
     cdef _watch(self, int descriptor):
         if self._count == SOURCES:
@@ -209,11 +199,11 @@ cdef class FastPath:
         cdef pollfd *sources = self._sources
         with nogil:
             begun_s = now_s = kq_now_s()
-            requests = not self.deaf and _readable(self._socket)
-            events = _readable(self._monitor)
+            requests = not self.deaf and readable(self._socket)
+            events = readable(self._monitor)
             while spin_s and not requests and not self.deaf and timeout_ms:
                 sched_yield()
-                requests = _readable(self._socket)
+                requests = readable(self._socket)
                 before_s, now_s = now_s, kq_now_s()
                 if now_s - begun_s >= spin_s or now_s - before_s >= KQ_YIELD_LONG_S:
                     break
@@ -224,8 +214,8 @@ cdef class FastPath:
             if poll(sources, self._count, timeout_ms if rested else 0) < 0:
                 for i in range(self._count):
                     sources[i].revents = 0
-            requests = not self.deaf and (requests or _readable(self._socket))
-            events = events or _readable(self._monitor)
+            requests = not self.deaf and (requests or readable(self._socket))
+            events = events or readable(self._monitor)
             if requests:
                 now_s = kq_now_s() - begun_s
                 if self._busy and now_s < GAP_MAX_S:
@@ -255,18 +245,16 @@ cdef class FastPath:
         """Wait and take in, up to so many messages at a time, until there is something else to do or the time is over;
         what, as ``wait`` says."""
         cdef double until_s = kq_now_s() + timeout_ms * 1e-3, left_s = timeout_ms * 1e-3
-        cdef int found, taken
+        cdef int found
         while True:
             found = self._wait(<int>(left_s * 1000) + 1 if left_s > 0 else 0)
             if found & REQUESTS_:
-                taken = 0
-                while taken < limit and self._take_one():
-                    taken += 1
+                self.take_in(limit)
             left_s = until_s - kq_now_s()
             if found != REQUESTS_ or left_s <= 0:
                 return found
 
-    def take_in(self, int limit):
+    cpdef int take_in(self, int limit) except -1:
         """Take in at most so many messages, and serve or hand over each; how many there were."""
         cdef int taken = 0
         while taken < limit and self._take_one():
@@ -338,11 +326,11 @@ cdef class FastPath:
             return False
         if connection is None:
             return False
-        data, associated, proof = _bytes(request.data), b"", b""
+        data, associated, proof = bytes_of(request.data), b"", b""
         if request.associated_data.length:
-            associated = _bytes(request.associated_data)
+            associated = bytes_of(request.associated_data)
         if request.proof.length:
-            proof = _bytes(request.proof)
+            proof = bytes_of(request.proof)
         begun_s = kq_now_s()
         try:
             answer = plan.use(data, associated, proof)
@@ -352,14 +340,15 @@ cdef class FastPath:
             handlers.hurried_badly(plan, _content(route), request.id, connection, started_s, error)
             return True
         result.id, result.loaded = request.id, True
-        result.data.at, result.data.length = <const uint8_t *>PyBytes_AS_STRING(answer), PyBytes_GET_SIZE(answer)
-        self._reserve(KQ_OVERHEAD + result.data.length)
-        length = kq_write_result(self._room, &result)
+        result.data = span_of(answer)
+        if not kq_reserve(&self._room, KQ_OVERHEAD + result.data.length):
+            raise MemoryError
+        length = kq_write_result(self._room.at, &result)
         sent = self._send(route, length)
         if sent == 2:
             connection.replied(length)
         elif sent == 0:
-            self._send_again(_content(route), PyBytes_FromStringAndSize(<const char *>self._room, length), connection)
+            self._send_again(_content(route), PyBytes_FromStringAndSize(<const char *>self._room.at, length), connection)
         self.served += 1
         return True
 
@@ -367,23 +356,8 @@ cdef class FastPath:
         """How many of the two frames went out. The first is copied, since a refused one is needed again."""
         if zmq_send(self._socket, zmq_msg_data(route), zmq_msg_size(route), ZMQ_DONTWAIT | ZMQ_SNDMORE) < 0:
             return 0
-        return 1 + (zmq_send(self._socket, self._room, length, ZMQ_DONTWAIT) >= 0)
-
-    cdef _reserve(self, size_t wanted):
-        cdef uint8_t *room
-        if wanted > self._capacity:
-            room = <uint8_t *>malloc(wanted)
-            if room == NULL:
-                raise MemoryError
-            free(self._room)
-            self._room, self._capacity = room, wanted
+        return 1 + (zmq_send(self._socket, self._room.at, length, ZMQ_DONTWAIT) >= 0)
 
 
 cdef bytes _content(kq_message *message):
     return PyBytes_FromStringAndSize(<const char *>zmq_msg_data(message), zmq_msg_size(message))
-
-
-cdef bint _readable(void *socket) noexcept nogil:
-    cdef int events = 0
-    cdef size_t length = sizeof(events)
-    return zmq_getsockopt(socket, ZMQ_EVENTS, &events, &length) < 0 or events & ZMQ_POLLIN

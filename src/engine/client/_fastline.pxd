@@ -77,6 +77,8 @@ ctypedef size_t (*size_function)(kq_message *message) noexcept nogil
 ctypedef int (*errno_function)() noexcept nogil
 ctypedef int (*poll_function)(kq_poll_item *items, int count, long timeout_ms) noexcept nogil
 ctypedef int (*option_function)(void *socket, int option, void *value, size_t *length) noexcept nogil
+ctypedef const char *(*property_function)(const kq_message *message, const char *name) noexcept nogil
+ctypedef int (*number_function)(const kq_message *message, int property) noexcept nogil
 
 cdef send_function zmq_send
 cdef message_function zmq_msg_init, zmq_msg_close, zmq_msg_more
@@ -85,11 +87,8 @@ cdef data_function zmq_msg_data
 cdef size_function zmq_msg_size
 cdef errno_function zmq_errno
 cdef poll_function zmq_poll
-ctypedef const char *(*property_function)(const kq_message *message, const char *name) noexcept nogil
-ctypedef int (*number_function)(const kq_message *message, int property) noexcept nogil
-ctypedef int (*send_message_function)(kq_message *message, void *socket, int flags) noexcept nogil
-
 cdef option_function zmq_getsockopt
 cdef property_function zmq_msg_gets
 cdef number_function zmq_msg_get
-cdef send_message_function zmq_msg_send
+
+cdef bint readable(void *socket) noexcept nogil

@@ -7,20 +7,23 @@ hand is given back as it is, for the ordinary transport to look at.
 
 import ctypes
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from engine.protocol._fastwire cimport (
     KQ_MAX_MESSAGE,
+    bytes_of,
     kq_operate,
     kq_operate_room,
     kq_read_result,
+    kq_reserve,
     kq_result,
-    kq_span,
+    kq_room,
     kq_write_operate,
+    span_of,
 )
 from libc.errno cimport EAGAIN, EINTR
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from zmq.backend.cython import _zmq
 
 cimport cython
@@ -46,26 +49,25 @@ zmq_poll = <poll_function>_address(_library, "zmq_poll")
 zmq_getsockopt = <option_function>_address(_library, "zmq_getsockopt")
 zmq_msg_gets = <property_function>_address(_library, "zmq_msg_gets")
 zmq_msg_get = <number_function>_address(_library, "zmq_msg_get")
-zmq_msg_send = <send_message_function>_address(_library, "zmq_msg_send")
-
-DONE = 0
-"""The reply came: ``data``, ``queue``, ``service_us`` and ``loaded`` are its."""
-NOT_SENT = 1
-"""The connection is down, its queue is full, or something of it has to be looked at first; nothing was sent."""
-LATE = 2
-"""No reply came in the time given. A later one will come as ``OTHER`` to a later request, or to the channel."""
-OTHER = 3
-"""``frame`` arrived, which is no plain result of this request: the channel looks at it, and ``resume`` goes on."""
-BROKEN = 4
-"""The monitor has something to tell, which may end this request; ``resume`` goes on if it does not."""
 
 cdef enum:
-    DONE_ = 0
-    NOT_SENT_ = 1
-    LATE_ = 2
-    OTHER_ = 3
-    BROKEN_ = 4
-    INTERRUPTED_ = 5
+    DONE_
+    NOT_SENT_
+    LATE_
+    OTHER_
+    BROKEN_
+    INTERRUPTED_
+
+DONE = DONE_
+"""The reply came: ``data``, ``queue``, ``service_us`` and ``loaded`` are its."""
+NOT_SENT = NOT_SENT_
+"""The connection is down, its queue is full, or something of it has to be looked at first; nothing was sent."""
+LATE = LATE_
+"""No reply came in the time given. A later one will come as ``OTHER`` to a later request, or to the channel."""
+OTHER = OTHER_
+"""``frame`` arrived, which is no plain result of this request: the channel looks at it, and ``resume`` goes on."""
+BROKEN = BROKEN_
+"""The monitor has something to tell, which may end this request; ``resume`` goes on if it does not."""
 
 
 @cython.final
@@ -80,8 +82,7 @@ cdef class Line:
     cdef object _keep
     cdef void *_socket
     cdef void *_monitor
-    cdef uint8_t *_room
-    cdef size_t _capacity
+    cdef kq_room _room
     cdef uint64_t _id
     cdef double _begun_s, _until_s
     cdef kq_spinner _spinner
@@ -96,13 +97,9 @@ cdef class Line:
         self._keep = socket, monitor
         self._socket = <void *><size_t>socket.underlying
         self._monitor = <void *><size_t>monitor.underlying
-        self._capacity = 2048
-        self._room = <uint8_t *>malloc(self._capacity)
-        if self._room == NULL:
-            raise MemoryError
 
     def __dealloc__(self):
-        free(self._room)
+        free(self._room.at)
 
     @property
     def spins(self):
@@ -128,21 +125,19 @@ cdef class Line:
         """
         cdef kq_operate request
         cdef size_t length
-        cdef int more
-        cdef double spin_s
         self._begun_s = kq_now_s()
         request.id, request.timeout_ms, request.digested = number, timeout_ms, digested
-        request.verb, request.key, request.key_id = _span(verb), _span(key), _span(key_id)
-        request.data, request.associated_data, request.proof = _span(data), _span(associated_data), _span(proof)
-        self._reserve(kq_operate_room(&request))
-        length = kq_write_operate(self._room, &request)
+        request.verb, request.key, request.key_id = span_of(verb), span_of(key), span_of(key_id)
+        request.data, request.associated_data, request.proof = span_of(data), span_of(associated_data), span_of(proof)
+        if not kq_reserve(&self._room, kq_operate_room(&request)):
+            raise MemoryError
+        length = kq_write_operate(self._room.at, &request)
         if not length:
             raise ValueError(f"a request of more than {KQ_MAX_MESSAGE} bytes")
         self._id, self._until_s = number, self._begun_s + patience_s
-        if _readable(self._monitor) or zmq_send(self._socket, self._room, length, ZMQ_DONTWAIT) < 0:
-            return NOT_SENT
-        spin_s = kq_spin_s(&self._spinner)
-        code = self._await(spin_s)
+        if readable(self._monitor) or zmq_send(self._socket, self._room.at, length, ZMQ_DONTWAIT) < 0:
+            return NOT_SENT_
+        code = self._await(kq_spin_s(&self._spinner))
         self.elapsed_s = kq_now_s() - self._begun_s
         if code == DONE_:
             kq_waited(&self._spinner, self.elapsed_s)
@@ -153,15 +148,6 @@ cdef class Line:
         code = self._await(0)
         self.elapsed_s = kq_now_s() - self._begun_s
         return code
-
-    cdef _reserve(self, size_t wanted):
-        cdef uint8_t *room
-        if wanted > self._capacity:
-            room = <uint8_t *>malloc(wanted)
-            if room == NULL:
-                raise MemoryError
-            free(self._room)
-            self._room, self._capacity = room, wanted
 
     cdef int _await(self, double spin_s) except? -1:
         cdef kq_message message
@@ -182,7 +168,7 @@ cdef class Line:
                     and kq_read_result(<const uint8_t *>zmq_msg_data(&message), zmq_msg_size(&message), &result)
                     and result.id == self._id
                 ):
-                    self.data = PyBytes_FromStringAndSize(<const char *>result.data.at, result.data.length)
+                    self.data = bytes_of(result.data)
                     self.queue, self.service_us, self.loaded = result.queue, result.service_us, result.loaded
                     return DONE_
                 self.frame = PyBytes_FromStringAndSize(<const char *>zmq_msg_data(&message), zmq_msg_size(&message))
@@ -222,14 +208,8 @@ cdef class Line:
                 return BROKEN_
 
 
-cdef inline kq_span _span(bytes data) noexcept:
-    cdef kq_span span
-    span.at = <const uint8_t *>PyBytes_AS_STRING(data)
-    span.length = PyBytes_GET_SIZE(data)
-    return span
-
-
-cdef bint _readable(void *socket) noexcept nogil:
+cdef bint readable(void *socket) noexcept nogil:
+    """Whether something is there to be received; a socket that is no more says so too, as receiving tells."""
     cdef int events = 0
     cdef size_t length = sizeof(events)
     return zmq_getsockopt(socket, ZMQ_EVENTS, &events, &length) < 0 or events & ZMQ_POLLIN

@@ -3,7 +3,7 @@
 The data path uses the header itself (``_fastwire.pxd``). None means that the ordinary decoder has to look.
 """
 
-from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_AS_STRING, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 
 from engine.protocol._fastwire cimport (
@@ -18,17 +18,6 @@ from engine.protocol._fastwire cimport (
     kq_write_result,
 )
 from libc.stdint cimport uint8_t
-
-
-cdef kq_span span_of(bytes data):
-    cdef kq_span span
-    span.at = <const uint8_t *>PyBytes_AS_STRING(data)
-    span.length = PyBytes_GET_SIZE(data)
-    return span
-
-
-cdef bytes bytes_of(kq_span span):
-    return PyBytes_FromStringAndSize(<const char *>span.at, span.length)
 
 
 def read_operate(bytes message):

@@ -13,6 +13,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define KQ_MAX_MESSAGE 65536u
@@ -51,6 +52,23 @@ typedef struct {
     uint64_t service_us;
     int loaded;
 } kq_result;
+
+/* Where frames are written, one after the other. */
+typedef struct {
+    uint8_t *at;
+    size_t length;
+} kq_room;
+
+/* Have room for so many bytes; what was written is gone then. 0 if there is no memory. */
+static inline int kq_reserve(kq_room *room, size_t wanted) {
+    if (wanted <= room->length) return 1;
+    uint8_t *at = (uint8_t *)malloc(wanted);
+    if (at == NULL) return 0;
+    free(room->at);
+    room->at = at;
+    room->length = wanted;
+    return 1;
+}
 
 typedef struct {
     const uint8_t *at;
