@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 NODE: Final = (
-    ("policy, limits, cache (by the plan)", "nodes.handlers:Handlers.hurry"),
+    ("policy, limits, cache (by the plan)", "nodes.handlers:Handlers.begin_planned"),
     ("token", "nodes.token:Lane.encrypt"),
     ("audit: chain and write", "nodes.audit:AuditLog.write_use"),
-    ("counts", "nodes.handlers:Handlers.hurried"),
+    ("counts", "nodes.handlers:Handlers.end_planned"),
     ("the ordinary way", "nodes.handlers:Handlers.handle"),
     ("loop", "nodes.workers:Mailbox.run"),
     ("loop", "engine.client.connections:Connections.look"),

@@ -58,7 +58,7 @@ class Plan:
 class FastPath:
     """The receiving end of a ROUTER socket, for the thread that owns it."""
 
-    deaf: bool
+    paused: bool
     """Whether requests are left where they are."""
     served: int
     """Requests that were served by a plan."""

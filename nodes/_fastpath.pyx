@@ -133,7 +133,7 @@ cdef class FastPath:
     cdef kq_spinner _spinner
     cdef bint _busy  # whether the last wait brought a request: who is idle does not spin
     cdef int _descriptor
-    cdef public bint deaf
+    cdef public bint paused
     cdef readonly uint64_t served
 
     def __cinit__(self, socket, monitor, *descriptors):
@@ -199,9 +199,9 @@ cdef class FastPath:
         cdef pollfd *sources = self._sources
         with nogil:
             begun_s = now_s = kq_now_s()
-            requests = not self.deaf and readable(self._socket)
+            requests = not self.paused and readable(self._socket)
             events = readable(self._monitor)
-            while spin_s and not requests and not self.deaf and timeout_ms:
+            while spin_s and not requests and not self.paused and timeout_ms:
                 sched_yield()
                 requests = readable(self._socket)
                 before_s, now_s = now_s, kq_now_s()
@@ -210,11 +210,11 @@ cdef class FastPath:
             rested = not requests and not events
             for i in range(self._count):
                 sources[i].revents = 0
-            sources[0].fd = -1 if self.deaf else self._descriptor
+            sources[0].fd = -1 if self.paused else self._descriptor
             if poll(sources, self._count, timeout_ms if rested else 0) < 0:
                 for i in range(self._count):
                     sources[i].revents = 0
-            requests = not self.deaf and (requests or readable(self._socket))
+            requests = not self.paused and (requests or readable(self._socket))
             events = events or readable(self._monitor)
             if requests:
                 now_s = kq_now_s() - begun_s
@@ -320,7 +320,7 @@ cdef class FastPath:
         cdef int sent
         handlers = self._handlers
         try:
-            connection = handlers.hurry(plan, fd, size, started_s)
+            connection = handlers.begin_planned(plan, fd, size, started_s)
         except Exception as error:
             handlers.plan_broke(error)
             return False
@@ -335,9 +335,9 @@ cdef class FastPath:
         try:
             answer = plan.use(data, associated, proof)
             result.service_us = <uint64_t>((kq_now_s() - begun_s) * 1e6) or 1
-            result.queue = handlers.hurried(plan, result.service_us, <long>((kq_now_s() - started_s) * 1e6))
+            result.queue = handlers.end_planned(plan, result.service_us, <long>((kq_now_s() - started_s) * 1e6))
         except Exception as error:
-            handlers.hurried_badly(plan, _content(route), request.id, connection, started_s, error)
+            handlers.fail_planned(plan, _content(route), request.id, connection, started_s, error)
             return True
         result.id, result.loaded = request.id, True
         result.data = span_of(answer)

@@ -203,7 +203,7 @@ class AuditLog:
         """Append the request and the reply of a use that went well, in one write; the number of the second record."""
         with self._lock:
             first, second, last = lines.chained(self._seq + 1, self._hash, self._now_ms(), request, elapsed_us)
-            self._put([first + b"\n", second + b"\n"], last, self._signing.name)
+            self._put([first + b"\n", second + b"\n"], last)
             self._unheaded += 2
             return self._seq
 
@@ -253,17 +253,17 @@ class AuditLog:
 
     def _append(self, record: Record) -> int:
         line = chained_line(self._seq + 1, self._hash, record)
-        self._put([line + b"\n"], line_hash(line), record.node)
+        self._put([line + b"\n"], line_hash(line))
         if record.event in KEPT:
             self._keep(record)
         elif record.event != chain.HEAD:
             self._unheaded += 1
         return self._seq
 
-    def _put(self, lines: list[bytes], last_hash: bytes, node: str) -> None:
+    def _put(self, lines: list[bytes], last_hash: bytes) -> None:
         """Write lines that are chained to what there is, the hash of the last of them being ``last_hash``."""
         if self._problem:
-            raise AuditUnavailable(f"{node}: the audit log can't be written: {self._problem}")
+            raise self._unavailable()
         segment = self._segment
         data = lines[0] if len(lines) == 1 else b"".join(lines)
         try:
@@ -274,7 +274,7 @@ class AuditLog:
                 raise OSError(errno.ENOSPC, f"the disk took {written} of {len(data)} bytes: it is full, or at a quota")
         except OSError as error:
             self._broke(error)
-            raise AuditUnavailable(f"{node}: the audit log can't be written: {self._problem}") from None
+            raise self._unavailable() from None
         segment.size += len(data)
         segment.unsynced += lines
         self._seq, self._hash = self._seq + len(lines), last_hash

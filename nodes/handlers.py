@@ -189,7 +189,6 @@ HEADS_TIMEOUT_S: Final = 1.0
 FAREWELL_S: Final = 0.3
 """What a node that stops gives the others to take in its last head."""
 MAX_ERROR_DETAIL: Final = 200
-MAX_PLAN_NAME: Final = 128
 STEPS: Final[dict[str, str]] = {
     **dict.fromkeys(OPERATIONS, "combiner.operate"),
     RequestType.GENERATE: "dealer.create",
@@ -436,7 +435,7 @@ class Handlers(FollowsCluster):
     def _plan(self, call: _Call, body: Operate, loaded: _Loaded, version: int) -> None:
         """Have such uses by this member served without being looked at anew, until something changes."""
         entry = call.entry
-        if self._fast is None or entry is None or self._audit_strict or body.grant or len(body.key) > MAX_PLAN_NAME:
+        if self._fast is None or entry is None or self._audit_strict or body.grant:
             return
         algo = entry.algorithm
         name = call.key if self._audit_name is None else self._audit_name(call.key)
@@ -462,7 +461,7 @@ class Handlers(FollowsCluster):
         )
         self._fast.remember(member.curve_z85, plan)
 
-    def hurry(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
+    def begin_planned(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
         """Begin a use by its plan: the connection it came by, or None where it has to be looked at in every respect."""
         if (
             plan.cluster is not self._source.cluster
@@ -471,7 +470,7 @@ class Handlers(FollowsCluster):
         ):
             return None
         connection = self._known(fd, plan.member)
-        if connection is None or not self._admission.begins(plan.member, now_s):
+        if connection is None or not self._admission.try_begin(plan.member, now_s):
             return None
         loaded = self._cache.use(plan.cached_as, now_s)
         if loaded is not plan.loaded or not loaded.key.lives:
@@ -481,7 +480,7 @@ class Handlers(FollowsCluster):
         self.number += 1
         return connection
 
-    def hurried(self, plan: Plan, service_us: int, elapsed_us: int) -> int:
+    def end_planned(self, plan: Plan, service_us: int, elapsed_us: int) -> int:
         """A use by its plan went well: record and count it. How many requests are under way; an error ends it badly."""
         if plan.cluster is not self._source.cluster:  # another thread took a newer one meanwhile
             self._check_plan(plan)
@@ -505,7 +504,7 @@ class Handlers(FollowsCluster):
         log.error("a plan could not be followed", kind=type(error).__name__, exc_info=error)
         self._forget_plans()
 
-    def hurried_badly(
+    def fail_planned(
         self, plan: Plan, route: bytes, request_id: int, connection: Connection, started_s: float, error: Exception
     ) -> None:
         """A use by its plan failed: record and answer that as that of any other."""

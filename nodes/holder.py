@@ -375,11 +375,11 @@ class ShareHolder(FollowsCluster):
         if destroy_orders.decode(read_unverified(item.document).payload).key_id != item.key_id:
             raise ManifestError(f"the destroy order in the registry's entry for {item.key_id.hex()} is for another key")
         if entry is None:
-            self._bury(record, item.document)
+            self._note_destroyed(record, item.document)
             return None
         return self.destroy(Destroy(item.document), booked=True)
 
-    def _bury(self, record: KeyRecord, order: bytes) -> None:
+    def _note_destroyed(self, record: KeyRecord, order: bytes) -> None:
         """Note the destruction of a key that this node does not know, if its share may still be on a slow way here."""
         try:
             open_create_order(record.manifest.order, self._cluster, self._now_ms())

@@ -277,7 +277,7 @@ class Server:
                 self._begin_stop()
             if ready & MAIL:
                 self._mailbox.run()
-            fast.deaf = bool(self._stopping_s)
+            fast.paused = bool(self._stopping_s)
 
     def _look(self) -> None:
         """Take a newer manifest that was put into its file; leave the endpoints that the one in force left out."""

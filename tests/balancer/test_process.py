@@ -558,19 +558,30 @@ def test_subscribers_that_go_keep_no_table_from_the_others(site: Site) -> None:
     context: zmq.Context[Any] = zmq.Context()
     gate = Gate(context, site.cluster)
     publisher = Publisher(context, site.who["balancer"].transport, site.balancer.publish_endpoint)
+
+    def comes(subscriber: zmq.Socket[bytes]) -> bool:
+        publisher.publish(b"table", site.cluster)
+        return bool(subscriber.poll(20) and subscriber.recv())
+
+    def subscribe(subscriber: zmq.Socket[bytes], *topics: bytes) -> None:
+        connect_options(subscriber, site.curve("alice"), site.balancer)
+        for topic in (b"table", *topics):
+            subscriber.subscribe(topic)
+        subscriber.connect(site.balancer.publish_endpoint)
+        until(lambda: comes(subscriber))
+
+    ends = publisher._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     try:
-        for _ in range(2):
+        with context.socket(zmq.SUB) as staying:
+            subscribe(staying)
             with context.socket(zmq.SUB) as leaving:
-                connect_options(leaving, site.curve("alice"), site.balancer)
-                for number in range(15):
-                    leaving.subscribe(b"%d" % number)
-                leaving.subscribe(b"table")
-                leaving.connect(site.balancer.publish_endpoint)
-                until(lambda: (publisher.publish(b"table", site.cluster), leaving.poll(20))[1])
+                subscribe(leaving, *(b"%d" % number for number in range(15)))
+            assert ends.poll(PATIENCE_S * 1000)
             for _ in range(20):
-                publisher.publish(b"table", site.cluster)
-                time.sleep(0.02)
+                until(lambda: comes(staying))
     finally:
+        publisher._socket.disable_monitor()
+        ends.close(0)
         publisher.close()
         gate.close()
         context.destroy(0)

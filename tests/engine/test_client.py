@@ -19,7 +19,7 @@ import engine
 from engine.client.client import ClientSettings, Engine
 from engine.client.config import create_identity, write_private, write_toml
 from engine.client.listener import Gate, Listener, curve_server
-from engine.client.transport import Channel, Direct, Directly
+from engine.client.transport import Channel, DirectResult, DirectUse
 from engine.errors import (
     AccessDenied,
     ConfigError,
@@ -262,10 +262,10 @@ class TestEngine:
     def test_a_loaded_key_is_used_by_the_shortest_way(
         self, nodes: Nodes, kq: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        ended: list[Directly] = []
+        ended: list[DirectResult] = []
         real = Channel.direct
 
-        def direct(channel: Channel, asked: Direct) -> Directly:
+        def direct(channel: Channel, asked: DirectUse) -> DirectResult:
             told = real(channel, asked)
             ended.append(replace(told))
             return told
@@ -295,7 +295,7 @@ class TestEngine:
         for _ in range(3):
             kq.encrypt("k", b"")
 
-        def interrupted(channel: Channel, asked: Direct) -> Directly:
+        def interrupted(channel: Channel, asked: DirectUse) -> DirectResult:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:

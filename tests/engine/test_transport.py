@@ -20,7 +20,7 @@ from engine.client.calls import Await, Exchange
 from engine.client.client import drive
 from engine.client.config import CurveIdentity, Identity, create_identity
 from engine.client.listener import IDLE, Gate, Incoming, Listener
-from engine.client.transport import Arrival, Channel, Direct, ask, connect_options, raise_for_status, watch
+from engine.client.transport import Arrival, Channel, DirectUse, ask, connect_options, raise_for_status, watch
 from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Flush, Flushed, Hello, Result, Welcome
@@ -443,7 +443,7 @@ def test_unread_events_never_stop_the_other_sockets(context: zmq.Context[Any], n
 
 # --- the shortest way ---
 
-MAC = Direct("n1", b"mac", b"orders", bytes(16), b"data", b"", b"", False, 5.0, 2.0)
+MAC = DirectUse("n1", b"mac", b"orders", bytes(16), b"data", b"", b"", False, 5.0, 2.0)
 
 
 def use(listener: Listener, incoming: Incoming) -> None:

@@ -68,6 +68,14 @@ class Open:
         return found, claims, check
 
 
+def in_four_threads(work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
 @pytest.fixture
 def opens(tmp_path: Path, world: Any) -> Iterator[Open]:
     made = Open(tmp_path / "audit", world)
@@ -122,11 +130,7 @@ def test_lines_of_many_threads_never_mix(opens: Open) -> None:
         for number in range(200):
             log.write(a_record(thread * 1000 + number, detail="x" * (number % 150)))
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_four_threads(write)
     log.close()
     found, _, _ = opens.check()
     assert not found
@@ -157,11 +161,7 @@ def test_the_uses_of_many_threads_are_two_lines_each_in_one_chain(opens: Open) -
             log.write_use(lines, thread * 1000 + number, number)
             log.write(a_record(thread * 1000 + 500 + number, verb="mac"))
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    in_four_threads(write)
     log.close()
     found, _, _ = opens.check()
     assert not found

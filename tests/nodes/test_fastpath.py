@@ -44,7 +44,7 @@ class Hands:
     def handle(self, incoming: Incoming) -> None:
         self.handled.append(incoming)
 
-    def hurry(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
+    def begin_planned(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
         if not self.willing:
             return None
         if self.fault is not None:
@@ -55,7 +55,7 @@ class Hands:
         self.connection.delivered += size
         return self.connection
 
-    def hurried(self, plan: Plan, service_us: int, elapsed_us: int) -> int:
+    def end_planned(self, plan: Plan, service_us: int, elapsed_us: int) -> int:
         assert elapsed_us >= service_us - 1 >= 0
         if self.refusal is not None:
             raise self.refusal
@@ -65,7 +65,7 @@ class Hands:
     def plan_broke(self, error: Exception) -> None:
         self.broke.append(error)
 
-    def hurried_badly(
+    def fail_planned(
         self, plan: Plan, route: bytes, number: int, connection: Connection, started_s: float, error: Exception
     ) -> None:
         self.failed.append((number, error))
@@ -288,11 +288,11 @@ def test_it_waits_for_requests_events_and_descriptors(place: Place) -> None:
     assert place.fast.wait(1_000) == 4
     place.fast.unwatch(place.bell)
     assert place.fast.wait(0) == 0
-    place.fast.deaf = True
+    place.fast.paused = True
     place.send(2)
-    time.sleep(0.2)
+    assert place.listener.socket.poll(10_000)  # it is there
     assert place.fast.wait(0) == 0
-    place.fast.deaf = False
+    place.fast.paused = False
     assert place.fast.wait(1_000) == REQUESTS
 
 

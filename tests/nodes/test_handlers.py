@@ -739,11 +739,11 @@ def planned(scene: Scene) -> Plan:
     return plan
 
 
-def hurry(scene: Scene, plan: Plan) -> Connection | None:
+def use_planned(scene: Scene, plan: Plan) -> Connection | None:
     """Begin a use by the plan, and end it where it began."""
-    connection = scene.handlers.hurry(plan, 7, 100, time.monotonic())
+    connection = scene.handlers.begin_planned(plan, 7, 100, time.monotonic())
     if connection is not None:
-        scene.handlers.hurried(plan, 5, 9)
+        scene.handlers.end_planned(plan, 5, 9)
     return connection
 
 
@@ -752,7 +752,7 @@ def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
     assert set(scene.plans) == {scene.world.cluster.members["alice"].curve_z85 + "encrypt"}
     before, number = dataclasses.replace(plan.count), scene.handlers.number
     hits = scene.handlers._cache.statistics().hits
-    assert hurry(scene, plan) is scene.connection
+    assert use_planned(scene, plan) is scene.connection
     assert scene.handlers.number == number + 1
     assert scene.audit.uses == [(plan.lines, number + 1, 9)]
     assert plan.count == dataclasses.replace(before, requests=before.requests + 1, busy_us=before.busy_us + 5)
@@ -780,7 +780,7 @@ def test_a_plan_is_not_followed_once_anything_changed(scene: Scene, spoil: Calla
     uses = scene.handlers._cache.statistics().hits
     try:
         spoil(scene)
-        assert hurry(scene, plan) is None
+        assert use_planned(scene, plan) is None
         assert scene.handlers.pending in (under_way, ServiceLimits().requests)
         assert scene.handlers._cache.statistics().hits <= uses + 1
     finally:
@@ -790,7 +790,7 @@ def test_a_plan_is_not_followed_once_anything_changed(scene: Scene, spoil: Calla
 def test_a_plan_spends_the_keys_uses(world: Any, lane: Lane, store: ShareStore) -> None:
     scene = Scene(world, lane, store, max_uses=4)
     plan = planned(scene)  # two of them
-    assert [hurry(scene, plan) is not None for _ in range(4)] == [True, True, False, False]
+    assert [use_planned(scene, plan) is not None for _ in range(4)] == [True, True, False, False]
     scene.handlers.close()
 
 
@@ -824,8 +824,8 @@ def test_a_use_with_a_grant_or_of_the_slow_lane_leaves_no_plan(scene: Scene, slo
 def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
     plan = planned(scene)
     count = len(scene.records)
-    assert scene.handlers.hurry(plan, 7, 100, time.monotonic()) is not None
-    scene.handlers.hurried_badly(plan, b"route", 99, scene.connection, time.monotonic(), InvalidTag("changed"))
+    assert scene.handlers.begin_planned(plan, 7, 100, time.monotonic()) is not None
+    scene.handlers.fail_planned(plan, b"route", 99, scene.connection, time.monotonic(), InvalidTag("changed"))
     assert scene.outcome(99) == "InvalidTag"
     assert [(each.event, each.member, each.outcome) for each in scene.records[count:]] == [
         ("request", "alice", ""),
@@ -837,7 +837,7 @@ def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
 def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) -> None:
     """Another thread may take a newer manifest while the token works: nobody is answered by the one of before."""
     plan, world = planned(scene), scene.world
-    assert scene.handlers.hurry(plan, 7, 100, time.monotonic()) is not None
+    assert scene.handlers.begin_planned(plan, 7, 100, time.monotonic()) is not None
     without = SimpleNamespace(
         by_curve={curve: each for curve, each in world.cluster.by_curve.items() if each.name != "alice"},
         members={name: each for name, each in world.cluster.members.items() if name != "alice"},
@@ -845,8 +845,8 @@ def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) ->
     )
     scene.handlers._source = SimpleNamespace(cluster=without)  # type: ignore[assignment]
     with pytest.raises(AccessDenied, match="'alice' is no member any more") as refused:
-        scene.handlers.hurried(plan, 5, 9)
-    scene.handlers.hurried_badly(plan, b"route", 99, scene.connection, time.monotonic(), refused.value)
+        scene.handlers.end_planned(plan, 5, 9)
+    scene.handlers.fail_planned(plan, b"route", 99, scene.connection, time.monotonic(), refused.value)
     assert scene.outcome(99) == "AccessDenied"
     assert not scene.audit.uses
     assert [each.outcome for each in scene.records[-2:]] == ["", "access-denied"]
@@ -855,10 +855,10 @@ def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) ->
 
 def test_a_use_that_cannot_be_recorded_is_not_counted_as_good(scene: Scene) -> None:
     plan = planned(scene)
-    assert scene.handlers.hurry(plan, 7, 100, time.monotonic()) is not None
+    assert scene.handlers.begin_planned(plan, 7, 100, time.monotonic()) is not None
     scene.audit.problem = "the disk is full"
     with pytest.raises(AuditUnavailable):
-        scene.handlers.hurried(plan, 5, 9)
-    scene.handlers.hurried_badly(plan, b"route", 98, scene.connection, time.monotonic(), AuditUnavailable("full"))
+        scene.handlers.end_planned(plan, 5, 9)
+    scene.handlers.fail_planned(plan, b"route", 98, scene.connection, time.monotonic(), AuditUnavailable("full"))
     assert scene.outcome(98) == "AuditUnavailable"
     assert scene.handlers.pending == 0

@@ -144,7 +144,7 @@ class Admission:
         if reason:
             self._refuse(member, reason)
 
-    def begins(self, member: str, now_s: float) -> bool:
+    def try_begin(self, member: str, now_s: float) -> bool:
         """As ``begin``, but only says no, for a request that then is given to ``begin``."""
         return not self._objection(member, now_s)
 

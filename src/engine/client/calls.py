@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from engine.client.transport import Direct, Directly, KeyRefused, Moved, raise_for_status
+from engine.client.transport import DirectResult, DirectUse, KeyRefused, Moved, raise_for_status
 from engine.errors import (
     AccessDenied,
     AuditUnavailable,
@@ -168,8 +168,8 @@ class Pause:
     seconds: float
 
 
-Step = Exchange | Await | Pause | Direct
-Call = Generator[Step, Reply | Ended | Directly | None, T]
+Step = Exchange | Await | Pause | DirectUse
+Call = Generator[Step, Reply | Ended | DirectResult | None, T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,7 +429,7 @@ class Calls:
 
     # --- uses of a key ---
 
-    # With ``direct`` the driver takes ``Direct`` steps.
+    # With ``direct`` the driver takes ``DirectUse`` steps.
 
     def encrypt(
         self, name: str, plaintext: bytes, associated_data: bytes, timeout_s: float, *, direct: bool = False
@@ -495,7 +495,7 @@ class Calls:
         deadline_s = self.clock() + timeout_s
         lost: dict[str, Exception] = {}
         if direct:
-            done = yield from self._directly(use, timeout_s, lost)
+            done = yield from self._try_direct(use, timeout_s, lost)
             if done is not None:
                 return done
         trail = _Trail(f"{use.verb} with {use.name[:128]!r}", self.clock, deadline_s, earlier=lost)
@@ -520,7 +520,7 @@ class Calls:
             yield pause
             refreshed = False  # by now the key may have changed again
 
-    def _directly(self, use: _Use, timeout_s: float, lost: dict[str, Exception]) -> Call[bytes | None]:
+    def _try_direct(self, use: _Use, timeout_s: float, lost: dict[str, Exception]) -> Call[bytes | None]:
         """Ask the best combiner that has the key loaded, by the shortest way; None if that brought no result.
 
         A node that was asked and did not answer is put into ``lost``.
@@ -535,7 +535,7 @@ class Calls:
         node, patience_s = found
         try:
             data, digested = _shape(use, known.algorithm)
-            ended = yield Direct(
+            ended = yield DirectUse(
                 node,
                 use.verb.encode(),
                 use.name.encode(),
@@ -550,7 +550,7 @@ class Calls:
         except BaseException:
             self.router.dropped(node)
             raise
-        if not isinstance(ended, Directly):
+        if not isinstance(ended, DirectResult):
             raise RuntimeError("a direct exchange must be answered as such")
         now_s = self.clock()
         if ended.data is not None and ended.load is not None:
@@ -1102,7 +1102,7 @@ class _Race:
             return None
         if isinstance(answer, Ended):
             return self._ended(answer.peer, answer.reply, answer.error)
-        if isinstance(answer, Directly):
+        if isinstance(answer, DirectResult):
             raise RuntimeError("an exchange must be answered with a reply")
         return self._ended(peer, answer, None)
 

@@ -45,7 +45,7 @@ from engine.client.calls import (
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.spreading import pull
-from engine.client.transport import Arrival, Channel, Direct, check_zmq_version, connect_options
+from engine.client.transport import Arrival, Channel, DirectUse, check_zmq_version, connect_options
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, ClusterSource, Member
 from engine.protocol.requests import Welcome
@@ -153,9 +153,9 @@ class _Flight:
         self.until_s = math.inf
         """The monotonic time at which the call's patience with the newest is over."""
 
-    def begin(self, step: Exchange | Await | Direct) -> None:
+    def begin(self, step: Exchange | Await | DirectUse) -> None:
         """Do what the call asks for; ``EngineError`` where an exchange can't begin."""
-        if isinstance(step, Direct):
+        if isinstance(step, DirectUse):
             raise RuntimeError("only the first step may be direct, and only where the driver was asked for it")
         self.newest, self.until_s = 0, math.inf
         if isinstance(step, Await):
@@ -197,7 +197,7 @@ def drive(channel: Channel, call: Call[T]) -> T:
     """Run one call to its end over a channel that has nothing else under way."""
     try:
         step = next(call)
-        if isinstance(step, Direct):
+        if isinstance(step, DirectUse):
             step = call.send(channel.direct(step))
     except StopIteration as stop:
         done: T = stop.value

@@ -46,8 +46,8 @@ from engine.protocol.wire import (
 __all__ = [
     "Arrival",
     "Channel",
-    "Direct",
-    "Directly",
+    "DirectResult",
+    "DirectUse",
     "Greeting",
     "KeyRefused",
     "Moved",
@@ -147,7 +147,7 @@ class Arrival:
 
 
 @dataclass(slots=True, repr=False)
-class Direct:
+class DirectUse:
     """Ask ``peer``, whose connection is up, by the shortest way: a use of a loaded key, without a grant.
 
     ``timeout_s`` is what the node is told, ``patience_s`` how long its answer is waited for.
@@ -166,7 +166,7 @@ class Direct:
 
 
 @dataclass(slots=True, repr=False)
-class Directly:
+class DirectResult:
     """How that ended: ``data`` with the snapshot that came with it, another ``reply``, or nothing.
 
     ``sent`` is False where it was not even sent, as the connection is not as it must be. Else no answer came in time,
@@ -368,9 +368,9 @@ class Channel:
                     raise arrival.error or DeadlineExceeded(f"{peer}: no reply")
                 return arrival.reply
 
-    def direct(self, asked: Direct) -> Directly:
+    def direct(self, asked: DirectUse) -> DirectResult:
         """Send one use of a key by the shortest way, and wait for its end; the channel must have nothing under way."""
-        ended = Directly()
+        ended = DirectResult()
         found = self._line_to(asked.peer)
         if found is None:
             return ended
@@ -395,7 +395,6 @@ class Channel:
                 break
             if code == NOT_SENT:
                 return ended
-            ended.sent = True
             if code == LATE:
                 break
             if code == OTHER:

@@ -223,30 +223,29 @@ class Router(FollowsCluster):
         nothing is under way there, a choice holds for ``CHOICE_S``.
         """
         with self._lock:
-            choice = self._choices.get((request_class, key_name))
-            if choice is not None and choice[1] > now_s:
-                node = choice[0]
-                state = self._nodes[node]
-                if (
-                    not (state.outstanding or state.down_for_s)
-                    and (key_name, node) in self._loaded
-                    and node in self._cluster.nodes
-                ):
-                    state.outstanding += 1
-                    return node, self._patience_s(state, request_class, False)
-            states = [self._nodes[name] for name in eligible]
-            if any(state.down_for_s and state.down_until_s <= now_s for state in states):
-                return None
-            order = self._rank(request_class, key_name, eligible, now_s)
-            if not order or (key_name, order[0]) not in self._loaded or self._nodes[order[0]].down_for_s:
-                return None
-            node = order[0]
-            if len(self._choices) >= MAX_CHOICES:
-                self._choices.clear()
-            self._choices[request_class, key_name] = node, now_s + CHOICE_S
+            node = self._standing_choice(request_class, key_name, now_s)
+            if not node:
+                states = [self._nodes[name] for name in eligible]
+                if any(state.down_for_s and state.down_until_s <= now_s for state in states):
+                    return None
+                order = self._rank(request_class, key_name, eligible, now_s)
+                if not order or (key_name, order[0]) not in self._loaded or self._nodes[order[0]].down_for_s:
+                    return None
+                node = order[0]
+                if len(self._choices) >= MAX_CHOICES:
+                    self._choices.clear()
+                self._choices[request_class, key_name] = node, now_s + CHOICE_S
             state = self._nodes[node]
             state.outstanding += 1
             return node, self._patience_s(state, request_class, False)
+
+    def _standing_choice(self, request_class: str, key_name: str, now_s: float) -> str:
+        """The node that was chosen a moment ago, if nothing speaks against it now."""
+        node, until_s = self._choices.get((request_class, key_name), ("", 0.0))
+        if until_s <= now_s or node not in self._cluster.nodes or (key_name, node) not in self._loaded:
+            return ""
+        state = self._nodes[node]
+        return "" if state.outstanding or state.down_for_s else node
 
     def answered_direct(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
