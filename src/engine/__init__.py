@@ -1,11 +1,14 @@
-"""Keyquorum: cryptographic keys as t-of-n Shamir shares over a cluster of PKCS#11 tokens. Everything public is here."""
+"""Keyquorum: cryptographic keys as t-of-n Shamir shares over a cluster of PKCS#11 tokens. Everything public is here.
 
-from engine import aio
+What needs the client is imported when it is first asked for (PEP 562): nodes and balancers import this package too.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from engine._version import __version__
-from engine.client.calls import Destroyed, KeyInfo, KeySummary, MemberStatus
-from engine.client.client import ClientSettings, Engine, TableStats, connect, load_settings
-from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
-from engine.client.local import LocalCluster
 from engine.errors import (
     AccessDenied,
     AuditUnavailable,
@@ -31,9 +34,16 @@ from engine.errors import (
     UnsupportedAlgorithm,
 )
 from engine.keys import ALGORITHMS, Algorithm, RequestType
-from engine.protocol.manifest import PolicyRule
-from engine.protocol.requests import classify_request
-from engine.sharing import Share, distribute_shares, generate_shares, reconstruct_key
+
+if TYPE_CHECKING:
+    from engine import aio
+    from engine.client.calls import Destroyed, KeyInfo, KeySummary, MemberStatus
+    from engine.client.client import ClientSettings, Engine, TableStats, connect, load_settings
+    from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
+    from engine.client.local import LocalCluster
+    from engine.protocol.manifest import PolicyRule
+    from engine.protocol.requests import classify_request
+    from engine.sharing import Share, distribute_shares, generate_shares, reconstruct_key
 
 __all__ = [
     "ALGORITHMS",
@@ -84,3 +94,28 @@ __all__ = [
     "sign_stream",
     "verify_stream",
 ]
+
+_HOMES = {
+    "engine.client.calls": ("Destroyed", "KeyInfo", "KeySummary", "MemberStatus"),
+    "engine.client.client": ("ClientSettings", "Engine", "TableStats", "connect", "load_settings"),
+    "engine.client.files": ("decrypt_stream", "encrypt_stream", "sign_stream", "verify_stream"),
+    "engine.client.local": ("LocalCluster",),
+    "engine.protocol.manifest": ("PolicyRule",),
+    "engine.protocol.requests": ("classify_request",),
+    "engine.sharing": ("Share", "distribute_shares", "generate_shares", "reconstruct_key"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "aio":
+        return import_module("engine.aio")
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
