@@ -8,7 +8,8 @@ meanwhile, as the interpreter's lock is given away. The variants with ``out`` wr
 have room and lie apart from the inputs (else ValueError), and return how many bytes the result has.
 """
 
-from typing import Final, NoReturn, final
+from collections.abc import Callable
+from typing import Any, Final, NoReturn, Protocol, final
 
 from typing_extensions import Buffer
 
@@ -120,6 +121,52 @@ class Session:
 
     def random(self, length: int, /) -> bytes:
         """C_GenerateRandom."""
+
+class Watch(Protocol):
+    """What knows of renewals of the token."""
+
+    def patience_s(self) -> float: ...
+
+@final
+class Guard:
+    """Who makes calls of the module under it, as a context manager, does so alone.
+
+    ``TokenError`` if it is not to be had within the watch's ``patience_s()``, or is ``closed``, which says why.
+    """
+
+    closed: str
+    def __new__(cls, watch: Watch, /) -> Guard: ...
+    @property
+    def since_s(self) -> float:
+        """Since when a call goes on (monotonic seconds); 0 if none does. From any thread."""
+
+    def acquire(self, timeout_s: float) -> bool:
+        """Have it, without a call; whether that came about in time."""
+
+    def release(self) -> None:
+        """Give back what ``acquire`` got."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+@final
+class Use:
+    """One kind of use of one loaded key; see ``nodes.token.Lane.use``, which alone makes them."""
+
+    def __new__(
+        cls,
+        lane: Any,
+        loaded: Any,
+        guard: Guard,
+        session: Session,
+        verb: str,
+        header: bytes,
+        hashed: Callable[[bytes], Any] | None,
+        unlike: str,
+        /,
+    ) -> Use: ...
+    def __call__(self, data: Buffer, associated_data: Buffer = b"", proof: Buffer = b"", /) -> bytes:
+        """The result in fresh bytes."""
 
 def ecdsa_to_der(raw: Buffer, /) -> bytes:
     """r || s (each up to 48 bytes) as an Ecdsa-Sig-Value."""

@@ -10,6 +10,14 @@ lock, on memory that was there before. What held a plaintext that nobody asked t
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.pythread cimport (
+    NOWAIT_LOCK,
+    PyThread_acquire_lock,
+    PyThread_allocate_lock,
+    PyThread_free_lock,
+    PyThread_release_lock,
+    PyThread_type_lock,
+)
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport free, malloc
@@ -17,9 +25,13 @@ from libc.string cimport memcmp, memcpy
 
 import os
 
-from engine.errors import InvalidTag
+from engine.errors import InvalidSignature, InvalidTag, TokenError
 from engine.sharing import SecretBuffer
 
+
+cdef extern from "pythread.h" nogil:
+    const int PY_LOCK_ACQUIRED
+    int PyThread_acquire_lock_timed(PyThread_type_lock lock, long long wait_us, int interruptible) noexcept
 
 cdef extern from "string.h" nogil:
     void explicit_bzero(void *start, size_t length) noexcept
@@ -46,6 +58,7 @@ cdef extern from "sys/mman.h" nogil:
     int madvise(void *place, size_t length, int advice) noexcept
 
 cdef extern from "time.h" nogil:
+    const int CLOCK_MONOTONIC
     const int CLOCK_REALTIME
     struct timespec:
         long tv_sec
@@ -622,6 +635,9 @@ cdef class Key:
     @property
     def result_max(self):
         """Length of the longest signature, of a MAC, or of an RSA block."""
+        return self.longest()
+
+    cdef size_t longest(self) noexcept:
         return 2 + 2 * (3 + self.result_bytes // 2) if self.kind == ECDSA else self.result_bytes
 
 
@@ -935,57 +951,63 @@ cdef class Session:
     cdef object _encrypt(self, Key key, object plaintext, object associated_data, object header, object out):
         cdef buffers given
         cdef bytes made = None
-        cdef const uint8_t *plain
-        cdef const uint8_t *before
-        cdef const uint8_t *associated
+        cdef span plain, associated, before
         cdef uint8_t *sink
-        cdef size_t length = 0, associated_length = 0, before_length = 0, taken = 0, skipped, needed, room_length = 0
-        cdef ulong code
-        cdef ck_mechanism *mechanism = &key.mechanism
-        cdef ulong handle = key.private
-        cdef const char *function = b"C_EncryptInit"
+        cdef size_t needed, room_length = 0
         given.count = 0
         self._enter()
         try:
-            plain = _read(&given, plaintext, "plaintext", &length)
-            associated = _read(&given, associated_data, "associated data", &associated_length)
-            before = _read(&given, header, "header", &before_length)
-            if key.kind == GCM:
-                skipped = before_length + NONCE_BYTES
-                needed = skipped + length + TAG_BYTES
-            elif key.kind != OAEP:
-                raise ValueError(f"{key.algorithm} does not encrypt")
-            elif associated_length or before_length:
-                raise ValueError(f"{key.algorithm} takes no associated data and no header")
-            else:
-                skipped, needed, handle = 0, key.result_bytes, key.public
+            plain.start = _read(&given, plaintext, "plaintext", &plain.length)
+            associated.start = _read(&given, associated_data, "associated data", &associated.length)
+            before.start = _read(&given, header, "header", &before.length)
+            needed = self._encrypted_bytes(key, &plain, &associated, &before)
             if out is None:
                 made = PyBytes_FromStringAndSize(NULL, needed)
                 sink = <uint8_t *>PyBytes_AS_STRING(made)
             else:
                 sink = _write(&given, out, needed, &room_length)
-            if key.kind == GCM:
-                self._associate(before, before_length, associated, associated_length)
-                memcpy(sink, before, before_length)
-                mechanism = &self.gcm_mechanism
-                self.gcm.iv = sink + before_length
-            with nogil:
-                if skipped and self._nonce(sink + before_length) != 0:
-                    code, function = <ulong>RANDOM_FAILED, b"getrandom"
-                else:
-                    code = self.functions.encrypt_init(self.handle, mechanism, handle)
-                    if code == CKR_OK:
-                        function = b"C_Encrypt"
-                        code = self._transform(self.functions.encrypt, plain, length, sink + skipped,
-                                               needed - skipped, &taken)
-                        if code == CKR_OK and taken != needed - skipped:
-                            code = <ulong>WRONG_LENGTH
-            if code != CKR_OK:
-                _failed(function, code, taken, needed - skipped)
+            self._encrypt_at(key, &plain, &associated, &before, sink, needed)
         finally:
             _release(&given)
             self.busy = False
         return needed if made is None else made
+
+    cdef size_t _encrypted_bytes(self, Key key, const span *plain, const span *associated,
+                                 const span *before) except 0:
+        """How long the result is."""
+        if key.kind == GCM:
+            return before.length + NONCE_BYTES + plain.length + TAG_BYTES
+        if key.kind != OAEP:
+            raise ValueError(f"{key.algorithm} does not encrypt")
+        if associated.length or before.length:
+            raise ValueError(f"{key.algorithm} takes no associated data and no header")
+        return key.result_bytes
+
+    cdef int _encrypt_at(self, Key key, const span *plain, const span *associated, const span *before, uint8_t *sink,
+                         size_t needed) except -1:
+        cdef size_t skipped = 0, taken = 0
+        cdef ulong code, handle = key.public
+        cdef ck_mechanism *mechanism = &key.mechanism
+        cdef const char *function = b"C_EncryptInit"
+        if key.kind == GCM:
+            self._associate(before.start, before.length, associated.start, associated.length)
+            memcpy(sink, before.start, before.length)
+            mechanism, handle, skipped = &self.gcm_mechanism, key.private, before.length + NONCE_BYTES
+            self.gcm.iv = sink + before.length
+        with nogil:
+            if skipped and self._nonce(sink + before.length) != 0:
+                code, function = <ulong>RANDOM_FAILED, b"getrandom"
+            else:
+                code = self.functions.encrypt_init(self.handle, mechanism, handle)
+                if code == CKR_OK:
+                    function = b"C_Encrypt"
+                    code = self._transform(self.functions.encrypt, plain.start, plain.length, sink + skipped,
+                                           needed - skipped, &taken)
+                    if code == CKR_OK and taken != needed - skipped:
+                        code = <ulong>WRONG_LENGTH
+        if code != CKR_OK:
+            _failed(function, code, taken, needed - skipped)
+        return 0
 
     def decrypt(self, Key key not None, ciphertext, associated_data=b"", header=b"", /):
         """The plaintext of AES-GCM or RSA-OAEP in fresh bytes."""
@@ -999,71 +1021,77 @@ cdef class Session:
 
     cdef object _decrypt(self, Key key, object ciphertext, object associated_data, object header, object out):
         cdef buffers given
-        cdef const uint8_t *sealed
-        cdef const uint8_t *before
-        cdef const uint8_t *associated
+        cdef span sealed, associated, before
         cdef uint8_t *sink = NULL
         cdef uint8_t *used
-        cdef size_t length = 0, associated_length = 0, before_length = 0, taken = 0, wanted, room_length = 0
-        cdef ulong code
-        cdef ck_mechanism *mechanism = &key.mechanism
-        cdef const char *function = b"C_DecryptInit"
+        cdef size_t taken, wanted, room_length = 0
         given.count = 0
         self._enter()
         try:
-            sealed = _read(&given, ciphertext, "ciphertext", &length)
-            associated = _read(&given, associated_data, "associated data", &associated_length)
-            before = _read(&given, header, "header", &before_length)
-            if key.kind == GCM:
-                if length < before_length + NONCE_BYTES + TAG_BYTES:
-                    raise InvalidTag(f"a ciphertext of {length} bytes is too short")
-                if memcmp(sealed, before, before_length) != 0:
-                    raise InvalidTag("the ciphertext does not begin with its header")
-                self._associate(before, before_length, associated, associated_length)
-                mechanism = &self.gcm_mechanism
-                self.gcm.iv = sealed + before_length
-                sealed += before_length + NONCE_BYTES
-                length -= before_length + NONCE_BYTES
-                wanted = length  # SoftHSM asks for as much room as there is ciphertext with its tag
-            elif key.kind != OAEP:
-                raise ValueError(f"{key.algorithm} does not decrypt")
-            elif associated_length or before_length:
-                raise ValueError(f"{key.algorithm} takes no associated data and no header")
-            else:
-                wanted = key.result_bytes
+            sealed.start = _read(&given, ciphertext, "ciphertext", &sealed.length)
+            associated.start = _read(&given, associated_data, "associated data", &associated.length)
+            before.start = _read(&given, header, "header", &before.length)
+            wanted = self._opening(key, &sealed, &associated, &before)
             if out is not None:
-                sink = _write(&given, out, length - TAG_BYTES if key.kind == GCM else 0, &room_length)
+                sink = _write(&given, out, sealed.length - TAG_BYTES if key.kind == GCM else 0, &room_length)
             if room_length >= wanted:
                 used = sink
             elif _grow(&self.work, wanted) != 0:
                 raise MemoryError(f"no memory for {wanted} bytes of plaintext")
             else:
                 used = self.work.start
-            with nogil:
-                code = self.functions.decrypt_init(self.handle, mechanism, key.private)
-                if code == CKR_OK:
-                    function = b"C_Decrypt"
-                    code = self._transform(self.functions.decrypt, sealed, length, used, wanted, &taken)
-                    if code == CKR_OK and key.kind == GCM and taken != length - TAG_BYTES:
-                        code = <ulong>WRONG_LENGTH
+            taken = self._decrypt_at(key, &sealed, used, wanted)
+            if used == sink:
+                return taken
             try:
-                if code != CKR_OK:
-                    _failed(function, code, taken, length - TAG_BYTES if key.kind == GCM else wanted)
                 if out is None:
                     return PyBytes_FromStringAndSize(<char *>used, taken)
-                if used != sink:
-                    if taken > room_length:
-                        raise ValueError(f"the output has room for {room_length} bytes, {taken} are needed")
-                    memcpy(sink, used, taken)
+                if taken > room_length:
+                    raise ValueError(f"the output has room for {room_length} bytes, {taken} are needed")
+                memcpy(sink, used, taken)
                 return taken
             finally:
-                if used != sink or code != CKR_OK:
-                    explicit_bzero(used, wanted)
-                else:
-                    explicit_bzero(used + taken, wanted - taken)
+                explicit_bzero(used, taken)
         finally:
             _release(&given)
             self.busy = False
+
+    cdef size_t _opening(self, Key key, span *sealed, const span *associated, const span *before) except 0:
+        """Go to what is deciphered: how much room that takes. SoftHSM asks for as much as there is ciphertext with tag."""
+        if key.kind == GCM:
+            if sealed.length < before.length + NONCE_BYTES + TAG_BYTES:
+                raise InvalidTag(f"a ciphertext of {sealed.length} bytes is too short")
+            if memcmp(sealed.start, before.start, before.length) != 0:
+                raise InvalidTag("the ciphertext does not begin with its header")
+            self._associate(before.start, before.length, associated.start, associated.length)
+            self.gcm.iv = sealed.start + before.length
+            sealed.start += before.length + NONCE_BYTES
+            sealed.length -= before.length + NONCE_BYTES
+            return sealed.length
+        if key.kind != OAEP:
+            raise ValueError(f"{key.algorithm} does not decrypt")
+        if associated.length or before.length:
+            raise ValueError(f"{key.algorithm} takes no associated data and no header")
+        return key.result_bytes
+
+    cdef size_t _decrypt_at(self, Key key, const span *sealed, uint8_t *used, size_t wanted) except <size_t>-1:
+        """Decipher into memory of ``wanted`` bytes; how many of them are plaintext. The others are overwritten."""
+        cdef size_t taken = 0
+        cdef ulong code
+        cdef ck_mechanism *mechanism = &self.gcm_mechanism if key.kind == GCM else &key.mechanism
+        cdef const char *function = b"C_DecryptInit"
+        with nogil:
+            code = self.functions.decrypt_init(self.handle, mechanism, key.private)
+            if code == CKR_OK:
+                function = b"C_Decrypt"
+                code = self._transform(self.functions.decrypt, sealed.start, sealed.length, used, wanted, &taken)
+                if code == CKR_OK and key.kind == GCM and taken != sealed.length - TAG_BYTES:
+                    code = <ulong>WRONG_LENGTH
+        if code != CKR_OK:
+            explicit_bzero(used, wanted)
+            _failed(function, code, taken, sealed.length - TAG_BYTES if key.kind == GCM else wanted)
+        explicit_bzero(used + taken, wanted - taken)
+        return taken
 
     def sign(self, Key key not None, data, /):
         """A signature or MAC in fresh bytes."""
@@ -1075,102 +1103,109 @@ cdef class Session:
             raise TypeError("the output must be a writable buffer, not None")
         return self._sign(key, data, out)
 
-    cdef const uint8_t *_to_sign(self, Key key, buffers *given, object data, uint8_t *room, size_t *length) except NULL:
-        """What the token signs for this data."""
-        cdef const uint8_t *found
+    cdef int _to_sign(self, Key key, span *message, uint8_t *room) except -1:
+        """What the token signs for this message."""
         if key.kind == GCM or key.kind == OAEP:
             raise ValueError(f"{key.algorithm} does not sign")
-        found = _read(given, data, "data to sign", length)
-        if key.signed_bytes and length[0] != key.signed_bytes:
-            raise ValueError(f"{key.algorithm} signs a digest of {key.signed_bytes} bytes, not of {length[0]}")
+        if key.signed_bytes and message.length != key.signed_bytes:
+            raise ValueError(f"{key.algorithm} signs a digest of {key.signed_bytes} bytes, not of {message.length}")
         if key.kind == PKCS1:
             memcpy(room, _SHA256_DIGEST_INFO, DIGEST_INFO_BYTES)
-            memcpy(room + DIGEST_INFO_BYTES, found, length[0])
-            length[0] += DIGEST_INFO_BYTES
-            return room
-        return found
+            memcpy(room + DIGEST_INFO_BYTES, message.start, message.length)
+            message.start = room
+            message.length += DIGEST_INFO_BYTES
+        return 0
 
     cdef object _sign(self, Key key, object data, object out):
         cdef buffers given
         cdef bytes made = None
-        cdef const uint8_t *message
-        cdef uint8_t *sink
-        cdef uint8_t *signature
-        cdef uint8_t[2 * HALF_MAX] raw
+        cdef span message
         cdef uint8_t[DER_MAX] der
-        cdef uint8_t[DIGEST_INFO_BYTES + 32] prefixed
-        cdef size_t length = 0, taken = 0, needed = key.result_bytes, room_length = 0
-        cdef ulong code
-        cdef const char *function = b"C_SignInit"
-        cdef bint is_ecdsa = key.kind == ECDSA
+        cdef uint8_t *sink
+        cdef size_t taken, room_length = 0
         given.count = 0
         self._enter()
         try:
-            message = self._to_sign(key, &given, data, prefixed, &length)
+            message.start = _read(&given, data, "data to sign", &message.length)
             if out is not None:
                 sink = _write(&given, out, key.result_max, &room_length)
-            elif is_ecdsa:
+            elif key.kind == ECDSA:
                 sink = der
             else:
-                made = PyBytes_FromStringAndSize(NULL, needed)
+                made = PyBytes_FromStringAndSize(NULL, key.result_bytes)
                 sink = <uint8_t *>PyBytes_AS_STRING(made)
-            signature = sink
-            if is_ecdsa:
-                signature = raw
-            with nogil:
-                code = self.functions.sign_init(self.handle, &key.mechanism, key.private)
-                if code == CKR_OK:
-                    function = b"C_Sign"
-                    code = self._transform(self.functions.sign, message, length, signature, needed, &taken)
-                    if code == CKR_OK and taken != needed:
-                        code = <ulong>WRONG_LENGTH
-                    if code == CKR_OK and is_ecdsa:
-                        taken = _put_signature(sink, raw, needed // 2)
-            if code != CKR_OK:
-                _failed(function, code, taken, needed)
+            taken = self._sign_at(key, &message, sink)
             if out is not None:
                 return taken
-            return PyBytes_FromStringAndSize(<char *>der, taken) if is_ecdsa else made
+            return PyBytes_FromStringAndSize(<char *>der, taken) if made is None else made
         finally:
             _release(&given)
             self.busy = False
 
+    cdef size_t _sign_at(self, Key key, span *message, uint8_t *sink) except 0:
+        """Sign into memory of ``key.result_max`` bytes; how many of them the signature has."""
+        cdef uint8_t[2 * HALF_MAX] raw
+        cdef uint8_t[DIGEST_INFO_BYTES + 32] prefixed
+        cdef bint is_ecdsa = key.kind == ECDSA
+        cdef uint8_t *signature = sink
+        cdef size_t taken = 0, needed = key.result_bytes
+        cdef ulong code
+        cdef const char *function = b"C_SignInit"
+        if is_ecdsa:
+            signature = raw
+        self._to_sign(key, message, prefixed)
+        with nogil:
+            code = self.functions.sign_init(self.handle, &key.mechanism, key.private)
+            if code == CKR_OK:
+                function = b"C_Sign"
+                code = self._transform(self.functions.sign, message.start, message.length, signature, needed, &taken)
+                if code == CKR_OK and taken != needed:
+                    code = <ulong>WRONG_LENGTH
+                if code == CKR_OK and is_ecdsa:
+                    taken = _put_signature(sink, raw, needed // 2)
+        if code != CKR_OK:
+            _failed(function, code, taken, needed)
+        return taken
+
     def verify(self, Key key not None, data, signature, /):
         """Whether a signature or MAC belongs to the data."""
         cdef buffers given
-        cdef const uint8_t *message
-        cdef const uint8_t *proof
-        cdef uint8_t[2 * HALF_MAX] raw
-        cdef uint8_t[DIGEST_INFO_BYTES + 32] prefixed
-        cdef size_t length = 0, proof_length = 0
-        cdef ulong code
-        cdef bint begun = False
+        cdef span message, proof
         given.count = 0
         self._enter()
         try:
-            message = self._to_sign(key, &given, data, prefixed, &length)
-            proof = _read(&given, signature, "the signature", &proof_length)
-            if key.kind == ECDSA:
-                if not _get_signature(proof, proof_length, raw, key.result_bytes // 2):
-                    return False
-                proof, proof_length = raw, key.result_bytes
-            elif proof_length != key.result_bytes:
-                return False
-            if key.kind == HMAC:
-                return self._verify_mac(key, message, length, proof)
-            with nogil:
-                code = self.functions.verify_init(self.handle, &key.mechanism, key.public)
-                if code == CKR_OK:
-                    begun = True
-                    code = self.functions.verify(self.handle, message, length, proof, proof_length)
-            if code == CKR_OK:
-                return True
-            if begun and (code == CKR_SIGNATURE_INVALID or code == CKR_SIGNATURE_LEN_RANGE):
-                return False
-            _failed(b"C_Verify" if begun else b"C_VerifyInit", code)
+            message.start = _read(&given, data, "data to sign", &message.length)
+            proof.start = _read(&given, signature, "the signature", &proof.length)
+            return self._verify_at(key, &message, &proof)
         finally:
             _release(&given)
             self.busy = False
+
+    cdef bint _verify_at(self, Key key, span *message, const span *given) except -1:
+        cdef uint8_t[2 * HALF_MAX] raw
+        cdef uint8_t[DIGEST_INFO_BYTES + 32] prefixed
+        cdef span proof = given[0]
+        cdef ulong code
+        cdef bint begun = False
+        self._to_sign(key, message, prefixed)
+        if key.kind == ECDSA:
+            if not _get_signature(proof.start, proof.length, raw, key.result_bytes // 2):
+                return False
+            proof.start, proof.length = raw, key.result_bytes
+        elif proof.length != key.result_bytes:
+            return False
+        if key.kind == HMAC:
+            return self._verify_mac(key, message.start, message.length, proof.start)
+        with nogil:
+            code = self.functions.verify_init(self.handle, &key.mechanism, key.public)
+            if code == CKR_OK:
+                begun = True
+                code = self.functions.verify(self.handle, message.start, message.length, proof.start, proof.length)
+        if code == CKR_OK:
+            return True
+        if begun and (code == CKR_SIGNATURE_INVALID or code == CKR_SIGNATURE_LEN_RANGE):
+            return False
+        return _failed(b"C_Verify" if begun else b"C_VerifyInit", code)
 
     cdef bint _verify_mac(self, Key key, const uint8_t *message, size_t length, const uint8_t *proof) except -1:
         """By C_Sign and a comparison whose time says nothing: a token's own may stop early, and NSS's answers an error."""
@@ -1213,3 +1248,164 @@ cdef class Session:
         if code != CKR_OK:
             _failed(b"C_GenerateRandom", code)
         return made
+
+
+# --- who may call, and uses of one key ---------------------------------------------------------------------------------
+
+
+cdef double _now_s() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec + now.tv_nsec * 1e-9
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Guard:
+    """Who makes calls of the token's module under it does so alone; see _fasttoken.pyi."""
+
+    cdef PyThread_type_lock _lock
+    cdef object _watch
+    cdef readonly double since_s
+    cdef public str closed
+
+    def __cinit__(self, watch, /):
+        self._lock = PyThread_allocate_lock()
+        if self._lock == NULL:
+            raise MemoryError("no lock")
+        self._watch = watch
+        self.closed = ""
+
+    def __dealloc__(self):
+        if self._lock != NULL:
+            PyThread_free_lock(self._lock)
+
+    def acquire(self, double timeout_s):
+        """Have it, without a call; whether that came about in time."""
+        cdef long long wait_us = <long long>(timeout_s * 1e6) if timeout_s > 0 else 0
+        cdef bint got
+        with nogil:
+            got = PyThread_acquire_lock_timed(self._lock, wait_us, 0) == PY_LOCK_ACQUIRED
+        return got
+
+    def release(self):
+        """Give back what ``acquire`` got."""
+        PyThread_release_lock(self._lock)
+
+    cdef int enter(self) except -1:
+        if not PyThread_acquire_lock(self._lock, NOWAIT_LOCK) and not self.acquire(self._watch.patience_s()):
+            raise TokenError("the token is being opened anew")
+        if self.closed:
+            PyThread_release_lock(self._lock)
+            raise TokenError(self.closed)
+        self.since_s = _now_s()
+        return 0
+
+    cdef void leave(self) noexcept:
+        self.since_s = 0
+        PyThread_release_lock(self._lock)
+
+    def __enter__(self):
+        self.enter()
+
+    def __exit__(self, *_):
+        self.leave()
+
+
+cdef enum deed:
+    ENCRYPTS
+    DECRYPTS
+    SIGNS
+    VERIFIES
+
+
+cdef dict _DEEDS = {"encrypt": ENCRYPTS, "decrypt": DECRYPTS, "sign": SIGNS, "mac": SIGNS, "verify": VERIFIES,
+                    "verify-mac": VERIFIES}
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Use:
+    """One kind of use of one loaded key; see _fasttoken.pyi."""
+
+    def __cinit__(self, lane, loaded, Guard guard not None, Session session not None, str verb not None,
+                  bytes header not None, hashed, str unlike not None, /):
+        self.lane, self.loaded, self.guard, self.session = lane, loaded, guard, session
+        self.key = <Key?>loaded.handles
+        self.does = _DEEDS[verb]
+        self.header, self.hashed, self.unlike = header, hashed, unlike
+        self.before.start, self.before.length = <const uint8_t *>PyBytes_AS_STRING(header), len(header)
+
+    def __call__(self, data, associated_data=b"", proof=b"", /):
+        """The result in fresh bytes."""
+        cdef buffers given
+        cdef span message, associated, about
+        cdef bytes made
+        cdef size_t length
+        given.count = 0
+        try:
+            message.start = _read(&given, data, "data", &message.length)
+            associated.start = _read(&given, associated_data, "associated data", &associated.length)
+            about.start = _read(&given, proof, "proof", &about.length)
+            made = PyBytes_FromStringAndSize(NULL, self.most(message.length))
+            length = self.into(message, associated, about, <uint8_t *>PyBytes_AS_STRING(made))
+            return made[:length]
+        finally:
+            _release(&given)
+
+    cdef size_t most(self, size_t length) noexcept:
+        """Bytes that the result of so much data may have, and those that the token writes on the way to it."""
+        cdef Key key = <Key>self.key
+        if key.kind != GCM:
+            return key.longest()
+        return self.before.length + NONCE_BYTES + length + TAG_BYTES
+
+    cdef size_t into(self, span data, span associated, span proof, uint8_t *out) except <size_t>-1:
+        """Do it, into memory of ``most`` bytes; the length of the result."""
+        cdef Session session = <Session>self.session
+        cdef Key key = <Key>self.key
+        cdef Guard guard = <Guard>self.guard
+        cdef object digest
+        cdef bint good = True
+        cdef size_t length = 0
+        cdef span sealed = data
+        if self.hashed is not None:
+            digest = self.hashed(PyBytes_FromStringAndSize(<const char *>data.start, data.length)).digest()
+            data.start, data.length = <const uint8_t *>PyBytes_AS_STRING(digest), len(digest)
+        guard.enter()
+        try:
+            self.lane.check(self.loaded)
+            session._enter()
+            try:
+                if self.does == ENCRYPTS:
+                    length = session._encrypted_bytes(key, &data, &associated, &self.before)
+                    session._encrypt_at(key, &data, &associated, &self.before, out, length)
+                elif self.does == DECRYPTS:
+                    if data.length >= self.before.length and memcmp(data.start, self.before.start, self.before.length):
+                        raise InvalidTag(self.unlike)
+                    length = session._decrypt_at(key, &sealed, out, session._opening(key, &sealed, &associated,
+                                                                                     &self.before))
+                elif self.does == SIGNS:
+                    length = session._sign_at(key, &data, out)
+                else:
+                    good = session._verify_at(key, &data, &proof)
+            finally:
+                session.busy = False
+        except CallError as error:
+            length = self._failed(error, &data, &associated, out)
+        finally:
+            guard.leave()
+        if not good:
+            raise InvalidSignature("the signature or MAC does not belong to the message")
+        return length
+
+    cdef size_t _failed(self, error, const span *data, const span *associated, uint8_t *out) except <size_t>-1:
+        """The lane knows what a failed call says of the token; a ciphertext may have a second try."""
+        cdef bytes made
+        if self.does != DECRYPTS:
+            self.lane.failed(error)
+        made = self.lane.decrypt_after(
+            error, self.loaded, PyBytes_FromStringAndSize(<const char *>data.start, data.length),
+            PyBytes_FromStringAndSize(<const char *>associated.start, associated.length), self.header)
+        memcpy(out, PyBytes_AS_STRING(made), len(made))
+        return len(made)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from typing import Final
 
-from engine.errors import InvalidTag
 from engine.keys import Algorithm, KeyKind, RequestType
 from engine.protocol.requests import Operate
 from engine.protocol.wire import MAX_DATA
+from nodes._fasttoken import Use
 from nodes.token import Lane, LoadedKey
 
-__all__ = ["HEADER_BYTES", "Use", "bound", "check_operation", "operate"]
-
-Use = Callable[[bytes, bytes, bytes], bytes]
-"""A use of a key, with data, associated data and proof."""
+__all__ = ["HEADER_BYTES", "bound", "check_operation", "operate"]
 
 MAGIC: Final = b"KQ\x01"
 HEADER_BYTES: Final = len(MAGIC) + 4
@@ -45,34 +41,16 @@ def operate(lane: Lane, key: LoadedKey, verb: str, body: Operate, version: int) 
 
 
 def bound(lane: Lane, key: LoadedKey, verb: str, version: int, *, digested: bool) -> Use:
-    """What does such uses of a key; its result is empty where the answer is yes."""
+    """What does such uses of a key: with data, associated data and proof. Its result is empty where the answer is yes."""
     algo = key.algorithm
-    header = _header(algo, version)
-    if verb == RequestType.ENCRYPT:
-        return lambda data, associated_data, proof: lane.encrypt(key, data, associated_data, header)
-    if verb == RequestType.DECRYPT:
-
-        def decrypt(data: bytes, associated_data: bytes, proof: bytes) -> bytes:
-            if data[: len(header)] != header:
-                raise InvalidTag(f"the ciphertext does not begin with the header of format 1 and key version {version}")
-            return lane.decrypt(key, data, associated_data, header)
-
-        return decrypt
-    if verb == RequestType.MAC:
-        return lambda data, associated_data, proof: lane.mac(key, data)
-
-    def shaped(data: bytes) -> bytes:
-        return hashlib.new(algo.hash_name, data).digest() if algo.prehashed and not digested else data
-
-    if verb == RequestType.SIGN:
-        return lambda data, associated_data, proof: lane.sign(key, shaped(data))
-    check = lane.verify_mac if verb == RequestType.VERIFY_MAC else lane.verify
-
-    def verify(data: bytes, associated_data: bytes, proof: bytes) -> bytes:
-        check(key, data if verb == RequestType.VERIFY_MAC else shaped(data), proof)
-        return b""
-
-    return verify
+    hashes = verb in (RequestType.SIGN, RequestType.VERIFY) and algo.prehashed and not digested
+    return lane.use(
+        key,
+        verb,
+        _header(algo, version),
+        getattr(hashlib, algo.hash_name) if hashes else None,
+        f"the ciphertext does not begin with the header of format 1 and key version {version}",
+    )
 
 
 def _header(algo: Algorithm, version: int) -> bytes:

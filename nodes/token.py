@@ -38,7 +38,7 @@ from engine.client.config import sync_folder, write_private
 from engine.errors import ConfigError, EngineError, InvalidSignature, InvalidTag, NeedGrant, TokenError
 from engine.keys import ALGORITHMS, Algorithm, KeyKind, RequestType, generate_material, public_key_der
 from engine.sharing import SecretBuffer
-from nodes._fasttoken import CallError, Key, Module, Session
+from nodes._fasttoken import CallError, Guard, Key, Module, Session, Use
 from nodes.config import PinSource, TokenConfig
 from nodes.health import Kind, TokenFault, classify
 
@@ -293,43 +293,23 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass(slots=True, eq=False)
-class _Guard:
-    """Who makes calls of the token's module under it does so alone, and ``since_s`` says since when (0: no call)."""
-
-    watch: CallWatch
-    since_s: float = 0.0
-    closed: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __enter__(self) -> None:
-        if not self.lock.acquire(blocking=False):
-            patience_s = max(0.0, self.watch.renewal_s + RENEWAL_PATIENCE_S - time.monotonic())
-            if not self.lock.acquire(timeout=patience_s):
-                raise TokenError("the token is being opened anew")
-        if self.closed:
-            self.lock.release()
-            raise TokenError(self.closed)
-        self.since_s = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.since_s = 0.0
-        self.lock.release()
-
-
 class CallWatch:
     """Since when calls of the token are in progress, over all threads: what a supervisor needs to notice a hang."""
 
     def __init__(self) -> None:
-        self._guards: list[_Guard] = []
+        self._guards: list[Guard] = []
         self.renewal_s = 0.0
         """When the last renewal began."""
 
-    def guard(self) -> _Guard:
+    def guard(self) -> Guard:
         """A guard whose calls are watched."""
-        made = _Guard(self)
+        made = Guard(self)
         self._guards.append(made)
         return made
+
+    def patience_s(self) -> float:
+        """How long a call may wait for others of its lane, that is for a renewal."""
+        return max(0.0, self.renewal_s + RENEWAL_PATIENCE_S - time.monotonic())
 
     def oldest_s(self) -> float:
         """When the oldest call in progress began (monotonic); 0 if there is none. From any thread."""
@@ -366,7 +346,7 @@ class Lane:
     to ``report``, with the generation in which it failed.
     """
 
-    def __init__(self, session: Any, module: Module, guard: _Guard | None = None, generation: int = 1) -> None:
+    def __init__(self, session: Any, module: Module, guard: Guard | None = None, generation: int = 1) -> None:
         self._module = module
         self._guard = guard or CallWatch().guard()
         self.report: Callable[[TokenFault, int], None] = _no_report
@@ -395,11 +375,6 @@ class Lane:
         if fault.kind is not Kind.OTHER:
             self.report(fault, self.generation)
         return fault
-
-    def _check(self, key: LoadedKey) -> None:
-        """Under the guard: a handle of before the renewal may be another key's by now."""
-        if key.lane is not self or key.generation != self.generation:
-            raise NeedGrant("the key left the token, which was opened anew; a grant is needed to gather it again")
 
     # --- the KEK ---
 
@@ -529,48 +504,67 @@ class Lane:
 
     # --- operations ---
 
+    def use(
+        self,
+        key: LoadedKey,
+        verb: str,
+        header: bytes = b"",
+        hashed: Callable[[bytes], Any] | None = None,
+        unlike: str = "the ciphertext does not begin with its header",
+    ) -> Use:
+        """What does such uses of a key: called with data, associated data and proof, it gives the result.
+
+        AES-GCM encrypts to header || nonce || ciphertext || tag, the header authenticated too; RSA-OAEP knows none.
+        ``InvalidTag`` (for another header with the text ``unlike``) if anything of that was changed. ECDSA signatures
+        are DER (RFC 3279, 2.2.3). ``InvalidSignature`` unless a signature, or a full-length MAC (HMAC, RFC 2104),
+        belongs to the data; a good one gives the empty result. ``hashed`` (of hashlib) hashes the data first.
+        """
+        return Use(self, key, self._guard, self._fast, verb, header, hashed, unlike)
+
+    def check(self, key: LoadedKey) -> None:
+        """Under the guard: a handle of before the renewal may be another key's by now."""
+        if key.lane is not self or key.generation != self.generation:
+            raise NeedGrant("the key left the token, which was opened anew; a grant is needed to gather it again")
+
+    def failed(self, error: CallError) -> None:
+        """Under the guard: raise what a use that failed comes to, after it was reported."""
+        raise self._fault(_FAILED, error) from None
+
+    def decrypt_after(
+        self, error: CallError, key: LoadedKey, ciphertext: bytes, associated_data: bytes, header: bytes
+    ) -> bytes:
+        """Under the guard: the plaintext after all, or what the failure of a first try comes to."""
+        failures = [error]
+
+        def decrypt() -> bytes:
+            if failures:
+                raise failures.pop()
+            return self._fast.decrypt(key.handles, ciphertext, associated_data, header)
+
+        return self._decrypted(
+            decrypt,
+            lambda: self._comes_back(key.handles, _FAILED, "a loaded key"),
+            _FAILED,
+            "the ciphertext, its associated data or its key does not fit",
+        )
+
     def encrypt(self, key: LoadedKey, plaintext: bytes, associated_data: bytes, header: bytes = b"") -> bytes:
-        """AES-GCM: header || nonce || ciphertext || tag, the header authenticated too. RSA-OAEP: without both."""
-        with self._guard:
-            self._check(key)
-            try:
-                return self._fast.encrypt(key.handles, plaintext, associated_data, header)
-            except CallError as error:
-                raise self._fault(_FAILED, error) from None
+        """One ``use``."""
+        return self.use(key, "encrypt", header)(plaintext, associated_data)
 
     def decrypt(self, key: LoadedKey, ciphertext: bytes, associated_data: bytes, header: bytes = b"") -> bytes:
-        """The plaintext; ``InvalidTag`` if anything was changed."""
-        with self._guard:
-            self._check(key)
-            return self._decrypted(
-                lambda: self._fast.decrypt(key.handles, ciphertext, associated_data, header),
-                lambda: self._comes_back(key.handles, _FAILED, "a loaded key"),
-                _FAILED,
-                "the ciphertext, its associated data or its key does not fit",
-            )
+        """One ``use``."""
+        return self.use(key, "decrypt", header)(ciphertext, associated_data)
 
     def sign(self, key: LoadedKey, data: bytes) -> bytes:
-        """Sign a digest (or, for Ed25519, a message); ECDSA signatures come as DER (RFC 3279, 2.2.3)."""
-        with self._guard:
-            self._check(key)
-            try:
-                return self._fast.sign(key.handles, data)
-            except CallError as error:
-                raise self._fault(_FAILED, error) from None
+        """One ``use``."""
+        return self.use(key, "sign")(data)
 
     def verify(self, key: LoadedKey, data: bytes, signature: bytes) -> None:
-        """``InvalidSignature`` unless the signature (or full-length MAC) belongs to the digest (or message)."""
-        with self._guard:
-            self._check(key)
-            try:
-                good = self._fast.verify(key.handles, data, signature)
-            except CallError as error:
-                raise self._fault("the token failed a verification", error) from None
-        if not good:
-            raise InvalidSignature("the signature or MAC does not belong to the message")
+        """One ``use``."""
+        self.use(key, "verify")(data, b"", signature)
 
     mac = sign
-    """HMAC (RFC 2104) of the data."""
     verify_mac = verify
 
 
@@ -612,7 +606,7 @@ class Token:
         self.report: Callable[[TokenFault, int], None] = _no_report
         self.generation = 1
         self._lanes: list[Lane] = []
-        self._guards: list[_Guard] = []
+        self._guards: list[Guard] = []
         self._renewing = self.watch.guard()
         with self._renewing:
             library, self._module = _load(config, data)
@@ -707,13 +701,13 @@ class Token:
         end_s = self.watch.renewal_s + QUIET_WAIT_S
         try:
             for guard in self._guards:
-                if not guard.lock.acquire(timeout=max(0.0, end_s - time.monotonic())):
+                if not guard.acquire(end_s - time.monotonic()):
                     raise TokenBusy(f"a call of the token has not ended within {QUIET_WAIT_S:g} s")
                 held.append(guard)
             yield
         finally:
             for guard in held:
-                guard.lock.release()
+                guard.release()
 
     def _probe(self, lane: Lane) -> Mapping[str, str]:
         """Algorithm -> what the token lacks for it, found by doing, with throw-away keys."""

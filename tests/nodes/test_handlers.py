@@ -524,7 +524,7 @@ def test_an_unforeseen_error_is_told_without_details_and_recorded(
     monkeypatch.setattr("nodes.handlers.log", SimpleNamespace(error=lambda *_, **__: None))
     scene.encrypt()
     scene.talkers.run()
-    monkeypatch.setattr(Lane, "encrypt", fail)
+    monkeypatch.setattr(Lane, "use", fail)
     number = scene.encrypt(grant=False)
     assert scene.outcome(number) == "RuntimeError"  # the listener makes "internal error" of it
     last = scene.records[-1]
