@@ -35,28 +35,29 @@ fasttoken = Extension(
 )
 
 
-def on_the_wire(name: str, source: str) -> Extension:
-    """An extension that reads and writes frames by ``fastwire.h``."""
+def native(name: str, source: str, *headers: str) -> Extension:
+    """An extension of one source, with headers of ``engine.protocol``."""
     return Extension(
         name,
         sources=[source],
-        depends=["src/engine/protocol/fastwire.h"],
+        depends=[f"src/engine/protocol/{each}" for each in headers],
         include_dirs=["src/engine/protocol"],
         extra_compile_args=COMPILE,
         extra_link_args=LINK,
     )
 
 
-fastwire = on_the_wire("engine.protocol._fastwire", "src/engine/protocol/_fastwire.pyx")
-fastline = on_the_wire("engine.client._fastline", "src/engine/client/_fastline.pyx")
-fastpath = on_the_wire("nodes._fastpath", "nodes/_fastpath.pyx")
+fastwire = native("engine.protocol._fastwire", "src/engine/protocol/_fastwire.pyx", "fastwire.h")
+fastlines = native("engine.protocol._fastlines", "src/engine/protocol/_fastlines.pyx")
+fastline = native("engine.client._fastline", "src/engine/client/_fastline.pyx", "fastwire.h")
+fastpath = native("nodes._fastpath", "nodes/_fastpath.pyx", "fastwire.h")
 
 # Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
 DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
     ext_modules=cythonize(
-        [fastshamir, fasttoken, fastwire, fastline, fastpath],
+        [fastshamir, fasttoken, fastlines, fastwire, fastline, fastpath],
         include_path=["src"],
         build_dir="build/cython",
         compiler_directives=DIRECTIVES,

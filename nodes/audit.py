@@ -82,10 +82,10 @@ class _Segment:
     durable: int
     unsynced: list[bytes] = field(default_factory=list)
 
-    def noted_durable(self, size: int, lines: int) -> None:
-        """The first ``lines`` that waited are on the disk now."""
+    def noted_durable(self, size: int, writes: int) -> None:
+        """The first ``writes`` that waited are on the disk now."""
         self.durable = size
-        del self.unsynced[:lines]
+        del self.unsynced[:writes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +202,8 @@ class AuditLog:
     def write_use(self, lines: UseLines, request: int, elapsed_us: int) -> int:
         """Append the request and the reply of a use that went well, in one write; the number of the second record."""
         with self._lock:
-            first, second, last = lines.chained(self._seq + 1, self._hash, self._now_ms(), request, elapsed_us)
-            self._put([first + b"\n", second + b"\n"], last)
+            data, last = lines.chained(self._seq + 1, self._hash, self._now_ms(), request, elapsed_us)
+            self._put(data, 2, last)
             self._unheaded += 2
             return self._seq
 
@@ -253,19 +253,18 @@ class AuditLog:
 
     def _append(self, record: Record) -> int:
         line = chained_line(self._seq + 1, self._hash, record)
-        self._put([line + b"\n"], line_hash(line))
+        self._put(line + b"\n", 1, line_hash(line))
         if record.event in KEPT:
             self._keep(record)
         elif record.event != chain.HEAD:
             self._unheaded += 1
         return self._seq
 
-    def _put(self, lines: list[bytes], last_hash: bytes) -> None:
+    def _put(self, data: bytes, lines: int, last_hash: bytes) -> None:
         """Write lines that are chained to what there is, the hash of the last of them being ``last_hash``."""
         if self._problem:
             raise self._unavailable()
         segment = self._segment
-        data = lines[0] if len(lines) == 1 else b"".join(lines)
         try:
             if segment.size - segment.durable > UNSYNCED_MAX_BYTES:
                 raise OSError(errno.EIO, f"the disk has not synced {segment.size - segment.durable} bytes")
@@ -276,8 +275,8 @@ class AuditLog:
             self._broke(error)
             raise self._unavailable() from None
         segment.size += len(data)
-        segment.unsynced += lines
-        self._seq, self._hash = self._seq + len(lines), last_hash
+        segment.unsynced.append(data)
+        self._seq, self._hash = self._seq + lines, last_hash
         if not self._dirty.is_set():
             self._dirty.set()
 
@@ -349,7 +348,7 @@ class AuditLog:
         """Bring what was written to the disk, and tell who waits for it."""
         with self._lock:
             reached, segment = (self._seq, self._hash), self._segment
-            size, lines = segment.size, len(segment.unsynced)
+            size, writes = segment.size, len(segment.unsynced)
         try:
             if segment.durable < size:
                 self._sync_file(segment.descriptor)
@@ -359,7 +358,7 @@ class AuditLog:
             self._fail_waiters()
             return False
         with self._lock:
-            segment.noted_durable(size, lines)
+            segment.noted_durable(size, writes)
             self._durable = reached
             ready = [then for seq, then in self._waiters if seq <= reached[0]]
             self._waiters = [each for each in self._waiters if each[0] > reached[0]]

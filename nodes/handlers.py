@@ -457,7 +457,7 @@ class Handlers(FollowsCluster):
             associated=algo.kind is KeyKind.AES,
             proves=call.verb in (RequestType.VERIFY, RequestType.VERIFY_MAC),
             most=MAX_DATA if call.verb != RequestType.DECRYPT else MAX_MESSAGE,
-            lines=chain.UseLines(node=self._node, boot=self._boot_text, member=member.name, verb=call.verb, key=name),
+            lines=chain.use_lines(node=self._node, boot=self._boot_text, member=member.name, verb=call.verb, key=name),
         )
         self._fast.remember(member.curve_z85, plan)
 

@@ -26,10 +26,10 @@ from engine.protocol.audit import (
     Claim,
     Finding,
     Record,
-    UseLines,
     chained_line,
     line_hash,
     open_head,
+    use_lines,
 )
 from nodes.audit import AuditLog, segment_paths
 
@@ -141,9 +141,11 @@ def test_lines_of_many_threads_never_mix(opens: Open) -> None:
 @pytest.mark.parametrize("elapsed_us", [0, 1, 123_456])
 @pytest.mark.parametrize("key", ["orders", 'a"b\\c', "schl\u00fcssel \u20ac"])
 def test_the_lines_of_a_use_are_those_of_its_two_records(key: str, elapsed_us: int) -> None:
-    """``UseLines`` has to write byte by byte what the records would be, for the next chain check and every reader."""
-    lines = UseLines(node="n1", boot="00ff", member="alice", verb="sign", key=key)
-    first, second, last = lines.chained(41, bytes(range(32)), 1_700_000_000_000, 7, elapsed_us)
+    """``use_lines`` have to write byte by byte what the records would be, for the next chain check and every reader."""
+    lines = use_lines(node="n1", boot="00ff", member="alice", verb="sign", key=key)
+    both, last = lines.chained(41, bytes(range(32)), 1_700_000_000_000, 7, elapsed_us)
+    first, second, rest = both.split(b"\n")
+    assert rest == b""
     told = {"time_ms": 1_700_000_000_000, "node": "n1", "boot": "00ff", "request": 7}
     of = {"member": "alice", "verb": "sign", "key": key}
     assert first == chained_line(41, bytes(range(32)), Record(event="request", **told, **of))  # type: ignore[arg-type]
@@ -154,7 +156,7 @@ def test_the_lines_of_a_use_are_those_of_its_two_records(key: str, elapsed_us: i
 
 def test_the_uses_of_many_threads_are_two_lines_each_in_one_chain(opens: Open) -> None:
     log = opens()
-    lines = UseLines(node="node1", boot="boot", member="alice", verb="sign", key="orders")
+    lines = use_lines(node="node1", boot="boot", member="alice", verb="sign", key="orders")
 
     def write(thread: int) -> None:
         for number in range(100):

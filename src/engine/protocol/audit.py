@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from engine.errors import ManifestError, ProtocolError
+from engine.protocol._fastlines import UseLines
 from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
 from engine.protocol.wire import Codec, Digest, Name, UInt
 
@@ -32,6 +33,7 @@ __all__ = [
     "line_hash",
     "open_head",
     "sign_head",
+    "use_lines",
 ]
 
 MAX_HEAD: Final = 1024
@@ -94,33 +96,15 @@ def chained_line(seq: int, previous: bytes, record: Record) -> bytes:
     return b'{"seq":%d,"prev":"%b",%b' % (seq, previous.hex().encode(), _encode_record(record)[1:])
 
 
-class UseLines:
-    """The two lines of a use of a key that goes well, with all in them that is the same at each use of its kind."""
-
-    __slots__ = ("_event", "_outcome", "_source")
-
-    def __init__(self, *, node: str, boot: str, member: str, verb: str, key: str) -> None:
-        text = msgspec.json.encode
-        of = b'"member":%b,"verb":%b,"key":%b' % (text(member), text(verb), text(key))
-        self._source = b'"node":%b,"boot":%b,"request":' % (text(node), text(boot))
-        self._event = b',"event":%b,%b}' % (text(REQUEST), of)
-        self._outcome = b',"event":%b,%b,"outcome":"ok"' % (text(REPLY), of)
-
-    def chained(
-        self, seq: int, previous: bytes, time_ms: int, request: int, elapsed_us: int
-    ) -> tuple[bytes, bytes, bytes]:
-        """The lines ``seq`` and the next, as ``chained_line`` makes them, and the hash of the second."""
-        since = b'"time_ms":%d,%b%d' % (time_ms, self._source, request)
-        first = b'{"seq":%d,"prev":"%b",%b%b' % (seq, previous.hex().encode(), since, self._event)
-        elapsed = b',"elapsed_us":%d}' % elapsed_us if elapsed_us else b"}"
-        second = b'{"seq":%d,"prev":"%b",%b%b%b' % (
-            seq + 1,
-            hashlib.sha256(first).hexdigest().encode(),
-            since,
-            self._outcome,
-            elapsed,
-        )
-        return first, second, hashlib.sha256(second).digest()
+def use_lines(*, node: str, boot: str, member: str, verb: str, key: str) -> UseLines:
+    """What writes the records of such uses of a key that go well, as ``chained_line`` would."""
+    text = msgspec.json.encode
+    of = b'"member":%b,"verb":%b,"key":%b' % (text(member), text(verb), text(key))
+    return UseLines(
+        source=b'"node":%b,"boot":%b,"request":' % (text(node), text(boot)),
+        event=b',"event":%b,%b}' % (text(REQUEST), of),
+        outcome=b',"event":%b,%b,"outcome":"ok"' % (text(REPLY), of),
+    )
 
 
 def read_link(line: bytes) -> tuple[int, bytes] | None:

@@ -1,0 +1,88 @@
+"""The two audit records of a use of a key, written without an object in between; see _fastlines.pyi."""
+
+import hashlib
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.buffer cimport PyBUF_READ
+from cpython.memoryview cimport PyMemoryView_FromMemory
+from libc.stdint cimport uint64_t
+from libc.string cimport memcpy
+
+cimport cython
+
+cdef enum:
+    DIGEST = 32
+    NUMBERS = 20  # digits of the longest number
+
+cdef const char *_HEX = b"0123456789abcdef"
+cdef object _sha256 = hashlib.sha256
+
+
+cdef inline char *_put(char *at, bytes text) noexcept:
+    memcpy(at, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+    return at + PyBytes_GET_SIZE(text)
+
+
+cdef inline char *_put_number(char *at, uint64_t number) noexcept:
+    cdef char[NUMBERS] digits
+    cdef int count = 0
+    while number or not count:
+        digits[NUMBERS - 1 - count] = 48 + number % 10
+        number //= 10
+        count += 1
+    memcpy(at, &digits[NUMBERS - count], count)
+    return at + count
+
+
+cdef inline char *_put_hex(char *at, bytes digest) noexcept:
+    cdef const unsigned char *source = <const unsigned char *>PyBytes_AS_STRING(digest)
+    cdef int i
+    for i in range(DIGEST):
+        at[2 * i] = _HEX[source[i] >> 4]
+        at[2 * i + 1] = _HEX[source[i] & 15]
+    return at + 2 * DIGEST
+
+
+cdef bytes _hash(char *start, char *end):
+    return _sha256(PyMemoryView_FromMemory(start, end - start, PyBUF_READ)).digest()
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class UseLines:
+    """The lines of one member's uses of one key with one verb; see _fastlines.pyi."""
+
+    cdef bytes _source
+    cdef bytes _event
+    cdef bytes _outcome
+    cdef size_t _most
+
+    def __cinit__(self, *, bytes source not None, bytes event not None, bytes outcome not None):
+        self._source, self._event, self._outcome = source, event, outcome
+        self._most = 2 * (len(source) + 2 * DIGEST + 4 * NUMBERS + 80) + len(event) + len(outcome)
+
+    def chained(self, uint64_t seq, bytes previous not None, uint64_t time_ms, uint64_t request, uint64_t elapsed_us):
+        """Both lines with their newlines, and the hash of the second; see _fastlines.pyi."""
+        cdef bytes room = PyBytes_FromStringAndSize(NULL, self._most)
+        cdef char *start = PyBytes_AS_STRING(room)
+        cdef char *second
+        cdef char *at
+        if PyBytes_GET_SIZE(previous) != DIGEST:
+            raise ValueError(f"a hash of {len(previous)} bytes")
+        at = _put(self._begin(start, seq, previous, time_ms, request), self._event)
+        previous = _hash(start, at)
+        at[0] = c"\n"
+        second = at + 1
+        at = _put(self._begin(second, seq + 1, previous, time_ms, request), self._outcome)
+        if elapsed_us:
+            at = _put_number(_put(at, b',"elapsed_us":'), elapsed_us)
+        at[0] = c"}"
+        previous = _hash(second, at + 1)
+        at[1] = c"\n"
+        return room[:at + 2 - start], previous
+
+    cdef char *_begin(self, char *at, uint64_t seq, bytes previous, uint64_t time_ms, uint64_t request) noexcept:
+        at = _put_number(_put(at, b'{"seq":'), seq)
+        at = _put(_put_hex(_put(at, b',"prev":"'), previous), b'","time_ms":')
+        at = _put(_put(_put_number(at, time_ms), b","), self._source)
+        return _put_number(at, request)
