@@ -18,7 +18,7 @@ EVENTS: Final[int]
 class Plan:
     """How one member's uses of one key with one verb are served.
 
-    ``use`` is called with data, associated data and proof; ``lines`` are its audit records (``AuditLog.write_use``).
+    ``use`` is a ``Use`` of the token, or anything that is called so; ``lines`` are its records (``AuditLog.write_use``).
     """
 
     member: str
@@ -77,6 +77,9 @@ class FastPath:
     def forget(self) -> None:
         """Something changed: every plan has to be made anew."""
 
+    def settle(self) -> None:
+        """Tell what was done of the uses that were admitted in advance, and give back the rest."""
+
     @property
     def plans(self) -> int:
         """How many plans there are."""
@@ -93,8 +96,8 @@ class FastPath:
         """Wait for that descriptor no more."""
 
     def run(self, timeout_ms: int, limit: int) -> int:
-        """Wait and take in, up to so many messages at a time, until there is something else to do or the time is over;
-        what, as ``wait`` says."""
+        """Take in, up to so many messages at a time, and wait, until there is something else to do or the time is over;
+        what, as ``wait`` says. Events are noticed once those before them were read to the last."""
 
     def take_in(self, limit: int) -> int:
         """Take in at most so many messages, and serve or hand over each; how many there were."""

@@ -32,6 +32,7 @@ from engine.protocol._fastwire cimport (
     kq_read_operate,
     kq_reserve,
     kq_result,
+    kq_result_head,
     kq_room,
     kq_write_result,
     span_of,
@@ -39,6 +40,7 @@ from engine.protocol._fastwire cimport (
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy, strlen
+from nodes._fasttoken cimport Use, span
 
 cimport cython
 
@@ -53,6 +55,9 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
+
+cdef extern from "<string.h>" nogil:
+    void explicit_bzero(void *start, size_t length)
 
 
 cdef enum:
@@ -91,6 +96,16 @@ cdef class Plan:
     cdef bint proves
     cdef size_t most
     cdef readonly object lines
+    # The lease in force: uses that were admitted and taken from the cache in advance, and what is to be told of them.
+    cdef int leased
+    cdef int used
+    cdef int failed
+    cdef double until_s
+    cdef int fd
+    cdef object connection
+    cdef uint64_t busy_us
+    cdef uint64_t received
+    cdef uint64_t sent
 
     def __cinit__(self, *, str member, str verb, str name, cluster, entry, loaded, cached_as, count, int group,
                  str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines):
@@ -114,6 +129,23 @@ cdef class Plan:
             and (self.proves == (request.proof.length > 0))
         )
 
+    cdef object result(self, kq_operate *request, kq_room *room, size_t head, size_t *length):
+        """Do it: the result stands in the room behind its head, or it is given back where ``use`` is none in C."""
+        cdef Use use
+        cdef span data, associated, proof
+        if not isinstance(self.use, Use):
+            answer = self.use(bytes_of(request.data), bytes_of(request.associated_data), bytes_of(request.proof))
+            length[0] = PyBytes_GET_SIZE(answer)
+            return answer
+        use = <Use>self.use
+        data.start, data.length = request.data.at, request.data.length
+        associated.start, associated.length = request.associated_data.at, request.associated_data.length
+        proof.start, proof.length = request.proof.at, request.proof.length
+        if not kq_reserve(room, KQ_OVERHEAD + head + use.most(data.length)):
+            raise MemoryError
+        length[0] = use.into(data, associated, proof, room.at + head)
+        return None
+
 
 @cython.final
 @cython.auto_pickle(False)
@@ -129,6 +161,7 @@ cdef class FastPath:
     cdef object _send_again
     cdef object _handlers
     cdef dict _plans
+    cdef list _leases
     cdef kq_room _room
     cdef kq_spinner _spinner
     cdef bint _busy  # whether the last wait brought a request: who is idle does not spin
@@ -142,7 +175,7 @@ cdef class FastPath:
         self._keep = socket, monitor
         self._socket = <void *><size_t>socket.underlying
         self._monitor = <void *><size_t>monitor.underlying
-        self._plans = {}
+        self._plans, self._leases = {}, []
         for each in self._keep:
             length = sizeof(descriptor)
             if zmq_getsockopt(<void *><size_t>each.underlying, ZMQ_FD, &descriptor, &length) < 0:
@@ -169,12 +202,44 @@ cdef class FastPath:
     def remember(self, str user_id, Plan plan not None):
         """Serve such requests by the plan from now on."""
         if len(self._plans) >= 10_000:
-            self._plans.clear()
+            self.forget()
         self._plans[user_id.encode() + plan.verb.encode() + b"\0" + plan.name.encode()] = plan
 
     def forget(self):
         """Something changed: every plan has to be made anew."""
         self._plans.clear()
+        self.settle()
+
+    cpdef settle(self):
+        """Tell what was done by the plans' leases, and give back what is left of them."""
+        cdef Plan plan
+        while self._leases:
+            plan = self._leases.pop()
+            self._end_lease(plan)
+
+    cdef _end_lease(self, Plan plan):
+        cdef int leased = plan.leased, used = plan.used, failed = plan.failed
+        cdef uint64_t busy_us = plan.busy_us, received = plan.received, sent = plan.sent
+        connection, plan.connection = plan.connection, None
+        plan.leased = plan.used = plan.failed = 0
+        plan.busy_us = plan.received = plan.sent = 0
+        if leased:
+            self._handlers.settle_planned(plan, connection, leased, used, failed, busy_us, received, sent)
+
+    cdef bint _lease(self, Plan plan, int fd, double now_s) except -1:
+        """Have uses admitted, if there are none yet."""
+        if plan.leased:
+            if plan.used < plan.leased and now_s < plan.until_s and plan.fd == fd and plan.connection.open:
+                return True
+            self._end_lease(plan)
+            self._leases.remove(plan)
+        lease = self._handlers.lease_planned(plan, fd, now_s)
+        if lease is None:
+            return False
+        plan.connection, plan.leased, plan.until_s = lease
+        plan.fd = fd
+        self._leases.append(plan)
+        return True
 
     @property
     def plans(self):
@@ -190,41 +255,44 @@ cdef class FastPath:
         return self._wait(timeout_ms)
 
     cdef int _wait(self, int timeout_ms) except -1:
-        """Whether to spin before sleeping is decided by how soon after the last wait the next request came of late:
+        """libzmq is asked what is there, as its descriptors tell of changes alone."""
+        cdef int found
+        with nogil:
+            found = REQUESTS_ * (not self.paused and readable(self._socket)) | EVENTS_ * readable(self._monitor)
+        return found | self._rest(0 if found else timeout_ms)
+
+    cdef int _rest(self, int timeout_ms) except -1:
+        """Wait for descriptors alone, after all messages were taken in, and all events but those of the last moment.
+
+        Whether to spin before sleeping is decided by how soon after the last wait the next request came of late:
         spinning helps where a processor is free for it, and hurts where client and node share one.
         """
-        cdef bint events, requests, rested = False
-        cdef int i, found
-        cdef double begun_s, now_s, before_s, spin_s = kq_spin_s(&self._spinner) if self._busy else 0
+        cdef int i, count, found = 0
+        cdef double begun_s, now_s, before_s, spin_s = kq_spin_s(&self._spinner) if self._busy and timeout_ms else 0
         cdef pollfd *sources = self._sources
         with nogil:
+            sources[0].fd = -1 if self.paused else self._descriptor
             begun_s = now_s = kq_now_s()
-            requests = not self.paused and readable(self._socket)
-            events = readable(self._monitor)
-            while spin_s and not requests and not self.paused and timeout_ms:
+            while True:
+                count = poll(sources, self._count, 0 if spin_s else timeout_ms)
+                if count or not spin_s:
+                    break
                 sched_yield()
-                requests = readable(self._socket)
                 before_s, now_s = now_s, kq_now_s()
                 if now_s - begun_s >= spin_s or now_s - before_s >= KQ_YIELD_LONG_S:
-                    break
-            rested = not requests and not events
-            for i in range(self._count):
-                sources[i].revents = 0
-            sources[0].fd = -1 if self.paused else self._descriptor
-            if poll(sources, self._count, timeout_ms if rested else 0) < 0:
-                for i in range(self._count):
-                    sources[i].revents = 0
-            requests = not self.paused and (requests or readable(self._socket))
-            events = events or readable(self._monitor)
-            if requests:
-                now_s = kq_now_s() - begun_s
-                if self._busy and now_s < GAP_MAX_S:
-                    kq_waited(&self._spinner, now_s)
-            self._busy = requests
-        found = REQUESTS_ * requests + EVENTS_ * events
-        for i in range(2, self._count):
-            if sources[i].revents:
-                found += 1 << i
+                    spin_s = 0
+            if count > 0:
+                if sources[0].revents:
+                    found = REQUESTS_
+                    now_s = kq_now_s() - begun_s
+                    if self._busy and now_s < GAP_MAX_S:
+                        kq_waited(&self._spinner, now_s)
+                if sources[1].revents and readable(self._monitor):
+                    found |= EVENTS_
+                for i in range(2, self._count):
+                    if sources[i].revents:
+                        found |= 1 << i
+            self._busy = found & REQUESTS_
         return found
 
     @property
@@ -246,12 +314,13 @@ cdef class FastPath:
         what, as ``wait`` says."""
         cdef double until_s = kq_now_s() + timeout_ms * 1e-3, left_s = timeout_ms * 1e-3
         cdef int found
+        cdef bint more
         while True:
-            found = self._wait(<int>(left_s * 1000) + 1 if left_s > 0 else 0)
-            if found & REQUESTS_:
-                self.take_in(limit)
+            more = not self.paused and self.take_in(limit) == limit
+            found = self._rest(0 if more or left_s <= 0 else <int>(left_s * 1000) + 1)
             left_s = until_s - kq_now_s()
-            if found != REQUESTS_ or left_s <= 0:
+            if found & ~REQUESTS_ or left_s <= 0:
+                self.settle()
                 return found
 
     cpdef int take_in(self, int limit) except -1:
@@ -297,6 +366,8 @@ cdef class FastPath:
                     if plan.fits(&request):
                         served = self._serve(plan, &request, &route, zmq_msg_get(&body, ZMQ_SRCFD), zmq_msg_size(&body))
             if not served:
+                if self._leases:
+                    self.settle()
                 fd = zmq_msg_get(&body, ZMQ_SRCFD)
                 text = user[:user_length].decode("ascii", "replace") if user_length else ""
                 frames = [_content(&body)]
@@ -314,49 +385,58 @@ cdef class FastPath:
 
     cdef bint _serve(self, Plan plan, kq_operate *request, kq_message *route, int fd, size_t size) except -1:
         cdef kq_result result
-        cdef double started_s = kq_now_s(), begun_s
-        cdef size_t length
-        cdef bytes answer
+        cdef double started_s = kq_now_s(), begun_s, ended_s
+        cdef size_t head, length
         cdef int sent
         handlers = self._handlers
         try:
-            connection = handlers.begin_planned(plan, fd, size, started_s)
+            if not self._lease(plan, fd, started_s) or not handlers.begin_planned(plan):
+                return False
         except Exception as error:
             handlers.plan_broke(error)
             return False
-        if connection is None:
-            return False
-        data, associated, proof = bytes_of(request.data), b"", b""
-        if request.associated_data.length:
-            associated = bytes_of(request.associated_data)
-        if request.proof.length:
-            proof = bytes_of(request.proof)
+        plan.used += 1
+        plan.received += wire_size(size)
+        head = KQ_OVERHEAD
         begun_s = kq_now_s()
         try:
-            answer = plan.use(data, associated, proof)
-            result.service_us = <uint64_t>((kq_now_s() - begun_s) * 1e6) or 1
-            result.queue = handlers.end_planned(plan, result.service_us, <long>((kq_now_s() - started_s) * 1e6))
+            answer = plan.result(request, &self._room, head, &result.data.length)
+            ended_s = kq_now_s()
+            result.service_us = <uint64_t>((ended_s - begun_s) * 1e6) or 1
+            result.queue = handlers.end_planned(plan, <long>((ended_s - started_s) * 1e6))
         except Exception as error:
-            handlers.fail_planned(plan, _content(route), request.id, connection, started_s, error)
+            plan.failed += 1  # which is counted as any other that failed
+            handlers.fail_planned(plan, _content(route), request.id, plan.connection, started_s, error)
             return True
+        plan.busy_us += result.service_us
         result.id, result.loaded = request.id, True
-        result.data = span_of(answer)
-        if not kq_reserve(&self._room, KQ_OVERHEAD + result.data.length):
-            raise MemoryError
-        length = kq_write_result(self._room.at, &result)
-        sent = self._send(route, length)
+        if answer is not None:
+            if not kq_reserve(&self._room, 2 * KQ_OVERHEAD + result.data.length):
+                raise MemoryError
+            memcpy(self._room.at + head, PyBytes_AS_STRING(answer), result.data.length)
+        result.data.at = self._room.at + head
+        head -= kq_result_head(result.id, result.data.length)
+        length = kq_write_result(self._room.at + head, &result)
+        sent = self._send(route, self._room.at + head, length)
         if sent == 2:
-            connection.replied(length)
+            plan.sent += wire_size(length)
         elif sent == 0:
-            self._send_again(_content(route), PyBytes_FromStringAndSize(<const char *>self._room.at, length), connection)
+            self._send_again(_content(route), PyBytes_FromStringAndSize(<const char *>self._room.at + head, length),
+                             plan.connection)
+        explicit_bzero(self._room.at + head, length)  # it may be a plaintext
         self.served += 1
         return True
 
-    cdef int _send(self, kq_message *route, size_t length):
+    cdef int _send(self, kq_message *route, const uint8_t *reply, size_t length):
         """How many of the two frames went out. The first is copied, since a refused one is needed again."""
         if zmq_send(self._socket, zmq_msg_data(route), zmq_msg_size(route), ZMQ_DONTWAIT | ZMQ_SNDMORE) < 0:
             return 0
-        return 1 + (zmq_send(self._socket, self._room.at, length, ZMQ_DONTWAIT) >= 0)
+        return 1 + (zmq_send(self._socket, reply, length, ZMQ_DONTWAIT) >= 0)
+
+
+cdef inline size_t wire_size(size_t size) noexcept nogil:
+    """``engine.client.connections.wire_bytes``."""
+    return size + 33 + (2 if size + 33 < 256 else 9)
 
 
 cdef bytes _content(kq_message *message):

@@ -88,16 +88,28 @@ class Cache(Generic[K, V]):
         """The value, unless absent, expired or used up; takes one of its uses and, if ``counted``, is a hit or miss."""
         return self.read(key, now_s, lambda value: value, counted=counted)
 
-    def use(self, key: K, now_s: float) -> V | None:
-        """As ``get``, but where there is nothing, nothing is counted and nothing leaves: that is the next ``get``'s."""
+    def lease(self, key: K, now_s: float, most: int) -> tuple[V, int, float] | None:
+        """The value with up to ``most`` of its uses, taken in advance, and when its time is over.
+
+        None where there is nothing; then nothing is counted and nothing leaves: that is the next ``get``'s. ``settle``
+        ends it.
+        """
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or entry.expires_s <= now_s or entry.uses_left < 1:
+            if entry is None or self._over(entry, now_s) is not None:
                 return None
             self._entries.move_to_end(key)
-            entry.uses_left -= 1
-            self._tally.hits += 1
-            return entry.value
+            taken = min(most, entry.uses_left)
+            entry.uses_left -= taken
+            return entry.value, taken, entry.expires_s
+
+    def settle(self, key: K, value: V, used: int, unused: int) -> None:
+        """Count the uses of a lease as hits, and give back those that are left, if the value is still there."""
+        with self._lock:
+            self._tally.hits += used
+            entry = self._entries.get(key)
+            if entry is not None and entry.value is value:
+                entry.uses_left += unused
 
     def read(self, key: K, now_s: float, reader: Callable[[V], R], *, counted: bool = True) -> R | None:
         """As ``get``, but gives what ``reader`` makes of the value, which can't leave while it is read."""

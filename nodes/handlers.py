@@ -140,6 +140,10 @@ __all__ = ["Handlers", "Moved", "Replier"]
 MAX_GROUPS_TOLD: Final = 2048
 MOVED_MAX: Final = 8
 """How many combiners a ``moved`` reply names."""
+LEASE_USES: Final = 64
+"""Warm uses that a plan has admitted in advance, so that limits and cache are asked for many at a time ..."""
+LEASE_S: Final = 0.01
+"""... and for how long. Any request of the ordinary way, and every pause, ends that."""
 LOOK_AGAIN_S: Final = 1.0
 """How often at most it does so because somebody spoke of an epoch, version or key that it does not know."""
 BOOKS_EVERY_S: Final = 5.0
@@ -461,34 +465,70 @@ class Handlers(FollowsCluster):
         )
         self._fast.remember(member.curve_z85, plan)
 
-    def begin_planned(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
-        """Begin a use by its plan: the connection it came by, or None where it has to be looked at in every respect."""
+    def lease_planned(self, plan: Plan, fd: int, now_s: float) -> tuple[Connection, int, float] | None:
+        """Admit uses by a plan in advance: the connection they come by, how many, and until when (monotonic seconds).
+
+        Each is taken from the member's rate and from the key's uses, and what is not used is given back by
+        ``settle_planned``. None where a use has to be looked at in every respect.
+        """
+        connection = self._known(fd, plan.member)
+        if connection is None:
+            return None
+        admitted = self._admission.take(plan.member, LEASE_USES, now_s)
+        if not admitted:
+            return None
+        lease = self._cache.lease(plan.cached_as, now_s, admitted)
+        if lease is None:
+            self._admission.give(plan.member, admitted)
+            return None
+        loaded, uses, until_s = lease
+        self._admission.give(plan.member, admitted - uses)
+        if loaded is not plan.loaded:
+            self._admission.give(plan.member, uses)
+            self._cache.settle(plan.cached_as, loaded, 0, uses)
+            return None
+        return connection, uses, min(until_s, now_s + LEASE_S)
+
+    def settle_planned(
+        self,
+        plan: Plan,
+        connection: Connection,
+        leased: int,
+        used: int,
+        failed: int,
+        busy_us: int,
+        received: int,
+        sent: int,
+    ) -> None:
+        """Count what was done by a lease, in microseconds and in bytes on the wire, and take back the rest.
+
+        Uses that failed are counted already.
+        """
+        self._admission.give(plan.member, leased - used)
+        self._cache.settle(plan.cached_as, plan.loaded, used, leased - used)
+        plan.count.requests += used - failed
+        plan.count.busy_us += busy_us
+        self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + used - failed
+        connection.delivered += received
+        connection.sent += sent
+
+    def begin_planned(self, plan: Plan) -> bool:
+        """Begin a use that was leased, if all that its plan goes by still holds."""
         if (
             plan.cluster is not self._source.cluster
             or self._health.problem
             or self._catalogue.by_name(plan.name) is not plan.entry
+            or not plan.loaded.key.lives
         ):
-            return None
-        connection = self._known(fd, plan.member)
-        if connection is None or not self._admission.try_begin(plan.member, now_s):
-            return None
-        loaded = self._cache.use(plan.cached_as, now_s)
-        if loaded is not plan.loaded or not loaded.key.lives:
-            self._admission.end(plan.member)
-            return None
-        connection.delivered += wire_bytes(size)
+            return False
         self.number += 1
-        return connection
+        return True
 
-    def end_planned(self, plan: Plan, service_us: int, elapsed_us: int) -> int:
-        """A use by its plan went well: record and count it. How many requests are under way; an error ends it badly."""
+    def end_planned(self, plan: Plan, elapsed_us: int) -> int:
+        """A use by its plan went well: record it. How many requests are under way; an error ends it badly."""
         if plan.cluster is not self._source.cluster:  # another thread took a newer one meanwhile
             self._check_plan(plan)
         self._audit.write_use(plan.lines, self.number, elapsed_us)
-        self._admission.end(plan.member)
-        plan.count.requests += 1
-        plan.count.busy_us += service_us
-        self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + 1
         return self._admission.under_way
 
     def _check_plan(self, plan: Plan) -> None:
@@ -508,6 +548,7 @@ class Handlers(FollowsCluster):
         self, plan: Plan, route: bytes, request_id: int, connection: Connection, started_s: float, error: Exception
     ) -> None:
         """A use by its plan failed: record and answer that as that of any other."""
+        self._admission.resume(plan.member)
         request = Request(PROTOCOL_VERSION, request_id, plan.verb, 1, b"", {})
         incoming = Incoming(route, plan.cluster.members[plan.member], request, connection)
         call = _Call(incoming, self.number, started_s, started_s, plan.verb, plan.cluster, plan.name)

@@ -247,3 +247,31 @@ class AgainstDictionary(RuleBasedStateMachine):
 
 TestAgainstDictionary = AgainstDictionary.TestCase
 TestAgainstDictionary.settings = settings(deadline=None, max_examples=60)
+
+
+def test_a_lease_takes_uses_in_advance_and_gives_back_what_is_left() -> None:
+    left: list[str] = []
+    cache: Cache[str, str] = Cache(CacheLimits(ttl_s=10.0, max_entries=4, max_uses=5), left.append)
+    assert cache.lease("a", 0.0, 3) is None
+    cache.put("a", "one", 0.0)
+    assert cache.lease("a", 1.0, 3) == ("one", 3, 10.0)
+    assert cache.lease("a", 1.0, 3) == ("one", 2, 10.0)
+    assert cache.lease("a", 1.0, 3) is None
+    assert cache.statistics().hits == 0
+    cache.settle("a", "one", 1, 2)
+    cache.settle("a", "one", 2, 0)
+    assert cache.statistics().hits == 3
+    assert [cache.get("a", 2.0) for _ in range(3)] == ["one", "one", None]
+    assert left == ["one"]
+    assert cache.lease("a", 2.0, 1) is None
+
+
+def test_a_lease_of_what_left_meanwhile_gives_nothing_back() -> None:
+    cache: Cache[str, str] = Cache(CacheLimits(ttl_s=10.0, max_entries=4, max_uses=5))
+    cache.put("a", "one", 0.0)
+    assert cache.lease("a", 9.0, 4) == ("one", 4, 10.0)
+    cache.put("a", "two", 9.0)
+    cache.settle("a", "one", 1, 3)
+    assert cache.lease("a", 9.0, 9) == ("two", 5, 19.0)
+    assert cache.lease("a", 19.0, 9) is None
+    assert cache.statistics().hits == 1

@@ -31,7 +31,10 @@ class Hands:
 
     def __init__(self) -> None:
         self.number = 0
-        self.willing = True
+        self.willing = self.holds = True
+        self.uses, self.lease_s, self.leases = 64, 60.0, 0
+        self.closed: Connection | None = None
+        self.settled: list[tuple[int, int, int]] = []
         self.connection = Connection(0, 0.0, "app")
         self.handled: list[Incoming] = []
         self.failed: list[tuple[int, Exception]] = []
@@ -44,19 +47,39 @@ class Hands:
     def handle(self, incoming: Incoming) -> None:
         self.handled.append(incoming)
 
-    def begin_planned(self, plan: Plan, fd: int, size: int, now_s: float) -> Connection | None:
+    def lease_planned(self, plan: Plan, fd: int, now_s: float) -> tuple[Connection, int, float] | None:
         if not self.willing:
             return None
         if self.fault is not None:
             raise self.fault
         assert fd > 2
         assert abs(now_s - time.monotonic()) < 5
-        self.number += 1
-        self.connection.delivered += size
-        return self.connection
+        self.leases += 1
+        return self.connection, self.uses, now_s + self.lease_s
 
-    def end_planned(self, plan: Plan, service_us: int, elapsed_us: int) -> int:
-        assert elapsed_us >= service_us - 1 >= 0
+    def settle_planned(
+        self,
+        plan: Plan,
+        connection: Connection,
+        leased: int,
+        used: int,
+        failed: int,
+        busy_us: int,
+        received: int,
+        sent: int,
+    ) -> None:
+        assert connection in (self.connection, self.closed)
+        self.settled.append((leased, used, failed))
+        assert (busy_us >= used - failed) and (received > 0) == (used > 0)
+        connection.delivered += received
+        connection.sent += sent
+
+    def begin_planned(self, plan: Plan) -> bool:
+        self.number += self.holds
+        return self.holds
+
+    def end_planned(self, plan: Plan, elapsed_us: int) -> int:
+        assert elapsed_us >= 0
         if self.refusal is not None:
             raise self.refusal
         self.recorded.append((plan.lines, self.number))
@@ -164,7 +187,9 @@ def test_a_request_that_fits_is_served_recorded_and_answered(place: Place) -> No
     assert place.answer() == (4, b"<data|>")
     assert place.hands.recorded == [("lines", number) for number in range(1, 5)]
     assert (place.fast.served, place.hands.handled) == (4, [])
-    assert place.hands.connection.sent > MAX_DATA
+    place.fast.settle()
+    assert place.hands.settled == [(64, 4, 0)]
+    assert min(place.hands.connection.sent, place.hands.connection.delivered) > MAX_DATA
 
 
 @pytest.mark.parametrize(
@@ -210,6 +235,58 @@ def test_a_plan_that_may_not_be_followed_or_is_forgotten_is_not(place: Place) ->
     assert [each.request.id for each in place.hands.handled] == [1, 2]
 
 
+def test_a_lease_ends_with_its_uses_its_time_and_its_connection(place: Place) -> None:
+    place.plan()
+    place.hands.uses = 2
+    for number in range(1, 6):
+        place.send(number)
+        place.take()
+    assert place.hands.settled == [(2, 2, 0), (2, 2, 0)]
+    place.hands.lease_s = 0.0
+    place.fast.settle()
+    for number in range(6, 8):
+        place.send(number)
+        place.take()
+    assert place.hands.settled[2:] == [(2, 1, 0), (2, 1, 0)]
+    place.hands.lease_s = 60.0
+    place.fast.settle()
+    place.send(8)
+    place.take()
+    before, place.hands.connection = place.hands.connection, Connection(1, 0.0, "app")
+    before.open = False
+    place.hands.settled.clear()
+    place.hands.closed = before
+    place.send(9)
+    place.take()
+    assert place.hands.settled == [(2, 1, 0)]
+    assert place.hands.leases == 7
+    assert place.fast.served == 9
+
+
+def test_nobody_else_is_served_beside_a_lease(place: Place) -> None:
+    """Whoever goes the ordinary way finds all counted, and the rest given back."""
+    place.plan()
+    place.send(1)
+    place.send(2, key="others")
+    place.take(2)
+    assert place.hands.settled == [(64, 1, 0)]
+    place.send(3)
+    place.take()
+    place.fast.forget()
+    assert place.hands.settled[1:] == [(64, 1, 0)]
+
+
+def test_a_plan_that_does_not_hold_any_more_serves_nothing(place: Place) -> None:
+    place.plan()
+    place.send(1)
+    place.take()
+    place.hands.holds = False
+    place.send(2)
+    place.take()
+    assert [each.request.id for each in place.hands.handled] == [2]
+    assert place.hands.settled == [(64, 1, 0)]
+
+
 def test_one_members_plan_serves_no_other(place: Place) -> None:
     plan = place.plan()
     place.fast.forget()
@@ -231,6 +308,8 @@ def test_a_use_that_fails_is_told_and_the_next_is_served(place: Place) -> None:
     place.take(2)
     ((number, error),) = place.hands.failed
     assert (number, str(error)) == (1, "changed")
+    place.fast.settle()
+    assert place.hands.settled == [(64, 2, 1)]
     assert place.answer() == (2, b"good")
 
 

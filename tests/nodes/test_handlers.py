@@ -739,12 +739,21 @@ def planned(scene: Scene) -> Plan:
     return plan
 
 
-def use_planned(scene: Scene, plan: Plan) -> Connection | None:
-    """Begin a use by the plan, and end it where it began."""
-    connection = scene.handlers.begin_planned(plan, 7, 100, time.monotonic())
-    if connection is not None:
-        scene.handlers.end_planned(plan, 5, 9)
-    return connection
+def use_planned(scene: Scene, plan: Plan, spoil: Callable[[Scene], object] = lambda scene: None) -> Connection | None:
+    """Use the plan as the fast path does: lease, begin, end, settle; ``spoil`` happens within the lease."""
+    handlers = scene.handlers
+    lease = handlers.lease_planned(plan, 7, time.monotonic())
+    if lease is None:
+        return None
+    connection, leased, until_s = lease
+    assert 1 <= leased <= 64
+    assert until_s <= time.monotonic() + 0.01
+    spoil(scene)
+    used = handlers.begin_planned(plan)
+    if used:
+        handlers.end_planned(plan, 9)
+    handlers.settle_planned(plan, connection, leased, used, 0, 5 * used, wire_bytes(100) * used, 0)
+    return connection if used else None
 
 
 def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
@@ -761,36 +770,62 @@ def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
     assert scene.handlers.pending == 0
 
 
+@pytest.mark.parametrize("leased", [False, True])
 @pytest.mark.parametrize(
     "spoil",
     [
         lambda scene: setattr(scene.health, "problem", "the token hangs"),
         lambda scene: setattr(scene.handlers, "_source", SimpleNamespace(cluster=copy.copy(scene.world.cluster))),
-        lambda scene: setattr(scene.connection, "member", "bob"),
         lambda scene: scene.catalogue.put(scene.catalogue.by_id(scene.dealt.key_id).row),  # type: ignore[union-attr]
-        lambda scene: setattr(scene.handlers._admission, "under_way", ServiceLimits().requests),
-        lambda scene: scene.handlers._cache.clear("flushed"),
         lambda scene: setattr(scene.lane, "generation", scene.lane.generation + 1),
     ],
-    ids=["health", "manifest", "connection", "catalogue", "overload", "cache", "token"],
+    ids=["health", "manifest", "catalogue", "token"],
 )
-def test_a_plan_is_not_followed_once_anything_changed(scene: Scene, spoil: Callable[[Scene], object]) -> None:
+def test_a_plan_is_not_followed_once_anything_changed(
+    scene: Scene, spoil: Callable[[Scene], object], leased: bool
+) -> None:
+    """Be it before uses were leased or after it."""
     plan = planned(scene)
     under_way, generation = scene.handlers.pending, scene.lane.generation
     uses = scene.handlers._cache.statistics().hits
     try:
-        spoil(scene)
-        assert use_planned(scene, plan) is None
-        assert scene.handlers.pending in (under_way, ServiceLimits().requests)
-        assert scene.handlers._cache.statistics().hits <= uses + 1
+        if leased:
+            assert use_planned(scene, plan, spoil) is None
+        else:
+            spoil(scene)
+            assert use_planned(scene, plan) is None
+        assert scene.handlers.pending == under_way
+        assert scene.handlers._cache.statistics().hits == uses
     finally:
         scene.lane.generation = generation
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda scene: setattr(scene.connection, "member", "bob"),
+        lambda scene: setattr(scene.handlers._admission, "under_way", ServiceLimits().requests),
+        lambda scene: scene.handlers._cache.clear("flushed"),
+        lambda scene: scene.handlers._admission.take("alice", 10**6, time.monotonic() + 1e9),
+    ],
+    ids=["connection", "overload", "cache", "rate"],
+)
+def test_nothing_is_leased_that_is_not_there(scene: Scene, spoil: Callable[[Scene], object]) -> None:
+    plan = planned(scene)
+    limits = scene.handlers._admission._buckets["alice"]
+    for _ in range(60):
+        spoil(scene)
+    level, uses = limits._level, scene.handlers._cache.statistics().hits
+    assert scene.handlers.lease_planned(plan, 7, time.monotonic()) is None
+    assert limits._level == pytest.approx(level, abs=1)
+    assert scene.handlers._cache.statistics().hits == uses
 
 
 def test_a_plan_spends_the_keys_uses(world: Any, lane: Lane, store: ShareStore) -> None:
     scene = Scene(world, lane, store, max_uses=4)
     plan = planned(scene)  # two of them
     assert [use_planned(scene, plan) is not None for _ in range(4)] == [True, True, False, False]
+    assert scene.handlers._cache.statistics().hits == 3
     scene.handlers.close()
 
 
@@ -824,7 +859,7 @@ def test_a_use_with_a_grant_or_of_the_slow_lane_leaves_no_plan(scene: Scene, slo
 def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
     plan = planned(scene)
     count = len(scene.records)
-    assert scene.handlers.begin_planned(plan, 7, 100, time.monotonic()) is not None
+    assert scene.handlers.begin_planned(plan)
     scene.handlers.fail_planned(plan, b"route", 99, scene.connection, time.monotonic(), InvalidTag("changed"))
     assert scene.outcome(99) == "InvalidTag"
     assert [(each.event, each.member, each.outcome) for each in scene.records[count:]] == [
@@ -837,7 +872,7 @@ def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
 def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) -> None:
     """Another thread may take a newer manifest while the token works: nobody is answered by the one of before."""
     plan, world = planned(scene), scene.world
-    assert scene.handlers.begin_planned(plan, 7, 100, time.monotonic()) is not None
+    assert scene.handlers.begin_planned(plan)
     without = SimpleNamespace(
         by_curve={curve: each for curve, each in world.cluster.by_curve.items() if each.name != "alice"},
         members={name: each for name, each in world.cluster.members.items() if name != "alice"},
@@ -845,7 +880,7 @@ def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) ->
     )
     scene.handlers._source = SimpleNamespace(cluster=without)  # type: ignore[assignment]
     with pytest.raises(AccessDenied, match="'alice' is no member any more") as refused:
-        scene.handlers.end_planned(plan, 5, 9)
+        scene.handlers.end_planned(plan, 9)
     scene.handlers.fail_planned(plan, b"route", 99, scene.connection, time.monotonic(), refused.value)
     assert scene.outcome(99) == "AccessDenied"
     assert not scene.audit.uses
@@ -855,10 +890,10 @@ def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) ->
 
 def test_a_use_that_cannot_be_recorded_is_not_counted_as_good(scene: Scene) -> None:
     plan = planned(scene)
-    assert scene.handlers.begin_planned(plan, 7, 100, time.monotonic()) is not None
+    assert scene.handlers.begin_planned(plan)
     scene.audit.problem = "the disk is full"
     with pytest.raises(AuditUnavailable):
-        scene.handlers.end_planned(plan, 5, 9)
+        scene.handlers.end_planned(plan, 9)
     scene.handlers.fail_planned(plan, b"route", 98, scene.connection, time.monotonic(), AuditUnavailable("full"))
     assert scene.outcome(98) == "AuditUnavailable"
     assert scene.handlers.pending == 0

@@ -114,6 +114,18 @@ class TokenBucket:
         """Take a token that ``holds_one`` saw."""
         self._level -= 1.0
 
+    def take_some(self, most: int, now_s: float) -> int:
+        """Take up to so many tokens, a quarter of those there are at most; how many."""
+        if not self.holds_one(now_s):
+            return 0
+        count = max(1, min(most, int(self._level / 4)))
+        self._level -= count
+        return count
+
+    def give(self, count: int) -> None:
+        """Put back what was taken and not used."""
+        self._level = min(self._room, self._level + count)
+
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
@@ -144,16 +156,33 @@ class Admission:
         if reason:
             self._refuse(member, reason)
 
-    def try_begin(self, member: str, now_s: float) -> bool:
-        """As ``begin``, but only says no, for a request that then is given to ``begin``."""
-        return not self._objection(member, now_s)
+    def take(self, member: str, most: int, now_s: float) -> int:
+        """Admit up to so many short requests in advance, each of which is over before anything else begins; how many.
+
+        0 where ``begin`` would refuse one. What is not used is put back by ``give``.
+        """
+        if self._under_way[member] >= self._limits.member_requests or self.under_way >= self._limits.requests:
+            return 0
+        return self._bucket(member, now_s).take_some(most, now_s)
+
+    def give(self, member: str, count: int) -> None:
+        """Put back what ``take`` admitted and nobody used."""
+        self._buckets[member].give(count)
+
+    def resume(self, member: str) -> None:
+        """Count an admitted request in; it is to be ended by ``end``."""
+        self._under_way[member] += 1
+        self.under_way += 1
+
+    def _bucket(self, member: str, now_s: float) -> TokenBucket:
+        bucket = self._buckets.get(member)
+        if bucket is None:
+            bucket = self._buckets[member] = TokenBucket(self._limits.requests_per_s, self._limits.burst_s, now_s)
+        return bucket
 
     def _objection(self, member: str, now_s: float) -> str:
         """Count a request in, or say why not."""
-        limits = self._limits
-        bucket = self._buckets.get(member)
-        if bucket is None:
-            bucket = self._buckets[member] = TokenBucket(limits.requests_per_s, limits.burst_s, now_s)
+        limits, bucket = self._limits, self._bucket(member, now_s)
         if not bucket.holds_one(now_s):
             return f"more requests than limits.requests_per_s = {limits.requests_per_s:g} allows"
         if self._under_way[member] >= limits.member_requests:
@@ -161,8 +190,7 @@ class Admission:
         if self.under_way >= limits.requests:
             return f"limits.requests = {limits.requests} are under way, of all members"
         bucket.take()
-        self._under_way[member] += 1
-        self.under_way += 1
+        self.resume(member)
         return ""
 
     def end(self, member: str) -> None:
