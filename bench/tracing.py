@@ -22,9 +22,11 @@ from typing import Any, Final
 
 NODE: Final = (
     ("policy, limits, cache (by the plan)", "nodes.handlers:Handlers.begin_planned"),
-    ("token", "nodes.token:Lane.encrypt"),
+    ("policy, limits, cache (by the plan)", "nodes.handlers:Handlers.end_planned"),
+    ("limits, cache, counts (by the lease)", "nodes.handlers:Handlers.lease_planned"),
+    ("limits, cache, counts (by the lease)", "nodes.handlers:Handlers.settle_planned"),
+    ("token", "nodes.handlers:bound()"),
     ("audit: chain and write", "nodes.audit:AuditLog.write_use"),
-    ("counts", "nodes.handlers:Handlers.end_planned"),
     ("the ordinary way", "nodes.handlers:Handlers.handle"),
     ("loop", "nodes.workers:Mailbox.run"),
     ("loop", "engine.client.connections:Connections.look"),
@@ -38,7 +40,12 @@ CLIENT: Final = (
     ("pool of channels", "engine.client.client:_Channels.give"),
     ("verb (generator, arguments)", "engine.client.client:Engine.encrypt"),
 )
-CHECKS: Final = ("policy, limits, cache (by the plan)", "audit: chain and write", "route")
+CHECKS: Final = (
+    "policy, limits, cache (by the plan)",
+    "limits, cache, counts (by the lease)",
+    "audit: chain and write",
+    "route",
+)
 """What a grant of trust costs: policy (with the limits and the cache) and audit in the node, routing in the client."""
 REST: Final = "the rest: socket, decode, encode, loop (in C)"
 """What a node's main thread took beside the stages that are timed."""
@@ -63,7 +70,7 @@ class StageClock:
         self._taken.append((stage, taken))
         note = taken.append
 
-        @functools.wraps(call)
+        @functools.wraps(call, updated=())
         def timed(*positional: Any, **named: Any) -> Any:
             if ident() != thread:
                 return call(*positional, **named)
@@ -80,10 +87,13 @@ class StageClock:
         return timed
 
     def install(self, stages: Sequence[tuple[str, str]]) -> None:
-        """Put the timed functions in place, after calibrating what a timed call costs itself and its caller."""
+        """Put the timed functions in place, after calibrating what a timed call costs itself and its caller.
+
+        A place that ends in ``()`` is a function that makes functions, and those are timed.
+        """
         self._calibrate()
         for stage, place in stages:
-            module, _, path = place.partition(":")
+            module, _, path = place.removesuffix("()").partition(":")
             try:
                 owner: Any = importlib.import_module(module)
                 *parents, name = path.split(".")
@@ -93,8 +103,11 @@ class StageClock:
             except (ImportError, AttributeError, KeyError):
                 self.gone.append(place)
                 continue
-            setattr(owner, name, self.wrap(stage, before))
+            setattr(owner, name, self._maker(stage, before) if place.endswith("()") else self.wrap(stage, before))
             self._undo.append(functools.partial(setattr, owner, name, before))
+
+    def _maker(self, stage: str, make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *positional, **named: self.wrap(stage, make(*positional, **named))
 
     def remove(self) -> None:
         """Put the functions back that were there."""
