@@ -50,6 +50,7 @@ def native(name: str, source: str, *headers: str) -> Extension:
 fastwire = native("engine.protocol._fastwire", "src/engine/protocol/_fastwire.pyx", "fastwire.h")
 fastlines = native("engine.protocol._fastlines", "src/engine/protocol/_fastlines.pyx")
 zmtp = native("engine.client._zmtp", "src/engine/client/_zmtp.pyx", "zmtp.h")
+router = native("engine.client._router", "src/engine/client/_router.pyx", "zmtp.h")
 fastline = native("engine.client._fastline", "src/engine/client/_fastline.pyx", "fastwire.h")
 fastpath = native("nodes._fastpath", "nodes/_fastpath.pyx", "fastwire.h")
 
@@ -58,7 +59,7 @@ DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
     ext_modules=cythonize(
-        [fastshamir, fasttoken, fastlines, fastwire, zmtp, fastline, fastpath],
+        [fastshamir, fasttoken, fastlines, fastwire, zmtp, router, fastline, fastpath],
         include_path=["src"],
         build_dir="build/cython",
         compiler_directives=DIRECTIVES,

@@ -93,7 +93,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             context, first.pair, first.publish, lambda: {each.publish: each.pair for each in served() if each.publish}
         )
         stack.callback(publisher.close)
-        listener = Listener(context, first.pair, first.endpoint, membership, settings.limits)
+        listener = Listener(first.pair, first.endpoint, membership, settings.limits)
         stack.callback(listener.close)
         loop = ControlLoop(
             context,
@@ -158,15 +158,14 @@ def _serve(
     lifeline: int | None,
 ) -> None:
     poller = zmq.Poller()
-    poller.register(listener.socket, zmq.POLLIN)
-    poller.register(listener.connections.monitor, zmq.POLLIN)
+    poller.register(listener.router.fileno(), zmq.POLLIN)
     poller.register(wake.fileno(), zmq.POLLIN)
     if lifeline is not None:
         poller.register(lifeline, zmq.POLLIN)
     known: Cluster | None = None
     next_look_s = 0.0
     while True:
-        events = dict(poller.poll(0 if service.waiting else POLL_MS))
+        events = dict(poller.poll(0 if service.waiting or listener.router.pending else POLL_MS))
         service.look()
         if wake.fileno() in events:
             if set(wake.recv(64)) - {signal.SIGHUP}:

@@ -339,7 +339,7 @@ class Service(FollowsCluster):
 
     def look(self) -> None:
         """Look after the connections, and tell now and then how many requests were refused."""
-        self._listener.connections.look()
+        self._listener.look()
         now = time.monotonic()
         if now >= self._next_told_s:
             self._next_told_s = now + 1.0

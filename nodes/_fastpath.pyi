@@ -9,10 +9,9 @@ or does not fit to it, goes the ordinary way as it came.
 from collections.abc import Callable
 from typing import Any, Final, final
 
-import zmq
+from engine.client._router import Connection, Router
 
 REQUESTS: Final[int]
-EVENTS: Final[int]
 
 @final
 class Plan:
@@ -56,20 +55,18 @@ class Plan:
 
 @final
 class FastPath:
-    """The receiving end of a ROUTER socket, for the thread that owns it."""
+    """The receiving end of a router, for the thread that owns it."""
 
     paused: bool
     """Whether requests are left where they are."""
     served: int
     """Requests that were served by a plan."""
-    def __new__(cls, socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes], *descriptors: int) -> FastPath: ...
+    def __new__(cls, router: Router, *descriptors: int) -> FastPath: ...
     def serve(
-        self,
-        opened: Callable[[bytes, list[bytes], str, int], Any],
-        send_again: Callable[[bytes, bytes, Any], None],
-        handlers: Any,
+        self, opened: Callable[[Connection, bytes, int], Any], lost: Callable[[], None], handlers: Any
     ) -> None:
-        """Who opens and takes what has no plan, sends what could not be sent at once, and records and counts a use."""
+        """Who opens and takes what has no plan, is told of a reply that its client does not take, and admits, records
+        and counts a use."""
 
     def remember(self, user_id: str, plan: Plan) -> None:
         """Serve such requests, from the connections of that CURVE key (Z85), by the plan from now on."""
@@ -89,15 +86,14 @@ class FastPath:
         """Whether waits spin at present."""
 
     def wait(self, timeout_ms: int) -> int:
-        """Wait until there is something to do; what, as the sum of ``REQUESTS``, ``EVENTS``, and 4, 8 ... for the
-        descriptors."""
+        """Wait until there is something to do; what, as the sum of ``REQUESTS``, and 4, 8 ... for the descriptors."""
 
     def unwatch(self, descriptor: int) -> None:
         """Wait for that descriptor no more."""
 
     def run(self, timeout_ms: int, limit: int) -> int:
         """Take in, up to so many messages at a time, and wait, until there is something else to do or the time is over;
-        what, as ``wait`` says. Events are noticed once those before them were read to the last."""
+        what, as ``wait`` says."""
 
     def take_in(self, limit: int) -> int:
         """Take in at most so many messages, and serve or hand over each; how many there were."""

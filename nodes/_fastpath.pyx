@@ -1,30 +1,16 @@
 """See _fastpath.pyi. What it can't do at once, by a plan, it gives to the ordinary way untouched."""
 
+from cpython.unicode cimport PyUnicode_DATA
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from engine.client._fastline cimport (
     KQ_YIELD_LONG_S,
-    ZMQ_DONTWAIT,
-    ZMQ_FD,
-    ZMQ_SNDMORE,
-    ZMQ_SRCFD,
-    kq_message,
     kq_now_s,
     kq_spin_s,
     kq_spinner,
     kq_spins,
     kq_waited,
-    readable,
-    zmq_getsockopt,
-    zmq_msg_close,
-    zmq_msg_data,
-    zmq_msg_get,
-    zmq_msg_gets,
-    zmq_msg_init,
-    zmq_msg_more,
-    zmq_msg_recv,
-    zmq_msg_size,
-    zmq_send,
 )
+from engine.client._router cimport Connection, Router
 from engine.protocol._fastwire cimport (
     KQ_OVERHEAD,
     bytes_of,
@@ -39,7 +25,7 @@ from engine.protocol._fastwire cimport (
 )
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memcmp, memcpy, strlen
+from libc.string cimport memcmp, memcpy
 from nodes._fasttoken cimport Use, span
 
 cimport cython
@@ -63,15 +49,12 @@ cdef extern from "<string.h>" nogil:
 cdef enum:
     Z85_KEY = 40  # characters of a CURVE key, which ZAP gives as the User-Id
     WHERE_MAX = 256
-    SOURCES = 8
     REQUESTS_ = 1
-    EVENTS_ = 2
 
 
 cdef double GAP_MAX_S = 0.001  # who waits longer between two requests gains nothing by spinning
 
 REQUESTS = REQUESTS_
-EVENTS = EVENTS_
 
 
 @cython.final
@@ -101,11 +84,8 @@ cdef class Plan:
     cdef int used
     cdef int failed
     cdef double until_s
-    cdef int fd
-    cdef object connection
+    cdef Connection connection
     cdef uint64_t busy_us
-    cdef uint64_t received
-    cdef uint64_t sent
 
     def __cinit__(self, *, str member, str verb, str name, cluster, entry, loaded, cached_as, count, int group,
                  str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines):
@@ -152,52 +132,34 @@ cdef class Plan:
 cdef class FastPath:
     """The receiving end of a node's socket; see _fastpath.pyi."""
 
-    cdef object _keep
-    cdef void *_socket
-    cdef void *_monitor
-    cdef pollfd[SOURCES] _sources
-    cdef int _count
+    cdef Router _router
+    cdef dict _beside
     cdef object _opened
-    cdef object _send_again
+    cdef object _lost
     cdef object _handlers
     cdef dict _plans
     cdef list _leases
     cdef kq_room _room
     cdef kq_spinner _spinner
     cdef bint _busy  # whether the last wait brought a request: who is idle does not spin
-    cdef int _descriptor
     cdef public bint paused
     cdef readonly uint64_t served
 
-    def __cinit__(self, socket, monitor, *descriptors):
-        cdef int descriptor = 0
-        cdef size_t length
-        self._keep = socket, monitor
-        self._socket = <void *><size_t>socket.underlying
-        self._monitor = <void *><size_t>monitor.underlying
-        self._plans, self._leases = {}, []
-        for each in self._keep:
-            length = sizeof(descriptor)
-            if zmq_getsockopt(<void *><size_t>each.underlying, ZMQ_FD, &descriptor, &length) < 0:
-                raise OSError("no descriptor of the socket")
-            self._watch(descriptor)
-        self._descriptor = self._sources[0].fd
+    def __cinit__(self, Router router not None, *descriptors):
+        cdef int bit = 4
+        self._router = router
+        self._plans, self._leases, self._beside = {}, [], {}
         for each in descriptors:
-            self._watch(each)
+            router.watch(each, bit)
+            self._beside[each] = bit
+            bit <<= 1
 
     def __dealloc__(self):
         free(self._room.at)
 
-    cdef _watch(self, int descriptor):
-        if self._count == SOURCES:
-            raise ValueError("too many descriptors")
-        self._sources[self._count].fd = descriptor
-        self._sources[self._count].events = POLLIN
-        self._count += 1
-
-    def serve(self, opened, send_again, handlers):
+    def serve(self, opened, lost, handlers):
         """Who takes what has no plan, and what a use with one needs."""
-        self._opened, self._send_again, self._handlers = opened, send_again, handlers
+        self._opened, self._lost, self._handlers = opened, lost, handlers
 
     def remember(self, str user_id, Plan plan not None):
         """Serve such requests by the plan from now on."""
@@ -219,25 +181,25 @@ cdef class FastPath:
 
     cdef _end_lease(self, Plan plan):
         cdef int leased = plan.leased, used = plan.used, failed = plan.failed
-        cdef uint64_t busy_us = plan.busy_us, received = plan.received, sent = plan.sent
-        connection, plan.connection = plan.connection, None
+        cdef uint64_t busy_us = plan.busy_us
+        plan.connection = None
         plan.leased = plan.used = plan.failed = 0
-        plan.busy_us = plan.received = plan.sent = 0
+        plan.busy_us = 0
         if leased:
-            self._handlers.settle_planned(plan, connection, leased, used, failed, busy_us, received, sent)
+            self._handlers.settle_planned(plan, leased, used, failed, busy_us)
 
-    cdef bint _lease(self, Plan plan, int fd, double now_s) except -1:
+    cdef bint _lease(self, Plan plan, Connection connection, double now_s) except -1:
         """Have uses admitted, if there are none yet."""
         if plan.leased:
-            if plan.used < plan.leased and now_s < plan.until_s and plan.fd == fd and plan.connection.open:
+            if plan.used < plan.leased and now_s < plan.until_s and plan.connection is connection:
                 return True
             self._end_lease(plan)
             self._leases.remove(plan)
-        lease = self._handlers.lease_planned(plan, fd, now_s)
+        lease = self._handlers.lease_planned(plan, connection, now_s)
         if lease is None:
             return False
-        plan.connection, plan.leased, plan.until_s = lease
-        plan.fd = fd
+        plan.leased, plan.until_s = lease
+        plan.connection = connection
         self._leases.append(plan)
         return True
 
@@ -249,50 +211,48 @@ cdef class FastPath:
     # --- waiting ---
 
     def wait(self, int timeout_ms):
-        """Wait until there is something to do; what, as the sum of ``REQUESTS``, ``EVENTS``, and 4, 8 ... for the
-        descriptors.
-        """
-        return self._wait(timeout_ms)
-
-    cdef int _wait(self, int timeout_ms) except -1:
-        """libzmq is asked what is there, as its descriptors tell of changes alone."""
-        cdef int found
-        with nogil:
-            found = REQUESTS_ * (not self.paused and readable(self._socket)) | EVENTS_ * readable(self._monitor)
-        return found | self._rest(0 if found else timeout_ms)
+        """Wait until there is something to do; what, as the sum of ``REQUESTS``, and 4, 8 ... for the descriptors."""
+        return self._rest(timeout_ms)
 
     cdef int _rest(self, int timeout_ms) except -1:
-        """Wait for descriptors alone, after all messages were taken in, and all events but those of the last moment.
-
-        Whether to spin before sleeping is decided by how soon after the last wait the next request came of late:
+        """Whether to spin before sleeping is decided by how soon after the last wait the next request came of late:
         spinning helps where a processor is free for it, and hurts where client and node share one.
         """
-        cdef int i, count, found = 0
-        cdef double begun_s, now_s, before_s, spin_s = kq_spin_s(&self._spinner) if self._busy and timeout_ms else 0
-        cdef pollfd *sources = self._sources
-        with nogil:
-            sources[0].fd = -1 if self.paused else self._descriptor
-            begun_s = now_s = kq_now_s()
-            while True:
-                count = poll(sources, self._count, 0 if spin_s else timeout_ms)
-                if count or not spin_s:
-                    break
+        cdef int found = 0
+        cdef double begun_s, now_s, before_s, spin_s
+        if self.paused:
+            return self._rest_beside(timeout_ms)
+        spin_s = kq_spin_s(&self._spinner) if self._busy and timeout_ms else 0
+        begun_s = now_s = kq_now_s()
+        while True:
+            self._router.wait(0 if spin_s else timeout_ms, &found)
+            if found or not spin_s:
+                break
+            with nogil:
                 sched_yield()
-                before_s, now_s = now_s, kq_now_s()
-                if now_s - begun_s >= spin_s or now_s - before_s >= KQ_YIELD_LONG_S:
-                    spin_s = 0
-            if count > 0:
-                if sources[0].revents:
-                    found = REQUESTS_
-                    now_s = kq_now_s() - begun_s
-                    if self._busy and now_s < GAP_MAX_S:
-                        kq_waited(&self._spinner, now_s)
-                if sources[1].revents and readable(self._monitor):
-                    found |= EVENTS_
-                for i in range(2, self._count):
-                    if sources[i].revents:
-                        found |= 1 << i
-            self._busy = found & REQUESTS_
+            before_s, now_s = now_s, kq_now_s()
+            if now_s - begun_s >= spin_s or now_s - before_s >= KQ_YIELD_LONG_S:
+                spin_s = 0
+        if found & REQUESTS_ and self._busy:
+            now_s = kq_now_s() - begun_s
+            if now_s < GAP_MAX_S:
+                kq_waited(&self._spinner, now_s)
+        self._busy = found & REQUESTS_
+        return found
+
+    cdef int _rest_beside(self, int timeout_ms) except -1:
+        """Wait for the descriptors beside the requests."""
+        cdef pollfd[8] sources
+        cdef int i = 0, found = 0, count
+        for fd in self._beside:
+            sources[i].fd, sources[i].events, sources[i].revents = fd, POLLIN, 0
+            i += 1
+        with nogil:
+            count = poll(sources, i, timeout_ms)
+        if count > 0:
+            for i, bit in enumerate(self._beside.values()):
+                if sources[i].revents:
+                    found |= <int>bit
         return found
 
     @property
@@ -302,10 +262,8 @@ cdef class FastPath:
 
     def unwatch(self, int descriptor):
         """Wait for it no more."""
-        cdef int i
-        for i in range(2, self._count):
-            if self._sources[i].fd == descriptor:
-                self._sources[i].fd = -1
+        self._router.unwatch(descriptor)
+        self._beside.pop(descriptor, None)
 
     # --- serving ---
 
@@ -331,72 +289,46 @@ cdef class FastPath:
         return taken
 
     cdef bint _take_one(self) except -1:
-        cdef kq_message route, body
+        cdef Connection connection
         cdef kq_operate request
-        cdef const char *user
-        cdef size_t user_length, length
+        cdef uint8_t *content
+        cdef size_t length, parts
         cdef char[WHERE_MAX] where
         cdef Plan plan
-        cdef bint served = False
-        cdef object frames
-        zmq_msg_init(&route)
-        if zmq_msg_recv(&route, self._socket, ZMQ_DONTWAIT) < 0:
-            zmq_msg_close(&route)
+        connection = self._router.next(&content, &length, &parts)
+        if connection is None:
             return False
-        zmq_msg_init(&body)
-        try:
-            if not zmq_msg_more(&route) or zmq_msg_recv(&body, self._socket, ZMQ_DONTWAIT) < 0:
-                return True  # no ROUTER gives such a message
-            user = zmq_msg_gets(&body, b"User-Id")
-            user_length = strlen(user) if user != NULL else 0
-            if (
-                user_length == Z85_KEY
-                and self._plans
-                and not zmq_msg_more(&body)
-                and kq_read_operate(<const uint8_t *>zmq_msg_data(&body), zmq_msg_size(&body), &request)
-            ):
-                length = Z85_KEY + request.verb.length + 1 + request.key.length
-                memcpy(where, user, Z85_KEY)
-                memcpy(where + Z85_KEY, request.verb.at, request.verb.length)
-                where[Z85_KEY + request.verb.length] = 0
-                memcpy(where + Z85_KEY + request.verb.length + 1, request.key.at, request.key.length)
-                found = self._plans.get(PyBytes_FromStringAndSize(where, length))
-                if found is not None:
-                    plan = found
-                    if plan.fits(&request):
-                        served = self._serve(plan, &request, &route, zmq_msg_get(&body, ZMQ_SRCFD), zmq_msg_size(&body))
-            if not served:
-                if self._leases:
-                    self.settle()
-                fd = zmq_msg_get(&body, ZMQ_SRCFD)
-                text = user[:user_length].decode("ascii", "replace") if user_length else ""
-                frames = [_content(&body)]
-                while zmq_msg_more(&body):
-                    if zmq_msg_recv(&body, self._socket, ZMQ_DONTWAIT) < 0:
-                        break
-                    frames.append(_content(&body))
-                incoming = self._opened(_content(&route), frames, text, fd)
-                if incoming is not None:
-                    self._handlers.handle(incoming)
-            return True
-        finally:
-            zmq_msg_close(&route)
-            zmq_msg_close(&body)
+        if self._plans and parts == 1 and kq_read_operate(content, length, &request):
+            memcpy(where, PyUnicode_DATA(connection.user), Z85_KEY)
+            memcpy(where + Z85_KEY, request.verb.at, request.verb.length)
+            where[Z85_KEY + request.verb.length] = 0
+            memcpy(where + Z85_KEY + request.verb.length + 1, request.key.at, request.key.length)
+            found = self._plans.get(PyBytes_FromStringAndSize(where, Z85_KEY + request.verb.length + 1
+                                                              + request.key.length))
+            if found is not None:
+                plan = found
+                if plan.fits(&request) and self._serve(plan, &request, connection):
+                    return True
+        if self._leases:
+            self.settle()
+        incoming = self._opened(connection, PyBytes_FromStringAndSize(<char *>content, length if parts == 1 else 0),
+                                parts)
+        if incoming is not None:
+            self._handlers.handle(incoming)
+        return True
 
-    cdef bint _serve(self, Plan plan, kq_operate *request, kq_message *route, int fd, size_t size) except -1:
+    cdef bint _serve(self, Plan plan, kq_operate *request, Connection connection) except -1:
         cdef kq_result result
         cdef double started_s = kq_now_s(), begun_s, ended_s
         cdef size_t head, length
-        cdef int sent
         handlers = self._handlers
         try:
-            if not self._lease(plan, fd, started_s) or not handlers.begin_planned(plan):
+            if not self._lease(plan, connection, started_s) or not handlers.begin_planned(plan):
                 return False
         except Exception as error:
             handlers.plan_broke(error)
             return False
         plan.used += 1
-        plan.received += wire_size(size)
         head = KQ_OVERHEAD
         begun_s = kq_now_s()
         try:
@@ -406,7 +338,7 @@ cdef class FastPath:
             result.queue = handlers.end_planned(plan, <long>((ended_s - started_s) * 1e6))
         except Exception as error:
             plan.failed += 1  # which is counted as any other that failed
-            handlers.fail_planned(plan, _content(route), request.id, plan.connection, started_s, error)
+            handlers.fail_planned(plan, request.id, connection, started_s, error)
             return True
         plan.busy_us += result.service_us
         result.id, result.loaded = request.id, True
@@ -417,27 +349,8 @@ cdef class FastPath:
         result.data.at = self._room.at + head
         head -= kq_result_head(result.id, result.data.length)
         length = kq_write_result(self._room.at + head, &result)
-        sent = self._send(route, self._room.at + head, length)
-        if sent == 2:
-            plan.sent += wire_size(length)
-        elif sent == 0:
-            self._send_again(_content(route), PyBytes_FromStringAndSize(<const char *>self._room.at + head, length),
-                             plan.connection)
+        if not self._router.reply(connection, self._room.at + head, length):
+            self._lost()
         explicit_bzero(self._room.at + head, length)  # it may be a plaintext
         self.served += 1
         return True
-
-    cdef int _send(self, kq_message *route, const uint8_t *reply, size_t length):
-        """How many of the two frames went out. The first is copied, since a refused one is needed again."""
-        if zmq_send(self._socket, zmq_msg_data(route), zmq_msg_size(route), ZMQ_DONTWAIT | ZMQ_SNDMORE) < 0:
-            return 0
-        return 1 + (zmq_send(self._socket, reply, length, ZMQ_DONTWAIT) >= 0)
-
-
-cdef inline size_t wire_size(size_t size) noexcept nogil:
-    """``engine.client.connections.wire_bytes``."""
-    return size + 33 + (2 if size + 33 < 256 else 9)
-
-
-cdef bytes _content(kq_message *message):
-    return PyBytes_FromStringAndSize(<const char *>zmq_msg_data(message), zmq_msg_size(message))

@@ -19,7 +19,7 @@ import structlog
 
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, welcome
-from engine.client.connections import Connection, wire_bytes
+from engine.client._router import Connection
 from engine.client.listener import IDLE, Incoming
 from engine.client.membership import Membership
 from engine.client.spreading import Desk, Gossip
@@ -323,7 +323,7 @@ class Handlers(FollowsCluster):
         limits: ServiceLimits,
         health: Health,
         counts: Callable[[Admission], ServiceCount],
-        known: Callable[[int, str], Connection | None] = lambda fd, member: None,
+        known: Callable[[Connection, str], bool] = lambda connection, member: False,
         fast: FastPath | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -465,14 +465,13 @@ class Handlers(FollowsCluster):
         )
         self._fast.remember(member.curve_z85, plan)
 
-    def lease_planned(self, plan: Plan, fd: int, now_s: float) -> tuple[Connection, int, float] | None:
-        """Admit uses by a plan in advance: the connection they come by, how many, and until when (monotonic seconds).
+    def lease_planned(self, plan: Plan, connection: Connection, now_s: float) -> tuple[int, float] | None:
+        """Admit uses by a plan over a connection in advance: how many, and until when (monotonic seconds).
 
         Each is taken from the member's rate and from the key's uses, and what is not used is given back by
         ``settle_planned``. None where a use has to be looked at in every respect.
         """
-        connection = self._known(fd, plan.member)
-        if connection is None:
+        if not self._known(connection, plan.member):
             return None
         admitted = self._admission.take(plan.member, LEASE_USES, now_s)
         if not admitted:
@@ -487,20 +486,10 @@ class Handlers(FollowsCluster):
             self._admission.give(plan.member, uses)
             self._cache.settle(plan.cached_as, loaded, 0, uses)
             return None
-        return connection, uses, min(until_s, now_s + LEASE_S)
+        return uses, min(until_s, now_s + LEASE_S)
 
-    def settle_planned(
-        self,
-        plan: Plan,
-        connection: Connection,
-        leased: int,
-        used: int,
-        failed: int,
-        busy_us: int,
-        received: int,
-        sent: int,
-    ) -> None:
-        """Count what was done by a lease, in microseconds and in bytes on the wire, and take back the rest.
+    def settle_planned(self, plan: Plan, leased: int, used: int, failed: int, busy_us: int) -> None:
+        """Count what was done by a lease, in microseconds, and take back the rest.
 
         Uses that failed are counted already.
         """
@@ -509,8 +498,6 @@ class Handlers(FollowsCluster):
         plan.count.requests += used - failed
         plan.count.busy_us += busy_us
         self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + used - failed
-        connection.delivered += received
-        connection.sent += sent
 
     def begin_planned(self, plan: Plan) -> bool:
         """Begin a use that was leased, if all that its plan goes by still holds."""
@@ -545,12 +532,12 @@ class Handlers(FollowsCluster):
         self._forget_plans()
 
     def fail_planned(
-        self, plan: Plan, route: bytes, request_id: int, connection: Connection, started_s: float, error: Exception
+        self, plan: Plan, request_id: int, connection: Connection, started_s: float, error: Exception
     ) -> None:
         """A use by its plan failed: record and answer that as that of any other."""
         self._admission.resume(plan.member)
         request = Request(PROTOCOL_VERSION, request_id, plan.verb, 1, b"", {})
-        incoming = Incoming(route, plan.cluster.members[plan.member], request, connection)
+        incoming = Incoming(plan.cluster.members[plan.member], request, connection)
         call = _Call(incoming, self.number, started_s, started_s, plan.verb, plan.cluster, plan.name)
         call.request_class, call.entry, call.recording = plan.request_class, plan.entry, False
         self._fail(call, error)

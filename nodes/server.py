@@ -16,7 +16,7 @@ import zmq
 from engine._version import __version__
 from engine.client.config import Identity, load_identity, sync_folder
 from engine.client.connections import LOOK_EVERY_S
-from engine.client.listener import Gate, Listener
+from engine.client.listener import Listener
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
@@ -24,7 +24,7 @@ from engine.errors import ConfigError, EngineError
 from engine.failpoints import armed
 from engine.protocol.manifest import Cluster
 from engine.protocol.signed import remember_signatures
-from nodes._fastpath import EVENTS, FastPath
+from nodes._fastpath import FastPath
 from nodes.audit import AuditLog, AuditNames
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
@@ -140,10 +140,9 @@ class Server:
         )
         names = AuditNames(self._store, lane) if config.audit_key_names == "hmac" else None
         self._context = _context()
-        self._gate = Gate(self._context, cluster)
         first, *others = self._own.served(config.bind)
         self.endpoint = first.endpoint
-        self._listener = Listener(self._context, first.pair, first.endpoint, cluster, config.service_limits)
+        self._listener = Listener(first.pair, first.endpoint, cluster, config.service_limits)
         if others:
             self._listener.serve({each.endpoint: each.pair for each in (first, *others)})
         signatures = SignatureCache(config.signature_cache, time.monotonic)
@@ -186,7 +185,7 @@ class Server:
             renewed=lambda: self._mailbox.post(self._handlers.token_renewed),
         )
         sources = [self._mailbox.fileno(), *([] if lifeline is None else [lifeline])]
-        self._fast = FastPath(self._listener.socket, self._listener.connections.monitor, *sources)
+        self._fast = FastPath(self._listener.router, *sources)
         self._handlers = Handlers(
             node=identity.name,
             boot=boot,
@@ -216,7 +215,7 @@ class Server:
             known=self._listener.connections.known,
             fast=None if armed() else self._fast,
         )
-        self._fast.serve(self._listener.open, self._listener.send, self._handlers)
+        self._fast.serve(self._listener.open, self._listener.lost, self._handlers)
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)
         cluster.subscribe(lambda before, now: self._mailbox.post(lambda: self._manifest_taken(before, now)))
@@ -257,7 +256,7 @@ class Server:
 
     def _loop(self) -> None:
         next_tick_s = next_look_s = 0.0
-        fast, connections = self._fast, self._listener.connections
+        fast = self._fast
         while True:
             now = time.monotonic()
             if self._beat is not None:
@@ -269,9 +268,9 @@ class Server:
                 self._handlers.tick(SETTLE_AFTER_MS)
                 next_tick_s = now + TICK_S
             ready = fast.run(max(0, int(min(next_tick_s - now, LOOK_EVERY_S) * 1000)), BATCH)
-            if ready & EVENTS or now >= next_look_s:
+            if now >= next_look_s:
                 next_look_s = now + LOOK_EVERY_S
-                connections.look()
+                self._listener.look()
             if ready & ENDING and self._lifeline is not None:
                 fast.unwatch(self._lifeline)
                 self._begin_stop()
@@ -301,7 +300,6 @@ class Server:
         self._handlers.farewell()
         self._end(self._dealer)
         self._listener.close()
-        self._gate.close()
         self._audit.close()
         self._store.close()
         self._context.destroy(linger=100)

@@ -1,12 +1,14 @@
-"""The serving side of a CURVE socket: who may connect, and which member sent a message. It knows no verbs.
+"""The serving side of CURVE: who may connect, and which member sent a message. It knows no verbs.
 
-CURVE fails open without a ZAP handler, so every server socket has ZAP_ENFORCE_DOMAIN set: with a dead handler nobody
-gets in. The ``User-Id`` that ZAP attached is looked up for every single message; a routing id proves nothing.
+Requests come by a ``Router``; libzmq's sockets serve publications. There CURVE fails open without a ZAP handler, so each
+has ZAP_ENFORCE_DOMAIN set: with a dead handler nobody gets in. The CURVE key that a connection has proved is looked up for
+every single message.
 """
 
 from __future__ import annotations
 
 import resource
+import socket as sockets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +17,14 @@ from typing import Any
 
 import structlog
 import zmq
+import zmq.utils.z85
 from msgspec.structs import replace
 from zmq.auth.thread import ThreadAuthenticator
 
+from engine.client._router import Connection, Router
 from engine.client.admission import DEFAULT_LIMITS, Admission, ServiceLimits
 from engine.client.config import CurveIdentity
-from engine.client.connections import Connection, Connections, descriptors, end_connection, peer_of, wire_bytes
+from engine.client.connections import Connections, descriptors
 from engine.client.transport import FRAME_MAX, HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
 from engine.errors import EngineError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster, Member
@@ -56,11 +60,8 @@ GARBAGE_IN_A_ROW = 256
 REBIND_S = 1.0
 LEAVE_S = 2.0
 """How long an endpoint is served that a newer manifest leaves out: members take a manifest one after the other."""
-RECEIVED_MAX = 64
-"""Messages of one connection that wait in the socket; then its peer waits, by TCP."""
 SENT_TIMES = 2
-"""Replies that wait for one connection, over the requests that it may have unanswered: libzmq tells of room only when
-half of a queue is free, and so may take a half-full queue for a full one."""
+"""Replies that wait for one connection, over the requests that it may have unanswered."""
 
 log = structlog.get_logger()
 
@@ -105,12 +106,11 @@ def curve_server(socket: zmq.Socket[bytes], identity: CurveIdentity) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A well-formed request, the member whose key sent it, and the way back."""
+    """A well-formed request, the member whose key sent it, and the connection that it came by."""
 
-    route: bytes
     member: Member
     request: Request
-    connection: Connection | None = None
+    connection: Connection
 
 
 class Bound:
@@ -157,38 +157,91 @@ def _last_endpoint(socket: zmq.Socket[bytes]) -> str:
     return bytes(told).rstrip(b"\0").decode("ascii")
 
 
+class _Places:
+    """The endpoints that a router listens at, each with the CURVE pair that it serves there."""
+
+    def __init__(self, router: Router, backlog: int) -> None:
+        self._router = router
+        self._backlog = backlog
+        self._bound: dict[str, tuple[bytes, int, int]] = {}
+
+    def follow(self, wanted: Mapping[str, CurveIdentity]) -> list[str]:
+        """Listen at these endpoints and no others; those that are left. ``EngineError`` if one can't be had."""
+        left = []
+        for endpoint, (public, fd, _) in list(self._bound.items()):
+            if endpoint not in wanted or wanted[endpoint].public != public:
+                self._router.leave(fd)
+                del self._bound[endpoint]
+                left.append(endpoint)
+        for endpoint, pair in wanted.items():
+            if endpoint not in self._bound:
+                listening = listen(endpoint, self._backlog)
+                port, fd = int(listening.getsockname()[1]), listening.detach()
+                self._bound[endpoint] = pair.public, fd, port
+                decode = zmq.utils.z85.decode
+                self._router.listen(fd, port, decode(pair.public), decode(pair.secret))
+        return left
+
+
+def listen(endpoint: str, backlog: int) -> sockets.socket:
+    """A listening TCP socket at ``tcp://host:port``, the host being a name, an address or ``*``; ``EngineError``."""
+    scheme, _, place = endpoint.partition("://")
+    host, _, port = place.rpartition(":")
+    made: sockets.socket | None = None
+    try:
+        if scheme != "tcp" or not host:
+            raise ValueError("no endpoint tcp://host:port")
+        found = sockets.getaddrinfo(
+            None if host == "*" else host.strip("[]"),
+            0 if port == "*" else int(port),
+            type=sockets.SOCK_STREAM,
+            family=sockets.AF_INET if host == "*" else sockets.AF_UNSPEC,
+            flags=sockets.AI_PASSIVE,
+        )
+        made = sockets.socket(found[0][0], sockets.SOCK_STREAM)
+        made.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        made.setblocking(False)
+        made.bind(found[0][4])
+        made.listen(backlog)
+    except (OSError, ValueError) as error:
+        if made is not None:
+            made.close()
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise EngineError(f"can't bind {endpoint}: {reason}") from None
+    return made
+
+
 class Listener(FollowsCluster):
-    """A bound ROUTER socket of a member."""
+    """Where a member serves the requests of others."""
 
     def __init__(
-        self,
-        context: zmq.Context[Any],
-        identity: CurveIdentity,
-        endpoint: str,
-        cluster: ClusterSource,
-        limits: ServiceLimits = DEFAULT_LIMITS,
+        self, identity: CurveIdentity, endpoint: str, cluster: ClusterSource, limits: ServiceLimits = DEFAULT_LIMITS
     ) -> None:
         self._source = cluster
         self.refused = 0
         self._next_warning_s = 0.0
         self.undeliverable = 0
-        self.socket: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
-        self.connections = Connections(context, self.socket, limits.connections, limits.member_connections)
+        self.router = Router(self._admits, limit=FRAME_MAX, replies_max=SENT_TIMES * limits.connection_requests)
+        self.connections = Connections(self.router, limits.connections, limits.member_connections)
         self.limits = replace_limits(limits, connections=self.connections.most)
         try:
-            curve_server(self.socket, identity)
-            self.socket.sndhwm = SENT_TIMES * limits.connection_requests
-            self.socket.rcvhwm = RECEIVED_MAX
-            self.socket.backlog = min(BACKLOG, self.connections.backlog)
-            self.socket.router_mandatory = 1
-            self._bound = Bound(self.socket)
+            self._bound = _Places(self.router, min(BACKLOG, self.connections.backlog))
             self._places: dict[str, CurveIdentity] = {endpoint: identity}
             self._leaving: dict[str, tuple[CurveIdentity, float]] = {}
             self._bound.follow(self._places)
-        except (EngineError, zmq.ZMQError) as error:
-            self.connections.close()
-            self.socket.close(0)
-            raise error if isinstance(error, EngineError) else EngineError(f"can't bind {endpoint}: {error}") from None
+        except EngineError:
+            self.close()
+            raise
+
+    def _admits(self, user: str) -> bool:
+        """Whether a CURVE key is a member's."""
+        return user in self._cluster.by_curve
+
+    def look(self) -> None:
+        """Look after the connections; to be called every ``engine.client.connections.LOOK_EVERY_S``."""
+        if HANDSHAKE_MS:
+            self.router.expire(time.monotonic() - HANDSHAKE_MS / 1000)
+        self.connections.look()
 
     def serve(self, places: Mapping[str, CurveIdentity]) -> None:
         """Listen at these endpoints, each with its pair; at one that is left out for ``LEAVE_S`` more (``settle``)."""
@@ -214,13 +267,13 @@ class Listener(FollowsCluster):
                 self.connections.end_at(int(endpoint.rpartition(":")[2]))
 
     def close(self) -> None:
-        """Close the socket; replies under way get 100 ms."""
+        """Close everything; replies that wait for their peers are lost."""
         self.connections.close()
-        self.socket.close()
+        self.router.close()
 
     def members_changed(self, before: Cluster, now: Cluster) -> None:
         """Another manifest is in force: cut the connections of those who are no members any more, or by other keys."""
-        gone = {member.name for key, member in before.by_curve.items() if key not in now.by_curve}
+        gone = before.by_curve.keys() - now.by_curve.keys()
         if gone:
             self.connections.end_of(gone)
 
@@ -245,49 +298,41 @@ class Listener(FollowsCluster):
         None too after much garbage in a row, so that its sender can't keep the caller here.
         """
         for _ in range(GARBAGE_IN_A_ROW):
-            try:
-                frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
+            message = self.router.receive()
+            if message is None:
                 return None
-            last: Any = frames[-1]
-            content = [frame.bytes for frame in frames]
-            incoming = self.open(content[0], content[1:], user_id(last), int(last.get(zmq.SRCFD)))
+            incoming = self.open(*message)
             if incoming is not None:
                 return incoming
         return None
 
-    def open(self, route: bytes, frames: list[bytes], user: str, fd: int) -> Incoming | None:
-        """The request in the frames that came by a descriptor from the CURVE key ``user``; None for garbage."""
-        incoming = self._open(route, frames, user, fd)
+    def open(self, connection: Connection, data: bytes, parts: int) -> Incoming | None:
+        """The request in a message of so many frames that came by a connection; None for garbage."""
+        incoming = self._open(connection, data, parts)
         if incoming is None:
             self.refused += 1
         return incoming
 
-    def _open(self, route: bytes, frames: list[bytes], user: str, fd: int) -> Incoming | None:
-        member = self._cluster.by_curve.get(user)
+    def _open(self, connection: Connection, data: bytes, parts: int) -> Incoming | None:
+        member = self._cluster.by_curve.get(connection.user)
         if member is None:
             self._tell("", "its connection's key is no member's")
-            peer = peer_of(fd)
-            if peer is not None:
-                end_connection(fd, peer)
+            self.router.end(connection)
             return None
-        size = sum(wire_bytes(len(frame)) for frame in frames)
-        connection, excess = self.connections.heard(fd, member.name, size)
+        excess = self.connections.heard(connection, member.name)
         request_id = 0
         try:
-            if len(frames) != 1:
-                raise ProtocolError(f"a request has 1 frame, this one {len(frames)}")
-            request = request_codec.decode(frames[0])
+            if parts != 1:
+                raise ProtocolError(f"a request has 1 frame, this one {parts}")
+            request = request_codec.decode(data)
             request_id = request.id
             if request.verb != HELLO:  # which is how two versions get to know each other
                 check_version(request.version)
         except ProtocolError as error:
             self._tell(member.name, str(error))
-            self._send(
-                route, Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}), connection
-            )
+            self._send(Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}), connection)
             return None
-        incoming = Incoming(route, member, request, connection)
+        incoming = Incoming(member, request, connection)
         if excess:
             most = self.limits.member_connections
             surplus = Overloaded(f"{member.name!r} has limits.member_connections = {most} already; this one is cut")
@@ -306,37 +351,23 @@ class Listener(FollowsCluster):
     def reply(self, incoming: Incoming, status: int, body: bytes, load: Load = IDLE) -> None:
         """Answer a request."""
         reply = Reply(PROTOCOL_VERSION, incoming.request.id, status, body, load, {})
-        self._send(incoming.route, reply, incoming.connection)
+        self._send(reply, incoming.connection)
 
     def fail(self, incoming: Incoming, error: Exception, load: Load = IDLE) -> None:
         """Answer a request with an error."""
         self.reply(incoming, Status.ERROR, error_body(error), load)
 
-    def _send(self, route: bytes, reply: Reply, connection: Connection | None) -> None:
+    def _send(self, reply: Reply, connection: Connection) -> None:
         try:
             data = reply_codec.encode(reply)
         except ValueError as error:  # longer than a message may be
             data = reply_codec.encode(replace(reply, status=Status.ERROR, body=error_body(ProtocolError(str(error)))))
-        self.send(route, data, connection)
+        if not self.router.send(connection, data):
+            self.lost()
 
-    def send(self, route: bytes, data: bytes, connection: Connection | None) -> None:
-        """Send a reply's frame, if its client takes it."""
-        if not (self._sent(route, data) or self._sent(route, data)):
-            # Only that client waits: it went away, or does not read.
-            self.undeliverable += 1
-        elif connection is not None:
-            connection.replied(len(data))
-
-    def _sent(self, route: bytes, data: bytes) -> bool:
-        try:
-            self.socket.send_multipart([route, data], zmq.DONTWAIT)
-        except zmq.Again:
-            # Its queue is full, or was when the socket last looked: which it does now.
-            self.socket.get(zmq.EVENTS)
-            return False
-        except zmq.ZMQError:  # EHOSTUNREACH: it went away
-            return False
-        return True
+    def lost(self) -> None:
+        """Count a reply that its client did not take: it went away, or does not read."""
+        self.undeliverable += 1
 
 
 def user_id(frame: Any) -> str:
