@@ -349,7 +349,7 @@ cdef class FastPath:
         result.data.at = self._room.at + head
         head -= kq_result_head(result.id, result.data.length)
         length = kq_write_result(self._room.at + head, &result)
-        if not self._router.reply(connection, self._room.at + head, length):
+        if not self._router.reply(connection, self._room.at + head, length, 0):
             self._lost()
         explicit_bzero(self._room.at + head, length)  # it may be a plaintext
         self.served += 1

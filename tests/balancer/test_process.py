@@ -169,10 +169,8 @@ class CountingNode:
     """A node's listener that answers ``stats``: each time it has served 50 more signatures of 200 us."""
 
     def __init__(self, site: Site, name: str) -> None:
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._gate = Gate(self._context, site.cluster)
         endpoint = site.cluster.members[name].endpoint
-        self._listener = Listener(self._context, site.curve(name), endpoint, site.cluster)
+        self._listener = Listener(site.curve(name), endpoint, site.cluster)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -180,7 +178,7 @@ class CountingNode:
     def _serve(self) -> None:
         boot, served = os.urandom(16), 0
         while not self._stop.is_set():
-            if not self._listener.socket.poll(20):
+            if not self._listener.router.poll(20):
                 continue
             while (incoming := self._listener.receive()) is not None:
                 if incoming.request.verb == HELLO:
@@ -195,8 +193,6 @@ class CountingNode:
         self._stop.set()
         self._thread.join()
         self._listener.close()
-        self._gate.close()
-        self._context.destroy(0)
 
 
 @pytest.fixture

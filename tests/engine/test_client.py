@@ -149,8 +149,8 @@ class Nodes:
         poller = zmq.Poller()
         for name in NODES:
             identity = self.world.identities[name].transport
-            listeners[name] = Listener(context, identity, cluster.members[name].endpoint, cluster)
-            poller.register(listeners[name].socket, zmq.POLLIN)
+            listeners[name] = Listener(identity, cluster.members[name].endpoint, cluster)
+            poller.register(listeners[name].router.fileno(), zmq.POLLIN)
         publisher = context.socket(zmq.PUB)
         curve_server(publisher, self.world.identities["bal"].transport)
         publisher.bind(cluster.members["bal"].publish_endpoint)

@@ -19,7 +19,7 @@ from engine.client.admission import ServiceLimits, welcome
 from engine.client.calls import Await, Exchange
 from engine.client.client import drive
 from engine.client.config import CurveIdentity, Identity, create_identity
-from engine.client.listener import IDLE, Gate, Incoming, Listener
+from engine.client.listener import IDLE, Incoming, Listener
 from engine.client.transport import Arrival, Channel, DirectUse, ask, connect_options, raise_for_status, watch
 from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
@@ -79,12 +79,10 @@ class Node:
         assert not self._thread.is_alive()
 
     def _run(self) -> None:
-        context: zmq.Context[Any] = zmq.Context()
-        gate = Gate(context, self.cluster)
-        listener = Listener(context, self.identity.transport, self.member.endpoint, self.cluster)
+        listener = Listener(self.identity.transport, self.member.endpoint, self.cluster)
         self._ready.set()
         while not self._stop.is_set():
-            listener.socket.poll(10)
+            listener.router.poll(10)
             while (incoming := listener.receive()) is not None:
                 if incoming.request.verb == HELLO:
                     self.greeted += 1
@@ -94,8 +92,6 @@ class Node:
                 self.handler(listener, incoming)
             self.refused = listener.refused
         listener.close()
-        gate.close()
-        context.destroy(linger=0)
 
 
 def free_endpoint() -> str:
@@ -178,7 +174,7 @@ def test_a_version_that_does_not_fit_is_told_with_both(node: Node, world: World,
             Welcome(9, 8, 10, "9.1", "n1", bytes(16), 1, bytes(32), ServiceLimits().served())
         )
         reply = Reply(9, incoming.request.id, Status.OK, body, IDLE, {})
-        listener.socket.send_multipart([incoming.route, reply_codec.encode(reply)])
+        listener.router.send(incoming.connection, reply_codec.encode(reply))
 
     node.greet = far
     node.handler = lambda listener, incoming: None
@@ -366,7 +362,8 @@ def test_moved_names_the_nodes(world: World, channel: Channel) -> None:
 @pytest.mark.parametrize("garbage", [[b""], [b"\xc1"], [os.urandom(200)], [b"a", b"b"], [b"\x96\x01"]])
 def test_a_garbled_reply_ends_the_request(world: World, channel: Channel, garbage: list[bytes]) -> None:
     def garble(listener: Listener, incoming: Incoming) -> None:
-        listener.socket.send_multipart([incoming.route, *garbage])
+        for frame in garbage:
+            listener.router.send(incoming.connection, frame, more=frame is not garbage[-1])
 
     node = Node(world.node, world.cluster, garble)
     with pytest.raises(ProtocolError, match="n1"):
@@ -539,8 +536,9 @@ def test_garbage_ends_no_direct_use(node: Node, direct: Channel) -> None:
 
     def lie(listener: Listener, incoming: Incoming) -> None:
         for junk in (b"", b"\x96", os.urandom(50), MAC.data):
-            listener.socket.send_multipart([incoming.route, junk])
-        listener.socket.send_multipart([incoming.route, b"two", b"frames"])
+            listener.router.send(incoming.connection, junk)
+        listener.router.send(incoming.connection, b"two", more=True)
+        listener.router.send(incoming.connection, b"frames")
         use(listener, replace_request(incoming, incoming.request.id + 1))
         use(listener, incoming)
 
@@ -549,7 +547,7 @@ def test_garbage_ends_no_direct_use(node: Node, direct: Channel) -> None:
 
 
 def replace_request(incoming: Incoming, number: int) -> Incoming:
-    return Incoming(incoming.route, incoming.member, msgspec.structs.replace(incoming.request, id=number))
+    return Incoming(incoming.member, msgspec.structs.replace(incoming.request, id=number), incoming.connection)
 
 
 def test_neither_what_is_asked_nor_what_comes_is_in_a_repr(direct: Channel) -> None:

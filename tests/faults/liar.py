@@ -81,7 +81,7 @@ class Liar:
         context: zmq.Context[Any] = zmq.Context()
         try:
             gate = Gate(context, self.cluster)
-            listener = Listener(context, self.identity.transport, self._member.endpoint, self.cluster)
+            listener = Listener(self.identity.transport, self._member.endpoint, self.cluster)
             publisher: zmq.Socket[bytes] = context.socket(zmq.PUB)
             curve_server(publisher, self.identity.transport)
             publisher.bind(self._member.publish_endpoint)
@@ -93,7 +93,7 @@ class Liar:
         self._ready.set()
         next_s = 0.0
         while not self._stop.is_set():
-            listener.socket.poll(20)
+            listener.router.poll(20)
             while (incoming := listener.receive()) is not None:
                 self._reply(listener, incoming)
             if self._tables is not None and time.monotonic() >= next_s:

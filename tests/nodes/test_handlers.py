@@ -13,7 +13,6 @@ import pytest
 from pkcs11 import Attribute
 
 from engine.client.admission import Admission, ServiceLimits
-from engine.client.connections import Connection, wire_bytes
 from engine.client.listener import IDLE, Incoming
 from engine.errors import (
     AccessDenied,
@@ -151,7 +150,7 @@ class Scene:
         self.signatures = SignatureCache(CacheLimits(300.0, 16), time.monotonic)
         self._number = 0
         self.plans: dict[str, Plan] = {}
-        self.connection = Connection(7, 0.0, "alice")
+        self.connection: Any = SimpleNamespace(member="alice")
         clock = TrustedClock(wall_ms=world.clock, steady_ms=lambda: 0)
         self.ledger = GrantLedger(store, clock, Limits())
         self.health = SimpleNamespace(problem="", told=lambda: TokenHealth("", "", 0, 0, 0, 0))
@@ -182,7 +181,7 @@ class Scene:
             limits=ServiceLimits(),
             health=self.health,
             counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
-            known=lambda fd, member: self.connection if (fd, member) == (7, self.connection.member) else None,
+            known=lambda connection, member: connection.member == member,
             fast=SimpleNamespace(  # type: ignore[arg-type]
                 remember=lambda user, plan: self.plans.update({user + plan.verb: plan}), forget=self.plans.clear
             ),
@@ -213,7 +212,7 @@ class Scene:
     def send(self, verb: str, message: Any, *, client: str = "alice", timeout_ms: int = 60_000) -> int:
         self._number += 1
         request = Request(PROTOCOL_VERSION, self._number, verb, timeout_ms, REQUEST_CODECS[verb].encode(message), {})
-        self.handlers.handle(Incoming(b"route", self.world.cluster.members[client], request))
+        self.handlers.handle(Incoming(self.world.cluster.members[client], request, self.connection))
         return self._number
 
     def encrypt(self, *, grant: bool = True, verb: str = "encrypt", timeout_ms: int = 60_000) -> int:
@@ -739,21 +738,21 @@ def planned(scene: Scene) -> Plan:
     return plan
 
 
-def use_planned(scene: Scene, plan: Plan, spoil: Callable[[Scene], object] = lambda scene: None) -> Connection | None:
+def use_planned(scene: Scene, plan: Plan, spoil: Callable[[Scene], object] = lambda scene: None) -> bool:
     """Use the plan as the fast path does: lease, begin, end, settle; ``spoil`` happens within the lease."""
     handlers = scene.handlers
-    lease = handlers.lease_planned(plan, 7, time.monotonic())
+    lease = handlers.lease_planned(plan, scene.connection, time.monotonic())
     if lease is None:
-        return None
-    connection, leased, until_s = lease
+        return False
+    leased, until_s = lease
     assert 1 <= leased <= 64
     assert until_s <= time.monotonic() + 0.01
     spoil(scene)
     used = handlers.begin_planned(plan)
     if used:
         handlers.end_planned(plan, 9)
-    handlers.settle_planned(plan, connection, leased, used, 0, 5 * used, wire_bytes(100) * used, 0)
-    return connection if used else None
+    handlers.settle_planned(plan, leased, used, 0, 5 * used)
+    return used
 
 
 def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
@@ -761,12 +760,11 @@ def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
     assert set(scene.plans) == {scene.world.cluster.members["alice"].curve_z85 + "encrypt"}
     before, number = dataclasses.replace(plan.count), scene.handlers.number
     hits = scene.handlers._cache.statistics().hits
-    assert use_planned(scene, plan) is scene.connection
+    assert use_planned(scene, plan)
     assert scene.handlers.number == number + 1
     assert scene.audit.uses == [(plan.lines, number + 1, 9)]
     assert plan.count == dataclasses.replace(before, requests=before.requests + 1, busy_us=before.busy_us + 5)
     assert scene.handlers._cache.statistics().hits == hits + 1
-    assert scene.connection.delivered == wire_bytes(100)
     assert scene.handlers.pending == 0
 
 
@@ -790,10 +788,10 @@ def test_a_plan_is_not_followed_once_anything_changed(
     uses = scene.handlers._cache.statistics().hits
     try:
         if leased:
-            assert use_planned(scene, plan, spoil) is None
+            assert not use_planned(scene, plan, spoil)
         else:
             spoil(scene)
-            assert use_planned(scene, plan) is None
+            assert not use_planned(scene, plan)
         assert scene.handlers.pending == under_way
         assert scene.handlers._cache.statistics().hits == uses
     finally:
@@ -816,7 +814,7 @@ def test_nothing_is_leased_that_is_not_there(scene: Scene, spoil: Callable[[Scen
     for _ in range(60):
         spoil(scene)
     level, uses = limits._level, scene.handlers._cache.statistics().hits
-    assert scene.handlers.lease_planned(plan, 7, time.monotonic()) is None
+    assert scene.handlers.lease_planned(plan, scene.connection, time.monotonic()) is None
     assert limits._level == pytest.approx(level, abs=1)
     assert scene.handlers._cache.statistics().hits == uses
 
@@ -824,7 +822,7 @@ def test_nothing_is_leased_that_is_not_there(scene: Scene, spoil: Callable[[Scen
 def test_a_plan_spends_the_keys_uses(world: Any, lane: Lane, store: ShareStore) -> None:
     scene = Scene(world, lane, store, max_uses=4)
     plan = planned(scene)  # two of them
-    assert [use_planned(scene, plan) is not None for _ in range(4)] == [True, True, False, False]
+    assert [use_planned(scene, plan) for _ in range(4)] == [True, True, False, False]
     assert scene.handlers._cache.statistics().hits == 3
     scene.handlers.close()
 
@@ -860,7 +858,7 @@ def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
     plan = planned(scene)
     count = len(scene.records)
     assert scene.handlers.begin_planned(plan)
-    scene.handlers.fail_planned(plan, b"route", 99, scene.connection, time.monotonic(), InvalidTag("changed"))
+    scene.handlers.fail_planned(plan, 99, scene.connection, time.monotonic(), InvalidTag("changed"))
     assert scene.outcome(99) == "InvalidTag"
     assert [(each.event, each.member, each.outcome) for each in scene.records[count:]] == [
         ("request", "alice", ""),
@@ -881,7 +879,7 @@ def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) ->
     scene.handlers._source = SimpleNamespace(cluster=without)  # type: ignore[assignment]
     with pytest.raises(AccessDenied, match="'alice' is no member any more") as refused:
         scene.handlers.end_planned(plan, 9)
-    scene.handlers.fail_planned(plan, b"route", 99, scene.connection, time.monotonic(), refused.value)
+    scene.handlers.fail_planned(plan, 99, scene.connection, time.monotonic(), refused.value)
     assert scene.outcome(99) == "AccessDenied"
     assert not scene.audit.uses
     assert [each.outcome for each in scene.records[-2:]] == ["", "access-denied"]
@@ -894,6 +892,6 @@ def test_a_use_that_cannot_be_recorded_is_not_counted_as_good(scene: Scene) -> N
     scene.audit.problem = "the disk is full"
     with pytest.raises(AuditUnavailable):
         scene.handlers.end_planned(plan, 9)
-    scene.handlers.fail_planned(plan, b"route", 98, scene.connection, time.monotonic(), AuditUnavailable("full"))
+    scene.handlers.fail_planned(plan, 98, scene.connection, time.monotonic(), AuditUnavailable("full"))
     assert scene.outcome(98) == "AuditUnavailable"
     assert scene.handlers.pending == 0

@@ -14,12 +14,11 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from random import Random
 from types import SimpleNamespace
 from typing import Any
-
-import zmq
 
 from engine.client.listener import Listener
 from engine.client.transport import Arrival
@@ -216,50 +215,39 @@ class Sim:
 # --- the network ---
 
 
-class Frame:
-    """A frame as the listener sees it: bytes, and the CURVE key that its connection was authenticated with."""
+@dataclass(frozen=True)
+class Wire:
+    """The listening end of a channel's connection: where replies go, and the CURVE key that it has proved."""
 
-    __slots__ = ("_user", "bytes")
-
-    def __init__(self, data: bytes, user: str) -> None:
-        self.bytes = data
-        self._user = user
-
-    def get(self, name: str | int) -> str | int:
-        """Its connection's key (``User-Id``), or its descriptor, which it has none of."""
-        return self._user if isinstance(name, str) else 0
-
-    def __len__(self) -> int:
-        return len(self.bytes)
+    route: str
+    user: str
 
 
-class Socket:
+class SimRouter:
     """The listening end of one process: a queue of requests in, replies out to where they came from."""
 
     def __init__(self, net: Network, name: str) -> None:
         self._net = net
         self._name = name
-        self._queue: deque[list[Frame]] = deque()
+        self._queue: deque[tuple[Wire, bytes, int]] = deque()
         self.owed: dict[tuple[str, int], int] = {}
 
     def put(self, route: str, data: bytes, user: str) -> None:
         request_id = request_codec.decode(data).id if data else 0
         self.owed[route, request_id] = self.owed.get((route, request_id), 0) + 1
-        self._queue.append([Frame(route.encode(), user), Frame(data, user)])
+        self._queue.append((Wire(route, user), data, 1))
 
-    def recv_multipart(self, flags: int, copy: bool) -> list[Frame]:
-        if not self._queue:
-            raise zmq.Again
-        return self._queue.popleft()
+    def receive(self) -> tuple[Wire, bytes, int] | None:
+        return self._queue.popleft() if self._queue else None
 
-    def send_multipart(self, frames: list[bytes], flags: int) -> None:
-        route = frames[0].decode()
-        request_id = reply_codec.decode(frames[1]).id
+    def send(self, connection: Wire, data: bytes) -> bool:
+        route, request_id = connection.route, reply_codec.decode(data).id
         left = self.owed.get((route, request_id), 0)
         if not left:
             raise Violated(f"{self._name} answers request {request_id} of {route} a second time")
         self.owed[route, request_id] = left - 1
-        self._net.reply(self._name, route, frames[1])
+        self._net.reply(self._name, route, data)
+        return True
 
     def unanswered(self) -> list[tuple[str, int]]:
         """Requests that came and got no answer."""
@@ -267,15 +255,15 @@ class Socket:
 
 
 class SimListener(Listener):
-    """The real listener over a simulated socket."""
+    """The real listener over a simulated router."""
 
     def __init__(self, net: Network, name: str, cluster: Cluster) -> None:
         self._source = cluster
         self.refused = 0
         self._next_warning_s = 0.0
         self.undeliverable = 0
-        self.connections: Any = SimpleNamespace(heard=lambda fd, member, size: (None, False))
-        self.socket: Any = Socket(net, name)
+        self.connections: Any = SimpleNamespace(heard=lambda connection, member: False)
+        self.router: Any = SimRouter(net, name)
 
 
 class Network:
@@ -324,7 +312,7 @@ class Network:
         if listener is None or listener is not sent_to or (channel.owner, peer) in self.cut or channel.closed:
             return
         self.sim.tell(f"{channel.owner}->{peer} {verb}")
-        listener[0].socket.put(channel.route, data, channel.user)
+        listener[0].router.put(channel.route, data, channel.user)
         listener[1]()
 
     def reply(self, sender: str, route: str, data: bytes) -> None:

@@ -1222,7 +1222,7 @@ def _check_books(world: World) -> None:
     books = world.registry.registry
     stored = {node.name: [row for row in node.rows() if not _given_up(row)] for node in world.nodes.values()}
     for node in world.nodes.values():
-        unanswered = node.listener.socket.unanswered()
+        unanswered = node.listener.router.unanswered()
         if unanswered or node.handlers.pending:
             raise Violated(f"{node.name} never answered {unanswered}; {node.handlers.pending} requests are under way")
         for row in stored[node.name]:

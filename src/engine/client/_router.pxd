@@ -78,7 +78,7 @@ cdef class Router:
 
     cdef int wait(self, int timeout_ms, int *found) except -1
     cdef Connection next(self, uint8_t **content, size_t *length, size_t *parts)
-    cdef int reply(self, Connection connection, uint8_t *content, size_t length) except -1
+    cdef int reply(self, Connection connection, uint8_t *content, size_t length, uint8_t flags) except -1
     cdef bint _parse(self, Connection connection, uint8_t **content, size_t *length, size_t *parts) except -1
     cdef int _leave(self) except -1
     cdef int _read(self, Connection connection) except -1

@@ -105,8 +105,11 @@ class Router:
         One of several frames has no content.
         """
 
-    def send(self, connection: Connection, data: bytes) -> bool:
-        """Send a message of one frame; False if its peer went away, or does not take what waits for it."""
+    def send(self, connection: Connection, data: bytes, *, more: bool = False) -> bool:
+        """Send a message, or one of its frames with ``more`` to come, which no client here takes.
+
+        False if its peer went away, or does not take what waits for it.
+        """
 
     def close(self) -> None:
         """End every connection and close every listening descriptor."""

@@ -519,25 +519,25 @@ cdef class Router:
 
     # --- replies ---
 
-    def send(self, Connection connection not None, bytes data not None):
-        """Send a message of one frame; False if its peer went away, or does not take what waits for it."""
+    def send(self, Connection connection not None, bytes data not None, *, bint more=False):
+        """Send a frame; False if its peer went away, or does not take what waits for it."""
         cdef size_t length = PyBytes_GET_SIZE(data), head = kq_message_head(length)
         cdef uint8_t *room = <uint8_t *>malloc(head + length)
         if room == NULL:
             raise MemoryError
         try:
             memcpy(room + head, PyBytes_AS_STRING(data), length)
-            return self.reply(connection, room + head, length)
+            return bool(self.reply(connection, room + head, length, MORE if more else 0))
         finally:
             explicit_bzero(room, head + length)
             free(room)
 
-    cdef int reply(self, Connection connection, uint8_t *content, size_t length) except -1:
-        """Send a message around its content, before which there is room for ``kq_message_head`` bytes. It is lost then."""
+    cdef int reply(self, Connection connection, uint8_t *content, size_t length, uint8_t flags) except -1:
+        """Send a frame around its content, before which there is room for ``kq_message_head`` bytes. It is lost then."""
         cdef uint8_t *frame = content - kq_message_head(length)
         if not connection.open or connection.curve.stage != KQ_OPEN or connection.waiting >= self.replies_max:
             return 0
-        self._put(connection, frame, kq_write_message(frame, &connection.curve, &sodium, content, length, 0))
+        self._put(connection, frame, kq_write_message(frame, &connection.curve, &sodium, content, length, flags))
         return connection.open
 
     cdef int _put(self, Connection connection, const uint8_t *data, size_t length) except -1:
