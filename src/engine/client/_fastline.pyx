@@ -1,16 +1,34 @@
-"""One request and its reply over a connection, in C: written, sent, awaited and read without an object in between.
+"""The shortest way of a use of a key, at the client's end; see _fastline.pyi."""
 
-It works on sockets that pyzmq opened, through the very libzmq that pyzmq loaded. It knows what a use of a key looks like
-on the wire (``fastwire.h``) and nothing of keys, nodes or policies. Whatever is not the plain answer to the request at
-hand is given back as it is, for the ordinary transport to look at.
-"""
+import hashlib
+import os
+import weakref
 
-import ctypes
+from engine.errors import DeadlineExceeded, NodeUnavailable
+from engine.keys import RequestType
+from engine.protocol.wire import MAX_AAD, MAX_DATA, MAX_TIMEOUT_MS, Load
 
-from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from engine.client._zmtp cimport (
+    KQ_ENDED,
+    KQ_HEAD_MAX,
+    KQ_OPEN,
+    KQ_SEALED,
+    kq_begin,
+    kq_curve,
+    kq_end_curve,
+    kq_frame,
+    kq_message_head,
+    kq_next_frame,
+    kq_open_message,
+    kq_shake,
+    kq_write_message,
+    sodium,
+)
 from engine.protocol._fastwire cimport (
     KQ_MAX_MESSAGE,
+    KQ_MAX_PROOF,
     bytes_of,
     kq_operate,
     kq_operate_room,
@@ -21,34 +39,39 @@ from engine.protocol._fastwire cimport (
     kq_write_operate,
     span_of,
 )
-from libc.errno cimport EAGAIN, EINTR
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free
-from zmq.backend.cython import _zmq
+from libc.stdlib cimport free, malloc
+from libc.string cimport memmove
 
 cimport cython
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
-cdef void *_address(library, str name) except NULL:
-    return <void *><size_t>ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+cdef extern from "<string.h>" nogil:
+    void explicit_bzero(void *start, size_t length)
 
+cdef extern from "<unistd.h>" nogil:
+    int close(int fd)
 
-# The extension module of pyzmq leads to the libzmq that it was linked with, wherever that is.
-_library = ctypes.CDLL(_zmq.__file__)
-zmq_send = <send_function>_address(_library, "zmq_send")
-zmq_msg_init = <message_function>_address(_library, "zmq_msg_init")
-zmq_msg_close = <message_function>_address(_library, "zmq_msg_close")
-zmq_msg_more = <message_function>_address(_library, "zmq_msg_more")
-zmq_msg_recv = <receive_function>_address(_library, "zmq_msg_recv")
-zmq_msg_data = <data_function>_address(_library, "zmq_msg_data")
-zmq_msg_size = <size_function>_address(_library, "zmq_msg_size")
-zmq_errno = <errno_function>_address(_library, "zmq_errno")
-zmq_poll = <poll_function>_address(_library, "zmq_poll")
-zmq_getsockopt = <option_function>_address(_library, "zmq_getsockopt")
-zmq_msg_gets = <property_function>_address(_library, "zmq_msg_gets")
-zmq_msg_get = <number_function>_address(_library, "zmq_msg_get")
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *items, unsigned long count, int timeout_ms)
+    short POLLIN
+    short POLLOUT
+
+cdef extern from "<sys/socket.h>" nogil:
+    int MSG_DONTWAIT
+    int MSG_NOSIGNAL
+    int MSG_PEEK
+    int SHUT_RDWR
+    int shutdown(int fd, int how)
+    ssize_t recv(int fd, void *buffer, size_t length, int flags)
+    ssize_t send(int fd, const void *buffer, size_t length, int flags)
 
 cdef enum:
     DONE_
@@ -57,35 +80,40 @@ cdef enum:
     OTHER_
     BROKEN_
     INTERRUPTED_
+    MORE = 1
+    COMMAND = 2
+    BEFORE = 64          # room before a message's content for its head
+    SAID_BYTES = 512
 
-DONE = DONE_
-"""The reply came: ``data``, ``queue``, ``service_us`` and ``loaded`` are its."""
-NOT_SENT = NOT_SENT_
-"""The connection is down, its queue is full, or something of it has to be looked at first; nothing was sent."""
-LATE = LATE_
-"""No reply came in the time given. A later one will come as ``OTHER`` to a later request, or to the channel."""
-OTHER = OTHER_
-"""``frame`` arrived, which is no plain result of this request: the channel looks at it, and ``resume`` goes on."""
-BROKEN = BROKEN_
-"""The monitor has something to tell, which may end this request; ``resume`` goes on if it does not."""
+DONE, NOT_SENT, LATE, OTHER, BROKEN = DONE_, NOT_SENT_, LATE_, OTHER_, BROKEN_
+
+cdef double FRESH_S = 0.001  # a connection that was used so lately is not looked at before it is used again
 
 
 @cython.final
 @cython.auto_pickle(False)
 cdef class Line:
-    """The two sockets of one connection (the peer's and its monitor's), used by one thread at a time.
+    """A connection for one thread at a time; see _fastline.pyi.
 
     Whether to spin before sleeping is decided by what both have taken of late: spinning helps where a processor is free
     for it, and hurts where others need it.
     """
 
-    cdef object _keep
-    cdef void *_socket
-    cdef void *_monitor
+    cdef int _fd
+    cdef kq_curve _curve
+    cdef size_t _limit
+    cdef uint8_t *_in
+    cdef size_t _from, _to
     cdef kq_room _room
     cdef uint64_t _id
-    cdef double _begun_s, _until_s
+    cdef double _begun_s, _until_s, _used_s
     cdef kq_spinner _spinner
+    cdef bint _parts
+    cdef object __weakref__
+    cdef public object cluster
+    cdef public object member
+    cdef public object own
+    cdef public double since_s
     cdef public object data
     cdef public object frame
     cdef readonly uint64_t queue
@@ -93,18 +121,128 @@ cdef class Line:
     cdef readonly bint loaded
     cdef readonly double elapsed_s
 
-    def __cinit__(self, socket, monitor):
-        self._keep = socket, monitor
-        self._socket = <void *><size_t>socket.underlying
-        self._monitor = <void *><size_t>monitor.underlying
+    def __cinit__(self, int fd, *, size_t limit):
+        self._fd, self._limit = fd, limit
+        self._curve.stage = KQ_ENDED
+        self._in = <uint8_t *>malloc(self._length())
+        if self._in == NULL:
+            raise MemoryError
 
     def __dealloc__(self):
-        free(self._room.at)
+        self._close()
+        if self._in != NULL:
+            explicit_bzero(self._in, self._length())
+            free(self._in)
+        if self._room.at != NULL:
+            explicit_bzero(self._room.at, self._room.length)
+            free(self._room.at)
+
+    cdef inline size_t _length(self) noexcept nogil:
+        return self._limit + KQ_HEAD_MAX
+
+    cdef void _close(self) noexcept nogil:
+        if self._fd >= 0:
+            close(self._fd)
+            self._fd = -1
+        kq_end_curve(&self._curve, &sodium)
+
+    def close(self):
+        """Close the connection."""
+        self._close()
+
+    def interrupt(self):
+        """End the connection under the thread that uses it, which is told that it broke."""
+        if self._fd >= 0:
+            shutdown(self._fd, SHUT_RDWR)
+
+    @property
+    def open(self):
+        """Whether uses can be asked for."""
+        return self._curve.stage == KQ_OPEN
 
     @property
     def spins(self):
         """Whether requests spin at present."""
         return kq_spins(&self._spinner)
+
+    def shake(self, bytes own_public not None, bytes own_secret not None, bytes server_public not None,
+              double timeout_s):
+        """The handshake with raw keys; whether the peer proved its key and let this one in, in time."""
+        cdef uint8_t[SAID_BYTES] said
+        cdef size_t length, used
+        cdef double until_s = kq_now_s() + timeout_s
+        for key in (own_public, own_secret, server_public):
+            if len(key) != 32:
+                raise ValueError(f"a key of {len(key)} bytes")
+        self._curve.server = False
+        self._curve.own_public = <const uint8_t *>PyBytes_AS_STRING(own_public)
+        self._curve.own_secret = <const uint8_t *>PyBytes_AS_STRING(own_secret)
+        self._curve.server_public = <const uint8_t *>PyBytes_AS_STRING(server_public)
+        self._from = self._to = 0
+        length = kq_begin(&self._curve, said)
+        while self._send(said, length, until_s):
+            while True:
+                used = kq_shake(&self._curve, &sodium, self._in + self._from, self._to - self._from, said, &length)
+                self._from += used
+                if self._curve.stage == KQ_OPEN:
+                    return True
+                if self._curve.stage == KQ_ENDED or length:
+                    break
+                if not used and not self._more(until_s):
+                    break
+            if self._curve.stage == KQ_ENDED or not length:
+                break
+        self._close()
+        return False
+
+    cdef bint _send(self, const uint8_t *data, size_t length, double until_s) except -1:
+        """Send all of it, in time."""
+        cdef ssize_t sent
+        while length:
+            sent = send(self._fd, data, length, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if sent >= 0:
+                data += sent
+                length -= sent
+            elif errno == EAGAIN or errno == EINTR:
+                if not self._ready(POLLOUT, until_s):
+                    return False
+            else:
+                return False
+        return True
+
+    cdef bint _more(self, double until_s) except -1:
+        """Have more bytes of a handshake."""
+        cdef ssize_t got
+        if self._from and self._to == self._length():
+            memmove(self._in, self._in + self._from, self._to - self._from)
+            self._to -= self._from
+            self._from = 0
+        while self._ready(POLLIN, until_s):
+            got = recv(self._fd, self._in + self._to, self._length() - self._to, MSG_DONTWAIT)
+            if got > 0:
+                self._to += got
+                return True
+            if got == 0 or (errno != EAGAIN and errno != EINTR):
+                return False
+        return False
+
+    cdef bint _ready(self, short events, double until_s) except -1:
+        cdef pollfd item
+        cdef double left_s
+        cdef int count
+        while True:
+            left_s = until_s - kq_now_s()
+            if left_s <= 0:
+                return False
+            item.fd, item.events, item.revents = self._fd, events, 0
+            with nogil:
+                count = poll(&item, 1, <int>(left_s * 1000) + 1)
+            if count > 0:
+                return True
+            if count < 0:
+                if errno != EINTR:
+                    return False
+                PyErr_CheckSignals()
 
     def operate(
         self,
@@ -119,97 +257,415 @@ cdef class Line:
         uint32_t timeout_ms,
         double patience_s,
     ):
-        """Send a use of a key under the id ``number`` and wait ``patience_s`` seconds for its result; one of the codes.
-
-        ``timeout_ms`` is what the node is told. ``ValueError`` if it is longer than a message may be.
-        """
+        """Send a use of a key and wait for its result; one of the codes, see _fastline.pyi."""
         cdef kq_operate request
         cdef size_t length
+        cdef uint8_t *content
+        cdef uint8_t *frame
+        cdef int code
+        if self._curve.stage != KQ_OPEN:
+            return NOT_SENT_
         self._begun_s = kq_now_s()
         request.id, request.timeout_ms, request.digested = number, timeout_ms, digested
         request.verb, request.key, request.key_id = span_of(verb), span_of(key), span_of(key_id)
         request.data, request.associated_data, request.proof = span_of(data), span_of(associated_data), span_of(proof)
-        if not kq_reserve(&self._room, kq_operate_room(&request)):
+        if not kq_reserve(&self._room, BEFORE + kq_operate_room(&request)):
             raise MemoryError
-        length = kq_write_operate(self._room.at, &request)
+        content = self._room.at + BEFORE
+        length = kq_write_operate(content, &request)
         if not length:
             raise ValueError(f"a request of more than {KQ_MAX_MESSAGE} bytes")
-        self._id, self._until_s = number, self._begun_s + patience_s
-        if readable(self._monitor) or zmq_send(self._socket, self._room.at, length, ZMQ_DONTWAIT) < 0:
+        self._id, self._until_s, self._parts = number, self._begun_s + patience_s, False
+        if self._begun_s - self._used_s > FRESH_S and self._gone():
+            self._close()
             return NOT_SENT_
+        frame = content - kq_message_head(length)
+        length = kq_write_message(frame, &self._curve, &sodium, content, length, 0)
+        if not self._send(frame, length, self._until_s):
+            self._close()
+            return NOT_SENT_ if self._begun_s + patience_s > kq_now_s() else BROKEN_
         code = self._await(kq_spin_s(&self._spinner))
-        self.elapsed_s = kq_now_s() - self._begun_s
+        self._used_s = kq_now_s()
+        self.elapsed_s = self._used_s - self._begun_s
         if code == DONE_:
             kq_waited(&self._spinner, self.elapsed_s)
         return code
 
+    cdef bint _gone(self) noexcept nogil:
+        """Whether the peer has closed the connection meanwhile."""
+        cdef uint8_t byte
+        cdef ssize_t got = recv(self._fd, &byte, 1, MSG_DONTWAIT | MSG_PEEK)
+        return got == 0 or (got < 0 and errno != EAGAIN and errno != EINTR)
+
     def resume(self):
-        """Wait on for the request that ended in ``OTHER`` or ``BROKEN``."""
+        """Wait on for the request that ended in ``OTHER``."""
         code = self._await(0)
-        self.elapsed_s = kq_now_s() - self._begun_s
+        self._used_s = kq_now_s()
+        self.elapsed_s = self._used_s - self._begun_s
         return code
 
     cdef int _await(self, double spin_s) except? -1:
-        cdef kq_message message
         cdef kq_result result
+        cdef uint8_t *content
+        cdef size_t length
+        cdef uint8_t flags
         cdef int code
-        zmq_msg_init(&message)
-        try:
-            while True:
-                with nogil:
-                    code = self._receive(&message, spin_s)
-                if code == INTERRUPTED_:
-                    PyErr_CheckSignals()
-                    continue
-                if code != OTHER_:
-                    return code
-                if (
-                    not zmq_msg_more(&message)
-                    and kq_read_result(<const uint8_t *>zmq_msg_data(&message), zmq_msg_size(&message), &result)
-                    and result.id == self._id
-                ):
-                    self.data = bytes_of(result.data)
-                    self.queue, self.service_us, self.loaded = result.queue, result.service_us, result.loaded
-                    return DONE_
-                self.frame = PyBytes_FromStringAndSize(<const char *>zmq_msg_data(&message), zmq_msg_size(&message))
-                while zmq_msg_more(&message) and zmq_msg_recv(&message, self._socket, ZMQ_DONTWAIT) >= 0:
-                    self.frame = b""  # no reply has a second frame; what remains is no message
+        while True:
+            with nogil:
+                code = self._receive(&content, &length, &flags, spin_s)
+            if code == INTERRUPTED_:
+                PyErr_CheckSignals()
+                continue
+            if code != OTHER_:
+                if code == BROKEN_:
+                    self._close()
+                return code
+            if flags & MORE:
+                self._parts = True
+                continue
+            if self._parts:
+                self._parts = False
+                self.frame = b""  # no reply has a second frame
                 return OTHER_
-        finally:
-            zmq_msg_close(&message)
+            if kq_read_result(content, length, &result):
+                if result.id != self._id:
+                    explicit_bzero(content, length)
+                    continue  # the answer to an earlier request, which was given up
+                self.data = bytes_of(result.data)
+                explicit_bzero(content, length)
+                self.queue, self.service_us, self.loaded = result.queue, result.service_us, result.loaded
+                return DONE_
+            self.frame = PyBytes_FromStringAndSize(<const char *>content, length)
+            return OTHER_
 
-    cdef int _receive(self, kq_message *message, double spin_s) noexcept nogil:
-        """OTHER once a message is there, LATE, BROKEN or INTERRUPTED."""
-        cdef kq_poll_item items[2]
-        cdef int error
+    cdef int _receive(self, uint8_t **content, size_t *length, uint8_t *flags, double spin_s) noexcept nogil:
+        """OTHER once a frame of a message is there, LATE, BROKEN or INTERRUPTED."""
+        cdef kq_frame frame
+        cdef size_t needed
+        cdef pollfd item
+        cdef ssize_t got
+        cdef int found
         cdef double wait_s, now_s = kq_now_s(), before_s
         cdef double spin_until_s = now_s + spin_s if spin_s else 0
         while True:
-            if zmq_msg_recv(message, self._socket, ZMQ_DONTWAIT) >= 0:
+            found = kq_next_frame(self._in + self._from, self._to - self._from, self._limit, &frame, &needed)
+            if found < 0:
+                return BROKEN_
+            if found:
+                if not kq_open_message(&self._curve, &sodium, &frame, content, length, flags):
+                    return BROKEN_
+                self._from += frame.whole
+                if self._from == self._to:
+                    self._from = self._to = 0  # it stays where it is until more is received
+                if flags[0] & COMMAND:
+                    continue
                 return OTHER_
-            error = zmq_errno()
-            if error == EINTR:
-                return INTERRUPTED_
-            if error != EAGAIN:
+            if self._from and self._from + needed > self._length():
+                memmove(self._in, self._in + self._from, self._to - self._from)
+                self._to -= self._from
+                self._from = 0
+            if not spin_until_s:
+                wait_s = self._until_s - now_s
+                if wait_s <= 0:
+                    return LATE_
+                item.fd, item.events, item.revents = self._fd, POLLIN, 0
+                found = poll(&item, 1, <int>(wait_s * 1000) + 1)
+                if found < 0:
+                    return INTERRUPTED_ if errno == EINTR else BROKEN_
+                if not found:
+                    return LATE_
+            got = recv(self._fd, self._in + self._to, self._length() - self._to, MSG_DONTWAIT)
+            if got > 0:
+                self._to += got
+                now_s = kq_now_s()
+                continue
+            if got == 0 or (errno != EAGAIN and errno != EINTR):
                 return BROKEN_
             before_s, now_s = now_s, kq_now_s()
-            if now_s < spin_until_s and now_s - before_s < KQ_YIELD_LONG_S:
-                sched_yield()
-                continue
-            spin_until_s = 0
-            wait_s = self._until_s - now_s
-            if wait_s <= 0:
-                return LATE_
-            items[0].socket, items[0].fd, items[0].events, items[0].revents = self._socket, 0, ZMQ_POLLIN, 0
-            items[1].socket, items[1].fd, items[1].events, items[1].revents = self._monitor, 0, ZMQ_POLLIN, 0
-            if zmq_poll(items, 2, <long>(wait_s * 1000) + 1) < 0:
-                return INTERRUPTED_ if zmq_errno() == EINTR else BROKEN_
-            if items[1].revents and not items[0].revents:
-                return BROKEN_
+            if spin_until_s:
+                if now_s < spin_until_s and now_s - before_s < KQ_YIELD_LONG_S:
+                    sched_yield()
+                else:
+                    spin_until_s = 0
 
 
-cdef bint readable(void *socket) noexcept nogil:
-    """Whether something is there to be received; a socket that is no more says so too, as receiving tells."""
-    cdef int events = 0
-    cdef size_t length = sizeof(events)
-    return zmq_getsockopt(socket, ZMQ_EVENTS, &events, &length) < 0 or events & ZMQ_POLLIN
+cdef int _forks = 0
+
+
+def _forked():
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_child=_forked)
+
+cdef enum:
+    CUTS_MAX = 10_000
+
+cdef double CHOICE_S = 0.02
+cdef double LINE_AGAIN_S = 1.0
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class _Cut:
+    """The uses of one key with one verb: what is the same each time, and the node that was chosen a moment ago."""
+
+    cdef str verb, name, request_class
+    cdef bytes verb_bytes, name_bytes, key_id
+    cdef object known
+    cdef object hashed
+    cdef size_t digest_bytes, most
+    cdef object cluster
+    cdef str node
+    cdef object state
+    cdef uint64_t changes
+    cdef double until_s, patience_s
+    # What came of the choice since the router was told.
+    cdef uint64_t uses, service_us
+    cdef double elapsed_s
+    cdef uint64_t queue
+
+
+@cython.final
+@cython.auto_pickle(False)
+cdef class Shortcuts:
+    """Uses of keys by the shortest way; see _fastline.pyi."""
+
+    cdef object _calls, _router, _source, _identity, _members, _open_line, _max_ciphertext
+    cdef dict _cuts
+    cdef dict _idle
+    cdef dict _next_s
+    cdef object _lines
+    cdef int _most
+    cdef int _born
+    cdef bint _closed
+
+    def __cinit__(self, calls, source, identity, members, open_line, *, int most, size_t max_ciphertext):
+        self._calls, self._router, self._source = calls, calls.router, source
+        self._identity, self._members, self._open_line = identity, members, open_line
+        self._most, self._max_ciphertext = most, max_ciphertext
+        self._cuts, self._idle, self._next_s = {}, {}, {}
+        self._lines = weakref.WeakSet()
+        self._born = _forks
+
+    @property
+    def forked(self):
+        """Whether this process is a child of the one that it was made in."""
+        return self._born != _forks
+
+    def close(self):
+        """Close every line; who uses one is told that it broke."""
+        self._closed = True
+        for line in list(self._lines):
+            line.interrupt()
+        self.reap(float("inf"))
+
+    def reap(self, double before_s):
+        """Close the lines that were last used before that (monotonic seconds)."""
+        for lines in list(self._idle.values()):
+            for line in list(lines):
+                if (<Line>line).since_s < before_s:
+                    try:
+                        lines.remove(line)
+                    except ValueError:
+                        continue  # somebody took it meanwhile
+                    (<Line>line)._close()
+
+    def use(self, str verb not None, name, data, associated_data, proof, digest, double timeout_s, lost):
+        """The result, or None where the ordinary way has to be taken; see _fastline.pyi."""
+        cdef _Cut cut
+        if type(name) is not str or self._closed:
+            return None
+        cut = self._cuts.get((verb, name))
+        if cut is None or self._calls.peek(name) is not cut.known:
+            cut = self._make(verb, name)
+            if cut is None:
+                return None
+        if digest is not None:
+            if data is not None or type(digest) is not bytes or not cut.digest_bytes or <size_t>len(digest) != cut.digest_bytes:
+                return None
+            data = digest
+        elif type(data) is not bytes or <size_t>len(data) > cut.most:
+            return None
+        elif cut.hashed is not None:
+            data = cut.hashed(data).digest()
+        if type(associated_data) is not bytes or len(associated_data) > MAX_AAD:
+            return None
+        if type(proof) is not bytes or <size_t>len(proof) > KQ_MAX_PROOF:
+            return None
+        return self._run(cut, data, associated_data, proof, cut.digest_bytes > 0, timeout_s, lost)
+
+    cdef _Cut _make(self, str verb, str name):
+        cdef _Cut cut
+        known = self._calls.peek(name)
+        if known is None:
+            return None
+        algo = known.algorithm
+        if verb not in algo.operations:
+            return None
+        cut = _Cut.__new__(_Cut)
+        cut.verb, cut.name, cut.known = verb, name, known
+        cut.verb_bytes, cut.name_bytes, cut.key_id = verb.encode(), name.encode(), known.record.manifest.key_id
+        cut.request_class = known.request_class(verb)
+        cut.most = MAX_DATA
+        if verb in (RequestType.SIGN, RequestType.VERIFY) and algo.prehashed:
+            cut.hashed = getattr(hashlib, algo.hash_name)
+            cut.digest_bytes = cut.hashed().digest_size
+            cut.most = <size_t>-1
+        elif verb == RequestType.DECRYPT:
+            cut.most = self._max_ciphertext
+        if len(self._cuts) >= CUTS_MAX:
+            self._cuts.clear()
+        self._cuts[verb, name] = cut
+        return cut
+
+    cdef bint _choose(self, _Cut cut, double now_s) except -1:
+        """Have a node chosen: one that has the key loaded."""
+        self._settle(cut, now_s)
+        cut.cluster = self._source.cluster
+        cut.changes = self._router.changes
+        found = self._router.begin_direct(cut.request_class, cut.name, cut.known.holders, now_s)
+        if found is None:
+            cut.until_s = 0
+            return False
+        cut.node, cut.patience_s, cut.state = found
+        cut.until_s = now_s + CHOICE_S
+        return True
+
+    cdef int _settle(self, _Cut cut, double now_s) except -1:
+        """Tell the router what came of the choice, all uses as one."""
+        cdef uint64_t uses = cut.uses
+        if uses:
+            cut.uses = 0
+            load = Load(cut.queue, cut.service_us // uses, True)
+            self._router.learned_direct(cut.node, cut.name, cut.request_class, load, cut.elapsed_s / uses, now_s)
+            cut.service_us, cut.elapsed_s = 0, 0
+        return 0
+
+    cdef object _run(self, _Cut cut, bytes data, bytes associated_data, bytes proof, bint digested, double timeout_s,
+                     object lost):
+        cdef double now_s = kq_now_s(), patience_s
+        cdef Line line
+        cdef int code
+        cdef bint fresh = False
+        cdef uint64_t number
+        cdef object state, result
+        cdef str node
+        if (
+            now_s < cut.until_s
+            and cut.cluster is self._source.cluster
+            and cut.changes == self._router.changes
+            and not cut.state.outstanding
+        ):
+            cut.state.outstanding = 1
+        elif self._choose(cut, now_s):
+            fresh = True
+        else:
+            return None
+        # Another thread may choose anew while this one waits.
+        node, state = cut.node, cut.state
+        patience_s = cut.patience_s if cut.patience_s < timeout_s else timeout_s
+        try:
+            line = self._take(node, cut.cluster, now_s)
+            if line is None:
+                self._router.dropped(node)
+                return None
+            number = line._id + 1
+            code = line.operate(number, cut.verb_bytes, cut.name_bytes, cut.key_id, data, associated_data, proof,
+                                digested, max(1, min(<long>(timeout_s * 1000), MAX_TIMEOUT_MS)), patience_s)
+        except ValueError:
+            self._give(node, line)
+            self._router.dropped(node)
+            raise
+        except BaseException:
+            self._router.dropped(node)
+            raise
+        if code == DONE_ and line.loaded:
+            result, line.data = line.data, None
+            if fresh or cut.state is not state:
+                self._router.answered_direct(node, cut.name, cut.request_class,
+                                             Load(line.queue, line.service_us, True), line.elapsed_s, line._used_s)
+            else:
+                if state.outstanding:
+                    state.outstanding -= 1
+                cut.uses += 1
+                cut.queue = line.queue
+                cut.service_us += line.service_us
+                cut.elapsed_s += line.elapsed_s
+            self._give(node, line)
+            return result
+        cut.until_s = 0
+        return self._ended(cut, node, line, code, patience_s, lost)
+
+    cdef object _ended(self, _Cut cut, str node, Line line, int code, double patience_s, object lost):
+        """Whatever is not the plain result."""
+        if code == DONE_:
+            result, line.data = line.data, None
+            self._router.answered_direct(node, cut.name, cut.request_class,
+                                         Load(line.queue, line.service_us, False), line.elapsed_s, line._used_s)
+            self._give(node, line)
+            return result
+        if code == NOT_SENT_:
+            self._router.dropped(node)
+            return None
+        while code == OTHER_:
+            frame, line.frame = line.frame, None
+            reply = self._calls.direct_reply(frame, line._id)
+            if reply is not None:
+                self._give(node, line)
+                return self._calls.direct_outcome(node, cut.verb, reply, line._used_s - line.elapsed_s, cut.name,
+                                                  cut.request_class)
+            if line.elapsed_s > patience_s:
+                code = LATE_
+            else:
+                code = line.resume()
+        if code == DONE_:
+            return self._ended(cut, node, line, code, patience_s, lost)
+        lost.spent_s = line.elapsed_s
+        if code == BROKEN_:
+            lost[node] = NodeUnavailable(f"{node}: the connection broke")
+            self._router.failed(node, line._used_s)
+            return None
+        lost[node] = DeadlineExceeded(f"{node}: no reply within {line.elapsed_s * 1000:.0f} ms")
+        self._give(node, line)
+        self._router.late(node, line._used_s)
+        self._router.dropped(node)
+        return None
+
+    # --- lines ---
+
+    cdef Line _take(self, str node, object cluster, double now_s):
+        """A line to a node by the newest manifest; None if there is none, or none to be had."""
+        cdef Line line
+        cdef list idle = self._idle.get(node)
+        if idle is None:
+            idle = self._idle.setdefault(node, [])
+        while idle:
+            line = idle.pop()
+            if line.cluster is not cluster:
+                if line.member is not self._members.get(node) or line.own is not self._identity.current:
+                    line._close()
+                    continue
+                line.cluster = cluster
+            if line._curve.stage == KQ_OPEN:
+                return line
+        if now_s < self._next_s.get(node, 0.0) or len(self._lines) >= self._most:
+            return None
+        member, own = self._members.get(node), self._identity.current
+        made = None if member is None else self._open_line(own, member)
+        if made is None:
+            self._next_s[node] = now_s + LINE_AGAIN_S
+            return None
+        line = made
+        line.cluster, line.member, line.own = cluster, member, own
+        self._lines.add(line)
+        return line
+
+    cdef int _give(self, str node, Line line) except -1:
+        line.since_s = line._used_s
+        if self._closed:
+            line._close()
+        elif line._curve.stage == KQ_OPEN:
+            (<list>self._idle[node]).append(line)
+        return 0

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from engine.client.transport import DirectResult, DirectUse, KeyRefused, Moved, raise_for_status
+from engine.client.transport import KeyRefused, Moved, raise_for_status
 from engine.errors import (
     AccessDenied,
     AuditUnavailable,
@@ -83,7 +83,7 @@ from engine.protocol.requests import (
 )
 from engine.protocol.routing import Router
 from engine.protocol.signed import SigningKey, sign_envelope
-from engine.protocol.wire import MAX_AAD, MAX_DATA, Name, Reply
+from engine.protocol.wire import MAX_AAD, MAX_DATA, PROTOCOL_VERSION, Name, Reply, reply_codec
 
 __all__ = [
     "Await",
@@ -168,8 +168,8 @@ class Pause:
     seconds: float
 
 
-Step = Exchange | Await | Pause | DirectUse
-Call = Generator[Step, Reply | Ended | DirectResult | None, T]
+Step = Exchange | Await | Pause
+Call = Generator[Step, Reply | Ended | None, T]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +257,12 @@ class _Use:
     associated_data: bytes = b""
     proof: bytes = b""
     digest: bytes | None = None
+
+
+class Lost(dict[str, Exception]):
+    """Nodes that the shortest way has asked in vain, why, and how long that took in seconds."""
+
+    spent_s = 0.0
 
 
 @dataclass(slots=True)
@@ -429,20 +435,20 @@ class Calls:
 
     # --- uses of a key ---
 
-    # With ``direct`` the driver takes ``DirectUse`` steps.
+    # ``lost`` is what the shortest way has tried before.
 
     def encrypt(
-        self, name: str, plaintext: bytes, associated_data: bytes, timeout_s: float, *, direct: bool = False
+        self, name: str, plaintext: bytes, associated_data: bytes, timeout_s: float, *, lost: Lost | None = None
     ) -> Call[bytes]:
         """The ciphertext; ``ValueError`` for more than 48 KiB."""
         data = as_bytes("plaintext", plaintext)
         if len(data) > MAX_DATA:
             raise ValueError(f"plaintext of {len(data)} bytes; the limit is {MAX_DATA}, encrypt_stream has none")
         aad = as_bytes("associated_data", associated_data)
-        return self._operate(_Use(RequestType.ENCRYPT, name, data, _bounded_aad(aad)), timeout_s, direct)
+        return self._operate(_Use(RequestType.ENCRYPT, name, data, _bounded_aad(aad)), timeout_s, lost)
 
     def decrypt(
-        self, name: str, ciphertext: bytes, associated_data: bytes, timeout_s: float, *, direct: bool = False
+        self, name: str, ciphertext: bytes, associated_data: bytes, timeout_s: float, *, lost: Lost | None = None
     ) -> Call[bytes]:
         """The plaintext, or ``InvalidTag``."""
         data = as_bytes("ciphertext", ciphertext)
@@ -452,13 +458,13 @@ class Calls:
                 "encrypt_stream made"
             )
         aad = as_bytes("associated_data", associated_data)
-        return self._operate(_Use(RequestType.DECRYPT, name, data, _bounded_aad(aad)), timeout_s, direct)
+        return self._operate(_Use(RequestType.DECRYPT, name, data, _bounded_aad(aad)), timeout_s, lost)
 
     def sign(
-        self, name: str, message: bytes | None, digest: bytes | None, timeout_s: float, *, direct: bool = False
+        self, name: str, message: bytes | None, digest: bytes | None, timeout_s: float, *, lost: Lost | None = None
     ) -> Call[bytes]:
         """The signature of a message, or of its digest where the algorithm hashes first."""
-        return self._operate(_Use(RequestType.SIGN, name, *_message(message, digest)), timeout_s, direct)
+        return self._operate(_Use(RequestType.SIGN, name, *_message(message, digest)), timeout_s, lost)
 
     def verify(
         self,
@@ -468,36 +474,32 @@ class Calls:
         digest: bytes | None,
         timeout_s: float,
         *,
-        direct: bool = False,
+        lost: Lost | None = None,
     ) -> Call[bytes]:
         """Nothing, or ``InvalidSignature``."""
         data, _, _, hashed = _message(message, digest)
         proof = _proof("signature", signature)
-        return self._operate(_Use(RequestType.VERIFY, name, data, b"", proof, hashed), timeout_s, direct)
+        return self._operate(_Use(RequestType.VERIFY, name, data, b"", proof, hashed), timeout_s, lost)
 
-    def mac(self, name: str, message: bytes, timeout_s: float, *, direct: bool = False) -> Call[bytes]:
+    def mac(self, name: str, message: bytes, timeout_s: float, *, lost: Lost | None = None) -> Call[bytes]:
         """The MAC of a message."""
-        return self._operate(_Use(RequestType.MAC, name, as_bytes("message", message)), timeout_s, direct)
+        return self._operate(_Use(RequestType.MAC, name, as_bytes("message", message)), timeout_s, lost)
 
     def verify_mac(
-        self, name: str, message: bytes, tag: bytes, timeout_s: float, *, direct: bool = False
+        self, name: str, message: bytes, tag: bytes, timeout_s: float, *, lost: Lost | None = None
     ) -> Call[bytes]:
         """Nothing, or ``InvalidSignature``."""
         data, proof = as_bytes("message", message), _proof("MAC", tag)
-        return self._operate(_Use(RequestType.VERIFY_MAC, name, data, b"", proof), timeout_s, direct)
+        return self._operate(_Use(RequestType.VERIFY_MAC, name, data, b"", proof), timeout_s, lost)
 
-    def _operate(self, use: _Use, timeout_s: float, direct: bool) -> Call[bytes]:
+    def _operate(self, use: _Use, timeout_s: float, lost: Lost | None) -> Call[bytes]:
         if not isinstance(use.name, str):
             raise TypeError(f"a key's name must be str, not {type(use.name).__name__}")
-        return self._operating(use, check_timeout(timeout_s), direct)
+        return self._operating(use, check_timeout(timeout_s), lost)
 
-    def _operating(self, use: _Use, timeout_s: float, direct: bool) -> Call[bytes]:
-        deadline_s = self.clock() + timeout_s
-        lost: dict[str, Exception] = {}
-        if direct:
-            done = yield from self._try_direct(use, timeout_s, lost)
-            if done is not None:
-                return done
+    def _operating(self, use: _Use, timeout_s: float, lost: Lost | None) -> Call[bytes]:
+        lost = Lost() if lost is None else lost
+        deadline_s = self.clock() + timeout_s - lost.spent_s
         trail = _Trail(f"{use.verb} with {use.name[:128]!r}", self.clock, deadline_s, earlier=lost)
         kept = self._descriptions.get(use.name)
         if kept is not None and use.verb not in kept.algorithm.operations:
@@ -520,56 +522,25 @@ class Calls:
             yield pause
             refreshed = False  # by now the key may have changed again
 
-    def _try_direct(self, use: _Use, timeout_s: float, lost: dict[str, Exception]) -> Call[bytes | None]:
-        """Ask the best combiner that has the key loaded, by the shortest way; None if that brought no result.
+    def peek(self, name: str) -> Description | None:
+        """What is known of a key."""
+        return self._descriptions.peek(name)
 
-        A node that was asked and did not answer is put into ``lost``.
-        """
-        known = self._descriptions.peek(use.name)
-        if known is None or use.verb not in known.algorithm.operations:
-            return None
-        request_class = known.request_class(use.verb)
-        found = self.router.begin_direct(request_class, use.name, known.holders, self.clock())
-        if found is None:
-            return None
-        node, patience_s = found
+    @staticmethod
+    def direct_reply(frame: bytes, number: int) -> Reply | None:
+        """The reply in a frame, if it is to that request."""
         try:
-            data, digested = _shape(use, known.algorithm)
-            ended = yield DirectUse(
-                node,
-                use.verb.encode(),
-                use.name.encode(),
-                known.record.manifest.key_id,
-                data,
-                use.associated_data,
-                use.proof,
-                digested,
-                timeout_s,
-                min(patience_s, timeout_s),
-            )
-        except BaseException:
-            self.router.dropped(node)
-            raise
-        if not isinstance(ended, DirectResult):
-            raise RuntimeError("a direct exchange must be answered as such")
-        now_s = self.clock()
-        if ended.data is not None and ended.load is not None:
-            self.router.answered_direct(node, use.name, request_class, ended.load, ended.elapsed_s, now_s)
-            return ended.data
-        if not ended.sent:
-            self.router.dropped(node)
+            reply = reply_codec.decode(frame)
+        except ProtocolError:
             return None
-        if ended.reply is None:
-            if ended.broken:
-                lost[node] = NodeUnavailable(f"{node}: the connection broke")
-                self.router.failed(node, now_s)
-            else:
-                lost[node] = DeadlineExceeded(f"{node}: no reply within {ended.elapsed_s * 1000:.0f} ms")
-                self.router.late(node, now_s)
-                self.router.dropped(node)
-            return None
-        outcome = _outcome(use.verb, ended.reply, "node")
-        self.learn(node, ended.reply, outcome, now_s - ended.elapsed_s, use.name, request_class, False)
+        return reply if reply.id == number and reply.version == PROTOCOL_VERSION else None
+
+    def direct_outcome(
+        self, node: str, verb: str, reply: Reply, started_s: float, key_name: str, request_class: str
+    ) -> bytes | None:
+        """What a use by the shortest way comes to that got another answer than the plain one; None if it goes on."""
+        outcome = _outcome(verb, reply, "node")
+        self.learn(node, reply, outcome, started_s, key_name, request_class, False)
         if isinstance(outcome, _FINAL):
             raise outcome
         return None if isinstance(outcome, Exception | _Lost) else bytes(outcome.data)
@@ -1102,8 +1073,6 @@ class _Race:
             return None
         if isinstance(answer, Ended):
             return self._ended(answer.peer, answer.reply, answer.error)
-        if isinstance(answer, DirectResult):
-            raise RuntimeError("an exchange must be answered with a reply")
         return self._ended(peer, answer, None)
 
     def wait(self) -> Call[tuple[str, Any] | None]:

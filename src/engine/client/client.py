@@ -24,8 +24,10 @@ from typing import Any, BinaryIO, Literal, TypeVar, overload
 import structlog
 import zmq
 
+from engine.client._fastline import Shortcuts
 from engine.client.calls import (
     CREATE_TIMEOUT_S,
+    MAX_CIPHERTEXT,
     Await,
     Call,
     Calls,
@@ -34,6 +36,7 @@ from engine.client.calls import (
     Exchange,
     KeyInfo,
     KeySummary,
+    Lost,
     MemberStatus,
     Pause,
     Step,
@@ -45,8 +48,9 @@ from engine.client.calls import (
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.spreading import pull
-from engine.client.transport import Arrival, Channel, DirectUse, check_zmq_version, connect_options
+from engine.client.transport import Arrival, Channel, check_zmq_version, connect_options, open_line
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
+from engine.keys import RequestType
 from engine.protocol.manifest import Cluster, ClusterSource, Member
 from engine.protocol.requests import Welcome
 from engine.protocol.routing import Router, RoutingTable, open_table
@@ -58,6 +62,11 @@ WINDOW = 64
 """Most requests under way at once in one ``*_many`` call."""
 MAX_BATCH = 1_000_000
 MAX_CHANNELS = 32
+LINES_OF_CHANNEL = 4
+"""Connections for uses by the shortest way, over the number of channels."""
+_ENCRYPT, _DECRYPT = RequestType.ENCRYPT.value, RequestType.DECRYPT.value
+_SIGN, _VERIFY = RequestType.SIGN.value, RequestType.VERIFY.value
+_MAC, _VERIFY_MAC = RequestType.MAC.value, RequestType.VERIFY_MAC.value
 FILES_PER_CONNECTION = 4
 """Descriptors of a connection: the TCP socket, and the mailboxes of the socket and of its monitor's two ends."""
 LONGEST_POLL_S = 60.0
@@ -153,10 +162,8 @@ class _Flight:
         self.until_s = math.inf
         """The monotonic time at which the call's patience with the newest is over."""
 
-    def begin(self, step: Exchange | Await | DirectUse) -> None:
+    def begin(self, step: Exchange | Await) -> None:
         """Do what the call asks for; ``EngineError`` where an exchange can't begin."""
-        if isinstance(step, DirectUse):
-            raise RuntimeError("only the first step may be direct, and only where the driver was asked for it")
         self.newest, self.until_s = 0, math.inf
         if isinstance(step, Await):
             return
@@ -197,8 +204,6 @@ def drive(channel: Channel, call: Call[T]) -> T:
     """Run one call to its end over a channel that has nothing else under way."""
     try:
         step = next(call)
-        if isinstance(step, DirectUse):
-            step = call.send(channel.direct(step))
     except StopIteration as stop:
         done: T = stop.value
         return done
@@ -635,7 +640,6 @@ class Engine:
         self._calls = make_calls(settings)
         self._context: zmq.Context[Any] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 65_535)
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._open = True
         members = Servers(settings.source)
@@ -645,9 +649,20 @@ class Engine:
         self._channels = _Channels(
             lambda: Channel(identity, members, self._context, came_up, self._follower.heard_of), limit
         )
-        self._follower = TableFollower(
-            self._context, settings, self._calls.router, lambda: self._channels.reap(IDLE_MAX_S)
+        self._shortcuts = Shortcuts(
+            self._calls,
+            settings.source,
+            identity,
+            members,
+            open_line,
+            most=LINES_OF_CHANNEL * limit,
+            max_ciphertext=MAX_CIPHERTEXT,
         )
+        self._follower = TableFollower(self._context, settings, self._calls.router, self._reap)
+
+    def _reap(self) -> None:
+        self._channels.reap(IDLE_MAX_S)
+        self._shortcuts.reap(time.monotonic() - IDLE_MAX_S)
 
     def __enter__(self) -> Engine:
         return self
@@ -664,9 +679,10 @@ class Engine:
             if not self._open:
                 return
             self._open = False
-        if os.getpid() != self._pid:
+        if self._shortcuts.forked:
             return  # the sockets are the parent's
         self._follower.catch_up()
+        self._shortcuts.close()
         self._channels.close()
         end_context(self._context, CLOSE_WAIT_S)
         self._follower.join(CLOSE_WAIT_S)
@@ -698,21 +714,33 @@ class Engine:
     ) -> bytes:
         """Encrypt at most 48 KiB (``encrypt_stream`` takes any length); ``associated_data`` is authenticated too."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.encrypt(name, plaintext, associated_data, wait_s, direct=True), wait_s)
+        lost = Lost()
+        done = self._directly(_ENCRYPT, name, plaintext, associated_data, b"", None, wait_s, lost)
+        if done is not None:
+            return done
+        return self._run(self._calls.encrypt(name, plaintext, associated_data, wait_s, lost=lost), wait_s)
 
     def decrypt(
         self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
     ) -> bytes:
         """The plaintext, or ``InvalidTag`` if ciphertext or associated data were changed."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.decrypt(name, ciphertext, associated_data, wait_s, direct=True), wait_s)
+        lost = Lost()
+        done = self._directly(_DECRYPT, name, ciphertext, associated_data, b"", None, wait_s, lost)
+        if done is not None:
+            return done
+        return self._run(self._calls.decrypt(name, ciphertext, associated_data, wait_s, lost=lost), wait_s)
 
     def sign(
         self, name: str, message: bytes | None = None, *, digest: bytes | None = None, timeout: float | None = None
     ) -> bytes:
         """Sign a message, or its digest where the algorithm hashes first; ECDSA signatures are DER."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.sign(name, message, digest, wait_s, direct=True), wait_s)
+        lost = Lost()
+        done = self._directly(_SIGN, name, message, b"", b"", digest, wait_s, lost)
+        if done is not None:
+            return done
+        return self._run(self._calls.sign(name, message, digest, wait_s, lost=lost), wait_s)
 
     def verify(
         self,
@@ -725,17 +753,25 @@ class Engine:
     ) -> None:
         """Raise ``InvalidSignature`` unless the signature is the key's for the message (None with ``digest``)."""
         wait_s = self._wait_s(timeout)
-        self._run(self._calls.verify(name, message, signature, digest, wait_s, direct=True), wait_s)
+        lost = Lost()
+        if self._directly(_VERIFY, name, message, b"", signature, digest, wait_s, lost) is None:
+            self._run(self._calls.verify(name, message, signature, digest, wait_s, lost=lost), wait_s)
 
     def mac(self, name: str, message: bytes, *, timeout: float | None = None) -> bytes:
         """The MAC of at most 48 KiB."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.mac(name, message, wait_s, direct=True), wait_s)
+        lost = Lost()
+        done = self._directly(_MAC, name, message, b"", b"", None, wait_s, lost)
+        if done is not None:
+            return done
+        return self._run(self._calls.mac(name, message, wait_s, lost=lost), wait_s)
 
     def verify_mac(self, name: str, message: bytes, tag: bytes, *, timeout: float | None = None) -> None:
         """Raise ``InvalidSignature`` unless ``tag`` is the message's MAC."""
         wait_s = self._wait_s(timeout)
-        self._run(self._calls.verify_mac(name, message, tag, wait_s, direct=True), wait_s)
+        lost = Lost()
+        if self._directly(_VERIFY_MAC, name, message, b"", tag, None, wait_s, lost) is None:
+            self._run(self._calls.verify_mac(name, message, tag, wait_s, lost=lost), wait_s)
 
     # --- batches ---
 
@@ -999,11 +1035,29 @@ class Engine:
             return max(default_s or 0.0, self._timeout_s)
         return check_timeout(timeout)
 
-    def _take(self, timeout_s: float) -> Channel:
+    def _check_usable(self) -> None:
         if not self._open:
             raise _closed()
-        if os.getpid() != self._pid:
+        if self._shortcuts.forked:
             raise EngineError("the process was forked after connect(); connect again in the child")
+
+    def _directly(
+        self,
+        verb: str,
+        name: str,
+        data: bytes | None,
+        associated_data: bytes,
+        proof: bytes,
+        digest: bytes | None,
+        timeout_s: float,
+        lost: Lost,
+    ) -> bytes | None:
+        """The result of a use by the shortest way, or None where the ordinary one has to be taken."""
+        self._check_usable()
+        return self._shortcuts.use(verb, name, data, associated_data, proof, digest, timeout_s, lost)
+
+    def _take(self, timeout_s: float) -> Channel:
+        self._check_usable()
         return self._channels.take(timeout_s)
 
     def _run(self, call: Call[T], timeout_s: float) -> T:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket as sockets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
+import zmq.utils.z85
 from zmq.utils.monitor import parse_monitor_message
 
 from engine._version import __version__
-from engine.client._fastline import DONE, LATE, NOT_SENT, OTHER, Line
+from engine.client._fastline import Line
 from engine.client.config import CurveIdentity, CurveSource
 from engine.errors import (
     AccessDenied,
@@ -46,8 +48,6 @@ from engine.protocol.wire import (
 __all__ = [
     "Arrival",
     "Channel",
-    "DirectResult",
-    "DirectUse",
     "Greeting",
     "KeyRefused",
     "Moved",
@@ -116,6 +116,20 @@ def connect_options(socket: zmq.Socket[bytes], identity: CurveIdentity, peer: Me
     socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
 
 
+def open_line(identity: CurveIdentity, peer: Member) -> Line | None:
+    """A connection of its own for direct uses; None where there is none to be had in ``REDIAL_TIMEOUT_S``."""
+    host, _, port = peer.endpoint.removeprefix("tcp://").rpartition(":")
+    until_s = time.monotonic() + REDIAL_TIMEOUT_S
+    try:
+        socket = sockets.create_connection((host.strip("[]"), int(port)), REDIAL_TIMEOUT_S)
+    except (OSError, ValueError):
+        return None
+    socket.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+    line = Line(socket.detach(), limit=FRAME_MAX)
+    keys = [zmq.utils.z85.decode(key) for key in (identity.public, identity.secret, peer.curve_z85.encode())]
+    return line if line.shake(*keys, max(0.001, until_s - time.monotonic())) else None
+
+
 def watch(context: zmq.Context[Any], socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
     """A reader of the socket's events; the one before, if any, gets no more.
 
@@ -144,41 +158,6 @@ class Arrival:
     reply: Reply | None
     error: EngineError | None
     elapsed_us: float
-
-
-@dataclass(slots=True, repr=False)
-class DirectUse:
-    """Ask ``peer``, whose connection is up, by the shortest way: a use of a loaded key, without a grant.
-
-    ``timeout_s`` is what the node is told, ``patience_s`` how long its answer is waited for.
-    """
-
-    peer: str
-    verb: bytes
-    key: bytes
-    key_id: bytes
-    data: bytes
-    associated_data: bytes
-    proof: bytes
-    digested: bool
-    timeout_s: float
-    patience_s: float
-
-
-@dataclass(slots=True, repr=False)
-class DirectResult:
-    """How that ended: ``data`` with the snapshot that came with it, another ``reply``, or nothing.
-
-    ``sent`` is False where it was not even sent, as the connection is not as it must be. Else no answer came in time,
-    or the connection is ``broken``.
-    """
-
-    data: bytes | None = None
-    load: Load | None = None
-    reply: Reply | None = None
-    sent: bool = False
-    broken: bool = False
-    elapsed_s: float = 0.0
 
 
 class Greeting:
@@ -250,7 +229,6 @@ class _Connection:
     unreachable: bool = False
     first: bool = False
     pending: set[int] = field(default_factory=set)
-    line: Line | None = None
 
 
 class Channel:
@@ -368,74 +346,6 @@ class Channel:
                     raise arrival.error or DeadlineExceeded(f"{peer}: no reply")
                 return arrival.reply
 
-    def direct(self, asked: DirectUse) -> DirectResult:
-        """Send one use of a key by the shortest way, and wait for its end; the channel must have nothing under way."""
-        ended = DirectResult()
-        found = self._line_to(asked.peer)
-        if found is None:
-            return ended
-        (connection, line), number = found, next(self._tokens)
-        timeout_ms = max(1, min(int(asked.timeout_s * 1000), MAX_TIMEOUT_MS))
-        code = line.operate(
-            number,
-            asked.verb,
-            asked.key,
-            asked.key_id,
-            asked.data,
-            asked.associated_data,
-            asked.proof,
-            asked.digested,
-            timeout_ms,
-            asked.patience_s,
-        )
-        while True:
-            if code == DONE:
-                ended.data, ended.load = line.data, Load(line.queue, line.service_us, line.loaded)
-                line.data = None  # it may be a plaintext
-                break
-            if code == NOT_SENT:
-                return ended
-            if code == LATE:
-                break
-            if code == OTHER:
-                ended.reply = self._other(connection, line.frame or b"", number)
-                line.frame = None
-                if ended.reply is not None or line.elapsed_s > asked.patience_s:
-                    break
-            else:
-                self._read_monitor(connection.monitor)
-                if not connection.up:
-                    ended.broken = True
-                    break
-            code = line.resume()
-        ended.sent, ended.elapsed_s = True, line.elapsed_s
-        return ended
-
-    def _line_to(self, peer: str) -> tuple[_Connection, Line] | None:
-        """The connection to a peer, if nothing is to be done about it before a request is sent."""
-        connection = self._connections.get(peer)
-        if connection is None or not connection.up or connection.pending:
-            return None
-        greeting = connection.greeting
-        if greeting.due or greeting.number or greeting.refusal is not None:
-            return None
-        if connection.member is not self._members.get(peer) or connection.current is not self._identity.current:
-            return None
-        if connection.line is None:
-            connection.line = Line(connection.socket, connection.monitor)
-        return connection, connection.line
-
-    def _other(self, connection: _Connection, frame: bytes, number: int) -> Reply | None:
-        """The reply in a frame, if it is to that request; anything else is looked at as if it came by ``poll``."""
-        try:
-            reply = reply_codec.decode(frame)
-        except ProtocolError:
-            reply = None
-        if reply is not None and reply.id == number and reply.version == PROTOCOL_VERSION:
-            return reply
-        self._received(connection.member.name, [frame])
-        return None
-
     # --- connections ---
 
     def _connected(self, peer: str, timeout_s: float) -> _Connection:
@@ -536,7 +446,6 @@ class Channel:
         peer = self._by_monitor.pop(old)
         connection.monitor = watch(self._context, connection.socket, _EVENTS)
         connection.first = connection.unreachable = False
-        connection.line = None
         self._by_monitor[connection.monitor] = peer
         self._poller.unregister(old)
         self._poller.register(connection.monitor, zmq.POLLIN)

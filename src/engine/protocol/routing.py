@@ -32,9 +32,6 @@ MAX_LOADED = 65_536
 """How many (key, node) pairs the router remembers as loaded."""
 TABLE_LIFETIME_MAX_MS = 3_600_000
 """The longest time a routing table may be good for."""
-CHOICE_S = 0.02
-"""How long one choice of a node holds for requests that follow each other by the shortest way."""
-MAX_CHOICES = 4_096
 DOWN_S = 1.0
 DOWN_MAX_S = 4.0
 """How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
@@ -114,7 +111,7 @@ def open_table(raw: bytes, cluster: Cluster, now_ms: int, newest: RoutingTable |
 
 
 @dataclass(slots=True)
-class _Node:
+class NodeState:
     outstanding: int = 0
     queue: int = 0
     seen_s: float = float("-inf")
@@ -146,11 +143,11 @@ class _Pace:
         self.mean_s += (seconds - self.mean_s) / 8
 
 
-class _Nodes(dict[str, _Node]):
+class _Nodes(dict[str, NodeState]):
     """What is known of each node; of one that nobody asked yet, nothing."""
 
-    def __missing__(self, name: str) -> _Node:
-        made = self[name] = _Node()
+    def __missing__(self, name: str) -> NodeState:
+        made = self[name] = NodeState()
         return made
 
 
@@ -177,7 +174,8 @@ class Router(FollowsCluster):
         self._loaded: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._paces: dict[tuple[str, bool], _Pace] = {}
         self._indexed: _Indexed | None = None
-        self._choices: dict[tuple[str, str], tuple[str, float]] = {}
+        self.changes = 0
+        """Counts what a choice that was made before should not outlive."""
 
     @property
     def table(self) -> RoutingTable | None:
@@ -196,7 +194,7 @@ class Router(FollowsCluster):
             if self._indexed is not None and table.order <= self._indexed.table.order:
                 return False
             self._indexed = indexed
-            self._choices.clear()
+            self.changes += 1
             return True
 
     def holders(self, key_name: str) -> tuple[str, ...]:
@@ -216,36 +214,21 @@ class Router(FollowsCluster):
 
     def begin_direct(
         self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float
-    ) -> tuple[str, float] | None:
-        """Count a request to the best node that has the key loaded: the node, and its patience in seconds.
+    ) -> tuple[str, float, NodeState] | None:
+        """Count a request to the best node that has the key loaded: the node, its patience in seconds, and its state.
 
-        None where another way is to be taken: no such node is best, or one that failed is due to be tried again. While
-        nothing is under way there, a choice holds for ``CHOICE_S``.
+        None where another way is to be taken: no such node is best, or one that failed is due to be tried again.
         """
         with self._lock:
-            node = self._standing_choice(request_class, key_name, now_s)
-            if not node:
-                states = [self._nodes[name] for name in eligible]
-                if any(state.down_for_s and state.down_until_s <= now_s for state in states):
-                    return None
-                order = self._rank(request_class, key_name, eligible, now_s)
-                if not order or (key_name, order[0]) not in self._loaded or self._nodes[order[0]].down_for_s:
-                    return None
-                node = order[0]
-                if len(self._choices) >= MAX_CHOICES:
-                    self._choices.clear()
-                self._choices[request_class, key_name] = node, now_s + CHOICE_S
-            state = self._nodes[node]
+            states = [self._nodes[name] for name in eligible]
+            if any(state.down_for_s and state.down_until_s <= now_s for state in states):
+                return None
+            order = self._rank(request_class, key_name, eligible, now_s)
+            if not order or (key_name, order[0]) not in self._loaded or self._nodes[order[0]].down_for_s:
+                return None
+            state = self._nodes[order[0]]
             state.outstanding += 1
-            return node, self._patience_s(state, request_class, False)
-
-    def _standing_choice(self, request_class: str, key_name: str, now_s: float) -> str:
-        """The node that was chosen a moment ago, if nothing speaks against it now."""
-        node, until_s = self._choices.get((request_class, key_name), ("", 0.0))
-        if until_s <= now_s or node not in self._cluster.nodes or (key_name, node) not in self._loaded:
-            return ""
-        state = self._nodes[node]
-        return "" if state.outstanding or state.down_for_s else node
+            return order[0], self._patience_s(state, request_class, False), state
 
     def answered_direct(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
@@ -254,6 +237,14 @@ class Router(FollowsCluster):
         with self._lock:
             self._took(request_class, False, elapsed_s)
             self._answered(node, key_name, request_class, load, elapsed_s * 1e6, now_s)
+
+    def learned_direct(
+        self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
+    ) -> None:
+        """As ``answered_direct``, of requests that are not counted as under way."""
+        with self._lock:
+            self._took(request_class, False, elapsed_s)
+            self._learned(node, key_name, request_class, load, elapsed_s * 1e6, now_s)
 
     def answered(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
@@ -268,6 +259,12 @@ class Router(FollowsCluster):
         state = self._nodes[node]
         if state.outstanding:
             state.outstanding -= 1
+        self._learned(node, key_name, request_class, load, elapsed_us, now_s)
+
+    def _learned(
+        self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
+    ) -> None:
+        state = self._nodes[node]
         state.queue, state.seen_s = load.queue, now_s
         if state.down_for_s or state.probing:
             state.up()
@@ -283,8 +280,9 @@ class Router(FollowsCluster):
                 self._loaded.move_to_end((key_name, node))
                 if len(self._loaded) > MAX_LOADED:
                     self._loaded.popitem(last=False)
-            else:
-                self._loaded.pop((key_name, node), None)
+            elif (key_name, node) in self._loaded:
+                del self._loaded[key_name, node]
+                self.changes += 1
 
     def dropped(self, node: str) -> None:
         """A request's answer is no longer waited for, and the node is not to blame."""
@@ -298,6 +296,7 @@ class Router(FollowsCluster):
             state = self._nodes[node]
             state.outstanding = max(0, state.outstanding - 1)
             state.down(now_s)
+            self.changes += 1
             for pair in [pair for pair in self._loaded if pair[1] == node]:
                 del self._loaded[pair]
 
@@ -305,6 +304,7 @@ class Router(FollowsCluster):
         """A request's patience is over: the node is tried last for a while, unless the answer still comes."""
         with self._lock:
             self._nodes[node].down(now_s)
+            self.changes += 1
 
     def came_up(self, node: str) -> None:
         """A lost connection to the node is there again: it need not be tried last any more."""
@@ -330,7 +330,7 @@ class Router(FollowsCluster):
         with self._lock:
             return self._patience_s(self._nodes[node], request_class, cold)
 
-    def _patience_s(self, state: _Node, request_class: str, cold: bool) -> float:
+    def _patience_s(self, state: NodeState, request_class: str, cold: bool) -> float:
         pace = self._paces.get((request_class, cold))
         if pace is None:
             return PROBE_PATIENCE_S if state.probing else PATIENCE_COLD_S if cold else PATIENCE_UNKNOWN_S
@@ -348,6 +348,7 @@ class Router(FollowsCluster):
         with self._lock:
             for pair in [pair for pair in self._loaded if key_name in ("", pair[0])]:
                 del self._loaded[pair]
+            self.changes += 1
 
     def rank(self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float) -> tuple[str, ...]:
         """The eligible combiners, best first."""
