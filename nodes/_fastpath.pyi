@@ -17,7 +17,7 @@ REQUESTS: Final[int]
 class Plan:
     """How one member's uses of one key with one verb are served.
 
-    ``use`` is a ``Use`` of the token, or anything that is called so; ``lines`` are its records (``AuditLog.write_use``).
+    ``use`` is a ``Use`` of the token, or what is called like one; ``lines`` are its records (``AuditLog.write_use``).
     """
 
     member: str
@@ -62,9 +62,7 @@ class FastPath:
     served: int
     """Requests that were served by a plan."""
     def __new__(cls, router: Router, *descriptors: int) -> FastPath: ...
-    def serve(
-        self, opened: Callable[[Connection, bytes, int], Any], lost: Callable[[], None], handlers: Any
-    ) -> None:
+    def serve(self, opened: Callable[[Connection, bytes, int], Any], lost: Callable[[], None], handlers: Any) -> None:
         """Who opens and takes what has no plan, is told of a reply that its client does not take, and admits, records
         and counts a use."""
 

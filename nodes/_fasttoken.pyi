@@ -9,7 +9,7 @@ have room and lie apart from the inputs (else ValueError), and return how many b
 """
 
 from collections.abc import Callable
-from typing import Any, Final, NoReturn, Protocol, final
+from typing import Any, Final, NoReturn, final
 
 from typing_extensions import Buffer
 
@@ -122,20 +122,15 @@ class Session:
     def random(self, length: int, /) -> bytes:
         """C_GenerateRandom."""
 
-class Watch(Protocol):
-    """What knows of renewals of the token."""
-
-    def patience_s(self) -> float: ...
-
 @final
 class Guard:
     """Who makes calls of the module under it, as a context manager, does so alone.
 
-    ``TokenError`` if it is not to be had within the watch's ``patience_s()``, or is ``closed``, which says why.
+    ``TokenError`` if it is not to be had within ``watch.patience_s()`` seconds, or is ``closed``, which says why.
     """
 
     closed: str
-    def __new__(cls, watch: Watch, /) -> Guard: ...
+    def __new__(cls, watch: Any, /) -> Guard: ...
     @property
     def since_s(self) -> float:
         """Since when a call goes on (monotonic seconds); 0 if none does. From any thread."""

@@ -18,8 +18,8 @@ from typing import Any, Final, Protocol
 import structlog
 
 from engine._version import __version__
-from engine.client.admission import Admission, ServiceLimits, welcome
 from engine.client._router import Connection
+from engine.client.admission import Admission, ServiceLimits, welcome
 from engine.client.listener import IDLE, Incoming
 from engine.client.membership import Membership
 from engine.client.spreading import Desk, Gossip

@@ -41,7 +41,7 @@ def operate(lane: Lane, key: LoadedKey, verb: str, body: Operate, version: int) 
 
 
 def bound(lane: Lane, key: LoadedKey, verb: str, version: int, *, digested: bool) -> Use:
-    """What does such uses of a key: with data, associated data and proof. Its result is empty where the answer is yes."""
+    """What does such uses of a key, given data, associated data and proof; the empty result is a yes."""
     algo = key.algorithm
     hashes = verb in (RequestType.SIGN, RequestType.VERIFY) and algo.prehashed and not digested
     return lane.use(

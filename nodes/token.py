@@ -19,11 +19,10 @@ import hashlib
 import os
 import re
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -35,7 +34,7 @@ from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
 from pkcs11.exceptions import PKCS11Error
 
 from engine.client.config import sync_folder, write_private
-from engine.errors import ConfigError, EngineError, InvalidSignature, InvalidTag, NeedGrant, TokenError
+from engine.errors import ConfigError, EngineError, InvalidTag, NeedGrant, TokenError
 from engine.keys import ALGORITHMS, Algorithm, KeyKind, RequestType, generate_material, public_key_der
 from engine.sharing import SecretBuffer
 from nodes._fasttoken import CallError, Guard, Key, Module, Session, Use
@@ -696,7 +695,7 @@ class Token:
     @contextmanager
     def _all_quiet(self) -> Iterator[None]:
         """Have every lane's guard, so that no call is in progress and none begins."""
-        held: list[_Guard] = []
+        held: list[Guard] = []
         self.watch.renewal_s = time.monotonic()
         end_s = self.watch.renewal_s + QUIET_WAIT_S
         try:

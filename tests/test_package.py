@@ -72,6 +72,8 @@ def packaged_sources() -> set[str]:
 EXTENSIONS = (
     "engine/_fastshamir",
     "engine/client/_fastline",
+    "engine/client/_router",
+    "engine/client/_zmtp",
     "engine/protocol/_fastlines",
     "engine/protocol/_fastwire",
     "nodes/_fastpath",

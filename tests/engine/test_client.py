@@ -19,7 +19,6 @@ import engine
 from engine.client.client import ClientSettings, Engine
 from engine.client.config import create_identity, write_private, write_toml
 from engine.client.listener import Gate, Listener, curve_server
-from engine.client.transport import Channel, DirectResult, DirectUse
 from engine.errors import (
     AccessDenied,
     ConfigError,
@@ -262,23 +261,49 @@ class TestEngine:
     def test_a_loaded_key_is_used_by_the_shortest_way(
         self, nodes: Nodes, kq: Engine, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        ended: list[DirectResult] = []
-        real = Channel.direct
-
-        def direct(channel: Channel, asked: DirectUse) -> DirectResult:
-            told = real(channel, asked)
-            ended.append(replace(told))
-            return told
-
-        monkeypatch.setattr(Channel, "direct", direct)
-        for number in range(10):
-            assert kq.encrypt("k", b"%d" % number) == b"ct:%d" % number
-        assert [each.data for each in ended if each.sent][-5:] == [b"ct:%d" % number for number in range(5, 10)]
-        nodes.served.clear()
-        with pytest.raises(InvalidTag):
-            kq.decrypt("k", b"bad")
+        for _ in range(5):
+            kq.encrypt("k", b"")
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_run", None)  # the ordinary way
+            for number in range(10):
+                assert kq.encrypt("k", b"%d" % number) == b"ct:%d" % number
+                assert kq.decrypt("k", b"ct:%d" % number) == b"%d" % number
+            nodes.served.clear()
+            with pytest.raises(InvalidTag):
+                kq.decrypt("k", b"bad")
         assert len([each for each in nodes.served if each[1] == "decrypt"]) == 1  # what is final is not asked twice
         assert all(not state.outstanding for state in kq._calls.router._nodes.values())
+
+    def test_threads_use_the_shortest_way_side_by_side(self, nodes: Nodes, kq: Engine) -> None:
+        errors: list[BaseException] = []
+
+        def work(number: int) -> None:
+            try:
+                for count in range(100):
+                    data = b"%d-%d" % (number, count)
+                    assert kq.encrypt("k", data) == b"ct:" + data
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not errors
+        assert all(not state.outstanding for state in kq._calls.router._nodes.values())
+
+    def test_what_was_learned_by_the_shortest_way_is_told_to_the_router(self, nodes: Nodes, kq: Engine) -> None:
+        for _ in range(5):
+            kq.encrypt("k", b"")
+        router = kq._calls.router
+        told: list[str] = []
+        genuine = router.learned_direct
+        router.learned_direct = lambda node, *rest: (told.append(node), genuine(node, *rest))  # type: ignore[method-assign, assignment, func-returns-value]
+        end_s = time.monotonic() + 20
+        while not told and time.monotonic() < end_s:
+            kq.encrypt("k", b"")
+        assert told
 
     def test_a_deadline_shorter_than_the_patience_names_the_silent_node(self, nodes: Nodes, kq: Engine) -> None:
         for _ in range(3):
@@ -295,11 +320,12 @@ class TestEngine:
         for _ in range(3):
             kq.encrypt("k", b"")
 
-        def interrupted(channel: Channel, asked: DirectUse) -> DirectResult:
+        def interrupted(*_: Any) -> None:
             raise KeyboardInterrupt
 
+        kq._shortcuts.reap(float("inf"))
         with monkeypatch.context() as patch:
-            patch.setattr(Channel, "direct", interrupted)
+            patch.setattr(kq._shortcuts, "open_line", interrupted)
             with pytest.raises(KeyboardInterrupt) as kept:
                 kq.encrypt("k", b"")
         assert kept.value is not None

@@ -7,20 +7,23 @@ import socket as socket_module
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import zmq
+import zmq.utils.z85
+from msgspec.structs import replace
 
+from engine.client._fastline import BROKEN, DONE, LATE, NOT_SENT, OTHER, Line
+from engine.client._zmtp import Peer
 from engine.client.admission import ServiceLimits, welcome
-from engine.client.calls import Await, Exchange
+from engine.client.calls import Await, Calls, Exchange
 from engine.client.client import drive
 from engine.client.config import CurveIdentity, Identity, create_identity
 from engine.client.listener import IDLE, Incoming, Listener
-from engine.client.transport import Arrival, Channel, DirectUse, ask, connect_options, raise_for_status, watch
+from engine.client.transport import Arrival, Channel, ask, connect_options, open_line, raise_for_status, watch
 from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Flush, Flushed, Hello, Result, Welcome
@@ -438,9 +441,7 @@ def test_unread_events_never_stop_the_other_sockets(context: zmq.Context[Any], n
         reader.close(0)
 
 
-# --- the shortest way ---
-
-MAC = DirectUse("n1", b"mac", b"orders", bytes(16), b"data", b"", b"", False, 5.0, 2.0)
+# --- lines ---
 
 
 def use(listener: Listener, incoming: Incoming) -> None:
@@ -454,66 +455,62 @@ def use(listener: Listener, incoming: Incoming) -> None:
 
 
 @pytest.fixture
-def direct(node: Node, channel: Channel) -> Channel:
-    """A channel whose connection is up and greeted, to a node that does ``use``."""
+def line(world: World, node: Node) -> Iterator[Line]:
+    """A line to a node that does ``use``."""
     node.handler = use
-    ask(channel, "n1", "flush", Flush(""), 5.0)
-    return channel
+    made = open_line(world.client.transport, world.members["n1"])
+    assert made is not None
+    yield made
+    made.close()
 
 
-def test_a_direct_use_brings_the_result_and_the_snapshot(direct: Channel) -> None:
-    for length in (0, 1, 200, 300, 40_000):
+def operate(line: Line, number: int = 1, data: bytes = b"data", patience_s: float = 5.0) -> int:
+    return line.operate(number, b"mac", b"orders", bytes(16), data, b"", b"", False, 5_000, patience_s)
+
+
+def test_a_line_brings_results_and_snapshots(line: Line) -> None:
+    assert line.open
+    for number, length in enumerate((0, 1, 200, 300, 40_000), 1):
         data = os.urandom(length)
-        ended = direct.direct(replace(MAC, data=data))
-        assert (ended.data, ended.load, ended.reply, ended.sent) == (data[::-1], Load(3, 40, True), None, True)
-        assert 0 < ended.elapsed_s < 5
-    assert ask(direct, "n1", "flush", Flush(""), 5.0).dropped == 3  # the connection is the same as ever
+        assert operate(line, number, data) == DONE
+        assert (line.data, line.queue, line.service_us, line.loaded) == (data[::-1], 3, 40, True)
+        assert 0 < line.elapsed_s < 5
 
 
-def test_a_direct_use_is_not_sent_where_something_is_to_be_done_first(node: Node, channel: Channel) -> None:
-    node.handler = use
-    assert not channel.direct(MAC).sent  # no connection yet
-    assert not channel.direct(replace(MAC, peer="n9")).sent
-    ask(channel, "n1", "flush", Flush(""), 5.0)
-    token = channel.start("n1", "flush", FLUSH, 5.0)
-    assert not channel.direct(MAC).sent  # something is under way
-    while not any(each.token == token for each in channel.poll(5.0)):
-        pass
-    assert channel.direct(MAC).sent
-    served = node.served
-    node.stop()
-    try:
-        ended = channel.direct(MAC)
-        assert ended.data is None
-        assert node.served == served
-    finally:
-        node.start()
+def test_no_line_goes_to_who_does_not_prove_its_key_or_refuses_this_one(world: World, node: Node) -> None:
+    member = world.members["n1"]
+    assert open_line(world.stranger.transport, member) is None
+    assert open_line(world.client.transport, replace(member, curve_public=bytes(range(32)))) is None
+    assert open_line(world.client.transport, replace(member, endpoint=free_endpoint())) is None
+    with socket_module.create_server(("127.0.0.1", 0)) as silent:
+        silent_member = replace(member, endpoint=f"tcp://127.0.0.1:{silent.getsockname()[1]}")
+        assert open_line(world.client.transport, silent_member) is None
 
 
-def test_a_direct_use_that_is_refused_brings_the_reply(node: Node, direct: Channel) -> None:
+def test_another_answer_is_handed_over(node: Node, line: Line) -> None:
     node.handler = lambda listener, incoming: listener.fail(incoming, KeyNotFound("no such key"))
-    ended = direct.direct(MAC)
-    assert ended.data is None
-    assert ended.reply is not None
+    assert operate(line, 7) == OTHER
+    reply = Calls.direct_reply(line.frame or b"", 7)
+    assert reply is not None
     with pytest.raises(KeyNotFound, match="no such key"):
-        raise_for_status(ended.reply)
+        raise_for_status(reply)
 
 
-def test_a_late_answer_to_a_direct_use_is_none_to_the_next(node: Node, direct: Channel) -> None:
+def test_a_late_answer_is_none_to_the_next(node: Node, line: Line) -> None:
     held: list[Incoming] = []
     node.handler = lambda listener, incoming: held.append(incoming)
-    ended = direct.direct(replace(MAC, data=b"first", patience_s=0.05))
-    assert (ended.sent, ended.data, ended.reply) == (True, None, None)
+    assert operate(line, 1, b"first", patience_s=0.05) == LATE
 
     def both(listener: Listener, incoming: Incoming) -> None:
         use(listener, held.pop())
         use(listener, incoming)
 
     node.handler = both
-    assert direct.direct(replace(MAC, data=b"second")).data == b"dnoces"
+    assert operate(line, 2, b"second") == DONE
+    assert line.data == b"dnoces"
 
 
-def test_a_node_that_dies_ends_a_direct_use_before_the_patience(node: Node, direct: Channel) -> None:
+def test_a_node_that_dies_ends_a_use_before_the_patience(node: Node, line: Line) -> None:
     arrived = threading.Event()
     node.handler = lambda listener, incoming: arrived.set()
 
@@ -524,18 +521,40 @@ def test_a_node_that_dies_ends_a_direct_use_before_the_patience(node: Node, dire
     stopper = threading.Thread(target=stop)
     stopper.start()
     begun_s = time.monotonic()
-    ended = direct.direct(replace(MAC, timeout_s=60.0, patience_s=60.0))
+    assert operate(line, patience_s=60.0) == BROKEN
     stopper.join()
-    assert (ended.sent, ended.data, ended.reply) == (True, None, None)
     assert time.monotonic() - begun_s < 30
+    assert not line.open
+    assert operate(line, 2) == NOT_SENT
     node.start()
 
 
-def test_garbage_ends_no_direct_use(node: Node, direct: Channel) -> None:
-    """What is no reply to it is passed over; a good one is taken after it."""
+def test_a_line_that_was_cut_meanwhile_is_noticed_before_anything_is_sent(node: Node, line: Line) -> None:
+    assert operate(line) == DONE
+    served = node.served
+    node.stop()
+    time.sleep(0.01)
+    try:
+        assert operate(line, 2) == NOT_SENT
+        assert node.served == served
+    finally:
+        node.start()
+
+
+def test_a_line_may_be_ended_by_another_thread(node: Node, line: Line) -> None:
+    arrived = threading.Event()
+    node.handler = lambda listener, incoming: arrived.set()
+    thread = threading.Thread(target=lambda: arrived.wait(10) and line.interrupt())
+    thread.start()
+    assert operate(line, patience_s=60.0) == BROKEN
+    thread.join()
+
+
+def test_garbage_ends_no_use(node: Node, line: Line) -> None:
+    """What is no answer to it is passed over; a good one is taken after it."""
 
     def lie(listener: Listener, incoming: Incoming) -> None:
-        for junk in (b"", b"\x96", os.urandom(50), MAC.data):
+        for junk in (b"", b"\x96", os.urandom(50)):
             listener.router.send(incoming.connection, junk)
         listener.router.send(incoming.connection, b"two", more=True)
         listener.router.send(incoming.connection, b"frames")
@@ -543,22 +562,50 @@ def test_garbage_ends_no_direct_use(node: Node, direct: Channel) -> None:
         use(listener, incoming)
 
     node.handler = lie
-    assert direct.direct(MAC).data == b"atad"
+    code = operate(line)
+    passed = 0
+    while code == OTHER:
+        assert Calls.direct_reply(line.frame or b"", 1) is None
+        passed += 1
+        code = line.resume()
+    assert (code, line.data, passed) == (DONE, b"atad", 4)
+
+
+def test_bytes_that_break_a_rule_end_the_line(world: World) -> None:
+    """After a good handshake somebody sends what is no frame, or one that was not made for this place."""
+    server = world.node.transport
+    listening = socket_module.create_server(("127.0.0.1", 0))
+    member = replace(world.members["n1"], endpoint=f"tcp://127.0.0.1:{listening.getsockname()[1]}")
+
+    def serve() -> None:
+        stream, _ = listening.accept()
+        decode = zmq.utils.z85.decode
+        peer = Peer(own_public=decode(server.public), own_secret=decode(server.secret))
+        with stream:
+            while not peer.open:
+                stream.sendall(peer.take())
+                peer.feed(stream.recv(4096))
+                if peer.judged:
+                    peer.judge(True)
+            stream.sendall(peer.take())
+            peer.feed(stream.recv(4096))
+            stream.sendall(b"\xff" * 100)
+            stream.recv(4096)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    line = open_line(world.client.transport, member)
+    assert line is not None
+    assert operate(line) == BROKEN
+    thread.join()
+    listening.close()
 
 
 def replace_request(incoming: Incoming, number: int) -> Incoming:
     return Incoming(incoming.member, msgspec.structs.replace(incoming.request, id=number), incoming.connection)
 
 
-def test_neither_what_is_asked_nor_what_comes_is_in_a_repr(direct: Channel) -> None:
-    asked = replace(MAC, data=b"very secret")
-    ended = direct.direct(asked)
-    assert ended.data == b"terces yrev"
-    assert "secret" not in repr(asked)
-    assert "terces" not in repr(ended)
-
-
-def test_a_direct_use_that_is_too_long_is_told(direct: Channel) -> None:
+def test_a_use_that_is_too_long_is_told(line: Line) -> None:
     with pytest.raises(ValueError, match="a request of more than 65536 bytes"):
-        direct.direct(replace(MAC, data=bytes(70_000)))
-    assert direct.direct(MAC).data == b"atad"
+        operate(line, data=bytes(70_000))
+    assert operate(line) == DONE

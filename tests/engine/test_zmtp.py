@@ -1,4 +1,4 @@
-"""ZMTP with CURVE as this project speaks it: against itself, against libzmq in both roles, and against what is wrong."""
+"""ZMTP with CURVE as it is spoken here: to itself, to libzmq in both roles, and to those who break its rules."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def shake(server: Peer, client: Peer, welcome: bool = True) -> None:
 def test_two_ends_agree_and_messages_arrive_as_they_were() -> None:
     server, client = ends()
     shake(server, client)
-    assert server.open and client.open
+    assert server.open
+    assert client.open
     assert server.peer_public == CLIENT[0]
     for size in (0, 1, 221, 222, 223, 65_536):
         content = os.urandom(size)
@@ -68,7 +69,8 @@ def test_a_refused_key_is_told_so() -> None:
     server, client = ends()
     shake(server, client, welcome=False)
     assert server.ended
-    assert client.ended and client.refused
+    assert client.ended
+    assert client.refused
 
 
 def test_another_servers_key_ends_the_connection() -> None:

@@ -13,8 +13,8 @@ import pytest
 import zmq
 from ports import free_port
 
-from engine.client.config import Identity, create_identity
 from engine.client._router import Connection
+from engine.client.config import Identity, create_identity
 from engine.client.listener import Incoming, Listener
 from engine.client.transport import connect_options
 from engine.errors import AccessDenied, InvalidTag

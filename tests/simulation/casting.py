@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -143,6 +144,25 @@ class SimLane:
             raise TokenError(f"what was combined is no key of {algo.name}")
         with memoryview(material) as view:
             return LoadedKey(algo, Material(algo, bytes(view)), self, self.generation)  # type: ignore[arg-type]
+
+    def use(
+        self, key: LoadedKey, verb: str, header: bytes, hashed: Callable[[bytes], Any] | None, unlike: str
+    ) -> Callable[[bytes, bytes, bytes], bytes]:
+        def done(data: bytes, associated_data: bytes, proof: bytes) -> bytes:
+            data = data if hashed is None else hashed(data).digest()
+            if verb == "encrypt":
+                return self.encrypt(key, data, associated_data, header)
+            if verb == "decrypt":
+                if not data.startswith(header):
+                    raise InvalidTag(unlike)
+                return self.decrypt(key, data, associated_data, header)
+            if verb in ("sign", "mac"):
+                return self.sign(key, data) if verb == "sign" else self.mac(key, data)
+            check = self.verify if verb == "verify" else self.verify_mac
+            check(key, data, proof)
+            return b""
+
+        return done
 
     def encrypt(self, key: LoadedKey, plaintext: bytes, associated_data: bytes, header: bytes = b"") -> bytes:
         key.handles.check()

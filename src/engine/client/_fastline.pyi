@@ -1,8 +1,8 @@
 """The shortest way of a use of a key, at the client's end: asked of a node that has the key loaded, in one C call.
 
 A line knows what a use looks like on the wire (``fastwire.h``, ``zmtp.h``) and nothing of keys, nodes or policies.
-``Shortcuts`` has what is the same at each use of a key, and holds on to the router's choice of a node for 20 ms. Whatever is
-not the plain answer is handed to the ordinary way, which goes on from there.
+``Shortcuts`` has what is the same at each use of a key, and holds on to the router's choice of a node for 20 ms.
+Whatever is not the plain answer is handed to the ordinary way, which goes on from there.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,8 +11,6 @@ from typing import Any, final
 from engine.client.calls import Lost
 from engine.client.config import CurveIdentity, CurveSource
 from engine.protocol.manifest import ClusterSource, Member
-
-__pyx_capi__: dict[str, Any]
 
 DONE: int
 """The reply came: ``data``, ``queue``, ``service_us`` and ``loaded`` are its."""
@@ -82,6 +80,7 @@ class Shortcuts:
     ``calls`` are the client's ``Calls``; ``open_line`` connects to a member, or gives None.
     """
 
+    open_line: Callable[[CurveIdentity, Member], Line | None]
     def __new__(
         cls,
         calls: Any,
@@ -108,9 +107,10 @@ class Shortcuts:
         timeout_s: float,
         lost: Lost,
     ) -> bytes | None:
-        """The result of a use, or None where the ordinary way has to be taken: also to say what is wrong with an argument.
+        """The result of a use, or None where the ordinary way has to be taken, which also says what is wrong.
 
-        A node that was asked and did not answer is put into ``lost``, with the time that took. What is final, such as a wrong tag, is raised.
+        A node that was asked and did not answer is put into ``lost``, with the time that took. What is final, such as a
+        wrong tag, is raised.
         """
 
     def reap(self, before_s: float) -> None:

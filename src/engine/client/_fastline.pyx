@@ -6,7 +6,7 @@ import weakref
 
 from engine.errors import DeadlineExceeded, NodeUnavailable
 from engine.keys import RequestType
-from engine.protocol.wire import MAX_AAD, MAX_DATA, MAX_TIMEOUT_MS, Load
+from engine.protocol import wire
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -110,10 +110,10 @@ cdef class Line:
     cdef kq_spinner _spinner
     cdef bint _parts
     cdef object __weakref__
-    cdef public object cluster
-    cdef public object member
-    cdef public object own
-    cdef public double since_s
+    cdef object cluster
+    cdef object member
+    cdef object own
+    cdef double since_s
     cdef public object data
     cdef public object frame
     cdef readonly uint64_t queue
@@ -432,7 +432,9 @@ cdef class _Cut:
 cdef class Shortcuts:
     """Uses of keys by the shortest way; see _fastline.pyi."""
 
-    cdef object _calls, _router, _source, _identity, _members, _open_line, _max_ciphertext
+    cdef object _calls, _router, _source, _identity, _members
+    cdef public object open_line
+    cdef size_t _max_ciphertext
     cdef dict _cuts
     cdef dict _idle
     cdef dict _next_s
@@ -443,7 +445,7 @@ cdef class Shortcuts:
 
     def __cinit__(self, calls, source, identity, members, open_line, *, int most, size_t max_ciphertext):
         self._calls, self._router, self._source = calls, calls.router, source
-        self._identity, self._members, self._open_line = identity, members, open_line
+        self._identity, self._members, self.open_line = identity, members, open_line
         self._most, self._max_ciphertext = most, max_ciphertext
         self._cuts, self._idle, self._next_s = {}, {}, {}
         self._lines = weakref.WeakSet()
@@ -490,7 +492,7 @@ cdef class Shortcuts:
             return None
         elif cut.hashed is not None:
             data = cut.hashed(data).digest()
-        if type(associated_data) is not bytes or len(associated_data) > MAX_AAD:
+        if type(associated_data) is not bytes or len(associated_data) > wire.MAX_AAD:
             return None
         if type(proof) is not bytes or <size_t>len(proof) > KQ_MAX_PROOF:
             return None
@@ -508,7 +510,7 @@ cdef class Shortcuts:
         cut.verb, cut.name, cut.known = verb, name, known
         cut.verb_bytes, cut.name_bytes, cut.key_id = verb.encode(), name.encode(), known.record.manifest.key_id
         cut.request_class = known.request_class(verb)
-        cut.most = MAX_DATA
+        cut.most = wire.MAX_DATA
         if verb in (RequestType.SIGN, RequestType.VERIFY) and algo.prehashed:
             cut.hashed = getattr(hashlib, algo.hash_name)
             cut.digest_bytes = cut.hashed().digest_size
@@ -538,7 +540,7 @@ cdef class Shortcuts:
         cdef uint64_t uses = cut.uses
         if uses:
             cut.uses = 0
-            load = Load(cut.queue, cut.service_us // uses, True)
+            load = wire.Load(cut.queue, cut.service_us // uses, True)
             self._router.learned_direct(cut.node, cut.name, cut.request_class, load, cut.elapsed_s / uses, now_s)
             cut.service_us, cut.elapsed_s = 0, 0
         return 0
@@ -573,7 +575,7 @@ cdef class Shortcuts:
                 return None
             number = line._id + 1
             code = line.operate(number, cut.verb_bytes, cut.name_bytes, cut.key_id, data, associated_data, proof,
-                                digested, max(1, min(<long>(timeout_s * 1000), MAX_TIMEOUT_MS)), patience_s)
+                                digested, max(1, min(<long>(timeout_s * 1000), wire.MAX_TIMEOUT_MS)), patience_s)
         except ValueError:
             self._give(node, line)
             self._router.dropped(node)
@@ -585,7 +587,7 @@ cdef class Shortcuts:
             result, line.data = line.data, None
             if fresh or cut.state is not state:
                 self._router.answered_direct(node, cut.name, cut.request_class,
-                                             Load(line.queue, line.service_us, True), line.elapsed_s, line._used_s)
+                                             wire.Load(line.queue, line.service_us, True), line.elapsed_s, line._used_s)
             else:
                 if state.outstanding:
                     state.outstanding -= 1
@@ -603,7 +605,7 @@ cdef class Shortcuts:
         if code == DONE_:
             result, line.data = line.data, None
             self._router.answered_direct(node, cut.name, cut.request_class,
-                                         Load(line.queue, line.service_us, False), line.elapsed_s, line._used_s)
+                                         wire.Load(line.queue, line.service_us, False), line.elapsed_s, line._used_s)
             self._give(node, line)
             return result
         if code == NOT_SENT_:
@@ -653,7 +655,7 @@ cdef class Shortcuts:
         if now_s < self._next_s.get(node, 0.0) or len(self._lines) >= self._most:
             return None
         member, own = self._members.get(node), self._identity.current
-        made = None if member is None else self._open_line(own, member)
+        made = None if member is None else self.open_line(own, member)
         if made is None:
             self._next_s[node] = now_s + LINE_AGAIN_S
             return None

@@ -1,8 +1,8 @@
 """The serving end of connections that speak ZMTP 3.1 with CURVE (RFC 37, RFC 26), in the thread of its owner.
 
-It presents itself as a ROUTER, to DEALERs, for messages of one frame. Who it is that sent a message is known by the CURVE
-key that its connection has proved, and nothing else. What a peer can make it keep is bounded: one message that is not
-whole, ``replies_max`` replies, no more connections than ``most``. Bytes that break a rule end their connection.
+It presents itself as a ROUTER, to DEALERs, for messages of one frame. Who it is that sent a message is known by the
+CURVE key that its connection has proved, and nothing else. What a peer can make it keep is bounded: one message that is
+not whole, ``replies_max`` replies, no more connections than ``most``. Bytes that break a rule end their connection.
 """
 
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Connection:
 
 @final
 class Router:
-    """``admit`` is asked about each CURVE key (Z85) that was proved. ``limit`` bounds a frame, with CURVE's 33 bytes."""
+    """``admit`` is asked about each CURVE key (Z85) that was proved; ``limit`` bounds frames, with CURVE's 33 bytes."""
 
     most: int
     """From so many connections on none is accepted, until ``accept``."""
@@ -73,7 +73,7 @@ class Router:
         """Readable while there is something to do (epoll(7)), beside what is ``pending``."""
 
     def listen(self, fd: int, port: int, public: bytes, secret: bytes) -> None:
-        """Accept connections at a listening descriptor, which is the router's from now on, with a CURVE pair of raw keys.
+        """Accept connections at a listening descriptor, the router's from now on, with a CURVE pair of raw keys.
 
         ValueError if those have not 32 bytes each.
         """

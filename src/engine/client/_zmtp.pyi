@@ -1,6 +1,8 @@
 """ZMTP 3.1 with CURVE in memory: what connections speak, for tests and tools. libsodium does the arithmetic."""
 
-from typing import final
+from typing import Any, final
+
+__pyx_capi__: dict[str, Any]
 
 @final
 class Peer:

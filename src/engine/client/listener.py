@@ -1,8 +1,8 @@
 """The serving side of CURVE: who may connect, and which member sent a message. It knows no verbs.
 
-Requests come by a ``Router``; libzmq's sockets serve publications. There CURVE fails open without a ZAP handler, so each
-has ZAP_ENFORCE_DOMAIN set: with a dead handler nobody gets in. The CURVE key that a connection has proved is looked up for
-every single message.
+Requests come by a ``Router``; libzmq's sockets serve publications. There CURVE fails open without a ZAP handler, so
+each has ZAP_ENFORCE_DOMAIN set: with a dead handler nobody gets in. The CURVE key that a connection has proved is
+looked up for every single message.
 """
 
 from __future__ import annotations

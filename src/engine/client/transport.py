@@ -35,7 +35,6 @@ from engine.protocol.wire import (
     MAX_MESSAGE,
     MAX_TIMEOUT_MS,
     PROTOCOL_VERSION,
-    Load,
     Reply,
     Request,
     Status,
@@ -126,8 +125,10 @@ def open_line(identity: CurveIdentity, peer: Member) -> Line | None:
         return None
     socket.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
     line = Line(socket.detach(), limit=FRAME_MAX)
-    keys = [zmq.utils.z85.decode(key) for key in (identity.public, identity.secret, peer.curve_z85.encode())]
-    return line if line.shake(*keys, max(0.001, until_s - time.monotonic())) else None
+    own_public, own_secret, server = map(
+        zmq.utils.z85.decode, (identity.public, identity.secret, peer.curve_z85.encode())
+    )
+    return line if line.shake(own_public, own_secret, server, max(0.001, until_s - time.monotonic())) else None
 
 
 def watch(context: zmq.Context[Any], socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
