@@ -289,7 +289,9 @@ static bool check_welcome(const struct client *client, const struct member *node
 /* What is taken in goes into client->result; libzmq's copy is wiped. */
 static bool take(struct client *client, const struct member *node, struct link *link, zmq_msg_t *message, uint64_t id,
                  bool *mine, struct answer *answer, struct failure *failure) {
-    struct reader reader, load;
+    struct reader reader;
+    const msgpack_object *load;
+    size_t count;
     struct bytes body;
     uint64_t version, told_id, queue, service_us;
     bool loaded, good;
@@ -299,11 +301,10 @@ static bool take(struct client *client, const struct member *node, struct link *
     if (!good) {
         return fail(failure, "protocol-error", "%s: what came is no reply", node->name);
     }
-    load.fields = NULL;
     good = get_uint(&reader.fields[0], 0, INT64_MAX, &version) && get_uint(&reader.fields[1], 0, INT64_MAX, &told_id) &&
            get_uint(&reader.fields[2], 0, 2, &answer->status) && get_bytes(&reader.fields[3], 0, MESSAGE_MAX, &body) &&
-           get_array(&reader.fields[4], 3, 3, &load.fields, &load.count) && get_uint(&load.fields[0], 0, INT64_MAX, &queue) &&
-           get_uint(&load.fields[1], 0, INT64_MAX, &service_us) && get_bool(&load.fields[2], &loaded) &&
+           get_array(&reader.fields[4], 3, 3, &load, &count) && get_uint(&load[0], 0, INT64_MAX, &queue) &&
+           get_uint(&load[1], 0, INT64_MAX, &service_us) && get_bool(&load[2], &loaded) &&
            get_extensions(&reader.fields[5]);
     if (!good) {
         fail(failure, "protocol-error", "%s: malformed reply", node->name);

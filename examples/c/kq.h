@@ -73,11 +73,10 @@ void put_bytes(struct writer *writer, struct bytes value);
 struct reader {
     msgpack_unpacked unpacked;
     const msgpack_object *fields;
-    size_t count;
 };
 
-/* Decodes an array of exactly `count` elements (of any number where that is 0) in canonical form. Ends the process's use
- * of it with reader_close(), whether it succeeded or not. */
+/* Decodes an array of exactly `count` elements in canonical form. A reader that could not be opened may be closed, but
+ * need not. */
 bool reader_open(struct reader *reader, struct bytes raw, size_t limit, size_t count, const char *what,
                  struct failure *failure);
 void reader_close(struct reader *reader);

@@ -93,6 +93,54 @@ void put_bytes(struct writer *writer, struct bytes value) {
 
 /* --- reading ------------------------------------------------------------------------------------------------------ */
 
+static uint64_t big_endian(const uint8_t *at, size_t len) {
+    uint64_t value = 0;
+    for (size_t index = 0; index < len; index++) {
+        value = value << 8 | at[index];
+    }
+    return value;
+}
+
+/* Whether every count and length fits in what there is: msgpack-c makes room for as many elements as a header promises,
+ * before it looks whether they are there. Types that no message has are refused too. */
+static bool counts_fit(struct bytes raw) {
+    uint64_t wanted = 1; /* values that must still come, of at least a byte each */
+    while (wanted > 0) {
+        uint8_t type = raw.len > 0 ? raw.at[0] : 0xc1;
+        size_t head = 0; /* bytes of the number behind the type */
+        uint64_t number = 0, inside = 0, skipped = 0;
+        if (type >= 0xcc && type <= 0xd3) { /* uint 8 to 64, int 8 to 64 */
+            head = (size_t)1 << (type - (type < 0xd0 ? 0xcc : 0xd0));
+        } else if ((type >= 0xc4 && type <= 0xc6) || (type >= 0xd9 && type <= 0xdb)) { /* bin, str */
+            head = (size_t)1 << (type - (type < 0xd9 ? 0xc4 : 0xd9));
+        } else if (type >= 0xdc && type <= 0xdf) { /* array 16, 32, map 16, 32 */
+            head = type & 1 ? 4 : 2;
+        } else if (type >= 0xc0 && type <= 0xdf && type != 0xc2 && type != 0xc3) {
+            return false;
+        }
+        if (raw.len < 1 + head) {
+            return false;
+        }
+        number = big_endian(raw.at + 1, head);
+        if (type >= 0x80 && type <= 0x9f) {
+            inside = (uint64_t)(type & 0x0f) * (type < 0x90 ? 2 : 1);
+        } else if (type >= 0xdc && type <= 0xdf) {
+            inside = number * (type < 0xde ? 1 : 2);
+        } else if (type >= 0xa0 && type <= 0xbf) {
+            skipped = type & 0x1f;
+        } else if ((type >= 0xc4 && type <= 0xc6) || (type >= 0xd9 && type <= 0xdb)) {
+            skipped = number;
+        }
+        raw = bytes_of(raw.at + 1 + head, raw.len - 1 - head);
+        wanted = wanted - 1 + inside;
+        if (skipped > raw.len || wanted > raw.len - skipped) {
+            return false;
+        }
+        raw = bytes_of(raw.at + skipped, raw.len - (size_t)skipped);
+    }
+    return raw.len == 0;
+}
+
 /* Instead of encoding again into a buffer, each piece is compared where it would go. */
 static int compare_to(void *to, const char *data, size_t len) {
     struct bytes *rest = to;
@@ -114,30 +162,27 @@ static bool is_canonical(struct bytes raw, msgpack_object object) {
 bool reader_open(struct reader *reader, struct bytes raw, size_t limit, size_t count, const char *what,
                  struct failure *failure) {
     size_t end = 0;
+    bool good;
     msgpack_unpacked_init(&reader->unpacked);
-    reader->fields = NULL;
-    reader->count = 0;
     if (raw.len > limit) {
         return fail(failure, "protocol-error", "%s: %zu bytes, the limit is %zu", what, raw.len, limit);
     }
-    if (raw.len == 0 ||
-        msgpack_unpack_next(&reader->unpacked, (const char *)raw.at, raw.len, &end) != MSGPACK_UNPACK_SUCCESS ||
-        end != raw.len || !is_canonical(raw, reader->unpacked.data)) {
-        return fail(failure, "protocol-error", "%s: not in canonical form", what);
+    good = counts_fit(raw) &&
+           msgpack_unpack_next(&reader->unpacked, (const char *)raw.at, raw.len, &end) == MSGPACK_UNPACK_SUCCESS &&
+           is_canonical(raw, reader->unpacked.data);
+    if (!good) {
+        fail(failure, "protocol-error", "%s: not in canonical form", what);
+    } else if (!get_array(&reader->unpacked.data, count, count, &reader->fields, &end)) {
+        good = fail(failure, "protocol-error", "%s: no array of %zu elements", what, count);
     }
-    if (reader->unpacked.data.type != MSGPACK_OBJECT_ARRAY ||
-        (count != 0 && reader->unpacked.data.via.array.size != count)) {
-        return fail(failure, "protocol-error", "%s: no array of %zu elements", what, count);
+    if (!good) {
+        reader_close(reader);
     }
-    reader->fields = reader->unpacked.data.via.array.ptr;
-    reader->count = reader->unpacked.data.via.array.size;
-    return true;
+    return good;
 }
 
 void reader_close(struct reader *reader) {
     msgpack_unpacked_destroy(&reader->unpacked);
-    reader->fields = NULL;
-    reader->count = 0;
 }
 
 bool get_uint(const msgpack_object *object, uint64_t low, uint64_t high, uint64_t *value) {
