@@ -6,6 +6,7 @@ cluster: what it makes Python takes, and the other way round. A node that lies i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import zmq
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
@@ -27,7 +29,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from engine import Engine, LocalCluster, PolicyRule, connect
-from engine.client.config import Identity, create_identity, write_private, write_toml
+from engine.client.config import Identity, create_identity, rotate_curve, write_private, write_toml
 from engine.errors import InvalidSignature, InvalidTag
 from engine.protocol.grant import check_grant
 from engine.protocol.manifest import (
@@ -38,6 +40,7 @@ from engine.protocol.manifest import (
     KeyRecord,
     Member,
     Receipt,
+    Retiring,
     certificates,
     chain_pin,
     create_orders,
@@ -313,6 +316,21 @@ def test_it_trusts_what_its_files_say_and_nothing_else(program: Path, cluster: L
         assert told(chain=changed)[1] in ("manifest-error", "protocol-error"), place
 
 
+def change_curve_key(cluster: LocalCluster, c: CClient) -> None:
+    """Give its client a new CURVE key: it works while no manifest has the new one, while both are good, and after."""
+    assert c.config is not None
+    before = cluster.cluster.members["later"]
+    identity = rotate_curve(c.config.with_name("identity.toml"))
+    assert identity.curve is not None
+    after = msgspec.structs.replace(before, curve_public=identity.curve.raw_public)
+    members = [after if each.name == "later" else each for each in cluster.cluster.members.values()]
+    c.good("encrypt", "orders", data=b"x")
+    cluster.sign_manifest(members, retiring=[Retiring("later", before.curve_public, "", "")])
+    c.good("encrypt", "orders", data=b"x")
+    cluster.sign_manifest(members)
+    c.good("encrypt", "orders", data=b"x")
+
+
 def test_it_goes_on_where_nodes_die_and_the_cluster_changes(program: Path, own_cluster: LocalCluster) -> None:
     """A dead holder is passed over, a second manifest and a new epoch are believed, and the deadline is kept."""
     with connect(own_cluster.client_config) as kq:
@@ -323,6 +341,7 @@ def test_it_goes_on_where_nodes_die_and_the_cluster_changes(program: Path, own_c
         later = CClient(program, own_cluster.add_client("later", [PolicyRule("later", "*", ["encrypt", "decrypt"])]))
         sealed = later.good("encrypt", "orders", data=b"4 crates")
         assert kq.decrypt("orders", sealed) == b"4 crates"
+    change_curve_key(own_cluster, later)
     dead, *others = own_cluster.nodes
     own_cluster.kill(dead)
     ended = later("decrypt", "orders", "--node", dead, "--verbose", data=sealed)
@@ -393,6 +412,19 @@ class FakeNode:
         self._ended.set()
         self._thread.join()
         self._context.term()
+
+    @contextlib.contextmanager
+    def another_key(self) -> Iterator[None]:
+        """Have a server with another CURVE key in this one's place."""
+        self._ended.set()
+        self._thread.join()
+        with self._context.socket(zmq.ROUTER) as socket:
+            socket.curve_secretkey = zmq.curve_keypair()[1]
+            socket.curve_server = True
+            socket.linger = 0
+            socket.bind(self.cluster.nodes["node-1"].endpoint)
+            yield
+            assert not socket.poll(0)
 
     def description(self, name: str = "orders", **changes: Any) -> tuple[KeyDescription, KeyRecord]:
         """A true description of a 1-of-1 key; `changes` are made to the manifest that the node signs."""
@@ -527,6 +559,13 @@ def test_what_is_no_reply_ends_the_connection(faked: CClient, fake: FakeNode) ->
         noise = chance.randbytes(chance.randrange(1, 200))
         fake.answers = [lambda request, noise=noise: noise]  # type: ignore[misc]
         assert faked.error("encrypt", "orders", data=b"x") == (2, "protocol-error")
+
+
+def test_a_server_with_another_key_gets_nothing(faked: CClient, fake: FakeNode) -> None:
+    """The handshake fails as the page says, and no request leaves the client."""
+    with fake.another_key():
+        assert faked.error("encrypt", "orders", data=b"x") == (2, "node-unavailable")
+    assert fake.seen == []
 
 
 def test_errors_are_told_safely_and_silence_ends_in_time(faked: CClient, fake: FakeNode) -> None:
