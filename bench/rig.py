@@ -191,11 +191,14 @@ def rotate(contenders: Mapping[str, Callable[[], object] | CClient], rounds: int
         gc.collect()
         for name in names if number % 2 else reversed(names):
             act = contenders[name]
-            taken = act.block() if isinstance(act, CClient) else []
-            while not isinstance(act, CClient) and len(taken) < block:
-                begun = clock()
-                act()
-                taken.append((clock() - begun) / 1000)
+            if isinstance(act, CClient):
+                taken = act.block()
+            else:
+                taken = []
+                for _ in range(block):
+                    begun = clock()
+                    act()
+                    taken.append((clock() - begun) / 1000)
             if number >= 0:
                 found[name].append(taken)
     return found
@@ -402,7 +405,7 @@ def end_process(process: subprocess.Popen[Any]) -> None:
 
 
 class CClient:
-    """The example client in C, at one operation with one key: a block of them, timed by itself, for each line it gets."""
+    """The example client in C at one operation with one key: it does and times a block of them for each line."""
 
     def __init__(self, program: Path, config: Path, operation: str, key: str, block: int, *options: str) -> None:
         self._process = subprocess.Popen(
@@ -432,7 +435,10 @@ class CClient:
         assert self._process.stdout is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return [float(each) for each in self._process.stdout.readline().split()]
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the client in C ended (exit code {self._process.wait()})")
+        return [float(each) for each in line.split()]
 
     def close(self) -> None:
         """End it."""
@@ -549,12 +555,10 @@ class Rig:
         program = CClient.build(self.folder / "c")
         with contextlib.ExitStack() as stack:
             made = {}
-            for what, *words in (
-                ("sign", "sign", "--digested", "--size", "32"),
-                ("gcm", "encrypt", "--size", str(len(DATA))),
-            ):
-                made[what] = CClient(program, self.cluster.client_config, words[0], what, block, *words[1:])
-                stack.callback(made[what].close)
+            uses = {"sign": ("sign", "--digested", "--size", "32"), "gcm": ("encrypt", "--size", str(len(DATA)))}
+            for key, (operation, *options) in uses.items():
+                made[key] = CClient(program, self.cluster.client_config, operation, key, block, *options)
+                stack.callback(made[key].close)
             yield made
 
     @property

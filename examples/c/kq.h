@@ -8,6 +8,9 @@
  *
  * It keeps no routing table: it asks a node what the key is, follows `moved`, checks what comes back, and then asks the
  * key's holders one after the other. It signs a grant only for a node that says it needs one.
+ *
+ * Data and keys are in libsodium's locked memory, and what goes to libzmq or comes from it is wiped after use. What libzmq
+ * itself keeps, such as its copies of the CURVE keys, is not in our hands.
  */
 #ifndef KQ_H
 #define KQ_H

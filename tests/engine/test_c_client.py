@@ -202,17 +202,18 @@ def test_a_cold_key_works_with_a_grant_made_in_c(c: CClient, kq: Engine, key: Ca
 
 
 def test_a_moved_reply_is_followed(c: CClient, kq: Engine, cluster: LocalCluster, key: Callable[..., str]) -> None:
-    """A node without the key is asked first; the client goes where it says, and the data go to a holder alone."""
-    name = key("aes-256-gcm", threshold=2, shares=3)
-    holders = kq.key_info(name).holders
-    for stranger in set(cluster.nodes) - set(holders):
+    """A node without the key is asked first, another one is next in order: the client goes where the first one says."""
+    found, strangers = cluster.cluster, set(cluster.nodes[:2])
+    names = (f"c/{secrets.token_hex(4)}" for _ in range(10_000))
+    name = next(each for each in names if not strangers & set(found.group_holders(found.group_of(each))[:3]))
+    key("aes-256-gcm", name, threshold=2, shares=3)
+    for stranger in strangers:
         ended = c("encrypt", name, "--node", stranger, "--verbose", data=b"4 crates")
         assert kq.decrypt(name, ended.out) == b"4 crates"
-        first, second, *_ = ended.err.splitlines()
-        assert first.startswith(f"kq-client: {stranger}: '{name}' is not on this node")
-        assert second.split(": ")[1:] == [second.split(": ")[1], "describes the key"]
-        assert second.split(": ")[1] in holders
-        assert ended.err.count(stranger) == 1
+        asked = [line.split(": ")[1:3] for line in ended.err.splitlines()]
+        assert asked[0] == [stranger, f"'{name}' is not on this node; ask those named"]
+        assert asked[1] == [found.group_holders(found.group_of(name))[0], "describes the key"]
+        assert not any(node in strangers for node, _ in asked[1:])
 
 
 def test_refusals_have_the_codes_of_the_page(
@@ -331,6 +332,14 @@ def change_curve_key(cluster: LocalCluster, c: CClient) -> None:
     c.good("encrypt", "orders", data=b"x")
 
 
+def use_a_key_whose_maker_left(cluster: LocalCluster, c: CClient) -> None:
+    """The order in its manifest is signed by nobody who is a member now."""
+    with connect(cluster.add_client("gone", [PolicyRule("gone", "*", ["generate"])])) as gone:
+        gone.create_key("legacy", "aes-256-gcm", threshold=2, shares=5)
+    cluster.sign_manifest([each for name, each in cluster.cluster.members.items() if name != "gone"])
+    c.good("encrypt", "legacy", data=b"x")
+
+
 def test_it_goes_on_where_nodes_die_and_the_cluster_changes(program: Path, own_cluster: LocalCluster) -> None:
     """A dead holder is passed over, a second manifest and a new epoch are believed, and the deadline is kept."""
     with connect(own_cluster.client_config) as kq:
@@ -342,6 +351,7 @@ def test_it_goes_on_where_nodes_die_and_the_cluster_changes(program: Path, own_c
         sealed = later.good("encrypt", "orders", data=b"4 crates")
         assert kq.decrypt("orders", sealed) == b"4 crates"
     change_curve_key(own_cluster, later)
+    use_a_key_whose_maker_left(own_cluster, CClient(program, own_cluster.client_config))
     dead, *others = own_cluster.nodes
     own_cluster.kill(dead)
     ended = later("decrypt", "orders", "--node", dead, "--verbose", data=sealed)
@@ -426,9 +436,9 @@ class FakeNode:
             yield
             assert not socket.poll(0)
 
-    def description(self, name: str = "orders", **changes: Any) -> tuple[KeyDescription, KeyRecord]:
-        """A true description of a 1-of-1 key; `changes` are made to the manifest that the node signs."""
-        order = CreateOrder(bytes(range(16)), name, "aes-256-gcm", 1, 1, "generate", 1)
+    def description(self, name: str = "orders", shares: int = 1, **changes: Any) -> tuple[KeyDescription, KeyRecord]:
+        """A description of a 1-of-n key with one receipt; `changes` are made to the manifest that the node signs."""
+        order = CreateOrder(bytes(range(16)), name, "aes-256-gcm", 1, shares, "generate", 1)
         told = {
             "key_id": order.key_id,
             "name": order.name,
@@ -437,7 +447,7 @@ class FakeNode:
             "attempt": 1,
             "algorithm": order.algorithm,
             "threshold": 1,
-            "holders": [Holder("node-1", 1, bytes(32))],
+            "holders": [Holder(f"node-{x}", x, bytes(32)) for x in range(1, shares + 1)],
             "public_key": b"",
             "check_value": bytes(32),
             "order": sign_envelope("order.create", 1, create_orders.encode(order), self.client.signing),
@@ -446,10 +456,19 @@ class FakeNode:
         manifest = KeyManifest(**(told | changes))
         raw = sign_envelope("key", 1, key_manifests.encode(manifest), self.keys["node-1"])
         record = KeyRecord(manifest, read_unverified(raw).digest, "node-1", raw)
-        receipt = receipts.encode(Receipt(manifest.key_id, record.digest, manifest.holders[0].x))
-        receipt = sign_envelope("receipt", 1, receipt, self.keys["node-1"])
-        certificate = certificates.encode(CommitCertificate(manifest.key_id, record.digest, [receipt]))
-        return KeyDescription(raw, sign_envelope("certificate", 1, certificate, self.keys["bal"]), []), record
+        return KeyDescription(raw, certify(self, record.digest, manifest.key_id), []), record
+
+
+def certify(fake: FakeNode, digest: bytes, key_id: bytes = bytes(range(16))) -> bytes:
+    """A certificate of a manifest with the receipt of node-1."""
+    receipt = sign_envelope("receipt", 1, receipts.encode(Receipt(key_id, digest, 1)), fake.keys["node-1"])
+    certificate = certificates.encode(CommitCertificate(key_id, digest, [receipt]))
+    return sign_envelope("certificate", 1, certificate, fake.keys["bal"])
+
+
+def order_of(record: KeyRecord) -> CreateOrder:
+    """The client's order in a manifest."""
+    return create_orders.decode(read_unverified(record.manifest.order).payload)
 
 
 def reply(identifier: int, status: int, body: bytes, version: int = 1) -> bytes:
@@ -500,12 +519,16 @@ def test_an_untrue_description_is_refused_and_no_data_follow(faked: CClient, fak
     other = fake.description("vault")[0]
     good, record = fake.description()
     stranger = SigningKey("shop", Ed25519PrivateKey.generate())
-    forged = sign_envelope("order.create", 1, b"\x90", stranger)
+    forged = sign_envelope("order.create", 1, create_orders.encode(order_of(record)), stranger)
+    payload = msgspec.msgpack.encode([1, "key", "node-2", 1, key_manifests.encode(record.manifest)])
+    unissued = msgspec.msgpack.encode([payload, [["node-1", fake.keys["node-1"].sign(payload)]]])
     lies = [
         other,
         KeyDescription(good.manifest, other.certificate, []),
         KeyDescription(good.certificate, good.certificate, []),
         KeyDescription(good.manifest, b"", []),
+        KeyDescription(unissued, certify(fake, read_unverified(unissued).digest), []),
+        fake.description(shares=2)[0],
         fake.description(key_id=bytes(16))[0],
         fake.description(threshold=2)[0],
         fake.description(algorithm="aes-128-gcm")[0],
@@ -547,7 +570,7 @@ def test_what_is_no_reply_ends_the_connection(faked: CClient, fake: FakeNode) ->
         lambda request: b"\x96\x01\xdf\x7f\xff\xff\xff" + bytes(60),
         lambda request: b"\x96" * 60,
         lambda request: reply(0, Status.ERROR, error_codec.encode(ErrorBody("protocol-error", "", []))),
-        lambda request: reply(request.id, Status.OK, b"\x90", version=3),
+        lambda request: reply(request.id, Status.OK, REPLY_CODECS["describe"].encode(described), version=3),
         lambda request: reply(request.id, Status.ERROR, b"\x90"),
         ok(Empty(), "prewarm"),
     ]
