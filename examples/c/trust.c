@@ -679,6 +679,10 @@ static bool read_key_manifest(struct bytes payload, const struct cluster *cluste
     if (good && (key->epoch == 1 ? previous.len != 0 || manifest->change.len != 0 : previous.len != 32)) {
         good = not_good(failure, name, "its epoch does not fit its predecessor");
     }
+    if (good && (strncmp(key->algorithm, "aes-", 4) == 0 || strncmp(key->algorithm, "hmac-", 5) == 0) !=
+                    (public_key.len == 0)) {
+        good = not_good(failure, name, "a public key is missing or out of place");
+    }
     if (good) {
         memcpy(key->id, id.at, 16);
         good = read_holders(holders, count, cluster, manifest, failure);

@@ -529,6 +529,7 @@ def test_an_untrue_description_is_refused_and_no_data_follow(faked: CClient, fak
         KeyDescription(good.manifest, b"", []),
         KeyDescription(unissued, certify(fake, read_unverified(unissued).digest), []),
         fake.description(shares=2)[0],
+        fake.description(public_key=b"x")[0],
         fake.description(key_id=bytes(16))[0],
         fake.description(threshold=2)[0],
         fake.description(algorithm="aes-128-gcm")[0],
