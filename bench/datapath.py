@@ -31,6 +31,7 @@ from rig import (
     DATA,
     DIGEST,
     HERE,
+    CClient,
     MissingPeer,
     Noise,
     NoiseMeter,
@@ -172,9 +173,10 @@ class Book:
 def _warm(rig: Rig, scale: Scale, placement: str, book: Book) -> None:
     """One operation at a time: medians, and tails beside the bare echo's."""
     names = ("warm sign / F", "warm GCM 1 KiB / F", "warm sign / p11-kit", "tail sign", "tail GCM 1 KiB")
-    if not book.wants(*names):
+    in_c = {"sign": "warm sign, client in C / F", "gcm": "warm GCM 1 KiB, client in C / F"}
+    if not book.wants(*names, *in_c.values()):
         return
-    contenders: dict[str, Callable[[], object]] = {
+    contenders: dict[str, Callable[[], object] | CClient] = {
         "straight sign": rig.straight.sign,
         "straight gcm": rig.straight.gcm,
         "echo": rig.echo.exchange,
@@ -183,7 +185,8 @@ def _warm(rig: Rig, scale: Scale, placement: str, book: Book) -> None:
     }
     if rig.p11_uses is not None:
         contenders["p11-kit sign"] = rig.p11_uses.sign
-    with rig.placed(placement):
+    with rig.c_clients(scale.block) as clients, rig.placed(placement, clients=clients.values()):
+        contenders |= {f"{what} in C": client for what, client in clients.items()}
         meter = NoiseMeter()
         found = rotate(contenders, scale.rounds, scale.block)
         noise = meter.noise()
@@ -194,9 +197,10 @@ def _warm(rig: Rig, scale: Scale, placement: str, book: Book) -> None:
         ("sign", "two"): Target(0.85, 0.75),
         ("gcm", "two"): Target(0.70, 0.60),
     }
-    for what, name in (("sign", names[0]), ("gcm", names[1])):
+    rows = {"sign": names[0], "gcm": names[1], "sign in C": in_c["sign"], "gcm in C": in_c["gcm"]}
+    for what, name in rows.items():
         own = medians(found, what)
-        floor = [a + b for a, b in zip(medians(found, f"straight {what}"), echo, strict=True)]
+        floor = [a + b for a, b in zip(medians(found, f"straight {what.split()[0]}"), echo, strict=True)]
         book.add(
             name,
             placement,

@@ -179,8 +179,11 @@ Rounds = dict[str, list[list[float]]]
 """Contender -> rounds -> what each operation of that round's block took."""
 
 
-def rotate(contenders: Mapping[str, Callable[[], object]], rounds: int, block: int) -> Rounds:
-    """Blocks of each contender in turn, the order reversed each round; a first block of each is thrown away."""
+def rotate(contenders: Mapping[str, Callable[[], object] | CClient], rounds: int, block: int) -> Rounds:
+    """Blocks of each contender in turn, the order reversed each round; a first block of each is thrown away.
+
+    The client in C times its own operations, as many as it was started for.
+    """
     names = list(contenders)
     found: Rounds = {name: [] for name in names}
     clock = time.perf_counter_ns
@@ -188,11 +191,14 @@ def rotate(contenders: Mapping[str, Callable[[], object]], rounds: int, block: i
         gc.collect()
         for name in names if number % 2 else reversed(names):
             act = contenders[name]
-            taken = []
-            for _ in range(block):
-                begun = clock()
-                act()
-                taken.append((clock() - begun) / 1000)
+            if isinstance(act, CClient):
+                taken = act.block()
+            else:
+                taken = []
+                for _ in range(block):
+                    begun = clock()
+                    act()
+                    taken.append((clock() - begun) / 1000)
             if number >= 0:
                 found[name].append(taken)
     return found
@@ -398,6 +404,47 @@ def end_process(process: subprocess.Popen[Any]) -> None:
         process.stdout.close()
 
 
+class CClient:
+    """The example client in C at one operation with one key: it does and times a block of them for each line."""
+
+    def __init__(self, program: Path, config: Path, operation: str, key: str, block: int, *options: str) -> None:
+        self._process = subprocess.Popen(
+            [str(program), "--config", str(config), "latency", operation, key, str(block), "--rounds", *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @staticmethod
+    def build(folder: Path) -> Path:
+        """The program, out of examples/c."""
+        command = ["make", "-C", str(HERE.parent / "examples" / "c"), f"OUT={folder}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise MissingPeer(f"examples/c can't be built (its Makefile names Debian's packages):\n{done.stderr}")
+        return folder / "kq-client"
+
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
+    def block(self) -> list[float]:
+        """What each operation of a block took."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the client in C ended (exit code {self._process.wait()})")
+        return [float(each) for each in line.split()]
+
+    def close(self) -> None:
+        """End it."""
+        end_process(self._process)
+
+
 class Crew:
     """Client processes that wait for orders (``worker.py``), each with an identity of its own."""
 
@@ -502,6 +549,18 @@ class Rig:
         self.kq.verify("rsa", None, self.kq.sign("rsa", digest=DIGEST), digest=DIGEST)
         assert self.kq.decrypt("gcm", self.kq.encrypt("gcm", DATA)) == DATA
 
+    @contextlib.contextmanager
+    def c_clients(self, block: int) -> Iterator[dict[str, CClient]]:
+        """Clients in C at what the warm rows measure, by the name of the key."""
+        program = CClient.build(self.folder / "c")
+        with contextlib.ExitStack() as stack:
+            made = {}
+            uses = {"sign": ("sign", "--digested", "--size", "32"), "gcm": ("encrypt", "--size", str(len(DATA)))}
+            for key, (operation, *options) in uses.items():
+                made[key] = CClient(program, self.cluster.client_config, operation, key, block, *options)
+                stack.callback(made[key].close)
+            yield made
+
     @property
     def crew(self) -> Crew:
         """Eight client processes, started when first asked for."""
@@ -553,13 +612,18 @@ class Rig:
 
     @contextlib.contextmanager
     def placed(
-        self, placement: str, acts: Iterable[Callable[[], object]] = (), *, crew: bool = False
+        self,
+        placement: str,
+        acts: Iterable[Callable[[], object]] = (),
+        *,
+        crew: bool = False,
+        clients: Iterable[CClient] = (),
     ) -> Iterator[None]:
         """Clients and nodes on one core, on two, or where the scheduler puts them.
 
         The servers of the echo and of p11-kit are where the nodes are. With ``acts`` only the nodes that serve these
         are, and the others have what is left; without, all are, so that it is the same whichever of them serves. With
-        ``crew`` the clients are the crew's.
+        ``crew`` the clients are the crew's; ``clients`` in C are where ours are.
         """
         first, second = self.cpus[0], self.cpus[1] if len(self.cpus) > 1 else self.cpus[0]
         rest = set(self.cpus[2:]) or ({second} if placement == "one" else set(self.cpus))
@@ -572,7 +636,7 @@ class Rig:
             if placement != "free":
                 pin(members.values(), rest)
                 pin([*servers, *peers], server)
-                pin(self.crew.pids if crew else [], client)
+                pin([*(self.crew.pids if crew else []), *(each.pid for each in clients)], client)
                 for task in os.listdir("/proc/self/task"):
                     os.sched_setaffinity(int(task), client)
             yield

@@ -38,6 +38,7 @@ LONG_FILES = (
     "engine/test_cluster_crashes.py",
     "engine/test_client_local.py",
     "test_readme.py",
+    "engine/test_c_client.py",
     "attack/test_attack.py",
     "test_package.py",
     "engine/test_cluster_rotation.py",

@@ -18,6 +18,8 @@ BENCH = Path(__file__).parents[1] / "bench"
 ROWS = {
     "warm sign / F",
     "warm GCM 1 KiB / F",
+    "warm sign, client in C / F",
+    "warm GCM 1 KiB, client in C / F",
     "warm sign / p11-kit",
     "tail sign",
     "tail GCM 1 KiB",

@@ -15,9 +15,11 @@ import msgspec
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from msgspec import inspect
 
 from engine import errors
+from engine.client import config
 from engine.client.files import encrypt_stream
 from engine.client.transport import Moved, raise_for_status
 from engine.errors import EngineError, ManifestError, NeedGrant, ProtocolError, error_from_code
@@ -278,12 +280,47 @@ def test_every_algorithm_is_listed_with_its_operations() -> None:
     assert told == {name: set(map(str, algo.operations)) for name, algo in ALGORITHMS.items()}
 
 
+@pytest.mark.parametrize(
+    ("pattern", "name", "fits"),
+    [
+        ("*", "a/b", True),
+        ("a*c", "a/b/c", True),
+        ("a?", "a", False),
+        ("[a-f0-9]", "7", True),
+        ("[!a-f0-9]", "7", False),
+        ("A", "a", False),
+        ("a[", "a[", True),
+        ("a\\b", "ab", False),
+        ("[[:digit:]]", "7", False),
+    ],
+)
+def test_patterns_of_the_policy_match_as_told(pattern: str, name: str, fits: bool) -> None:
+    """Each thing that the page says of a pattern; names like ``a[`` are there for the rule's sake alone."""
+    assert manifest._matches(pattern, name) is fits
+
+
 def test_every_operation_of_the_policy_is_named() -> None:
     """The vocabulary of the policy is told in full, and so are the operations of a grant."""
     section = TEXT.partition("### Policy")[2].partition("\n### ")[0]
     assert set(re.findall(r"`([a-z-]+)`", section)) == set(map(str, RequestType))
     (row,) = [line for line in TEXT.splitlines() if line.startswith("| `operations` | `[text 0..32] 1..8`")]
     assert set(re.findall(r"`([a-z-]+)`", row)) - {"operations"} == set(map(str, OPERATIONS))
+
+
+def test_the_files_of_a_client_are_those_of_the_code(tmp_path: Path) -> None:
+    """The keys of client.toml and identity.toml with their types in order, and the form of the signing key."""
+    names = {inspect.IntType: "integer", inspect.FloatType: "number"}
+    told = [[(bare(row[0]), row[1]) for row in each[1:]] for each in tables(TEXT) if each[0][:2] == ["key", "TOML"]]
+    for rows, kind in zip(told, (config.ClientConfig, config._IdentityFile), strict=True):
+        fields = inspect.type_info(kind).fields  # type: ignore[attr-defined]
+        found = [(field.name, names.get(type(field.type), "string")) for field in fields]
+        assert rows == found
+    (default,) = re.findall(r"^\| `timeout_s` .* at most 600; (\d+) if it is not there \|$", TEXT, flags=re.MULTILINE)
+    assert config.ClientConfig(1, "", "", "").timeout_s == float(default)
+    key = config.create_identity(tmp_path / "identity.toml", "shop", "client").signing._private
+    pkcs8 = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
+    assert pkcs8[:-32].hex(" ") in TEXT
+    assert pkcs8[-32:] == key.private_bytes_raw()
 
 
 def test_the_numbers_are_those_of_the_code() -> None:
