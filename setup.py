@@ -51,12 +51,19 @@ fastwire = on_the_wire("engine.protocol._fastwire", "src/engine/protocol/_fastwi
 fastline = on_the_wire("engine.client._fastline", "src/engine/client/_fastline.pyx")
 fastpath = on_the_wire("nodes._fastpath", "nodes/_fastpath.pyx")
 
+histogram = Extension(
+    "engine.client._histogram",
+    sources=["src/engine/client/_histogram.pyx"],
+    extra_compile_args=COMPILE,
+    extra_link_args=LINK,
+)
+
 # Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
 DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
     ext_modules=cythonize(
-        [fastshamir, fasttoken, fastwire, fastline, fastpath],
+        [fastshamir, fasttoken, fastwire, fastline, fastpath, histogram],
         include_path=["src"],
         build_dir="build/cython",
         compiler_directives=DIRECTIVES,

@@ -11,6 +11,8 @@ from typing import Any, Final, final
 
 import zmq
 
+from engine.client._histogram import Histograms
+
 REQUESTS: Final[int]
 EVENTS: Final[int]
 
@@ -18,7 +20,8 @@ EVENTS: Final[int]
 class Plan:
     """How one member's uses of one key with one verb are served.
 
-    ``use`` is called with data, associated data and proof; ``lines`` are its audit records (``AuditLog.write_use``).
+    ``use`` is called with data, associated data and proof; ``lines`` are its audit records (``AuditLog.write_use``);
+    ``times`` takes in how long its stages take (``nodes.latency.STAGES``).
     """
 
     member: str
@@ -52,7 +55,10 @@ class Plan:
         proves: bool,
         most: int,
         lines: Any,
+        times: Histograms | None = None,
     ) -> Plan: ...
+    def checked(self) -> None:
+        """The request was let in; what follows in ``begin_planned`` is the look-up of the loaded key."""
 
 @final
 class FastPath:

@@ -1,6 +1,7 @@
 """See _fastpath.pyi. What it can't do at once, by a plan, it gives to the ordinary way untouched."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from engine.client._histogram cimport Histograms
 from engine.client._fastline cimport (
     KQ_YIELD_LONG_S,
     ZMQ_DONTWAIT,
@@ -62,6 +63,14 @@ cdef enum:
     REQUESTS_ = 1
     EVENTS_ = 2
 
+cdef enum:  # the places of these in nodes.latency.STAGES
+    POLICY = 1
+    CACHE = 2
+    TOKEN = 5
+    AUDIT = 7
+    REPLY = 8
+    TOTAL = 9
+
 
 cdef double GAP_MAX_S = 0.001  # who waits longer between two requests gains nothing by spinning
 
@@ -91,14 +100,33 @@ cdef class Plan:
     cdef bint proves
     cdef size_t most
     cdef readonly object lines
+    cdef Histograms times
+    cdef double checked_s
 
     def __cinit__(self, *, str member, str verb, str name, cluster, entry, loaded, cached_as, count, int group,
-                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines):
+                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines,
+                 Histograms times=None):
         self.member, self.verb, self.name = member, verb, name
         self.cluster, self.entry, self.loaded, self.cached_as = cluster, entry, loaded, cached_as
         self.count, self.group, self.request_class, self.key_id = count, group, request_class, key_id
         self.use, self.digested, self.associated, self.proves, self.most = use, digested, associated, proves, most
-        self.lines = lines
+        self.lines, self.times = lines, times
+
+    def checked(self):
+        """The request was let in; what follows in ``begin_planned`` is the look-up of the loaded key."""
+        self.checked_s = kq_now_s()
+
+    cdef void took(self, double started_s, double begun_s, double ended_s, double recorded_s) noexcept:
+        """Note how long each stage of a use took that has been answered just now."""
+        cdef double now_s = kq_now_s(), checked_s = self.checked_s if self.checked_s >= started_s else begun_s
+        if self.times is None:
+            return
+        self.times.take(POLICY, checked_s - started_s)
+        self.times.take(CACHE, begun_s - checked_s)
+        self.times.take(TOKEN, ended_s - begun_s)
+        self.times.take(AUDIT, recorded_s - ended_s)
+        self.times.take(REPLY, now_s - recorded_s)
+        self.times.take(TOTAL, now_s - started_s)
 
     cdef bint fits(self, kq_operate *request):
         """Whether the request is one that the ordinary way would not refuse."""
@@ -314,7 +342,7 @@ cdef class FastPath:
 
     cdef bint _serve(self, Plan plan, kq_operate *request, kq_message *route, int fd, size_t size) except -1:
         cdef kq_result result
-        cdef double started_s = kq_now_s(), begun_s
+        cdef double started_s = kq_now_s(), begun_s, ended_s, recorded_s
         cdef size_t length
         cdef bytes answer
         cdef int sent
@@ -334,8 +362,10 @@ cdef class FastPath:
         begun_s = kq_now_s()
         try:
             answer = plan.use(data, associated, proof)
-            result.service_us = <uint64_t>((kq_now_s() - begun_s) * 1e6) or 1
-            result.queue = handlers.end_planned(plan, result.service_us, <long>((kq_now_s() - started_s) * 1e6))
+            ended_s = kq_now_s()
+            result.service_us = <uint64_t>((ended_s - begun_s) * 1e6) or 1
+            result.queue = handlers.end_planned(plan, result.service_us, <long>((ended_s - started_s) * 1e6))
+            recorded_s = kq_now_s()
         except Exception as error:
             handlers.fail_planned(plan, _content(route), request.id, connection, started_s, error)
             return True
@@ -349,6 +379,7 @@ cdef class FastPath:
             connection.replied(length)
         elif sent == 0:
             self._send_again(_content(route), PyBytes_FromStringAndSize(<const char *>self._room.at, length), connection)
+        plan.took(started_s, begun_s, ended_s, recorded_s)
         self.served += 1
         return True
 

@@ -72,6 +72,7 @@ def packaged_sources() -> set[str]:
 EXTENSIONS = (
     "engine/_fastshamir",
     "engine/client/_fastline",
+    "engine/client/_histogram",
     "engine/protocol/_fastwire",
     "nodes/_fastpath",
     "nodes/_fasttoken",

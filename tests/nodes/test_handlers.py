@@ -188,7 +188,7 @@ class Scene:
             ),
         )
 
-    def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float) -> Gathered:
+    def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float, extensions: Any) -> Gathered:
         self.gatherings.append((grant, deadline_s))
         if self.failure is not None:
             raise self.failure

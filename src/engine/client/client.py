@@ -34,6 +34,7 @@ from engine.client.calls import (
     Exchange,
     KeyInfo,
     KeySummary,
+    LatencyStats,
     MemberStatus,
     Pause,
     Step,
@@ -162,7 +163,7 @@ class _Flight:
             return
         if step.alone:
             self.give_up()
-        self.newest = self._channel.start(step.peer, step.verb, step.body, step.timeout_s)
+        self.newest = self._channel.start(step.peer, step.verb, step.body, step.timeout_s, step.extensions)
         self.peers[self.newest] = step.peer
         if step.patience_s is not None:
             self.until_s = time.monotonic() + step.patience_s
@@ -691,6 +692,11 @@ class Engine:
         """How many routing tables were installed and refused."""
         return self._follower.stats
 
+    @property
+    def latency_stats(self) -> dict[str, LatencyStats]:
+        """How long the answers to this client's requests took, by request class, such as ``encrypt/aes-256-gcm``."""
+        return self._calls.round_trips()
+
     # --- uses of a key ---
 
     def encrypt(
@@ -985,11 +991,11 @@ class Engine:
         known = self._run(self._calls.describe(name, wait_s), wait_s)
         return succeeded(self._run_all((self._calls.prewarm_at(node, name, wait_s) for node in known.holders), wait_s))
 
-    def status(self, *, timeout: float | None = None) -> tuple[MemberStatus, ...]:
-        """Every node's and balancer's status, or the error in its place."""
+    def status(self, *, latency: bool = False, timeout: float | None = None) -> tuple[MemberStatus, ...]:
+        """Every node's and balancer's status, or the error in its place; with ``latency`` where its time went too."""
         wait_s = self._wait_s(timeout)
         members = (*self.cluster.of_role("node"), *self.cluster.of_role("balancer"))
-        done = self._run_all((self._calls.status_at(member, wait_s) for member in members), wait_s)
+        done = self._run_all((self._calls.status_at(member, wait_s, latency=latency) for member in members), wait_s)
         return tuple(each for each in done if isinstance(each, MemberStatus))
 
     # --- running ---

@@ -105,12 +105,16 @@ def curve_server(socket: zmq.Socket[bytes], identity: CurveIdentity) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A well-formed request, the member whose key sent it, and the way back."""
+    """A well-formed request, the member whose key sent it, and the way back.
+
+    ``read_s`` is how long it took to read it, in seconds; negative where nobody looked.
+    """
 
     route: bytes
     member: Member
     request: Request
     connection: Connection | None = None
+    read_s: float = -1.0
 
 
 class Bound:
@@ -264,6 +268,7 @@ class Listener(FollowsCluster):
         return incoming
 
     def _open(self, route: bytes, frames: list[bytes], user: str, fd: int) -> Incoming | None:
+        begun_s = time.monotonic()
         member = self._cluster.by_curve.get(user)
         if member is None:
             self._tell("", "its connection's key is no member's")
@@ -287,7 +292,7 @@ class Listener(FollowsCluster):
                 route, Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}), connection
             )
             return None
-        incoming = Incoming(route, member, request, connection)
+        incoming = Incoming(route, member, request, connection, time.monotonic() - begun_s)
         if excess:
             most = self.limits.member_connections
             surplus = Overloaded(f"{member.name!r} has limits.member_connections = {most} already; this one is cut")
