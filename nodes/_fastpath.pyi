@@ -21,7 +21,7 @@ class Plan:
     """How one member's uses of one key with one verb are served.
 
     ``use`` is called with data, associated data and proof; ``lines`` are its audit records (``AuditLog.write_use``);
-    ``times`` takes in how long its stages take (``nodes.latency.STAGES``).
+    ``times`` takes in how long its stages take (``engine.protocol.requests.STAGES``).
     """
 
     member: str

@@ -63,7 +63,7 @@ cdef enum:
     REQUESTS_ = 1
     EVENTS_ = 2
 
-cdef enum:  # the places of these in nodes.latency.STAGES
+cdef enum:  # the places of these in engine.protocol.requests.STAGES
     POLICY = 1
     CACHE = 2
     TOKEN = 5

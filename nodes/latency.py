@@ -10,22 +10,12 @@ from dataclasses import dataclass
 from typing import Final
 
 from engine.client._histogram import Histograms
-from engine.protocol.requests import ClassLatency, StageLatency
+from engine.protocol.requests import STAGES, ClassLatency, StageLatency
 
-__all__ = ["STAGES", "Buckets", "Latencies"]
+__all__ = ["Buckets", "Latencies"]
 
-STAGES: Final = ("parse", "policy", "cache", "wait", "gather", "token", "work", "audit", "reply", "total")
-"""In the order in which a request goes through them. A request has those that it went through:
-
-``parse`` from the frame to the request, on the ordinary way alone; ``policy`` admission, policy and what is known of
-the key; ``cache`` the look-up of the loaded key; ``wait`` until a worker had time; ``gather`` until a cold key was
-loaded; ``token`` the operation in the token; ``work`` what a worker did for any other request; ``audit`` the records,
-and until they are on the disk where the reply has to wait for that; ``reply`` until the socket took it; ``total`` all
-but ``parse``.
-
-``_fastpath.pyx`` knows the places of some of them.
-"""
 PARSE, POLICY, CACHE, WAIT, GATHER, TOKEN, WORK, AUDIT, REPLY, TOTAL = range(len(STAGES))
+"""``_fastpath.pyx`` knows some of these places too."""
 QUANTILES: Final = (0.5, 0.9, 0.99, 0.999)
 MAX_CLASSES: Final = 128
 """There are fewer verbs, and uses of an algorithm: what does not fit would be told as ``other``."""

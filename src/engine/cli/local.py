@@ -20,7 +20,7 @@ from engine.client.calls import MemberStatus
 from engine.client.client import connect
 from engine.client.local import LocalCluster
 from engine.errors import ClusterError
-from engine.protocol.requests import NodeStatus, StageLatency
+from engine.protocol.requests import STAGES, NodeStatus, StageLatency
 
 __all__ = ["down", "status", "up"]
 
@@ -228,7 +228,8 @@ def _latencies(settings: Settings, members: Sequence[MemberStatus], verbose: boo
     ]
     click.echo()
     table(settings, head, whole, None)
-    stages = list(dict.fromkeys(stage.stage for _, each in told for stage in each.stages if stage.stage != "total"))
+    there = {stage.stage for _, each in told for stage in each.stages}
+    stages = [stage for stage in STAGES if stage in there and stage != "total"]
     medians = [
         (name, each.request_class, *(medians.get(stage, "-") for stage in stages))
         for name, each in told

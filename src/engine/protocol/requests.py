@@ -320,6 +320,17 @@ class NodeStatus(Message, frozen=True):
     service: ServiceCount
 
 
+STAGES: Final = ("parse", "policy", "cache", "wait", "gather", "token", "work", "audit", "reply", "total")
+"""The stages of a request in their order, of which each has those that it went through.
+
+``parse`` from the frame to the request, on the ordinary way alone; ``policy`` admission, policy and what is known of
+the key; ``cache`` the look-up of the loaded key; ``wait`` until a worker had time; ``gather`` until a cold key was
+loaded; ``token`` the operation in the token; ``work`` what a worker did for any other request; ``audit`` the records,
+and until they are on the disk where the reply has to wait for that; ``reply`` until the socket took it; ``total`` all
+but ``parse``.
+"""
+
+
 class StageLatency(Message, frozen=True):
     """``[stage, count, p50_ns, p90_ns, p99_ns, p999_ns, max_ns]`` since the node started, in nanoseconds."""
 
