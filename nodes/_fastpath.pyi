@@ -58,7 +58,8 @@ class Plan:
         times: Histograms | None = None,
     ) -> Plan: ...
     def checked(self) -> None:
-        """The request was let in; what follows in ``begin_planned`` is the look-up of the loaded key."""
+        """The request was let in; what follows in ``begin_planned`` is the look-up of the loaded key. Without this word
+        both are told as ``policy``."""
 
 @final
 class FastPath:

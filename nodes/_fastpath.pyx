@@ -118,11 +118,13 @@ cdef class Plan:
 
     cdef void took(self, double started_s, double begun_s, double ended_s, double recorded_s) noexcept:
         """Note how long each stage of a use took that has been answered just now."""
-        cdef double now_s = kq_now_s(), checked_s = self.checked_s if self.checked_s >= started_s else begun_s
+        cdef double now_s = kq_now_s(), checked_s = begun_s
         if self.times is None:
             return
+        if self.checked_s >= started_s:
+            checked_s = self.checked_s
+            self.times.take(CACHE, begun_s - checked_s)
         self.times.take(POLICY, checked_s - started_s)
-        self.times.take(CACHE, begun_s - checked_s)
         self.times.take(TOKEN, ended_s - begun_s)
         self.times.take(AUDIT, recorded_s - ended_s)
         self.times.take(REPLY, now_s - recorded_s)
