@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -33,7 +31,6 @@ from nodes.token import Token, initialize_token
 
 CHECK_TIMEOUT_S = 600
 CHECK_ALARM_S = 60
-CHECKED = b"checked"
 MAX_WITNESS = 1_000
 PROGRESS_ROWS = 1_000
 
@@ -83,8 +80,9 @@ def main(
 
 @main.command()
 @_CONFIG
+@click.option("--unchecked", is_flag=True, hidden=True)
 @_LEVEL
-def init(config_path: Path, log_level: str | None) -> None:
+def init(config_path: Path, unchecked: bool, log_level: str | None) -> None:
     """Make the node's token, its random PIN and its key-encryption key.
 
     The PIN is written to the file that the configuration names, with mode 0600, outside the data folder.
@@ -93,9 +91,9 @@ def init(config_path: Path, log_level: str | None) -> None:
     harden_process()
     config = load_node_config(config_path)
     config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _fresh_process(lambda: Token(config.token, config.data).lane().check_kek()) as verify:
-        initialize_token(config.token, config.data)
-        verify()
+    initialize_token(config.token, config.data)
+    if not unchecked:  # by who starts the node at once, which sees the same
+        _in_fresh_process([sys.executable, "-P", "-m", "nodes", "check-token", "--config", str(config_path)])
     click.echo(f"token {config.token.label!r} made; its PIN is at {config.token.pin}")
 
 
@@ -121,9 +119,9 @@ def rotate_kek(config_path: Path, new_pin_env: str | None, log_level: str | None
     node = load_membership(config)[0].name
     held = lock_folder(config.data)
     try:
-        new_pin = _new_pin(new_pin_env)
-        with _fresh_process(lambda: rotation.check_draft(config.token, config.data, node, new_pin)) as verify:
-            rotate(config.token, config.data, node, new_pin, verify, _progress)
+        command = [sys.executable, "-P", "-m", "nodes", "check-draft", "--config", str(config_path)]
+        command += ["--new-pin-env", new_pin_env] if new_pin_env else []
+        rotate(config.token, config.data, node, _new_pin(new_pin_env), lambda: _in_fresh_process(command), _progress)
     finally:
         os.close(held)
     click.echo(
@@ -140,43 +138,23 @@ def _progress(done: int, total: int) -> None:
         click.echo(f"sealed anew: {done} of {total}", err=True)
 
 
-@contextlib.contextmanager
-def _fresh_process(check: Callable[[], object]) -> Iterator[Callable[[], None]]:
-    """What has a process of its own do the check, which sees what is on the disk, not what this one's module remembers.
+def _in_fresh_process(command: list[str]) -> None:
+    """A process of its own sees what is on the disk, not what this one's module remembers."""
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
+    if checked.returncode != 0:
+        raise TokenError(f"the new token does not work: {checked.stderr.strip()[-500:]}")
 
-    It is forked at once, while no module is loaded and no thread runs, waits to be asked, and ends with this process.
-    """
-    told, ask = os.pipe()
-    answer, tell = os.pipe()
-    child = os.fork()
-    if not child:
-        os.close(ask)
-        os.close(answer)
-        if os.read(told, 1):
-            signal.alarm(CHECK_TIMEOUT_S)  # a module that hangs may not keep it
-            logging.disable()
-            try:
-                check()
-                os.write(tell, CHECKED)
-            except BaseException as error:
-                os.write(tell, (str(error) or type(error).__name__).encode()[-500:])
-        os._exit(0)
-    os.close(told)
-    os.close(tell)
 
-    def verify() -> None:
-        os.write(ask, b"?")
-        with open(answer, "rb", closefd=False) as stream:
-            said = stream.read()
-        if said != CHECKED:
-            raise TokenError(f"the new token does not work: {said.decode(errors='replace') or 'its check was ended'}")
-
-    try:
-        yield verify
-    finally:
-        os.close(ask)
-        os.close(answer)
-        os.waitpid(child, 0)
+@main.command(hidden=True)
+@_CONFIG
+@_NEW_PIN
+def check_draft(config_path: Path, new_pin_env: str | None) -> None:
+    """Open all that a rotation of the KEK has made so far."""
+    configure_logging("error")
+    harden_process()
+    config = load_node_config(config_path)
+    rows = rotation.check_draft(config.token, config.data, load_membership(config)[0].name, _new_pin(new_pin_env))
+    click.echo(f"{rows} rows")
 
 
 @main.command()

@@ -86,14 +86,14 @@ def rotate(
     log.info("the KEK was rotated", node=node)
 
 
-def check_draft(config: TokenConfig, data: Path, node: str, new_pin: PinSource | None) -> None:
-    """Open everything in what ``rotate`` made, as a node would, by a process that did not make it."""
+def check_draft(config: TokenConfig, data: Path, node: str, new_pin: PinSource | None) -> int:
+    """Open everything in what ``rotate`` made, as a node would, by a process that did not make it; how many rows."""
     pin = new_pin
     if (beside := _beside(config.pin, "new")) is not None:
         pin = PinSource("file", str(beside))
     lane = Token(replace(config, pin=pin or config.pin), data / DRAFT).lane()
     lane.check_kek()
-    check_store(data / DRAFT / STORE_NAME, node, lane)
+    return check_store(data / DRAFT / STORE_NAME, node, lane)
 
 
 def settle(config: TokenConfig, data: Path) -> None:

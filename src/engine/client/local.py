@@ -745,7 +745,7 @@ class LocalCluster:
                 config = self.path / "nodes" / name / "node.toml"
                 path = run / f"{name}-init.log"
                 with _private_log(path) as log:
-                    command = [sys.executable, "-P", "-m", "nodes", "init", "--config", str(config)]
+                    command = [sys.executable, "-P", "-m", "nodes", "init", "--unchecked", "--config", str(config)]
                     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
                 children.append((name, path, child))
             for name, path, child in children:
