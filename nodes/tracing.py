@@ -110,7 +110,7 @@ class FileTracer:
             from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter
             from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
         except ImportError:
-            raise ConfigError("trace.file needs the extra otel: pip install 'keyquorum[otel]'") from None
+            raise ConfigError("trace.file needs the extra otel (opentelemetry-sdk), which is not installed") from None
         try:
             self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8")
         except OSError as error:
