@@ -54,12 +54,14 @@ router = native("engine.client._router", "src/engine/client/_router.pyx", "zmtp.
 fastline = native("engine.client._fastline", "src/engine/client/_fastline.pyx", "fastwire.h")
 fastpath = native("nodes._fastpath", "nodes/_fastpath.pyx", "fastwire.h")
 
+histogram = native("engine.client._histogram", "src/engine/client/_histogram.pyx")
+
 # Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
 DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
     ext_modules=cythonize(
-        [fastshamir, fasttoken, fastlines, fastwire, zmtp, router, fastline, fastpath],
+        [fastshamir, fasttoken, fastlines, fastwire, histogram, zmtp, router, fastline, fastpath],
         include_path=["src"],
         build_dir="build/cython",
         compiler_directives=DIRECTIVES,

@@ -11,13 +11,16 @@ from typing import Any, Final, final
 
 from engine.client._router import Connection, Router
 
+from engine.client._histogram import Histograms
+
 REQUESTS: Final[int]
 
 @final
 class Plan:
     """How one member's uses of one key with one verb are served.
 
-    ``use`` is a ``Use`` of the token, or what is called like one; ``lines`` are its records (``AuditLog.write_use``).
+    ``use`` is a ``Use`` of the token, or what is called like one; ``lines`` are its records (``AuditLog.write_use``);
+    ``times`` takes in how long its stages take (``engine.protocol.requests.STAGES``).
     """
 
     member: str
@@ -51,8 +54,8 @@ class Plan:
         proves: bool,
         most: int,
         lines: Any,
+        times: Histograms | None = None,
     ) -> Plan: ...
-
 @final
 class FastPath:
     """The receiving end of a router, for the thread that owns it."""

@@ -2,6 +2,7 @@
 
 from cpython.unicode cimport PyUnicode_DATA
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from engine.client._histogram cimport Histograms
 from engine.client._fastline cimport (
     KQ_YIELD_LONG_S,
     kq_now_s,
@@ -51,6 +52,13 @@ cdef enum:
     WHERE_MAX = 256
     REQUESTS_ = 1
 
+cdef enum:  # the places of these in engine.protocol.requests.STAGES
+    POLICY = 1
+    TOKEN = 5
+    AUDIT = 7
+    REPLY = 8
+    TOTAL = 9
+
 
 cdef double GAP_MAX_S = 0.001  # who waits longer between two requests gains nothing by spinning
 
@@ -86,14 +94,28 @@ cdef class Plan:
     cdef double until_s
     cdef Connection connection
     cdef uint64_t busy_us
+    cdef Histograms times
 
     def __cinit__(self, *, str member, str verb, str name, cluster, entry, loaded, cached_as, count, int group,
-                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines):
+                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines,
+                 Histograms times=None):
         self.member, self.verb, self.name = member, verb, name
         self.cluster, self.entry, self.loaded, self.cached_as = cluster, entry, loaded, cached_as
         self.count, self.group, self.request_class, self.key_id = count, group, request_class, key_id
         self.use, self.digested, self.associated, self.proves, self.most = use, digested, associated, proves, most
-        self.lines = lines
+        self.lines, self.times = lines, times
+
+    cdef void took(self, double started_s, double begun_s, double ended_s, double recorded_s) noexcept:
+        """Note how long each stage of a use took that has been answered just now."""
+        cdef double now_s
+        if self.times is None:
+            return
+        now_s = kq_now_s()
+        self.times.take(POLICY, begun_s - started_s)
+        self.times.take(TOKEN, ended_s - begun_s)
+        self.times.take(AUDIT, recorded_s - ended_s)
+        self.times.take(REPLY, now_s - recorded_s)
+        self.times.take(TOTAL, now_s - started_s)
 
     cdef bint fits(self, kq_operate *request):
         """Whether the request is one that the ordinary way would not refuse."""
@@ -319,7 +341,7 @@ cdef class FastPath:
 
     cdef bint _serve(self, Plan plan, kq_operate *request, Connection connection) except -1:
         cdef kq_result result
-        cdef double started_s = kq_now_s(), begun_s, ended_s
+        cdef double started_s = kq_now_s(), begun_s, ended_s, recorded_s
         cdef size_t head, length
         handlers = self._handlers
         try:
@@ -336,6 +358,7 @@ cdef class FastPath:
             ended_s = kq_now_s()
             result.service_us = <uint64_t>((ended_s - begun_s) * 1e6) or 1
             result.queue = handlers.end_planned(plan, <long>((ended_s - started_s) * 1e6))
+            recorded_s = kq_now_s()
         except Exception as error:
             plan.failed += 1  # which is counted as any other that failed
             handlers.fail_planned(plan, request.id, connection, started_s, error)
@@ -352,5 +375,6 @@ cdef class FastPath:
         if not self._router.reply(connection, self._room.at + head, length, 0):
             self._lost()
         explicit_bzero(self._room.at + head, length)  # it may be a plaintext
+        plan.took(started_s, begun_s, ended_s, recorded_s)
         self.served += 1
         return True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from engine.errors import ConfigError
 from nodes.cache import CacheLimits
 from nodes.limits import Limits
 
-__all__ = ["NodeConfig", "PinSource", "TokenCare", "TokenConfig", "load_node_config"]
+__all__ = ["MetricsConfig", "NodeConfig", "PinSource", "TokenCare", "TokenConfig", "load_node_config"]
 
 MODULE_PATHS = (
     "/usr/lib/softhsm/libsofthsm2.so",
@@ -88,6 +90,15 @@ class _Limits(LimitsTable, frozen=True, forbid_unknown_fields=True, kw_only=True
         return Limits(self.client_per_s, self.combiner_per_s, self.total_per_s, self.burst_s)
 
 
+class _Metrics(Struct, frozen=True, forbid_unknown_fields=True):
+    bind: str = ""
+    allow_remote: bool = False
+
+
+class _Trace(Struct, frozen=True, forbid_unknown_fields=True):
+    file: str = ""
+
+
 class _File(Struct, frozen=True, forbid_unknown_fields=True):
     version: Annotated[int, Meta(ge=1, le=1)]
     identity: str
@@ -101,6 +112,8 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     create: _Create = _Create()
     audit: _Audit = _Audit()
     limits: _Limits = _Limits()
+    metrics: _Metrics = _Metrics()
+    trace: _Trace = _Trace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +170,22 @@ class TokenCare:
 
 
 @dataclass(frozen=True, slots=True)
+class MetricsConfig:
+    """The address, a literal one, and the port at which Prometheus asks for the node's counts."""
+
+    host: str
+    port: int
+
+    @property
+    def family(self) -> socket.AddressFamily:
+        """Of the address."""
+        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
 class NodeConfig:
     """What ``node.toml`` says, with paths resolved against its folder."""
 
@@ -179,6 +208,8 @@ class NodeConfig:
     audit_segment_bytes: int
     limits: Limits
     service_limits: ServiceLimits
+    metrics: MetricsConfig | None
+    trace_file: Path | None
 
 
 def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
@@ -211,7 +242,31 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         audit_segment_bytes=file.audit.segment_mib * 1024 * 1024,
         limits=file.limits.releases(),
         service_limits=file.limits.service(),
+        metrics=_metrics(path, file.metrics),
+        trace_file=resolve(path, file.trace.file) if file.trace.file else None,
     )
+
+
+def _metrics(path: str | os.PathLike[str], told: _Metrics) -> MetricsConfig | None:
+    if not told.bind:
+        return None
+    host, _, port = told.bind.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        number = int(port) if port.isascii() and port.isdecimal() else 0
+    except ValueError:
+        number = 0
+    if not 0 < number < 65_536 or (":" in host) != (host.startswith("[") and host.endswith("]")):
+        raise ConfigError(
+            f"{path}: metrics.bind {told.bind[:80]!r} must be an IP address and a port, such as 127.0.0.1:9464 or "
+            "[::1]:9464"
+        )
+    if not address.is_loopback and not told.allow_remote:
+        raise ConfigError(
+            f"{path}: metrics.bind {told.bind[:80]!r} is no loopback address, and who reaches it needs no key to read "
+            "how much the node is used; metrics.allow_remote = true allows that"
+        )
+    return MetricsConfig(str(address), number)
 
 
 def _token(path: str | os.PathLike[str], file: _File) -> TokenConfig:

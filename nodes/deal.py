@@ -7,7 +7,7 @@ peer waits for runs here, so two nodes can't wait for each other.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -173,8 +173,18 @@ class Conversation(FollowsCluster):
 
     # --- the combiner ---
 
-    def gather(self, talker: Talker, entry: Entry, grant: bytes, deadline_s: float) -> Gathered:
-        """Reconstruct the key from its holders under the client's grant, by the monotonic ``deadline_s``."""
+    def gather(
+        self,
+        talker: Talker,
+        entry: Entry,
+        grant: bytes,
+        deadline_s: float,
+        extensions: Mapping[str, bytes] | None = None,
+    ) -> Gathered:
+        """Reconstruct the key from its holders under the client's grant, by the monotonic ``deadline_s``.
+
+        ``extensions`` go along with what the holders are asked.
+        """
         failpoint("combiner.gather.begun")
         own = None
         if entry.row.sealed:
@@ -185,7 +195,7 @@ class Conversation(FollowsCluster):
         plan = self.peers.plan(self._others(entry), entry.manifest.threshold - (own is not None), self._clock())
         gathering = Gathering(entry.manifest, plan.holders, own, plan.hedge_s)
         try:
-            secret = self._drive(talker.channel, gathering, entry, grant, deadline_s - REPLY_MARGIN_S)
+            secret = self._drive(talker.channel, gathering, entry, grant, deadline_s - REPLY_MARGIN_S, extensions)
         finally:
             gathering.close()
         for holder in gathering.corrupt:
@@ -202,13 +212,19 @@ class Conversation(FollowsCluster):
         return holders[place + 1 :] + holders[: max(place, 0)]
 
     def _drive(
-        self, channel: Channel, gathering: Gathering, entry: Entry, grant: bytes, until_s: float
+        self,
+        channel: Channel,
+        gathering: Gathering,
+        entry: Entry,
+        grant: bytes,
+        until_s: float,
+        extensions: Mapping[str, bytes] | None,
     ) -> SecretBuffer | None:
         """Ask, listen and combine until there is the secret, or None: then there is none to be had in time."""
         body = REQUEST_CODECS[SHARE_RELEASE].encode(ShareRelease(entry.row.key_id, grant, entry.row.certificate))
         asked: dict[int, str] = {}
         try:
-            return self._exchange(channel, gathering, body, until_s, asked)
+            return self._exchange(channel, gathering, body, until_s, asked, extensions)
         finally:
             for token in asked:
                 channel.abandon(token)
@@ -217,7 +233,13 @@ class Conversation(FollowsCluster):
                 self.peers.late(holder, waited_s, now)
 
     def _exchange(
-        self, channel: Channel, gathering: Gathering, body: bytes, until_s: float, asked: dict[int, str]
+        self,
+        channel: Channel,
+        gathering: Gathering,
+        body: bytes,
+        until_s: float,
+        asked: dict[int, str],
+        extensions: Mapping[str, bytes] | None,
     ) -> SecretBuffer | None:
         while not gathering.hopeless:
             if gathering.complete:
@@ -233,7 +255,7 @@ class Conversation(FollowsCluster):
                 break
             for holder in gathering.to_ask(now):
                 try:
-                    asked[channel.start(holder, SHARE_RELEASE, body, until_s - now)] = holder
+                    asked[channel.start(holder, SHARE_RELEASE, body, until_s - now, extensions)] = holder
                 except EngineError as error:
                     gathering.failed(holder, str(error))
                     self.peers.failed(holder, now)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Final, Protocol
 
@@ -57,6 +57,7 @@ from engine.protocol.manifest import (
 from engine.protocol.requests import (
     AUDIT_HEAD,
     HELLO,
+    LATENCY,
     MANIFEST_FETCH,
     MANIFEST_OFFER,
     REPLY_CODECS,
@@ -69,6 +70,7 @@ from engine.protocol.requests import (
     SHARE_REFRESH,
     SHARE_RELEASE,
     SHARE_RENEW,
+    STAGES,
     STATS,
     Abort,
     AuditNotice,
@@ -88,6 +90,7 @@ from engine.protocol.requests import (
     ListKeys,
     ManifestFetch,
     ManifestOffer,
+    NodeLatency,
     NodeStats,
     NodeStatus,
     Operate,
@@ -125,6 +128,21 @@ from nodes.catalogue import Catalogue, Entry
 from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
 from nodes.health import Kind, TokenFault
 from nodes.holder import ShareHolder
+from nodes.latency import (
+    AUDIT,
+    CACHE,
+    GATHER,
+    OTHER,
+    PARSE,
+    POLICY,
+    REPLY,
+    TOKEN,
+    TOTAL,
+    WAIT,
+    WORK,
+    Buckets,
+    Latencies,
+)
 from nodes.ledger import GrantLedger
 from nodes.operations import bound, check_operation, operate
 from nodes.policy import check_key, check_verb
@@ -132,10 +150,11 @@ from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
 from nodes.token import Lane, LoadedKey, Token, is_slow
+from nodes.tracing import NO_SPANS, Span, Tracer, child_of
 from nodes.witness import Heard, Witness
 from nodes.workers import Worker
 
-__all__ = ["Handlers", "Moved", "Replier"]
+__all__ = ["Handlers", "Moved", "Replier", "Snapshot"]
 
 MAX_GROUPS_TOLD: Final = 2048
 MOVED_MAX: Final = 8
@@ -176,6 +195,7 @@ WITHOUT_TOKEN: Final = frozenset(
         MANIFEST_FETCH,
         MANIFEST_OFFER,
         STATS,
+        LATENCY,
         AUDIT_HEAD,
         SHARE_COMMIT,
         SHARE_ABORT,
@@ -265,6 +285,14 @@ class _Call:
     service_us: int = 0
     detail: str = ""
     recording: bool = True
+    cold_since_s: float = 0.0
+    span: Span | None = None
+    spent_s: list[float] = field(default_factory=lambda: [-1.0] * len(STAGES))
+    """Seconds of each of ``STAGES``; negative where it was not there."""
+
+    def spend(self, stage: int, seconds: float) -> None:
+        """Add to a stage's time."""
+        self.spent_s[stage] = max(self.spent_s[stage], 0.0) + seconds
 
 
 @dataclass(slots=True)
@@ -283,6 +311,16 @@ class _Waiting:
     call: _Call
     grant: bytes
     use: Callable[[_Loaded], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a node counts, at one instant: its status, its latencies, and the jobs that wait for each of its workers."""
+
+    status: NodeStatus
+    latencies: Sequence[Buckets]
+    errors: Mapping[str, int]
+    waiting: Mapping[str, int]
 
 
 @dataclass(slots=True)
@@ -326,6 +364,7 @@ class Handlers(FollowsCluster):
         known: Callable[[Connection, str], bool] = lambda connection, member: False,
         fast: FastPath | None = None,
         clock: Callable[[], float] = time.monotonic,
+        tracer: Tracer = NO_SPANS,
     ) -> None:
         self._node = node
         self._boot = boot
@@ -368,6 +407,8 @@ class Handlers(FollowsCluster):
         self._gathering: dict[bytes, list[_Waiting]] = {}
         self._unloading: list[_Loaded] = []
         self._counts: dict[str, _Count] = {}
+        self._latencies = Latencies()
+        self._tracer = tracer
         self._group_counts: dict[int, int] = {}
         self.number = 0
         self._admission = Admission(limits)
@@ -390,6 +431,7 @@ class Handlers(FollowsCluster):
             MANIFEST_FETCH: self._manifest_fetch,
             MANIFEST_OFFER: self._manifest_offer,
             STATS: self._stats,
+            LATENCY: self._latency,
             SHARE_PREPARE: self._share_prepare,
             SHARE_COMMIT: self._share_commit,
             SHARE_ABORT: self._share_abort,
@@ -414,25 +456,37 @@ class Handlers(FollowsCluster):
         self.number += 1
         request = incoming.request
         call = _Call(incoming, self.number, now, now + request.timeout_ms / 1000, request.verb, self._cluster)
+        call.spent_s[PARSE] = incoming.read_s
         try:
             self._admission.begin(incoming.member.name, now)
         except Overloaded as error:  # told and recorded in one for many, since there is no end to them
             self._replier.fail(incoming, error, Load(self.pending, 0, False))
             return
+        if request.extensions:
+            call.span = self._tracer.begin(request.verb, request.extensions)
         try:
             if request.verb in UNRECORDED and not self._audit.problem:
                 call.recording = False
             elif request.verb not in ALWAYS_ANSWERED or not self._audit.problem:
+                begun_s = self._clock()
                 self._record(call, chain.REQUEST)
+                call.spend(AUDIT, self._clock() - begun_s)
             check_verb(self._cluster, incoming.member, request.verb)
             if request.verb in OPERATIONS and not self._is_member():
                 raise NodeUnavailable(f"{self._node} is no member of the cluster any more")
             if self._health.problem and request.verb not in WITHOUT_TOKEN:
                 raise TokenError(f"{self._node}: {self._health.problem}")
             body = REQUEST_CODECS[request.verb].decode(request.body)
+            self._checked(call)
             self._verbs[request.verb](call, body)
         except Exception as error:  # every request gets exactly one answer
             self._fail(call, error)
+
+    def _checked(self, call: _Call) -> float:
+        """So far everything was a check, but for the first record; the time now."""
+        now_s = self._clock()
+        call.spent_s[POLICY] = now_s - call.started_s - max(call.spent_s[AUDIT], 0.0)
+        return now_s
 
     # --- the shortest way: uses of loaded keys that went well before ---
 
@@ -462,6 +516,7 @@ class Handlers(FollowsCluster):
             proves=call.verb in (RequestType.VERIFY, RequestType.VERIFY_MAC),
             most=MAX_DATA if call.verb != RequestType.DECRYPT else MAX_MESSAGE,
             lines=chain.use_lines(node=self._node, boot=self._boot_text, member=member.name, verb=call.verb, key=name),
+            times=self._latencies.of(call.request_class),
         )
         self._fast.remember(member.curve_z85, plan)
 
@@ -600,6 +655,8 @@ class Handlers(FollowsCluster):
         """Record the outcome, then reply: at once, or once the record is on the disk. Without a record no reply."""
 
         def answer(failure: AuditUnavailable | None) -> None:
+            begun_s = self._clock()
+            call.spend(AUDIT, begun_s - ended_s)
             self._admission.end(call.incoming.member.name)
             try:
                 if failure is not None:
@@ -608,10 +665,14 @@ class Handlers(FollowsCluster):
                     failpoint(RECORDED[call.verb])
             except EngineError as error:
                 self._replier.fail(call.incoming, error, self._load(call))
+                self._answered(call, error.code, begun_s)
                 return
             reply()
+            self._answered(call, outcome, begun_s)
             if outcome == "ok":
                 failpoint(ANSWERED.get(call.verb, ""))
+
+        ended_s = self._clock()
 
         if call.request_class:
             count = self._counts.setdefault(call.request_class, _Count())
@@ -634,6 +695,18 @@ class Handlers(FollowsCluster):
             self._audit.when_durable(number, answer)
         else:
             answer(None)
+
+    def _answered(self, call: _Call, outcome: str, begun_s: float) -> None:
+        """The reply, begun at ``begun_s``, is on its way: note where the request's time went."""
+        now_s = self._clock()
+        call.spent_s[REPLY], call.spent_s[TOTAL] = now_s - begun_s, now_s - call.started_s
+        known = call.request_class or (call.verb if call.verb in self._verbs else OTHER)
+        self._latencies.note(known, call.spent_s, ok=outcome == "ok")
+        if call.span is not None:
+            attributes: dict[str, str | bool] = {"keyquorum.class": known, "keyquorum.node": self._node}
+            if call.spent_s[CACHE] >= 0:
+                attributes["keyquorum.cold"] = call.cold_since_s > 0
+            call.span.end(outcome, attributes)
 
     def _record(self, call: _Call, event: str, outcome: str = "", detail: str = "") -> int:
         elapsed_us = int((self._clock() - call.started_s) * 1e6) if event == chain.REPLY else 0
@@ -669,10 +742,18 @@ class Handlers(FollowsCluster):
         ``then`` is called by the loop and makes the message of what the worker gave.
         """
 
+        submitted_s = self._clock()
+
         def job(state: Any) -> Any:
-            if self._clock() >= call.deadline_s:
+            begun_s = self._clock()
+            call.spend(WAIT, begun_s - submitted_s)
+            if begun_s >= call.deadline_s:
                 raise DeadlineExceeded(f"{self._node}: the deadline passed while the request waited")
-            return work(state)
+            try:
+                return work(state)
+            finally:
+                if call.spent_s[TOKEN] < 0:
+                    call.spend(WORK, self._clock() - begun_s)
 
         def done(result: Any, error: Exception | None) -> None:
             if error is None:
@@ -713,14 +794,17 @@ class Handlers(FollowsCluster):
 
     def _with_key(self, call: _Call, entry: Entry, grant: bytes, use: Callable[[_Loaded], None]) -> None:
         """Use the key now if it is loaded, else when it has been gathered under the client's grant."""
-        loaded = self._cache.get(_cached_as(entry), self._clock())
+        begun_s = self._checked(call)
+        loaded = self._cache.get(_cached_as(entry), begun_s)
         if loaded is not None and not loaded.key.lives:
             self.token_renewed()
             loaded = None
+        now_s = self._clock()
+        call.spent_s[CACHE] = now_s - begun_s
         if loaded is not None:
             use(loaded)
             return
-        call.grant = grant
+        call.grant, call.cold_since_s = grant, now_s
         self._admit(call, grant, entry)
         waiting = self._gathering.get(entry.row.key_id)
         if waiting is not None:
@@ -747,13 +831,15 @@ class Handlers(FollowsCluster):
 
     def _gather_once(self, talker: Talker, entry: Entry, leader: _Waiting) -> Gathered:
         """Gather on a talker; that the grants of those who wait were used is on the disk before and after."""
-        self._ledger.flush()
-        gathered = self._conversation.gather(talker, entry, leader.grant, leader.call.deadline_s)
-        try:
+        span = leader.call.span
+        with child_of(span, "gather") as extensions:
             self._ledger.flush()
-        except Exception:
-            gathered.secret.close()
-            raise
+            gathered = self._conversation.gather(talker, entry, leader.grant, leader.call.deadline_s, extensions)
+            try:
+                self._ledger.flush()
+            except Exception:
+                gathered.secret.close()
+                raise
         return gathered
 
     def _admit(self, call: _Call, raw: bytes, entry: Entry) -> None:
@@ -847,6 +933,7 @@ class Handlers(FollowsCluster):
             loaded, error = None, KeyNotFound(f"the key {entry.row.name!r} was destroyed meanwhile")
         if loaded is None:
             for each in waiting:
+                self._cold_no_more(each.call)
                 self._fail(each.call, error or EngineError("the key could not be loaded"))
             return
         now, rest = self._clock(), list[_Waiting]()
@@ -856,12 +943,17 @@ class Handlers(FollowsCluster):
                 rest.append(each)  # the key's uses are over: it is gathered again, under another's grant
                 continue
             try:
+                self._cold_no_more(each.call)
                 each.use(loaded)
             except Exception as failure:
                 self._fail(each.call, failure)
         if not kept:
             self._unload(loaded)
         self._gather_again(entry, rest)
+
+    def _cold_no_more(self, call: _Call) -> None:
+        """The gathering that a request waited for has ended."""
+        call.spent_s[GATHER] = self._clock() - call.cold_since_s
 
     def _gather_again(self, entry: Entry, waiting: list[_Waiting]) -> None:
         if not waiting:
@@ -876,11 +968,13 @@ class Handlers(FollowsCluster):
         version = call.entry.manifest.version if call.entry else 1
 
         def timed(lane: Lane) -> Result:
-            begun = self._clock()
-            try:
-                return Result(operate(lane, loaded.key, call.verb, body, version))
-            finally:
-                call.service_us = max(1, int((self._clock() - begun) * 1e6))
+            with child_of(call.span, "token"):
+                begun = self._clock()
+                try:
+                    return Result(operate(lane, loaded.key, call.verb, body, version))
+                finally:
+                    call.spent_s[TOKEN] = self._clock() - begun
+                    call.service_us = max(1, int(call.spent_s[TOKEN] * 1e6))
 
         if loaded.slow:
             self._aside(call, self._slow, timed)
@@ -984,36 +1078,34 @@ class Handlers(FollowsCluster):
         self._answer(call, Flushed(keys, self._holder.shares.drop(key_id, "flushed")))
 
     def _status(self, call: _Call, body: Empty) -> None:
+        self._answer(call, self._node_status())
+
+    def _node_status(self) -> NodeStatus:
         missing = [f"{name}: {what}" for name, what in self._token.missing.items()]
-        self._answer(
-            call,
-            NodeStatus(
-                node=self._node,
-                software=__version__,
-                cluster_serial=self._cluster.serial,
-                uptime_ms=int((self._clock() - self._started_s) * 1000),
-                shares=self._catalogue.share_count(),
-                loaded=len(self._cache),
-                caches=self._caches(),
-                holders=[
-                    HolderLatency(name, told.samples, int(told.expected_s * 1e6), int(told.p95_s * 1e6), told.down)
-                    for name, told in self._conversation.peers.latencies(self._clock()).items()
-                ],
-                queue=self.pending,
-                token=self._token.description,
-                algorithms=list(self._token.algorithms),
-                missing=missing,
-                audit=self._audit.problem[:MAX_ERROR_DETAIL],
-                store=self._ledger.problem[:MAX_ERROR_DETAIL],
-                alarms=[
-                    each
-                    for each in (self._manifest_problem(), self._audit.broken, *self._witness.alarms.values())
-                    if each
-                ],
-                clock=self._ledger.clock.complaint(),
-                health=self._health.told(),
-                service=self._service_counts(self._admission),
-            ),
+        return NodeStatus(
+            node=self._node,
+            software=__version__,
+            cluster_serial=self._cluster.serial,
+            uptime_ms=int((self._clock() - self._started_s) * 1000),
+            shares=self._catalogue.share_count(),
+            loaded=len(self._cache),
+            caches=self._caches(),
+            holders=[
+                HolderLatency(name, told.samples, int(told.expected_s * 1e6), int(told.p95_s * 1e6), told.down)
+                for name, told in self._conversation.peers.latencies(self._clock()).items()
+            ],
+            queue=self.pending,
+            token=self._token.description,
+            algorithms=list(self._token.algorithms),
+            missing=missing,
+            audit=self._audit.problem[:MAX_ERROR_DETAIL],
+            store=self._ledger.problem[:MAX_ERROR_DETAIL],
+            alarms=[
+                each for each in (self._manifest_problem(), self._audit.broken, *self._witness.alarms.values()) if each
+            ],
+            clock=self._ledger.clock.complaint(),
+            health=self._health.told(),
+            service=self._service_counts(self._admission),
         )
 
     def _hello(self, call: _Call, body: Hello) -> None:
@@ -1033,6 +1125,25 @@ class Handlers(FollowsCluster):
         uptime_ms = int((self._clock() - self._started_s) * 1000)
         self._answer(
             call, NodeStats(self._boot, uptime_ms, self.pending, counts, busiest, self._caches(), self._cluster.serial)
+        )
+
+    def _latency(self, call: _Call, body: Empty) -> None:
+        uptime_ms = int((self._clock() - self._started_s) * 1000)
+        self._answer(call, NodeLatency(self._node, uptime_ms, self._latencies.told()))
+
+    def snapshot(self, bounds_s: Sequence[float]) -> Snapshot:
+        """What the node counts now; latencies as numbers below these bounds, in seconds."""
+        workers: dict[str, Worker[Any]] = {
+            "local": self._local,
+            "slow": self._slow,
+            "talkers": self._talkers,
+            "dealer": self._dealer,
+        }
+        return Snapshot(
+            self._node_status(),
+            self._latencies.buckets(bounds_s),
+            self._latencies.errors,
+            {name: worker.waiting for name, worker in workers.items()},
         )
 
     def _manifest_fetch(self, call: _Call, body: ManifestFetch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.errors import AccessDenied, ProtocolError
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.manifest import Cluster, Member
-from engine.protocol.requests import CLIENT_VERBS, HELLO, MANIFEST_VERBS, NODE_VERBS, STATS
+from engine.protocol.requests import CLIENT_VERBS, HELLO, LATENCY, MANIFEST_VERBS, NODE_VERBS, STATS
 
 __all__ = ["check_key", "check_verb"]
 
@@ -18,8 +18,8 @@ def check_verb(cluster: Cluster, member: Member, verb: str) -> None:
         allowed = member.role == "node"
     elif verb == STATS:
         allowed = member.role == "balancer"
-    elif verb == RequestType.STATUS:
-        allowed = member.role in ("balancer", "node") or cluster.allows_any_key(member.name, verb)
+    elif verb in (RequestType.STATUS, LATENCY):
+        allowed = member.role in ("balancer", "node") or cluster.allows_any_key(member.name, RequestType.STATUS)
     elif verb == RequestType.DESCRIBE and member.role == "node":
         allowed = True
     elif verb in CLIENT_VERBS:

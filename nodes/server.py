@@ -44,6 +44,7 @@ from nodes.shares import ShareCache
 from nodes.store import ShareStore
 from nodes.supervisor import Beat
 from nodes.token import CallWatch, Lane, Token
+from nodes.tracing import NO_SPANS, FileTracer, Tracer
 from nodes.witness import Witness
 from nodes.workers import Jobs, Mailbox, Worker
 
@@ -103,6 +104,7 @@ class Server:
     def __init__(self, config: NodeConfig, lifeline: int | None = None, beat: Beat | None = None) -> None:
         identity, cluster = load_membership(config)
         raise_file_limit()
+        self._tracer: Tracer = FileTracer(config.trace_file, identity.name) if config.trace_file else NO_SPANS
         self._membership = cluster
         self._own = OwnCurve(identity, cluster, config.identity)
         self._bind = config.bind
@@ -214,10 +216,19 @@ class Server:
             health=self._keeper,
             known=self._listener.connections.known,
             fast=None if armed() else self._fast,
+            tracer=self._tracer,
         )
         self._fast.serve(self._listener.open, self._listener.lost, self._handlers)
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)
+        self._metrics = None
+        if config.metrics is not None:
+            from nodes.metrics import BOUNDS_S, MetricsServer  # which few nodes need, and takes a while
+
+            self._metrics = MetricsServer(
+                config.metrics,
+                lambda take: self._mailbox.post(lambda: take(self._handlers.snapshot(BOUNDS_S))),
+            )
         cluster.subscribe(lambda before, now: self._mailbox.post(lambda: self._manifest_taken(before, now)))
 
     def _manifest_taken(self, before: Cluster, now: Cluster) -> None:
@@ -294,12 +305,15 @@ class Server:
         if self._beat is not None:
             self._beat.looped_s = 0.0
         self._keeper.stop(DRAIN_S)
+        if self._metrics is not None:
+            self._metrics.close()
         self._handlers.close()
         self._end(self._local, self._slow, *self._talkers)
         self._audit.stop(DRAIN_S)
         self._handlers.farewell()
         self._end(self._dealer)
         self._listener.close()
+        self._tracer.close()
         self._audit.close()
         self._store.close()
         self._context.destroy(linger=100)

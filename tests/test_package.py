@@ -72,6 +72,7 @@ def packaged_sources() -> set[str]:
 EXTENSIONS = (
     "engine/_fastshamir",
     "engine/client/_fastline",
+    "engine/client/_histogram",
     "engine/client/_router",
     "engine/client/_zmtp",
     "engine/protocol/_fastlines",

@@ -37,10 +37,11 @@ from engine.keys import ALGORITHMS, Algorithm, RequestType
 
 if TYPE_CHECKING:
     from engine import aio
-    from engine.client.calls import Destroyed, KeyInfo, KeySummary, MemberStatus
+    from engine.client.calls import Destroyed, KeyInfo, KeySummary, LatencyStats, MemberStatus
     from engine.client.client import ClientSettings, Engine, TableStats, connect, load_settings
     from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
     from engine.client.local import LocalCluster
+    from engine.client.tracing import trace_context
     from engine.protocol.manifest import PolicyRule
     from engine.protocol.requests import classify_request
     from engine.sharing import Share, distribute_shares, generate_shares, reconstruct_key
@@ -63,6 +64,7 @@ __all__ = [
     "KeyInfo",
     "KeyNotFound",
     "KeySummary",
+    "LatencyStats",
     "LocalCluster",
     "ManifestError",
     "MemberStatus",
@@ -92,14 +94,16 @@ __all__ = [
     "load_settings",
     "reconstruct_key",
     "sign_stream",
+    "trace_context",
     "verify_stream",
 ]
 
 _HOMES = {
-    "engine.client.calls": ("Destroyed", "KeyInfo", "KeySummary", "MemberStatus"),
+    "engine.client.calls": ("Destroyed", "KeyInfo", "KeySummary", "LatencyStats", "MemberStatus"),
     "engine.client.client": ("ClientSettings", "Engine", "TableStats", "connect", "load_settings"),
     "engine.client.files": ("decrypt_stream", "encrypt_stream", "sign_stream", "verify_stream"),
     "engine.client.local": ("LocalCluster",),
+    "engine.client.tracing": ("trace_context",),
     "engine.protocol.manifest": ("PolicyRule",),
     "engine.protocol.requests": ("classify_request",),
     "engine.sharing": ("Share", "distribute_shares", "generate_shares", "reconstruct_key"),

@@ -15,6 +15,8 @@ from msgspec.structs import replace
 
 from engine.client import calls as calls_module
 from engine.client.calls import Await, Calls, Ended, Exchange, KeySummary, answered_by_any, merge_lists
+from engine.client.tracing import trace_context
+from engine.client.transport import DirectUse
 from engine.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -27,6 +29,7 @@ from engine.errors import (
     NeedGrant,
     NodeUnavailable,
     Overloaded,
+    ProtocolError,
     QuorumUnavailable,
     RegistryUnavailable,
     StaleKey,
@@ -63,6 +66,7 @@ from engine.protocol.requests import (
     KeyDescription,
     KeyEntry,
     KeyList,
+    NodeLatency,
     NodeStatus,
     Result,
     ServiceCount,
@@ -153,6 +157,7 @@ class Play:
     now_s: float = 100.0
     seen: list[tuple[str, str]] = field(default_factory=list)
     bodies: list[Any] = field(default_factory=list)
+    extensions: list[Any] = field(default_factory=list)
     load: Load = LOADED
     cost_s: float = 0.001
 
@@ -186,6 +191,7 @@ class Play:
         self.seen.append((step.peer, step.verb))
         body = REQUEST_CODECS[step.verb].decode(step.body)
         self.bodies.append(body)
+        self.extensions.append(step.extensions)
         answer = self.answers.get((step.peer, step.verb), self.answers.get(step.verb))
         if isinstance(answer, list):
             answer = answer.pop(0) if len(answer) > 1 else answer[0]
@@ -301,6 +307,72 @@ class TestUse:
             encrypt(play, 1.0)
         rounds = play.seen.count(("", "pause")) + 1
         assert len(play.verbs("encrypt")) == 5 * rounds
+
+
+class TestTrace:
+    TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+
+    def test_every_request_of_a_call_carries_its_trace_and_no_others(self, play: Play) -> None:
+        """Also those after a failure; what a call belongs to is settled when it is made, not when it runs."""
+        play.answers["encrypt"] = [Overloaded("full"), Result(b"ct")]
+        with trace_context(self.TRACEPARENT):
+            traced = play.calls.encrypt("k", b"data", b"", 5.0)
+        assert play.run(traced) == b"ct"
+        assert [verb for _, verb in play.seen] == ["describe", "encrypt", "encrypt"]
+        assert play.extensions == [{"traceparent": self.TRACEPARENT.encode()}] * 3
+        encrypt(play)
+        assert play.extensions[3:] == [None]
+
+    def test_a_traced_call_does_not_take_the_shortest_way(self, play: Play) -> None:
+        """Which carries no extension."""
+        encrypt(play)
+        assert isinstance(next(play.calls.encrypt("k", b"data", b"", 5.0, direct=True)), DirectUse)
+        with trace_context(self.TRACEPARENT):
+            assert isinstance(next(play.calls.encrypt("k", b"data", b"", 5.0, direct=True)), Exchange)
+
+    def test_a_traced_call_that_is_given_up_tells_the_router(self, play: Play) -> None:
+        encrypt(play)
+        with trace_context(self.TRACEPARENT):
+            call = play.calls.encrypt("k", b"data", b"", 5.0)
+        node = next(call).peer
+        assert play.router._nodes[node].outstanding == 1
+        call.close()
+        assert play.router._nodes[node].outstanding == 0
+
+    def test_contexts_nest(self, play: Play) -> None:
+        other = self.TRACEPARENT.replace("4bf9", "0123")
+        with trace_context(self.TRACEPARENT):
+            with trace_context(other):
+                play.run(play.calls.key_info("k", 5.0))
+            play.run(play.calls.key_info("k", 5.0))
+        play.run(play.calls.key_info("k", 5.0))
+        assert [each and each["traceparent"].decode() for each in play.extensions] == [other, self.TRACEPARENT, None]
+
+
+class TestLatency:
+    def test_round_trips_are_kept_by_class_and_described_as_they_were(self, play: Play) -> None:
+        for play.cost_s in (0.001, 0.002, 0.040):
+            encrypt(play)
+        play.answers["encrypt"] = InvalidTag("no")
+        with pytest.raises(InvalidTag):
+            encrypt(play)
+        (found,) = play.calls.round_trips().items()
+        assert (found[0], found[1].count) == ("encrypt/aes-256-gcm", 4)
+        assert found[1].max_s == pytest.approx(0.040)
+        assert found[1].p50_s == pytest.approx(0.002, rel=0.03)
+
+    def test_a_node_that_does_not_know_the_verb_tells_its_status_all_the_same(self, play: Play, world: World) -> None:
+        play.answers["status"] = NodeStatus(
+            "n1", "1", 1, 1, 0, 0, [], [], 0, "", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0), SERVICE
+        )
+        for answer, told in (
+            (ProtocolError("unknown verb"), None),
+            (NodeLatency("n1", 1, []), NodeLatency("n1", 1, [])),
+        ):
+            play.answers["latency"] = answer
+            status = play.run(play.calls.status_at(world.cluster.members["n1"], 5.0, latency=True))
+            assert (status.error, status.latency) == (None, told)
+            assert status.status.node == "n1"
 
 
 class TestPublicKey:

@@ -42,6 +42,7 @@ from engine.protocol.requests import (
     BODIES,
     CLIENT_VERBS,
     HELLO,
+    LATENCY,
     MANIFEST_VERBS,
     NODE_VERBS,
     REGISTRY_VERBS,
@@ -240,7 +241,14 @@ def test_every_verb_is_listed_with_its_bodies() -> None:
     of_node, of_balancer = verb_tables()
     told = {bare(row[0]): (bare(row[2]), bare(row[3])) for row in (*of_balancer, *of_node)}
     assert told == {str(verb): (body.__name__, reply.__name__) for verb, (body, reply) in BODIES.items()}
-    assert {bare(row[0]) for row in of_node} == {*map(str, CLIENT_VERBS), *NODE_VERBS, *MANIFEST_VERBS, HELLO, STATS}
+    assert {bare(row[0]) for row in of_node} == {
+        *map(str, CLIENT_VERBS),
+        *NODE_VERBS,
+        *MANIFEST_VERBS,
+        HELLO,
+        STATS,
+        LATENCY,
+    }
     assert {bare(row[0]) for row in of_balancer} == {*REGISTRY_VERBS, *MANIFEST_VERBS, HELLO, TABLE, "status"}
     assert {bare(row[3]) for row in of_balancer if bare(row[0]) == "status"} == {BalancerStatus.__name__}
 

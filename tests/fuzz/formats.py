@@ -52,6 +52,7 @@ from engine.keys import ALGORITHMS, check_material, normalize_material, public_k
 from engine.protocol import audit as chain
 from engine.protocol.manifest import _matches, encode_card
 from engine.protocol.requests import REPLY_CODECS, STATS, Operate
+from engine.protocol.trace import read_traceparent, trace_of
 from engine.sharing import SecretBuffer, Share, reconstruct_key, zero_sharing_faults
 from engine.sharing.formats import (
     gfshare_combine,
@@ -549,6 +550,14 @@ def _take_pin_source(data: bytes) -> str:
     require(source.kind == "env" or os.path.isabs(source.place), "a PIN from a relative path")
     require(source.kind == "file" or re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", source.place), "no name of a variable")
     return source.kind
+
+
+def _take_traceparent(data: bytes) -> str:
+    told = read_traceparent(_text(data))
+    require(read_traceparent(str(told)) == told, "what is passed on is read otherwise")
+    require(len(str(told)) == 55 and int(told.trace_id, 16) and int(told.span_id, 16), "an id that there is not")
+    require(trace_of({"traceparent": data}) == told, "an extension is read otherwise")
+    return "sampled" if told.flags & 1 else "not sampled"
 
 
 def _take_failpoints(data: bytes) -> str:
@@ -1203,6 +1212,15 @@ def format_targets() -> list[Target]:
     target("text/pkcs11-uri", uris, _take_uri, change_text, config, 2, "nodes.config.parse_uri", **secret)
     places = lambda: [b"file:../pin", b"env:KQ_PIN", b"../pin", PIN + b":" + PIN, PIN]  # noqa: E731
     target("text/pin-source", places, _take_pin_source, change_text, config, 0.5, "nodes.config._pin_source", **secret)
+    target(
+        "text/traceparent",
+        lambda: [b"00-" + b"4b" * 16 + b"-00f067aa0ba902b7-01", b"cc-" + b"4b" * 16 + b"-00f067aa0ba902b7-00-more"],
+        _take_traceparent,
+        change_text,
+        values,
+        1,
+        "engine.protocol.trace.read_traceparent",
+    )
     points = lambda: [b"dealer.create.reserved=kill; holder.commit.written=kill@3; registry.commit.before=delay:200"]  # noqa: E731
     target("text/failpoints", points, _take_failpoints, change_text, config, 0.5, "engine.failpoints.parse")
     target(

@@ -13,7 +13,7 @@ import tomli_w
 from engine.client.config import create_identity
 from engine.errors import ConfigError
 from nodes.cache import CacheLimits
-from nodes.config import MODULE_PATHS, PinSource, load_node_config, parse_uri
+from nodes.config import MODULE_PATHS, MetricsConfig, PinSource, load_node_config, parse_uri
 from nodes.limits import Limits
 
 GOOD: dict[str, Any] = {
@@ -99,6 +99,19 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
         ({"limits": {"requests": 0}}, "requests"),
         ({"limits": {"connections": -1}}, "connections"),
         ({"limits": {"clients_per_s": 1}}, "unknown field `clients_per_s`"),
+        ({"metrics": {"bind": "9464"}}, "metrics.bind '9464' must be an IP address and a port"),
+        ({"metrics": {"bind": "localhost:9464"}}, "must be an IP address and a port"),
+        ({"metrics": {"bind": "127.0.0.1:0"}}, "must be an IP address and a port"),
+        ({"metrics": {"bind": "127.0.0.1:65536"}}, "must be an IP address and a port"),
+        ({"metrics": {"bind": "127.0.0.1:+80"}}, "must be an IP address and a port"),
+        ({"metrics": {"bind": "::1:9464"}}, "must be an IP address and a port"),
+        ({"metrics": {"bind": "[127.0.0.1]:9464"}}, "must be an IP address and a port"),
+        ({"metrics": {"bind": "0.0.0.0:9464"}}, "is no loopback address.*metrics.allow_remote = true allows that"),
+        ({"metrics": {"bind": "[::]:9464"}}, "is no loopback address"),
+        ({"metrics": {"bind": "192.0.2.1:9464", "allow_remote": False}}, "is no loopback address"),
+        ({"metrics": {"bind": "127.0.0.1:9464", "path": "/"}}, "unknown field `path`"),
+        ({"trace": {"file": 1}}, "file"),
+        ({"trace": {"endpoint": "x"}}, "unknown field `endpoint`"),
     ],
 )
 def test_each_mistake_is_told_with_its_place(tmp_path: Path, changes: dict[str, Any], match: str) -> None:
@@ -107,6 +120,28 @@ def test_each_mistake_is_told_with_its_place(tmp_path: Path, changes: dict[str, 
         load_node_config(path)
     if "nowhere" not in match:
         assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "host", "port"),
+    [
+        ({"bind": "127.0.0.1:9464"}, "127.0.0.1", 9464),
+        ({"bind": "127.8.8.8:1"}, "127.8.8.8", 1),
+        ({"bind": "[::1]:65535"}, "::1", 65535),
+        ({"bind": "0.0.0.0:9464", "allow_remote": True}, "0.0.0.0", 9464),  # noqa: S104 - only read
+    ],
+)
+def test_metrics_are_served_where_the_file_says(tmp_path: Path, told: dict[str, Any], host: str, port: int) -> None:
+    config = load_node_config(written(tmp_path, metrics=told)).metrics
+    assert config == MetricsConfig(host, port)
+    assert str(config) == told["bind"]
+
+
+def test_metrics_and_traces_are_off_unless_the_file_says_so(tmp_path: Path) -> None:
+    config = load_node_config(written(tmp_path))
+    assert (config.metrics, config.trace_file) == (None, None)
+    told = load_node_config(written(tmp_path, metrics={"allow_remote": True}, trace={"file": "trace.jsonl"}))
+    assert (told.metrics, told.trace_file) == (None, tmp_path / "trace.jsonl")
 
 
 @pytest.mark.parametrize(

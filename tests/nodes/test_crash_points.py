@@ -163,7 +163,7 @@ class Wires:
             PROTOCOL_VERSION, 1, Status.OK, self.scene.deliver(peer, verb, body, self.sender), Load(0, 0, False), {}
         )
 
-    def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+    def start(self, peer: str, verb: str, body: bytes, timeout_s: float, extensions: Any = None) -> int:
         token = next(self.tokens)
         try:
             self.arrivals.append(Arrival(token, peer, verb, self.call(peer, verb, body, timeout_s), None, 1.0))

@@ -53,7 +53,7 @@ class FakeChannel:
         self._tokens = itertools.count(1)
         self._ready: list[Arrival] = []
 
-    def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+    def start(self, peer: str, verb: str, body: bytes, timeout_s: float, extensions: Any = None) -> int:
         self.asked.append(peer)
         token = next(self._tokens)
         told = self.answers[peer]()
@@ -341,7 +341,7 @@ def test_what_is_sent_names_the_key_and_carries_grant_and_certificate(scene: Sce
     sent: list[bytes] = []
 
     class Listening(FakeChannel):
-        def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+        def start(self, peer: str, verb: str, body: bytes, timeout_s: float, extensions: Any = None) -> int:
             assert verb == "share.release"
             sent.append(body)
             return super().start(peer, verb, body, timeout_s)

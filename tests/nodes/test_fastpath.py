@@ -13,13 +13,14 @@ import pytest
 import zmq
 from ports import free_port
 
+from engine.client._histogram import Histograms
 from engine.client._router import Connection
 from engine.client.config import Identity, create_identity
 from engine.client.listener import Incoming, Listener
 from engine.client.transport import connect_options
 from engine.errors import AccessDenied, InvalidTag
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
-from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Operate
+from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, STAGES, Operate
 from engine.protocol.wire import MAX_DATA, PROTOCOL_VERSION, Request, Status, reply_codec, request_codec
 from nodes._fastpath import REQUESTS, FastPath, Plan
 
@@ -176,6 +177,27 @@ def test_a_request_that_fits_is_served_recorded_and_answered(place: Place) -> No
     assert (place.fast.served, place.hands.handled) == (4, [])
     place.fast.settle()
     assert place.hands.settled == [(64, 4, 0)]
+
+
+def test_where_the_time_of_a_use_goes_is_noted_once_it_is_answered(place: Place) -> None:
+    times = Histograms(len(STAGES))
+
+    def use(data: bytes, associated: bytes, proof: bytes) -> bytes:
+        if data == b"bad":
+            raise InvalidTag("changed")
+        return data
+
+    place.plan(times=times, use=use)
+    place.send(1)
+    place.send(2, data=b"bad")  # which is the ordinary way's to note
+    place.take(2)
+    assert place.answer()[0] == 1
+    stages = ("policy", "token", "audit", "reply", "total")
+    assert {name: times.count(number) for number, name in enumerate(STAGES)} == {
+        name: int(name in stages) for name in STAGES
+    }
+    parts = [times.sum_s(number) for number, name in enumerate(STAGES) if name != "total"]
+    assert sum(parts) == pytest.approx(times.sum_s(STAGES.index("total")))
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,10 @@ class FakeWorker:
         self.jobs: list[tuple[Callable[[Any], Any], Callable[[Any, Any], None]]] = []
         self.full = False
 
+    @property
+    def waiting(self) -> int:
+        return len(self.jobs)
+
     def submit(self, work: Callable[[Any], Any], done: Callable[[Any, Any], None], member: str = "") -> None:
         if self.full:
             raise Overloaded("full")
@@ -146,6 +150,7 @@ class Scene:
         self.gatherings: list[tuple[bytes, float]] = []
         self.secrets: list[SecretBuffer] = []
         self.failure: EngineError | None = None
+        self.extensions: Any = None
         self.clock_s = 0.0
         self.signatures = SignatureCache(CacheLimits(300.0, 16), time.monotonic)
         self._number = 0
@@ -187,8 +192,9 @@ class Scene:
             ),
         )
 
-    def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float) -> Gathered:
+    def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float, extensions: Any) -> Gathered:
         self.gatherings.append((grant, deadline_s))
+        self.extensions = extensions
         if self.failure is not None:
             raise self.failure
         if time.monotonic() >= deadline_s:
@@ -209,15 +215,21 @@ class Scene:
 
     # --- requests ---
 
-    def send(self, verb: str, message: Any, *, client: str = "alice", timeout_ms: int = 60_000) -> int:
+    def send(
+        self, verb: str, message: Any, *, client: str = "alice", timeout_ms: int = 60_000, extensions: Any = None
+    ) -> int:
         self._number += 1
-        request = Request(PROTOCOL_VERSION, self._number, verb, timeout_ms, REQUEST_CODECS[verb].encode(message), {})
+        body = REQUEST_CODECS[verb].encode(message)
+        request = Request(PROTOCOL_VERSION, self._number, verb, timeout_ms, body, extensions or {})
         self.handlers.handle(Incoming(self.world.cluster.members[client], request, self.connection))
         return self._number
 
-    def encrypt(self, *, grant: bool = True, verb: str = "encrypt", timeout_ms: int = 60_000) -> int:
+    def encrypt(
+        self, *, grant: bool = True, verb: str = "encrypt", timeout_ms: int = 60_000, extensions: Any = None
+    ) -> int:
         permit = self.world.grant(self.dealt, ME, verb) if grant else b""
-        return self.send(verb, Operate("orders", b"", b"data", b"", b"", False, permit), timeout_ms=timeout_ms)
+        message = Operate("orders", b"", b"data", b"", b"", False, permit)
+        return self.send(verb, message, timeout_ms=timeout_ms, extensions=extensions)
 
     def outcome(self, number: int) -> str:
         return self.answers[number][0] if number in self.answers else "waits"
@@ -264,6 +276,58 @@ def test_many_requests_wait_for_one_gathering(scene: Scene) -> None:
     assert len(scene.gatherings) == 1
     assert scene.outcome(scene.encrypt(grant=False)) == "ok"
     assert scene.handlers.pending == 0
+
+
+def stages(scene: Scene, request_class: str) -> dict[str, int]:
+    """How often each stage of a class was noted, as the verb tells it."""
+    number = scene.send("latency", Empty())
+    code, body, _ = scene.answers[number]
+    assert code == "ok"
+    told = REPLY_CODECS["latency"].decode(body)
+    found = {each.request_class: each for each in told.classes}
+    return {each.stage: each.count for each in found[request_class].stages} if request_class in found else {}
+
+
+def test_the_stages_of_every_request_are_noted(scene: Scene) -> None:
+    """A cold use, a warm one and one that is refused; each with the stages that it had."""
+    scene.encrypt()
+    assert stages(scene, "encrypt/aes-256-gcm") == {}  # it waits
+    scene.talkers.run()
+    scene.encrypt(grant=False)
+    scene.send("flush", Flush("orders"))
+    scene.encrypt(grant=False)
+    assert stages(scene, "encrypt/aes-256-gcm") == {
+        "policy": 3, "cache": 3, "gather": 1, "token": 2, "audit": 3, "reply": 3, "total": 3,
+    }  # fmt: skip
+    assert stages(scene, "flush") == {"policy": 1, "audit": 1, "reply": 1, "total": 1}
+    assert scene.handlers.snapshot([1.0]).errors["encrypt/aes-256-gcm"] == 1
+
+
+def test_a_slow_use_waits_and_another_job_works(slow: Scene) -> None:
+    slow.encrypt(verb="sign")
+    slow.talkers.run()
+    slow.local.run()
+    told = stages(slow, "sign/ecdsa-p384-sha384")
+    assert told == dict.fromkeys(("policy", "cache", "wait", "gather", "token", "audit", "reply", "total"), 1)
+
+
+def test_requests_that_are_none_of_its_verbs_are_noted_together(scene: Scene) -> None:
+    """So nobody can make the node keep more histograms than it has verbs and algorithms."""
+    for verb in ("nonsense", "no.such", "x" * 32):
+        request = Request(PROTOCOL_VERSION, len(scene.answers) + 1000, verb, 1000, b"\x90", {})
+        scene.handlers.handle(Incoming(b"route", scene.world.cluster.members["alice"], request))
+    assert stages(scene, "other")["total"] == 3
+
+
+def test_the_gathering_carries_the_trace_of_its_request_on(scene: Scene) -> None:
+    """A malformed one is ignored, and the request served all the same."""
+    good = {"traceparent": b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"}
+    for extensions, carried in ((good, good), ({"traceparent": b"00-4BF9"}, None), ({"x": b"y"}, None), ({}, None)):
+        number = scene.encrypt(extensions=extensions)
+        scene.talkers.run()
+        assert scene.outcome(number) == "ok"
+        assert scene.extensions == carried
+        scene.send("flush", Flush("orders"))
 
 
 def test_the_secret_is_wiped_when_it_is_loaded_or_refused(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -451,9 +451,9 @@ def test_no_captured_request_releases_a_share_again(
     captured: list[tuple[str, str, bytes]] = []
     start = Channel.start
 
-    def recording(self: Channel, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+    def recording(self: Channel, peer: str, verb: str, body: bytes, timeout_s: float, *more: Any) -> int:
         captured.append((peer, verb, body))
-        return start(self, peer, verb, body, timeout_s)
+        return start(self, peer, verb, body, timeout_s, *more)
 
     with monkeypatch.context() as patched, engine.connect(cluster.client_config) as kq:
         patched.setattr(Channel, "start", recording)

@@ -12,6 +12,7 @@ from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manife
 from engine.protocol.requests import (
     BODIES,
     HELLO,
+    LATENCY,
     MANIFEST_VERBS,
     NODE_VERBS,
     REGISTRY_VERBS,
@@ -29,6 +30,7 @@ ALLOWED = {
     **{verb: {"node1"} for verb in NODE_VERBS},
     "describe": {"alice", "bob", "carol", "node1"},
     "status": {"alice", "node1", "balancer"},
+    LATENCY: {"alice", "node1", "balancer"},
     STATS: {"balancer"},
     HELLO: set(ROLES),
     **{verb: set(ROLES) for verb in MANIFEST_VERBS},

@@ -181,8 +181,10 @@ def _asks_all(stack: ExitStack) -> None:
 def _no_deadline(stack: ExitStack) -> None:
     drive = Conversation._drive
 
-    def endless(self: Conversation, channel: Any, gathering: Any, entry: Any, grant: bytes, until_s: float) -> Any:
-        return drive(self, channel, gathering, entry, grant, until_s + 600)
+    def endless(
+        self: Conversation, channel: Any, gathering: Any, entry: Any, grant: bytes, until_s: float, more: Any
+    ) -> Any:
+        return drive(self, channel, gathering, entry, grant, until_s + 600, more)
 
     stack.enter_context(mock.patch.object(Conversation, "_drive", endless))
 

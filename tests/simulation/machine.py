@@ -367,7 +367,7 @@ class SimChannel:
     def dial(self, peers: Any) -> None:
         """Connections need no time here."""
 
-    def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+    def start(self, peer: str, verb: str, body: bytes, timeout_s: float, extensions: Any = None) -> int:
         if not self._net.reachable(self.owner, peer):
             if self._sim.task is not None:
                 self._sim.task.wait(self._sim.now + min(timeout_s, 0.05))

@@ -20,7 +20,7 @@ from engine.client.calls import MemberStatus
 from engine.client.client import connect
 from engine.client.local import LocalCluster
 from engine.errors import ClusterError
-from engine.protocol.requests import NodeStatus
+from engine.protocol.requests import STAGES, NodeStatus, StageLatency
 
 __all__ = ["down", "status", "up"]
 
@@ -123,9 +123,10 @@ def down(settings: Settings, folder: Path) -> None:
 
 @click.command()
 @click.option("-v", "--verbose", is_flag=True, help="Show each node's caches and how quick its peers are too.")
+@click.option("--latency", is_flag=True, help="Show how long requests took, and in which stages; all with -v.")
 @common_options(connects=True)
 @click.pass_context
-def status(context: click.Context, verbose: bool) -> None:
+def status(context: click.Context, verbose: bool, latency: bool) -> None:
     """Ask every node and balancer how it is.
 
     The exit code is 2 if none answers, 0 otherwise.
@@ -133,7 +134,7 @@ def status(context: click.Context, verbose: bool) -> None:
     settings: Settings = context.obj
     start_logging(settings)
     with connect(client_config(settings)) as kq:
-        members = kq.status(timeout=settings.timeout_s)
+        members = kq.status(latency=latency, timeout=settings.timeout_s)
         name, serial = kq.cluster.name, kq.cluster.serial
     told = {"cluster": name, "serial": serial, "members": [_member_json(member) for member in members]}
     if settings.json:
@@ -143,6 +144,8 @@ def status(context: click.Context, verbose: bool) -> None:
         table(settings, columns, [_row(member) for member in members], None)
         if verbose:
             _details(settings, members)
+        if latency:
+            _latencies(settings, members, verbose)
         for member in members:
             for text in _troubles(member):
                 note(f"{member.name}: {text}")
@@ -160,7 +163,7 @@ def _member_json(member: MemberStatus) -> dict[str, Any]:
         "ready": _state(member) == "up",
         "error": "" if member.error is None else str(member.error),
         "status": None if member.status is None else _fields(member.status),
-    }
+    } | ({} if member.latency is None else {"latency": _fields(member.latency)})
 
 
 def _fields(status: msgspec.Struct) -> dict[str, Any]:
@@ -211,6 +214,51 @@ def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
     ]
     click.echo()
     table(settings, ("NODE", "HOLDER", "RELEASES", "EXPECTED", "P95", "STATE"), peers, None)
+
+
+def _latencies(settings: Settings, members: Sequence[MemberStatus], verbose: bool) -> None:
+    """Of each class how long requests took in all, and the median of each stage; with ``verbose`` all of each stage."""
+    told = [(member.name, each) for member in members if member.latency is not None for each in member.latency.classes]
+    head = ("NODE", "CLASS", "COUNT", "ERRORS", "P50", "P90", "P99", "P99.9", "MAX")
+    whole = [
+        (name, each.request_class, stage.count, each.errors, *_times(stage))
+        for name, each in told
+        for stage in each.stages
+        if stage.stage == "total"
+    ]
+    click.echo()
+    table(settings, head, whole, None)
+    there = {stage.stage for _, each in told for stage in each.stages}
+    stages = [stage for stage in STAGES if stage in there and stage != "total"]
+    medians = [
+        (name, each.request_class, *(medians.get(stage, "-") for stage in stages))
+        for name, each in told
+        for medians in [{stage.stage: _time(stage.p50_ns) for stage in each.stages}]
+    ]
+    click.echo()
+    table(settings, ("NODE", "CLASS", *(stage.upper() for stage in stages)), medians, None)
+    if not verbose:
+        return
+    rows = [
+        (name, each.request_class, stage.stage, stage.count, *_times(stage))
+        for name, each in told
+        for stage in each.stages
+    ]
+    click.echo()
+    table(settings, ("NODE", "CLASS", "STAGE", "COUNT", *head[4:]), rows, None)
+
+
+def _times(stage: StageLatency) -> tuple[str, ...]:
+    nanoseconds = (stage.p50_ns, stage.p90_ns, stage.p99_ns, stage.p999_ns, stage.max_ns)
+    return tuple(map(_time, nanoseconds))
+
+
+def _time(nanoseconds: int) -> str:
+    """Three digits that count, in a unit that suits them."""
+    for unit, size in (("s", 10**9), ("ms", 10**6)):
+        if nanoseconds >= size:
+            return f"{nanoseconds / size:.3g} {unit}"
+    return f"{nanoseconds / 1000:.3g} us"
 
 
 def _state(member: MemberStatus) -> str:

@@ -10,6 +10,7 @@ from engine.protocol import wire
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from engine.client._histogram cimport Histograms
 from engine.client._zmtp cimport (
     KQ_ENDED,
     KQ_HEAD_MAX,
@@ -415,6 +416,7 @@ cdef class _Cut:
     cdef bytes verb_bytes, name_bytes, key_id
     cdef object known
     cdef object hashed
+    cdef Histograms times
     cdef size_t digest_bytes, most
     cdef object cluster
     cdef str node
@@ -510,6 +512,7 @@ cdef class Shortcuts:
         cut.verb, cut.name, cut.known = verb, name, known
         cut.verb_bytes, cut.name_bytes, cut.key_id = verb.encode(), name.encode(), known.record.manifest.key_id
         cut.request_class = known.request_class(verb)
+        cut.times = self._calls.round_trips(cut.request_class)
         cut.most = wire.MAX_DATA
         if verb in (RequestType.SIGN, RequestType.VERIFY) and algo.prehashed:
             cut.hashed = getattr(hashlib, algo.hash_name)
@@ -583,6 +586,8 @@ cdef class Shortcuts:
         except BaseException:
             self._router.dropped(node)
             raise
+        if code == DONE_:
+            cut.times.take(0, line.elapsed_s)
         if code == DONE_ and line.loaded:
             result, line.data = line.data, None
             if fresh or cut.state is not state:
@@ -623,6 +628,7 @@ cdef class Shortcuts:
             else:
                 code = line.resume()
         if code == DONE_:
+            cut.times.take(0, line.elapsed_s)
             return self._ended(cut, node, line, code, patience_s, lost)
         lost.spent_s = line.elapsed_s
         if code == BROKEN_:

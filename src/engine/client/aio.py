@@ -24,6 +24,7 @@ from engine.client.calls import (
     Exchange,
     KeyInfo,
     KeySummary,
+    LatencyStats,
     MemberStatus,
     Pause,
     Step,
@@ -136,8 +137,9 @@ class _Link:
         waited_for = self._up or self._pending or self._changed
         return not waited_for and self._loop.time() - self._down_s > REOPEN_S
 
-    async def request(self, verb: str, body: bytes, timeout_s: float) -> Reply:
+    async def request(self, step: Exchange) -> Reply:
         """The reply to one request; raises ``EngineError`` where none comes."""
+        verb, timeout_s = step.verb, step.timeout_s
         until_s = self._loop.time() + timeout_s
         if not self._up:
             await self._connected(timeout_s)
@@ -149,7 +151,8 @@ class _Link:
             raise Overloaded(f"{most} requests are under way at {self._name}")
         number = next(self._ids)
         timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
-        data = request_codec.encode(Request(PROTOCOL_VERSION, number, verb, timeout_ms, body, {}))
+        request = Request(PROTOCOL_VERSION, number, verb, timeout_ms, step.body, dict(step.extensions or {}))
+        data = request_codec.encode(request)
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._pending[number] = future
         try:
@@ -318,6 +321,11 @@ class AsyncEngine:
     def table_stats(self) -> TableStats:
         """How many routing tables were installed and refused."""
         return self._follower.stats
+
+    @property
+    def latency_stats(self) -> dict[str, LatencyStats]:
+        """As ``Engine.latency_stats``."""
+        return self._calls.round_trips()
 
     # --- uses of a key ---
 
@@ -497,11 +505,12 @@ class AsyncEngine:
             (await self._ask_all(lambda n: self._calls.prewarm_at(n, name, wait_s), known.holders)).values()
         )
 
-    async def status(self, *, timeout: float | None = None) -> tuple[MemberStatus, ...]:
-        """Every node's and balancer's status, or the error in its place."""
+    async def status(self, *, latency: bool = False, timeout: float | None = None) -> tuple[MemberStatus, ...]:
+        """Every node's and balancer's status, or the error in its place; with ``latency`` where its time went too."""
         wait_s = self._wait_s(timeout)
         members = (*self.cluster.of_role("node"), *self.cluster.of_role("balancer"))
-        return tuple(await asyncio.gather(*(self._run(self._calls.status_at(m, wait_s)) for m in members)))
+        calls = [self._calls.status_at(member, wait_s, latency=latency) for member in members]
+        return tuple(await asyncio.gather(*map(self._run, calls)))
 
     # --- running ---
 
@@ -554,7 +563,7 @@ class AsyncEngine:
         if link is None:
             link = self._dial(step.peer, self._own.current)
         try:
-            return await link.request(step.verb, step.body, step.timeout_s)
+            return await link.request(step)
         except AccessDenied as error:
             # Closed, since libzmq would knock again every few milliseconds for ever.
             if self._links.get(step.peer) is not link:
@@ -564,7 +573,7 @@ class AsyncEngine:
             other = self._own.instead(link.own)
             if other is None or link.own is not link.current:
                 raise
-            return await self._dial(step.peer, other).request(step.verb, step.body, step.timeout_s)
+            return await self._dial(step.peer, other).request(step)
 
     def _dial(self, peer: str, pair: CurveIdentity) -> _Link:
         member = self._members.get(peer)

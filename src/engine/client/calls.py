@@ -17,11 +17,13 @@ import hashlib
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from engine.client._histogram import Histograms
+from engine.client.tracing import Origin, active_trace, begin_span
 from engine.client.transport import KeyRefused, Moved, raise_for_status
 from engine.errors import (
     AccessDenied,
@@ -63,6 +65,7 @@ from engine.protocol.manifest import (
     refresh_orders,
 )
 from engine.protocol.requests import (
+    LATENCY,
     REPLY_CODECS,
     REQUEST_CODECS,
     BalancerStatus,
@@ -74,6 +77,7 @@ from engine.protocol.requests import (
     KeyDescription,
     KeyEntry,
     ListKeys,
+    NodeLatency,
     NodeStatus,
     Operate,
     Prewarm,
@@ -95,6 +99,7 @@ __all__ = [
     "Exchange",
     "KeyInfo",
     "KeySummary",
+    "LatencyStats",
     "MemberStatus",
     "Pause",
     "Step",
@@ -132,6 +137,8 @@ class Exchange:
     Without an answer within ``patience_s`` the call is resumed with None, and the exchange goes on. With none to be had
     by patience (None) the call waits for this exchange alone, and gives up any that were late. A ``fresh`` one gives
     them up too: it is the first of its round, and must not be told of what an earlier round had under way.
+
+    ``extensions`` go along with the request. ``request_class`` and ``cold`` say what it is for, to who looks on.
     """
 
     peer: str
@@ -140,6 +147,9 @@ class Exchange:
     timeout_s: float
     patience_s: float | None = None
     fresh: bool = False
+    request_class: str = ""
+    cold: bool = False
+    extensions: Mapping[str, bytes] | None = None
 
     @property
     def alone(self) -> bool:
@@ -216,7 +226,10 @@ class Destroyed:
 
 @dataclass(frozen=True, slots=True)
 class MemberStatus:
-    """A member's own account of itself, or the error that came instead of it."""
+    """A member's own account of itself, or the error that came instead of it.
+
+    ``latency`` is told by nodes that were asked for it and know it.
+    """
 
     name: str
     role: MemberRole
@@ -224,6 +237,29 @@ class MemberStatus:
     location: str
     status: NodeStatus | BalancerStatus | None
     error: Exception | None
+    latency: NodeLatency | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyStats:
+    """Round trips of one request class: how many, and percentiles and maximum in seconds, within 1.6 %.
+
+    One is from a request's sending to its answer, also where that was a refusal; a call may need several.
+    """
+
+    count: int
+    mean_s: float
+    p50_s: float
+    p90_s: float
+    p99_s: float
+    p999_s: float
+    max_s: float
+
+
+def _latency_stats(found: Histograms) -> LatencyStats:
+    count = found.count()
+    p50_s, p90_s, p99_s, p999_s = found.quantiles_s((0.5, 0.9, 0.99, 0.999))
+    return LatencyStats(count, found.sum_s() / max(count, 1), p50_s, p90_s, p99_s, p999_s, found.max_s())
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,6 +463,19 @@ class Calls:
         self._now_ms = now_ms
         self._random_bytes = random_bytes
         self._descriptions = _Descriptions()
+        self._round_trips: dict[str, Histograms] = {}
+
+    def round_trips(self) -> dict[str, LatencyStats]:
+        """How long the answers to requests took, by request class."""
+        return {name: _latency_stats(found) for name, found in sorted(self._round_trips.items())}
+
+    def round_trips(self, request_class: str) -> Histograms:
+        """Where is noted how long answers take."""
+        found = self._round_trips.get(request_class)
+        return self._round_trips.setdefault(request_class, Histograms()) if found is None else found
+
+    def _took(self, request_class: str, elapsed_s: float) -> None:
+        self.round_trips(request_class).record(0, elapsed_s)
 
     @property
     def cluster(self) -> Cluster:
@@ -495,7 +544,9 @@ class Calls:
     def _operate(self, use: _Use, timeout_s: float, lost: Lost | None) -> Call[bytes]:
         if not isinstance(use.name, str):
             raise TypeError(f"a key's name must be str, not {type(use.name).__name__}")
-        return self._operating(use, check_timeout(timeout_s), lost)
+        origin = active_trace()
+        called = self._operating(use, check_timeout(timeout_s), lost)
+        return called if origin is None else _traced(use.verb, called, origin)
 
     def _operating(self, use: _Use, timeout_s: float, lost: Lost | None) -> Call[bytes]:
         lost = Lost() if lost is None else lost
@@ -625,7 +676,7 @@ class Calls:
         """What the newest description says; asked afresh, since a description kept may be old."""
         trail = self._trail(f"describe {str(name)[:128]!r}", timeout_s)
         check_name(name)
-        return self._key_info(name, trail)
+        return _maybe_traced("describe", self._key_info(name, trail))
 
     def _key_info(self, name: str, trail: _Trail) -> Call[KeyInfo]:
         self._descriptions.drop(name)
@@ -635,7 +686,7 @@ class Calls:
         """The verified description, kept from an earlier call if there was one."""
         trail = self._trail(f"describe {str(name)[:128]!r}", timeout_s)
         check_name(name)
-        return self._described(name, trail)
+        return _maybe_traced("describe", self._described(name, trail))
 
     def public_key(self, name: str, timeout_s: float) -> Call[str]:
         """The public key as PEM; ``ValueError`` for a symmetric key."""
@@ -740,7 +791,8 @@ class Calls:
 
     def prewarm_at(self, node: str, name: str, timeout_s: float) -> Call[str]:
         """Have one combiner gather and load the key before its first use; its name."""
-        return self._prewarming(node, name, self._trail(f"prewarm {str(name)[:128]!r} at {node}", timeout_s))
+        trail = self._trail(f"prewarm {str(name)[:128]!r} at {node}", timeout_s)
+        return _maybe_traced("prewarm", self._prewarming(node, name, trail))
 
     def _prewarming(self, node: str, name: str, trail: _Trail) -> Call[str]:
         known = yield from self._described(name, trail)
@@ -764,7 +816,7 @@ class Calls:
     ) -> Call[KeyInfo]:
         """Generate a key on a node of the cluster, split t-of-n."""
         order = self._order("generate", name, algorithm(algorithm_name), threshold, shares, timeout_s)
-        return self._creating(order, b"", self._trail(f"create {name!r}", timeout_s))
+        return _maybe_traced("generate", self._creating(order, b"", self._trail(f"create {name!r}", timeout_s)))
 
     def import_key(
         self,
@@ -779,7 +831,7 @@ class Calls:
         algo = algorithm(algorithm_name)
         material = normalize_material(algo, key_material)
         order = self._order("import", name, algo, threshold, shares, timeout_s)
-        return self._creating(order, material, self._trail(f"import {name!r}", timeout_s))
+        return _maybe_traced("import", self._creating(order, material, self._trail(f"import {name!r}", timeout_s)))
 
     def _order(
         self,
@@ -863,7 +915,8 @@ class Calls:
     def destroy_key(self, name: str, timeout_s: float) -> Call[Destroyed]:
         """Destroy a key for good, all versions of it."""
         check_name(name)
-        return self._destroying(name, timeout_s, self._trail(f"destroy {name!r}", timeout_s))
+        trail = self._trail(f"destroy {name!r}", timeout_s)
+        return _maybe_traced("destroy", self._destroying(name, timeout_s, trail))
 
     def _destroying(self, name: str, timeout_s: float, trail: _Trail) -> Call[Destroyed]:
         self._descriptions.drop(name)
@@ -879,7 +932,8 @@ class Calls:
     def refresh_key(self, name: str, timeout_s: float) -> Call[KeyInfo]:
         """Replace the shares of a key by new ones: an epoch that was begun after this call."""
         check_name(name)
-        return self._refreshing(name, timeout_s, self._trail(f"refresh {name!r}", timeout_s))
+        trail = self._trail(f"refresh {name!r}", timeout_s)
+        return _maybe_traced("refresh", self._refreshing(name, timeout_s, trail))
 
     def _refreshing(self, name: str, timeout_s: float, trail: _Trail) -> Call[KeyInfo]:
         self._descriptions.drop(name)
@@ -911,7 +965,7 @@ class Calls:
             raise TypeError(f"a pattern must be str, not {type(pattern).__name__}")
         if not 1 <= len(pattern) <= 128:
             raise ValueError(f"a pattern of {len(pattern)} characters; 1 to 128 are allowed")
-        return self._listing(node, pattern, trail)
+        return _maybe_traced("list", self._listing(node, pattern, trail))
 
     def _listing(self, node: str, pattern: str, trail: _Trail) -> Call[tuple[KeySummary, ...]]:
         found: list[KeySummary] = []
@@ -928,25 +982,41 @@ class Calls:
         """Drop one key (or with an empty name all) from a node's cache; how many it dropped."""
         if name:
             check_name(name)
-        return self._flushing(node, name, self._trail(f"flush at {node}", timeout_s))
+        return _maybe_traced("flush", self._flushing(node, name, self._trail(f"flush at {node}", timeout_s)))
 
     def _flushing(self, node: str, name: str, trail: _Trail) -> Call[int]:
         flushed = yield from self._ask_one(node, RequestType.FLUSH, Flush(name), trail)
         return int(flushed.dropped)
 
-    def status_at(self, member: Member, timeout_s: float) -> Call[MemberStatus]:
-        """A node's or balancer's status, or the error in its place; it raises no ``EngineError``."""
-        return self._status(member, self._trail(f"status of {member.name}", timeout_s))
+    def status_at(self, member: Member, timeout_s: float, *, latency: bool = False) -> Call[MemberStatus]:
+        """A node's or balancer's status, or the error in its place; it raises no ``EngineError``.
 
-    def _status(self, member: Member, trail: _Trail) -> Call[MemberStatus]:
+        With ``latency`` a node is asked for that too.
+        """
+        return _maybe_traced(
+            "status", self._status(member, self._trail(f"status of {member.name}", timeout_s), latency)
+        )
+
+    def _status(self, member: Member, trail: _Trail, latency: bool) -> Call[MemberStatus]:
         role: MemberRole = "balancer" if member.role == "balancer" else "node"
         status: NodeStatus | BalancerStatus | None = None
         failure: Exception | None = None
+        told: NodeLatency | None = None
         try:
             status = yield from self._ask_one(member.name, RequestType.STATUS, Empty(), trail, role)
+            if latency and role == "node":
+                told = yield from self._latency(member, trail)
         except (EngineError, ValueError) as error:
             failure = error
-        return MemberStatus(member.name, role, member.endpoint, member.location, status, failure)
+        return MemberStatus(member.name, role, member.endpoint, member.location, status, failure, told)
+
+    def _latency(self, member: Member, trail: _Trail) -> Call[NodeLatency | None]:
+        """What a node tells of it; None of one that does not know the verb."""
+        try:
+            told: NodeLatency = yield from self._ask_one(member.name, LATENCY, Empty(), trail)
+        except ProtocolError:
+            return None
+        return told
 
     def _ask_one(self, peer: str, verb: str, message: object, trail: _Trail, role: MemberRole = "node") -> Call[Any]:
         outcome = yield from self._ask(peer, verb, message, max(0.001, trail.left_s()), counted=False, role=role)
@@ -983,7 +1053,7 @@ class Calls:
         if counted:
             self.router.sent(peer)
         try:
-            reply = yield Exchange(peer, verb, body, timeout_s)
+            reply = yield Exchange(peer, verb, body, timeout_s, request_class=request_class, cold=cold)
         except EngineError as error:
             if counted:
                 self.router.failed(peer, self.clock())
@@ -1016,6 +1086,8 @@ class Calls:
             self.router.failed(peer, now_s)
             return
         self.router.took(request_class, cold, now_s - started_s)
+        if request_class:
+            self._took(request_class, now_s - started_s)
         elapsed_us = (now_s - started_s) * 1e6
         if cold:
             elapsed_us = min(elapsed_us, reply.load.service_us + COLD_ROUND_TRIP_MAX_US)
@@ -1059,7 +1131,8 @@ class _Race:
         timeout_s = self._trail.attempt_s(most_s=self._most_s)
         patience_s = min(router.patience_s(peer, request_class, cold) * 2 ** len(self.waiting), timeout_s)
         fresh = not self.waiting
-        exchange = Exchange(peer, verb, REQUEST_CODECS[verb].encode(message), timeout_s, patience_s, fresh)
+        body = REQUEST_CODECS[verb].encode(message)
+        exchange = Exchange(peer, verb, body, timeout_s, patience_s, fresh, request_class, cold)
         asked = _Asked(exchange, self._calls.clock(), key_name, request_class, cold)
         router.sent(peer)
         self.waiting[peer] = asked
@@ -1090,6 +1163,41 @@ class _Race:
         outcome = _outcome(asked.exchange.verb, reply, "node")
         self._calls.learn(peer, reply, outcome, asked.started_s, asked.key_name, asked.request_class, asked.cold)
         return peer, outcome
+
+
+def _maybe_traced(verb: str, call: Call[T]) -> Call[T]:
+    """The call, in a span where it belongs to a trace."""
+    origin = active_trace()
+    return call if origin is None else _traced(verb, call, origin)
+
+
+def _traced(verb: str, call: Call[T], origin: Origin) -> Call[T]:
+    """The call in a span of its own, which each of its requests carries along."""
+    span = begin_span(verb, origin)
+    failure: BaseException | None = None
+    try:
+        step = next(call)
+        while True:
+            if isinstance(step, Exchange):
+                span.asks(step.peer, step.request_class, cold=step.cold)
+                step = replace(step, extensions=span.extensions)
+            try:
+                answer = yield step
+            except GeneratorExit:
+                raise
+            except BaseException as error:
+                step = call.throw(error)
+            else:
+                step = call.send(answer)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        call.close()
+        span.end(failure)
 
 
 def _next(queue: deque[str], asked: set[str]) -> str:

@@ -36,6 +36,7 @@ from engine.client.calls import (
     Exchange,
     KeyInfo,
     KeySummary,
+    LatencyStats,
     Lost,
     MemberStatus,
     Pause,
@@ -48,6 +49,7 @@ from engine.client.calls import (
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.spreading import pull
+from engine.client.tracing import active_trace
 from engine.client.transport import Arrival, Channel, check_zmq_version, connect_options, open_line
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
 from engine.keys import RequestType
@@ -169,7 +171,7 @@ class _Flight:
             return
         if step.alone:
             self.give_up()
-        self.newest = self._channel.start(step.peer, step.verb, step.body, step.timeout_s)
+        self.newest = self._channel.start(step.peer, step.verb, step.body, step.timeout_s, step.extensions)
         self.peers[self.newest] = step.peer
         if step.patience_s is not None:
             self.until_s = time.monotonic() + step.patience_s
@@ -707,6 +709,11 @@ class Engine:
         """How many routing tables were installed and refused."""
         return self._follower.stats
 
+    @property
+    def latency_stats(self) -> dict[str, LatencyStats]:
+        """How long the answers to this client's requests took, by request class, such as ``encrypt/aes-256-gcm``."""
+        return self._calls.round_trips()
+
     # --- uses of a key ---
 
     def encrypt(
@@ -1021,11 +1028,11 @@ class Engine:
         known = self._run(self._calls.describe(name, wait_s), wait_s)
         return succeeded(self._run_all((self._calls.prewarm_at(node, name, wait_s) for node in known.holders), wait_s))
 
-    def status(self, *, timeout: float | None = None) -> tuple[MemberStatus, ...]:
-        """Every node's and balancer's status, or the error in its place."""
+    def status(self, *, latency: bool = False, timeout: float | None = None) -> tuple[MemberStatus, ...]:
+        """Every node's and balancer's status, or the error in its place; with ``latency`` where its time went too."""
         wait_s = self._wait_s(timeout)
         members = (*self.cluster.of_role("node"), *self.cluster.of_role("balancer"))
-        done = self._run_all((self._calls.status_at(member, wait_s) for member in members), wait_s)
+        done = self._run_all((self._calls.status_at(member, wait_s, latency=latency) for member in members), wait_s)
         return tuple(each for each in done if isinstance(each, MemberStatus))
 
     # --- running ---
@@ -1054,6 +1061,8 @@ class Engine:
     ) -> bytes | None:
         """The result of a use by the shortest way, or None where the ordinary one has to be taken."""
         self._check_usable()
+        if active_trace() is not None:
+            return None  # the shortest way carries no extension
         return self._shortcuts.use(verb, name, data, associated_data, proof, digest, timeout_s, lost)
 
     def _take(self, timeout_s: float) -> Channel:

@@ -106,11 +106,15 @@ def curve_server(socket: zmq.Socket[bytes], identity: CurveIdentity) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A well-formed request, the member whose key sent it, and the connection that it came by."""
+    """A well-formed request, the member whose key sent it, and the connection that it came by.
+
+    ``read_s`` is how long it took to read it, in seconds; negative where nobody looked.
+    """
 
     member: Member
     request: Request
     connection: Connection
+    read_s: float = -1.0
 
 
 class Bound:
@@ -314,6 +318,7 @@ class Listener(FollowsCluster):
         return incoming
 
     def _open(self, connection: Connection, data: bytes, parts: int) -> Incoming | None:
+        begun_s = time.monotonic()
         member = self._cluster.by_curve.get(connection.user)
         if member is None:
             self._tell("", "its connection's key is no member's")
@@ -332,7 +337,7 @@ class Listener(FollowsCluster):
             self._tell(member.name, str(error))
             self._send(Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}), connection)
             return None
-        incoming = Incoming(member, request, connection)
+        incoming = Incoming(member, request, connection, time.monotonic() - begun_s)
         if excess:
             most = self.limits.member_connections
             surplus = Overloaded(f"{member.name!r} has limits.member_connections = {most} already; this one is cut")

@@ -284,7 +284,9 @@ class Channel:
             if peer not in self._connections:
                 self._open(peer)
 
-    def start(self, peer: str, verb: str, body: bytes, timeout_s: float) -> int:
+    def start(
+        self, peer: str, verb: str, body: bytes, timeout_s: float, extensions: Mapping[str, bytes] | None = None
+    ) -> int:
         """Send a request and return its token; its end comes from ``poll``, at the latest at its deadline.
 
         ``NodeUnavailable`` if there is no connection, ``KeyRefused`` if the peer refuses this key.
@@ -294,7 +296,8 @@ class Channel:
             raise connection.greeting.refusal
         token = next(self._tokens)
         timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
-        data = request_codec.encode(Request(PROTOCOL_VERSION, token, verb, timeout_ms, body, {}))
+        request = Request(PROTOCOL_VERSION, token, verb, timeout_ms, body, dict(extensions) if extensions else {})
+        data = request_codec.encode(request)
         now = time.monotonic()
         try:
             if connection.greeting.due:

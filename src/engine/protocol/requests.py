@@ -320,6 +320,48 @@ class NodeStatus(Message, frozen=True):
     service: ServiceCount
 
 
+STAGES: Final = ("parse", "policy", "cache", "wait", "gather", "token", "work", "audit", "reply", "total")
+"""The stages of a request in their order, of which each has those that it went through.
+
+``parse`` from the frame to the request, on the ordinary way alone; ``policy`` admission, policy and what is known of
+the key; ``cache`` the look-up of the loaded key; ``wait`` until a worker had time; ``gather`` until a cold key was
+loaded; ``token`` the operation in the token; ``work`` what a worker did for any other request; ``audit`` the records,
+and until they are on the disk where the reply has to wait for that; ``reply`` until the socket took it; ``total`` all
+but ``parse``.
+"""
+
+
+class StageLatency(Message, frozen=True):
+    """``[stage, count, p50_ns, p90_ns, p99_ns, p999_ns, max_ns]`` since the node started, in nanoseconds."""
+
+    stage: Annotated[str, Meta(min_length=1, max_length=32)]
+    count: UInt
+    p50_ns: UInt
+    p90_ns: UInt
+    p99_ns: UInt
+    p999_ns: UInt
+    max_ns: UInt
+
+
+class ClassLatency(Message, frozen=True):
+    """``[request_class, errors, stages]``: a request class, or a verb that has none; requests not answered with ok.
+
+    ``stages`` are those of its requests in their order, the last ``total``, which all of them have.
+    """
+
+    request_class: Annotated[str, Meta(min_length=1, max_length=96)]
+    errors: UInt
+    stages: Annotated[list[StageLatency], Meta(max_length=16)]
+
+
+class NodeLatency(Message, frozen=True):
+    """``[node, uptime_ms, classes]``: where the time of a node's requests went since it started."""
+
+    node: Name
+    uptime_ms: UInt
+    classes: Annotated[list[ClassLatency], Meta(max_length=128)]
+
+
 class SharePrepare(Message, frozen=True):
     """Dealer to holder: ``[manifest, x, y, salt, aborts]``; ``aborts`` are notices on earlier attempts."""
 
@@ -549,6 +591,7 @@ SHARE_DEAL: Final = "share.deal"
 SHARE_REFRESH: Final = "share.refresh"
 SHARE_RENEW: Final = "share.renew"
 STATS: Final = "stats"
+LATENCY: Final = "latency"
 REGISTRY_RESERVE: Final = "registry.reserve"
 REGISTRY_CHANGE: Final = "registry.change"
 REGISTRY_COMMIT: Final = "registry.commit"
@@ -582,6 +625,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_REFRESH: (ShareRefresh, Refreshed),
     SHARE_RENEW: (ShareRenew, Prepared),
     STATS: (Empty, NodeStats),
+    LATENCY: (Empty, NodeLatency),
     REGISTRY_RESERVE: (Reserve, Reserved),
     REGISTRY_CHANGE: (Change, Reserved),
     REGISTRY_COMMIT: (Commit, Committed),

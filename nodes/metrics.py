@@ -1,0 +1,231 @@
+"""What a node counts, for Prometheus: over HTTP, on a port of its own, by threads that never touch what is the loop's.
+
+Each scrape asks the loop for one snapshot. Labels are request classes, stages, caches and the like: their number is
+bounded, and none is a key's or a member's name.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from socketserver import ThreadingMixIn
+from typing import Any, Final
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import structlog
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from engine.errors import EngineError
+from nodes.config import MetricsConfig
+from nodes.handlers import Snapshot
+
+__all__ = ["BOUNDS_S", "MetricsServer"]
+
+BOUNDS_S: Final = tuple(digit * 10.0**power for power in range(-6, 2) for digit in (1, 2.5, 5))[:-2]
+"""Upper bounds of the buckets, in seconds: 1 microsecond to 10 s."""
+PATH: Final = "/metrics"
+SNAPSHOT_TIMEOUT_S: Final = 2.0
+CLIENT_TIMEOUT_S: Final = 5.0
+"""A client that neither sends nor takes anything for so long is cut."""
+MAX_CLIENTS: Final = 4
+EVICTIONS: Final = ("ttl", "uses", "room", "changed", "flushed")
+
+log = structlog.get_logger()
+
+
+class _Metrics(Collector):
+    """One snapshot in Prometheus' words."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._requests()
+        yield from self._caches()
+        yield from self._numbers()
+
+    def _requests(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily("keyquorum_requests", "Requests that were answered.", labels=["class"])
+        errors = CounterMetricFamily("keyquorum_request_errors", "Requests not answered with ok.", labels=["class"])
+        whole = HistogramMetricFamily(
+            "keyquorum_request_duration_seconds", "From the request that was read to its reply.", labels=["class"]
+        )
+        stages = HistogramMetricFamily(
+            "keyquorum_stage_duration_seconds", "The stages of requests.", labels=["class", "stage"]
+        )
+        for each in self._snapshot.latencies:
+            buckets = [(f"{bound:g}", float(count)) for bound, count in zip(BOUNDS_S, each.counts, strict=True)]
+            buckets.append(("+Inf", float(each.count)))
+            if each.stage == "total":
+                requests.add_metric([each.request_class], each.count)
+                errors.add_metric([each.request_class], self._snapshot.errors[each.request_class])
+                whole.add_metric([each.request_class], buckets, each.sum_s)
+            else:
+                stages.add_metric([each.request_class, each.stage], buckets, each.sum_s)
+        yield from (requests, errors, whole, stages)
+
+    def _caches(self) -> Iterator[Metric]:
+        entries = GaugeMetricFamily("keyquorum_cache_entries", "What a cache holds.", labels=["cache"])
+        size = GaugeMetricFamily("keyquorum_cache_bytes", "Bytes of what a cache holds.", labels=["cache"])
+        hits = CounterMetricFamily("keyquorum_cache_hits", "Found in a cache.", labels=["cache"])
+        misses = CounterMetricFamily("keyquorum_cache_misses", "Not found in a cache.", labels=["cache"])
+        left = CounterMetricFamily(
+            "keyquorum_cache_evictions", "What left a cache, and why.", labels=["cache", "reason"]
+        )
+        for each in self._snapshot.status.caches:
+            entries.add_metric([each.cache], each.entries)
+            size.add_metric([each.cache], each.bytes)
+            hits.add_metric([each.cache], each.hits)
+            misses.add_metric([each.cache], each.misses)
+            for reason in EVICTIONS:
+                left.add_metric([each.cache, reason], getattr(each, reason))
+        yield from (entries, size, hits, misses, left)
+
+    def _numbers(self) -> Iterator[Metric]:
+        status = self._snapshot.status
+        service, health = status.service, status.health
+        waiting = GaugeMetricFamily("keyquorum_jobs_waiting", "Jobs that wait for a worker.", labels=["worker"])
+        for worker, count in self._snapshot.waiting.items():
+            waiting.add_metric([worker], count)
+        yield waiting
+        info = GaugeMetricFamily("keyquorum_build_info", "Always 1.", labels=["version"])
+        info.add_metric([status.software], 1)
+        yield info
+        serves = not (health.problem or status.audit or status.store)
+        for name, text, value in (
+            ("uptime_seconds", "Since the node started.", status.uptime_ms / 1000),
+            ("ready", "1 if the token, the audit log and the store are as they must be, else 0.", int(serves)),
+            ("alarms", "Contradictions in audit logs that were seen.", len(status.alarms)),
+            ("cluster_serial", "Serial of the cluster manifest in force.", status.cluster_serial),
+            ("shares", "Shares of live keys that are held.", status.shares),
+            ("loaded_keys", "Keys in the token.", status.loaded),
+            ("requests_under_way", "Requests taken in and not yet answered.", service.under_way),
+            ("connections", "Connections that are open.", service.connections),
+            ("connections_max", "How many there may be.", service.connections_max),
+            ("descriptors", "Descriptors that are in use.", service.descriptors),
+            ("descriptors_max", "The limit on them.", service.descriptors_max),
+            ("token_canary_age_seconds", "Since the node found its token well.", health.canary_age_ms / 1000),
+            ("token_fresh_age_seconds", "Since a fresh process found it well.", health.fresh_age_ms / 1000),
+        ):
+            yield GaugeMetricFamily(f"keyquorum_{name}", text, value)
+        for name, text, value in (
+            ("requests_refused", "Requests beyond a limit.", service.refused),
+            ("garbage_messages", "Messages that were no requests.", service.garbage),
+            ("undeliverable_replies", "Replies that nobody took.", service.undeliverable),
+            ("connections_cut", "Connections beyond a limit that were cut.", service.cut),
+            ("token_renewals", "How often the token was opened anew.", health.renewals),
+            ("token_objects_made", "Objects made in the token.", health.made),
+        ):
+            yield CounterMetricFamily(f"keyquorum_{name}", text, value)
+
+
+class _Handler(WSGIRequestHandler):
+    """Writes no log, and waits for no client for ever."""
+
+    timeout = CLIENT_TIMEOUT_S
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def get_stderr(self) -> Any:
+        return _Nowhere()
+
+
+class _Nowhere:
+    """Takes the traces that wsgiref prints of clients that went away."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+class _HttpServer(ThreadingMixIn, WSGIServer):
+    """At most ``MAX_CLIENTS`` at a time; who comes beyond is cut."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, config: MetricsConfig, app: Any) -> None:
+        self.address_family = config.family
+        self._room = threading.Semaphore(MAX_CLIENTS)
+        super().__init__((config.host, config.port), _Handler)
+        self.set_app(app)
+
+    def server_bind(self) -> None:
+        # HTTPServer's own would ask the name service for this host's name.
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # the client went away
+
+
+class MetricsServer:
+    """Answers ``GET /metrics`` until it is closed; ``EngineError`` if it can't listen.
+
+    ``ask`` has the loop make a snapshot with these bounds, and give it to a callback, which it calls in its own thread.
+    """
+
+    def __init__(self, config: MetricsConfig, ask: Callable[[Callable[[Snapshot], None]], None]) -> None:
+        self._ask = ask
+        try:
+            self._server = _HttpServer(config, self._app)
+        except OSError as error:
+            raise EngineError(f"metrics.bind: can't listen at {config}: {error.strerror}") from None
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread.start()
+        log.info("metrics", url=f"http://{config}{PATH}")
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        if environ["PATH_INFO"] != PATH:
+            return _refused(start_response, "404 Not Found", f"only {PATH} is here")
+        if environ["REQUEST_METHOD"] != "GET":
+            return _refused(start_response, "405 Method Not Allowed", "only GET is answered")
+        snapshot = self._snapshot()
+        if snapshot is None:
+            return _refused(start_response, "503 Service Unavailable", "the node is busy")
+        registry = CollectorRegistry()
+        registry.register(_Metrics(snapshot))
+        answer: Iterable[bytes] = make_wsgi_app(registry)(environ, start_response)
+        return answer
+
+    def _snapshot(self) -> Snapshot | None:
+        given: list[Snapshot] = []
+        done = threading.Event()
+
+        def take(snapshot: Snapshot) -> None:
+            given.append(snapshot)
+            done.set()
+
+        self._ask(take)
+        return given[0] if done.wait(SNAPSHOT_TIMEOUT_S) else None
+
+
+def _refused(start_response: Any, status: str, text: str) -> Iterable[bytes]:
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [f"{text}\n".encode()]
