@@ -9,9 +9,8 @@ or does not fit to it, goes the ordinary way as it came.
 from collections.abc import Callable
 from typing import Any, Final, final
 
-from engine.client._router import Connection, Router
-
 from engine.client._histogram import Histograms
+from engine.client._router import Connection, Router
 
 REQUESTS: Final[int]
 
@@ -56,6 +55,7 @@ class Plan:
         lines: Any,
         times: Histograms | None = None,
     ) -> Plan: ...
+
 @final
 class FastPath:
     """The receiving end of a router, for the thread that owns it."""

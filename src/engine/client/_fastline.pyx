@@ -512,7 +512,7 @@ cdef class Shortcuts:
         cut.verb, cut.name, cut.known = verb, name, known
         cut.verb_bytes, cut.name_bytes, cut.key_id = verb.encode(), name.encode(), known.record.manifest.key_id
         cut.request_class = known.request_class(verb)
-        cut.times = self._calls.round_trips(cut.request_class)
+        cut.times = self._calls.times_of(cut.request_class)
         cut.most = wire.MAX_DATA
         if verb in (RequestType.SIGN, RequestType.VERIFY) and algo.prehashed:
             cut.hashed = getattr(hashlib, algo.hash_name)

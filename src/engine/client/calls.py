@@ -469,13 +469,13 @@ class Calls:
         """How long the answers to requests took, by request class."""
         return {name: _latency_stats(found) for name, found in sorted(self._round_trips.items())}
 
-    def round_trips(self, request_class: str) -> Histograms:
+    def times_of(self, request_class: str) -> Histograms:
         """Where is noted how long answers take."""
         found = self._round_trips.get(request_class)
         return self._round_trips.setdefault(request_class, Histograms()) if found is None else found
 
     def _took(self, request_class: str, elapsed_s: float) -> None:
-        self.round_trips(request_class).record(0, elapsed_s)
+        self.times_of(request_class).record(0, elapsed_s)
 
     @property
     def cluster(self) -> Cluster:
