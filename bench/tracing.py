@@ -33,12 +33,10 @@ NODE: Final = (
 )
 CLIENT: Final = (
     ("route", "engine.protocol.routing:Router.begin_direct"),
-    ("description", "engine.client.calls:_Descriptions.peek"),
-    ("send, wait, receive (in C)", "engine.client.transport:Channel.direct"),
     ("route", "engine.protocol.routing:Router.answered_direct"),
-    ("pool of channels", "engine.client.client:_Channels.take"),
-    ("pool of channels", "engine.client.client:_Channels.give"),
-    ("verb (generator, arguments)", "engine.client.client:Engine.encrypt"),
+    ("route", "engine.protocol.routing:Router.learned_direct"),
+    ("description", "engine.client.calls:Calls.peek"),
+    ("verb, request, send, wait, receive (most of it in C)", "engine.client.client:Engine.encrypt"),
 )
 CHECKS: Final = (
     "policy, limits, cache (by the plan)",

@@ -8,8 +8,7 @@ from typing import Final
 from engine.keys import Algorithm, KeyKind, RequestType
 from engine.protocol.requests import Operate
 from engine.protocol.wire import MAX_DATA
-from nodes._fasttoken import Use
-from nodes.token import Lane, LoadedKey
+from nodes.token import Lane, LoadedKey, Use
 
 __all__ = ["HEADER_BYTES", "bound", "check_operation", "operate"]
 

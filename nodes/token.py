@@ -47,6 +47,7 @@ __all__ = [
     "LoadedKey",
     "Token",
     "TokenBusy",
+    "Use",
     "initialize_token",
     "is_slow",
     "open_beside_fresh",

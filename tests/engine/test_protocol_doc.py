@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -472,10 +472,14 @@ def test_a_changed_grant_is_refused() -> None:
 class SoftLane:
     """AES-GCM as the token does it, with the page's key."""
 
-    def decrypt(self, key: object, ciphertext: bytes, associated_data: bytes, header: bytes) -> bytes:
-        assert ciphertext.startswith(header)
-        nonce, rest = ciphertext[len(header) :][:12], ciphertext[len(header) + 12 :]
-        return AESGCM(SEED).decrypt(nonce, rest, header + associated_data)
+    def use(self, key: object, verb: str, header: bytes, hashed: object, unlike: str) -> Callable[..., bytes]:
+        def decrypt(ciphertext: bytes, associated_data: bytes, proof: bytes) -> bytes:
+            assert ciphertext.startswith(header)
+            nonce, rest = ciphertext[len(header) :][:12], ciphertext[len(header) + 12 :]
+            return AESGCM(SEED).decrypt(nonce, rest, header + associated_data)
+
+        assert (verb, hashed) == ("decrypt", None)
+        return decrypt
 
 
 def test_the_ciphertext() -> None:

@@ -315,7 +315,7 @@ def test_requests_that_are_none_of_its_verbs_are_noted_together(scene: Scene) ->
     """So nobody can make the node keep more histograms than it has verbs and algorithms."""
     for verb in ("nonsense", "no.such", "x" * 32):
         request = Request(PROTOCOL_VERSION, len(scene.answers) + 1000, verb, 1000, b"\x90", {})
-        scene.handlers.handle(Incoming(b"route", scene.world.cluster.members["alice"], request))
+        scene.handlers.handle(Incoming(scene.world.cluster.members["alice"], request, scene.connection))
     assert stages(scene, "other")["total"] == 3
 
 

@@ -355,8 +355,12 @@ class Channel:
     def _connected(self, peer: str, timeout_s: float) -> _Connection:
         connection = self._of_today(peer)
         if not connection.pending and int(connection.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
-            # What broke while nothing was under way must not end the request that is sent now.
+            # What broke while nothing was under way must not end the request that is sent now. Another socket dials at
+            # once, while this one may be waiting for its next try.
+            was_up = connection.up
             self._read_monitor(connection.monitor)
+            if was_up and not (connection.up or connection.refused):
+                connection = self._reopen(peer)
         if not (connection.up or connection.pending) and time.monotonic() - connection.down_s > REOPEN_S:
             connection = self._reopen(peer)
         if not connection.up:

@@ -126,7 +126,7 @@ def release() -> None:
     ShareHolder.release = give  # type: ignore[method-assign]
 
 
-def _uses(verb: str, change: Callable[[Any, Any, Any], Callable[[bytes, bytes, bytes], bytes]]) -> None:
+def _uses(verb: str, change: Callable[[Any, Any, Any], Callable[..., bytes]]) -> None:
     """Have the uses of keys with one verb be others: ``change`` is given lane, key and the genuine use."""
     from nodes.token import Lane
 
@@ -142,8 +142,8 @@ def _uses(verb: str, change: Callable[[Any, Any, Any], Callable[[bytes, bytes, b
 def short_macs() -> None:
     """Find every beginning of a right MAC right."""
 
-    def change(lane: Any, key: Any, genuine: Any) -> Callable[[bytes, bytes, bytes], bytes]:
-        def verify(data: bytes, associated_data: bytes, tag: bytes) -> bytes:
+    def change(lane: Any, key: Any, genuine: Any) -> Callable[..., bytes]:
+        def verify(data: bytes, associated_data: bytes = b"", tag: bytes = b"") -> bytes:
             if tag and lane.mac(key, data).startswith(tag):
                 return b""
             result: bytes = genuine(data, associated_data, tag)
@@ -158,8 +158,8 @@ def oracle() -> None:
     """Tell wrong ciphertexts apart."""
     from engine.errors import InvalidTag
 
-    def change(lane: Any, key: Any, genuine: Any) -> Callable[[bytes, bytes, bytes], bytes]:
-        def decrypt(data: bytes, associated_data: bytes, proof: bytes) -> bytes:
+    def change(lane: Any, key: Any, genuine: Any) -> Callable[..., bytes]:
+        def decrypt(data: bytes, associated_data: bytes = b"", proof: bytes = b"") -> bytes:
             try:
                 result: bytes = genuine(data, associated_data, proof)
             except InvalidTag as error:
@@ -175,7 +175,7 @@ def nonces() -> None:
     """Use one nonce for everything that is the same."""
     made: dict[tuple[Any, ...], bytes] = {}
 
-    def change(lane: Any, key: Any, genuine: Any) -> Callable[[bytes, bytes, bytes], bytes]:
+    def change(lane: Any, key: Any, genuine: Any) -> Callable[..., bytes]:
         def encrypt(*given: bytes) -> bytes:
             again = (id(key), *given)
             if again not in made:
