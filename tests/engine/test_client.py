@@ -366,6 +366,37 @@ class TestBatches:
         assert kq.encrypt_many("k", []) == []
         assert sum(verb == "describe" for _, verb in nodes.served) == 1
 
+    def test_a_batch_takes_the_shortest_way_as_far_as_that_goes(
+        self, nodes: Nodes, kq: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for _ in range(3):
+            kq.encrypt("k", b"")
+        items: list[Any] = [b"%d" % number for number in range(3_000)]
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_many_ordinarily", lambda self, name, call, done, left, *_: (left == []) or 1 / 0)
+            sealed = kq.encrypt_many("k", items)
+            assert sealed == [b"ct:" + item for item in items]
+            assert kq.decrypt_many("k", sealed) == items
+            nodes.served.clear()
+            done = kq.decrypt_many("k", [b"ct:a", b"bad", *[b"ct:b"] * 300], return_exceptions=True)
+            assert [type(each) for each in done[:3]] == [bytes, InvalidTag, bytes]
+            assert len(nodes.served) == 302  # what is final is not asked twice
+            nodes.served.clear()
+            with pytest.raises(InvalidTag):
+                kq.decrypt_many("k", [b"ct:a", b"bad", *[b"ct:b"] * 3_000])
+            assert len(nodes.served) < 200  # none is begun once one has failed
+        items[7] = "text"
+        done = kq.encrypt_many("k", items, return_exceptions=True)
+        assert [at for at, each in enumerate(done) if isinstance(each, Exception)] == [7]
+        assert all(not state.outstanding for state in kq._calls.router._nodes.values())
+
+    def test_a_batch_goes_on_at_other_nodes(self, nodes: Nodes, kq: Engine) -> None:
+        for _ in range(3):
+            kq.encrypt("k", b"")
+        first = next(name for name, verb in reversed(nodes.served) if verb == "encrypt")
+        nodes.silent.add(first)
+        assert kq.encrypt_many("k", [b"x"] * 200, timeout=20.0) == [b"ct:x"] * 200
+
     def test_the_first_error_is_raised_when_nothing_is_under_way(self, nodes: Nodes, kq: Engine) -> None:
         with pytest.raises(InvalidTag):
             kq.decrypt_many("k", [b"ct:a", b"bad", *[b"ct:b"] * 200])

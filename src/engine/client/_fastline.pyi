@@ -113,6 +113,15 @@ class Shortcuts:
         wrong tag, is raised.
         """
 
+    def use_many(
+        self, verb: str, name: object, uses: list[tuple[Any, Any, Any]], timeout_s: float, stop: bool
+    ) -> list[bytes | Exception | None]:
+        """The results of many uses (data, associated data, proof), up to 64 of them under way at once.
+
+        A final error takes the place of its result, and with ``stop`` none is begun after one. None stands for what has
+        to take the ordinary way.
+        """
+
     def reap(self, before_s: float) -> None:
         """Close the lines that were last used before that (monotonic seconds)."""
 

@@ -106,6 +106,7 @@ cdef class Line:
     cdef uint8_t *_in
     cdef size_t _from, _to
     cdef kq_room _room
+    cdef kq_room _out
     cdef uint64_t _id
     cdef double _begun_s, _until_s, _used_s
     cdef kq_spinner _spinner
@@ -137,6 +138,9 @@ cdef class Line:
         if self._room.at != NULL:
             explicit_bzero(self._room.at, self._room.length)
             free(self._room.at)
+        if self._out.at != NULL:
+            explicit_bzero(self._out.at, self._out.length)
+            free(self._out.at)
 
     cdef inline size_t _length(self) noexcept nogil:
         return self._limit + KQ_HEAD_MAX
@@ -402,6 +406,10 @@ os.register_at_fork(after_in_child=_forked)
 
 cdef enum:
     CUTS_MAX = 10_000
+    WINDOW = 64              # requests of a batch that are under way at once
+    REFILL = 32              # ... of which so many are awaited before others are sent
+    CHUNK = 2_048            # requests of a batch for which one node is chosen
+    OUT_BYTES = 128 * 1024   # requests that are sent in one go
 
 cdef double CHOICE_S = 0.02
 cdef double LINE_AGAIN_S = 1.0
@@ -490,15 +498,146 @@ cdef class Shortcuts:
             if data is not None or type(digest) is not bytes or not cut.digest_bytes or <size_t>len(digest) != cut.digest_bytes:
                 return None
             data = digest
-        elif type(data) is not bytes or <size_t>len(data) > cut.most:
+        elif not self._fits(cut, data, associated_data, proof):
             return None
         elif cut.hashed is not None:
             data = cut.hashed(data).digest()
-        if type(associated_data) is not bytes or len(associated_data) > wire.MAX_AAD:
-            return None
-        if type(proof) is not bytes or <size_t>len(proof) > KQ_MAX_PROOF:
+        if not self._fits(cut, data, associated_data, proof):
             return None
         return self._run(cut, data, associated_data, proof, cut.digest_bytes > 0, timeout_s, lost)
+
+    def use_many(self, str verb not None, name, list uses not None, double timeout_s, bint stop):
+        """The results of many uses, with None where the ordinary way has to be taken; see _fastline.pyi."""
+        cdef _Cut cut
+        cdef Line line
+        cdef list results = [None] * len(uses)
+        cdef size_t at = 0, end, count = len(uses)
+        cdef double now_s
+        cdef int code = DONE_
+        if type(name) is not str or self._closed:
+            return results
+        cut = self._cuts.get((verb, name))
+        if cut is None or self._calls.peek(name) is not cut.known:
+            cut = self._make(verb, name)
+        while cut is not None and at < count and code == DONE_:
+            now_s = kq_now_s()
+            if not self._choose(cut, now_s):
+                break
+            cut.until_s = 0
+            node, patience_s = cut.node, cut.patience_s
+            try:
+                line = self._take(node, cut.cluster, now_s)
+                if line is None:
+                    self._router.dropped(node)
+                    break
+                end = min(at + CHUNK, count)
+                code = self._many(cut, line, uses, results, at, end, node, timeout_s, patience_s, stop)
+            except BaseException:
+                self._router.dropped(node)
+                raise
+            at = end
+            if code == BROKEN_:
+                self._router.failed(node, kq_now_s())
+                continue
+            self._give(node, line)
+            if code == LATE_:
+                self._router.late(node, kq_now_s())
+            self._router.dropped(node)
+            self._settle(cut, kq_now_s())
+        return results
+
+    cdef int _many(self, _Cut cut, Line line, list uses, list results, size_t begin, size_t end, str node,
+                   double timeout_s, double patience_s, bint stop) except -1:
+        """Do a part of them over one line: DONE, LATE or BROKEN, or OTHER where it was stopped by an error."""
+        cdef kq_operate request
+        cdef kq_result result
+        cdef uint64_t base = line._id + 1
+        cdef size_t sent = begin, under_way = 0, awaited, filled, length, needed
+        cdef uint8_t *at
+        cdef uint8_t *content
+        cdef uint8_t flags
+        cdef bytes data, associated, proof
+        cdef bint stopped = False
+        cdef int code
+        cdef double began_s = kq_now_s()
+        line._id += end - begin
+        if not kq_reserve(&line._out, OUT_BYTES):
+            raise MemoryError
+        request.timeout_ms = max(1, min(<long>(timeout_s * 1000), wire.MAX_TIMEOUT_MS))
+        request.verb, request.key, request.key_id = span_of(cut.verb_bytes), span_of(cut.name_bytes), span_of(cut.key_id)
+        request.digested = cut.digest_bytes > 0
+        while True:
+            filled = 0
+            while sent < end and under_way < WINDOW and not stopped:
+                given = uses[sent]
+                if not self._fits(cut, given[0], given[1], given[2]):
+                    sent += 1  # the ordinary way says what is wrong with it
+                    continue
+                data, associated, proof = given
+                if cut.hashed is not None:
+                    data = cut.hashed(data).digest()
+                request.id = base + (sent - begin)
+                request.data, request.associated_data, request.proof = span_of(data), span_of(associated), span_of(proof)
+                needed = BEFORE + kq_operate_room(&request)
+                if filled + needed > OUT_BYTES:
+                    break
+                at = line._out.at + filled
+                length = kq_write_operate(at + BEFORE, &request)
+                if length:
+                    filled += kq_write_message(at, &line._curve, &sodium, at + BEFORE, length, 0)
+                    under_way += 1
+                sent += 1
+            if filled:
+                if not line._send(line._out.at, filled, kq_now_s() + patience_s):
+                    line._close()
+                    return BROKEN_
+            if not under_way:
+                return OTHER_ if stopped else DONE_
+            awaited = under_way if sent == end or stopped or under_way < REFILL else under_way - REFILL
+            line._until_s = kq_now_s() + patience_s
+            while awaited:
+                with nogil:
+                    code = line._receive(&content, &length, &flags, 0)
+                if code == INTERRUPTED_:
+                    PyErr_CheckSignals()
+                    continue
+                if code != OTHER_:
+                    if code == BROKEN_:
+                        line._close()
+                    return code
+                if flags & MORE:
+                    line._close()  # no reply has a second frame
+                    return BROKEN_
+                line._until_s = kq_now_s() + patience_s
+                if kq_read_result(content, length, &result):
+                    if base <= result.id < base + (end - begin):
+                        results[begin + (result.id - base)] = bytes_of(result.data)
+                        under_way -= 1
+                        awaited -= 1
+                        cut.uses += 1
+                        cut.queue = result.queue
+                        cut.service_us += result.service_us
+                        cut.elapsed_s += 1e-6 * result.service_us
+                    explicit_bzero(content, length)
+                    continue
+                reply = self._calls.direct_any(PyBytes_FromStringAndSize(<const char *>content, length))
+                if reply is None or not base <= reply.id < base + (end - begin):
+                    continue
+                under_way -= 1
+                awaited -= 1
+                try:
+                    self._calls.direct_outcome(node, cut.verb, reply, began_s, cut.name, cut.request_class)
+                except Exception as error:
+                    results[begin + (reply.id - base)] = error
+                    stopped = stopped or stop
+
+    cdef bint _fits(self, _Cut cut, data, associated_data, proof) except -1:
+        """Whether there is nothing wrong with what is given; the ordinary way says what."""
+        return (
+            type(data) is bytes and <size_t>len(data) <= cut.most
+            and type(associated_data) is bytes and len(associated_data) <= wire.MAX_AAD
+            and type(proof) is bytes and <size_t>len(proof) <= KQ_MAX_PROOF
+        )
 
     cdef _Cut _make(self, str verb, str name):
         cdef _Cut cut

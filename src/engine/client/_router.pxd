@@ -48,6 +48,7 @@ cdef class Connection:
     cdef size_t parts
     cdef bint writes
     cdef bint queued
+    cdef bint corked
 
 
 cdef class Router:
@@ -85,6 +86,7 @@ cdef class Router:
     cdef size_t _room(self) noexcept
     cdef int _accept(self, int listening) except -1
     cdef int _shake(self, Connection connection) except -1
+    cdef bint _more_whole(self, Connection connection) noexcept
     cdef int _put(self, Connection connection, const uint8_t *data, size_t length) except -1
     cdef int _flush(self, Connection connection) except -1
     cdef int _command(self, Connection connection, const uint8_t *content, size_t length) except -1

@@ -578,13 +578,19 @@ class Calls:
         return self._descriptions.peek(name)
 
     @staticmethod
-    def direct_reply(frame: bytes, number: int) -> Reply | None:
-        """The reply in a frame, if it is to that request."""
+    def direct_any(frame: bytes) -> Reply | None:
+        """The reply in a frame, if it is one."""
         try:
             reply = reply_codec.decode(frame)
         except ProtocolError:
             return None
-        return reply if reply.id == number and reply.version == PROTOCOL_VERSION else None
+        return reply if reply.version == PROTOCOL_VERSION else None
+
+    @classmethod
+    def direct_reply(cls, frame: bytes, number: int) -> Reply | None:
+        """The reply in a frame, if it is to that request."""
+        reply = cls.direct_any(frame)
+        return reply if reply is not None and reply.id == number else None
 
     def direct_outcome(
         self, node: str, verb: str, reply: Reply, started_s: float, key_name: str, request_class: str

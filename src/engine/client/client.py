@@ -820,8 +820,8 @@ class Engine:
         """
         wait_s = self._wait_s(timeout)
         pairs = pair_items(plaintexts, associated_data)
-        calls = (self._calls.encrypt(name, data, aad, wait_s) for data, aad in pairs)
-        return self._run_many(name, calls, len(pairs), wait_s, return_exceptions)
+        uses = [(data, aad, b"") for data, aad in pairs]
+        return self._run_many(_ENCRYPT, name, uses, lambda at: self._calls.encrypt(name, *pairs[at], wait_s), wait_s, return_exceptions)
 
     @overload
     def decrypt_many(
@@ -857,8 +857,8 @@ class Engine:
         """Decrypt a list, as ``encrypt_many`` encrypts one."""
         wait_s = self._wait_s(timeout)
         pairs = pair_items(ciphertexts, associated_data)
-        calls = (self._calls.decrypt(name, data, aad, wait_s) for data, aad in pairs)
-        return self._run_many(name, calls, len(pairs), wait_s, return_exceptions)
+        uses = [(data, aad, b"") for data, aad in pairs]
+        return self._run_many(_DECRYPT, name, uses, lambda at: self._calls.decrypt(name, *pairs[at], wait_s), wait_s, return_exceptions)
 
     @overload
     def sign_many(
@@ -881,8 +881,10 @@ class Engine:
         """Sign a list of messages; the rest as in ``encrypt_many``."""
         wait_s = self._wait_s(timeout)
         items = _listed(messages)
-        calls = (self._calls.sign(name, message, None, wait_s) for message in items)
-        return self._run_many(name, calls, len(items), wait_s, return_exceptions)
+        uses = [(message, b"", b"") for message in items]
+        return self._run_many(
+            _SIGN, name, uses, lambda at: self._calls.sign(name, items[at], None, wait_s), wait_s, return_exceptions
+        )
 
     def verify_many(
         self,
@@ -895,8 +897,15 @@ class Engine:
         """Verify a list of (message, signature); a None for each that is right. The rest as in ``encrypt_many``."""
         wait_s = self._wait_s(timeout)
         items = _listed(pairs)
-        calls = (self._calls.verify(name, message, signature, None, wait_s) for message, signature in items)
-        done = self._run_many(name, calls, len(items), wait_s, return_exceptions)
+        uses = [(message, b"", signature) for message, signature in items]
+        done = self._run_many(
+            _VERIFY,
+            name,
+            uses,
+            lambda at: self._calls.verify(name, *items[at], None, wait_s),
+            wait_s,
+            return_exceptions,
+        )
         return [each if isinstance(each, Exception) else None for each in done]
 
     @overload
@@ -920,8 +929,10 @@ class Engine:
         """The MACs of a list of messages; the rest as in ``encrypt_many``."""
         wait_s = self._wait_s(timeout)
         items = _listed(messages)
-        calls = (self._calls.mac(name, message, wait_s) for message in items)
-        return self._run_many(name, calls, len(items), wait_s, return_exceptions)
+        uses = [(message, b"", b"") for message in items]
+        return self._run_many(
+            _MAC, name, uses, lambda at: self._calls.mac(name, items[at], wait_s), wait_s, return_exceptions
+        )
 
     # --- streams (see engine.client.files) ---
 
@@ -1094,24 +1105,68 @@ class Engine:
         return self._with_channel(partial(drive_many, stop_at_error=False), calls, timeout_s)
 
     def _run_many(
-        self, name: str, calls: Iterable[Call[bytes]], count: int, timeout_s: float, return_exceptions: bool
+        self,
+        verb: str,
+        name: str,
+        uses: list[tuple[Any, Any, Any]],
+        call: Callable[[int], Call[bytes]],
+        timeout_s: float,
+        return_exceptions: bool,
     ) -> list[Any]:
-        if not count:
-            return []
-        if count > MAX_BATCH:
-            raise ValueError(f"a batch of {count}; the limit is {MAX_BATCH}")
+        """Many uses of a key: by the shortest way as far as that goes, and ``call`` makes the ordinary way's of one."""
+        if len(uses) > MAX_BATCH:
+            raise ValueError(f"a batch of {len(uses)}; the limit is {MAX_BATCH}")
+        done: list[Any] = [None] * len(uses)
+        left = self._many_directly(verb, name, uses, done, range(len(uses)), timeout_s, return_exceptions)
+        if len(left) == len(uses) > 1:  # the key may be cold, or unknown: the first use changes that
+            self._many_ordinarily(name, call, done, left[:1], timeout_s, return_exceptions)
+            left = self._many_directly(verb, name, uses, done, left[1:], timeout_s, return_exceptions)
+        self._many_ordinarily(name, call, done, left, timeout_s, return_exceptions)
+        return done
+
+    def _many_directly(
+        self,
+        verb: str,
+        name: str,
+        uses: list[tuple[Any, Any, Any]],
+        done: list[Any],
+        left: Sequence[int],
+        timeout_s: float,
+        return_exceptions: bool,
+    ) -> Sequence[int]:
+        """Do what the shortest way can; what is left then."""
+        self._check_usable()
+        if active_trace() is not None:
+            return left
+        results = self._shortcuts.use_many(verb, name, [uses[at] for at in left], timeout_s, not return_exceptions)
+        for at, result in zip(left, results, strict=True):
+            if isinstance(result, Exception) and not return_exceptions:
+                raise result
+            done[at] = result
+        return [at for at, result in zip(left, results, strict=True) if result is None]
+
+    def _many_ordinarily(
+        self,
+        name: str,
+        call: Callable[[int], Call[bytes]],
+        done: list[Any],
+        left: Sequence[int],
+        timeout_s: float,
+        return_exceptions: bool,
+    ) -> None:
+        if not left:
+            return
 
         def use(channel: Channel, calls: Iterable[Call[bytes]]) -> list[Any]:
             # One description first, so that not every call of the window asks for it.
             drive(channel, self._calls.describe(name, timeout_s))
             return drive_many(channel, calls, stop_at_error=not return_exceptions)
 
-        done = self._with_channel(use, calls, timeout_s)
-        if not return_exceptions:
-            for each in done:
-                if isinstance(each, Exception):
-                    raise each
-        return done
+        # The list is short where an error has ended it.
+        for at, result in zip(left, self._with_channel(use, map(call, left), timeout_s), strict=False):
+            if isinstance(result, Exception) and not return_exceptions:
+                raise result
+            done[at] = result
 
     def _ask_all(self, make: Callable[[str], Call[T]], timeout_s: float) -> Mapping[str, T | Exception]:
         nodes = list(self.cluster.nodes)
