@@ -225,6 +225,9 @@ cdef class Router:
             self._end(connection)
         for fd in list(self._places):
             self.leave(fd)
+        if self._taken_length:
+            explicit_bzero(self._taken, self._taken_length)
+            self._taken_length = 0
         self._current = None
         self._count = self._at = 0
         self._ready.clear()
