@@ -432,7 +432,14 @@ class FakeNode:
             socket.curve_secretkey = zmq.curve_keypair()[1]
             socket.curve_server = True
             socket.linger = 0
-            socket.bind(self.cluster.nodes["node-1"].endpoint)
+            end_s = time.monotonic() + 10
+            while True:
+                try:
+                    socket.bind(self.cluster.nodes["node-1"].endpoint)
+                    break
+                except zmq.ZMQError:  # libzmq closes this one's socket a moment later
+                    assert time.monotonic() < end_s
+                    time.sleep(0.01)
             yield
             assert not socket.poll(0)
 

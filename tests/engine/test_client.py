@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,6 +274,21 @@ class TestEngine:
                 kq.decrypt("k", b"bad")
         assert len([each for each in nodes.served if each[1] == "decrypt"]) == 1  # what is final is not asked twice
         assert all(not state.outstanding for state in kq._calls.router._nodes.values())
+
+    def test_a_traced_call_does_not_take_the_shortest_way(
+        self, nodes: Nodes, kq: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Which carries no extension."""
+        for _ in range(3):
+            kq.encrypt("k", b"")
+        real = kq._shortcuts
+        monkeypatch.setattr(kq, "_shortcuts", SimpleNamespace(forked=False))
+        with pytest.raises(AttributeError, match="use"):
+            kq.encrypt("k", b"x")
+        with engine.trace_context("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"):
+            assert kq.encrypt("k", b"x") == b"ct:x"
+            assert kq.encrypt_many("k", [b"x", b"y"]) == [b"ct:x", b"ct:y"]
+        monkeypatch.setattr(kq, "_shortcuts", real)
 
     def test_threads_use_the_shortest_way_side_by_side(self, nodes: Nodes, kq: Engine) -> None:
         errors: list[BaseException] = []

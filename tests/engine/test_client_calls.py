@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from engine.client import calls as calls_module
 from engine.client.calls import Await, Calls, Ended, Exchange, KeySummary, answered_by_any, merge_lists
 from engine.client.tracing import trace_context
-from engine.client.transport import DirectUse
 from engine.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -322,13 +321,6 @@ class TestTrace:
         assert play.extensions == [{"traceparent": self.TRACEPARENT.encode()}] * 3
         encrypt(play)
         assert play.extensions[3:] == [None]
-
-    def test_a_traced_call_does_not_take_the_shortest_way(self, play: Play) -> None:
-        """Which carries no extension."""
-        encrypt(play)
-        assert isinstance(next(play.calls.encrypt("k", b"data", b"", 5.0, direct=True)), DirectUse)
-        with trace_context(self.TRACEPARENT):
-            assert isinstance(next(play.calls.encrypt("k", b"data", b"", 5.0, direct=True)), Exchange)
 
     def test_a_traced_call_that_is_given_up_tells_the_router(self, play: Play) -> None:
         encrypt(play)

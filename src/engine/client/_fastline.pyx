@@ -543,6 +543,8 @@ cdef class Shortcuts:
             if code == LATE_:
                 self._router.late(node, kq_now_s())
             self._router.dropped(node)
+            # How long the way was can't be told where many are on it; so that stays as it is known.
+            cut.elapsed_s += 1e-6 * cut.uses * cut.state.round_trip_us
             self._settle(cut, kq_now_s())
         return results
 
@@ -559,7 +561,8 @@ cdef class Shortcuts:
         cdef bytes data, associated, proof
         cdef bint stopped = False
         cdef int code
-        cdef double began_s = kq_now_s()
+        cdef double began_s = kq_now_s(), now_s
+        cdef double[CHUNK] sent_s
         line._id += end - begin
         if not kq_reserve(&line._out, OUT_BYTES):
             raise MemoryError
@@ -567,7 +570,7 @@ cdef class Shortcuts:
         request.verb, request.key, request.key_id = span_of(cut.verb_bytes), span_of(cut.name_bytes), span_of(cut.key_id)
         request.digested = cut.digest_bytes > 0
         while True:
-            filled = 0
+            filled, now_s = 0, kq_now_s()
             while sent < end and under_way < WINDOW and not stopped:
                 given = uses[sent]
                 if not self._fits(cut, given[0], given[1], given[2]):
@@ -586,15 +589,16 @@ cdef class Shortcuts:
                 if length:
                     filled += kq_write_message(at, &line._curve, &sodium, at + BEFORE, length, 0)
                     under_way += 1
+                sent_s[sent - begin] = now_s
                 sent += 1
             if filled:
-                if not line._send(line._out.at, filled, kq_now_s() + patience_s):
+                if not line._send(line._out.at, filled, now_s + patience_s):
                     line._close()
                     return BROKEN_
             if not under_way:
                 return OTHER_ if stopped else DONE_
             awaited = under_way if sent == end or stopped or under_way < REFILL else under_way - REFILL
-            line._until_s = kq_now_s() + patience_s
+            line._until_s = now_s + patience_s
             while awaited:
                 with nogil:
                     code = line._receive(&content, &length, &flags, 0)
@@ -608,12 +612,14 @@ cdef class Shortcuts:
                 if flags & MORE:
                     line._close()  # no reply has a second frame
                     return BROKEN_
-                line._until_s = kq_now_s() + patience_s
+                now_s = kq_now_s()
+                line._until_s = now_s + patience_s
                 if kq_read_result(content, length, &result):
                     if base <= result.id < base + (end - begin):
                         results[begin + (result.id - base)] = bytes_of(result.data)
                         under_way -= 1
                         awaited -= 1
+                        cut.times.take(0, now_s - sent_s[result.id - base])
                         cut.uses += 1
                         cut.queue = result.queue
                         cut.service_us += result.service_us

@@ -821,7 +821,9 @@ class Engine:
         wait_s = self._wait_s(timeout)
         pairs = pair_items(plaintexts, associated_data)
         uses = [(data, aad, b"") for data, aad in pairs]
-        return self._run_many(_ENCRYPT, name, uses, lambda at: self._calls.encrypt(name, *pairs[at], wait_s), wait_s, return_exceptions)
+        return self._run_many(
+            _ENCRYPT, name, uses, lambda at: self._calls.encrypt(name, *pairs[at], wait_s), wait_s, return_exceptions
+        )
 
     @overload
     def decrypt_many(
@@ -858,7 +860,9 @@ class Engine:
         wait_s = self._wait_s(timeout)
         pairs = pair_items(ciphertexts, associated_data)
         uses = [(data, aad, b"") for data, aad in pairs]
-        return self._run_many(_DECRYPT, name, uses, lambda at: self._calls.decrypt(name, *pairs[at], wait_s), wait_s, return_exceptions)
+        return self._run_many(
+            _DECRYPT, name, uses, lambda at: self._calls.decrypt(name, *pairs[at], wait_s), wait_s, return_exceptions
+        )
 
     @overload
     def sign_many(

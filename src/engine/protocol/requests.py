@@ -323,11 +323,11 @@ class NodeStatus(Message, frozen=True):
 STAGES: Final = ("parse", "policy", "cache", "wait", "gather", "token", "work", "audit", "reply", "total")
 """The stages of a request in their order, of which each has those that it went through.
 
-``parse`` from the frame to the request, on the ordinary way alone; ``policy`` admission, policy and what is known of
-the key; ``cache`` the look-up of the loaded key; ``wait`` until a worker had time; ``gather`` until a cold key was
-loaded; ``token`` the operation in the token; ``work`` what a worker did for any other request; ``audit`` the records,
-and until they are on the disk where the reply has to wait for that; ``reply`` until the socket took it; ``total`` all
-but ``parse``.
+``parse`` from the frame to the request, and ``cache`` the look-up of the loaded key, on the ordinary way alone;
+``policy`` admission, policy and what is known of the key; ``wait`` until a worker had time; ``gather`` until a cold key
+was loaded; ``token`` the operation in the token; ``work`` what a worker did for any other request; ``audit`` the
+records, and until they are on the disk where the reply has to wait for that; ``reply`` until the socket took it;
+``total`` all but ``parse``.
 """
 
 
