@@ -244,7 +244,7 @@ cdef class FastPath:
         cdef double begun_s, now_s, before_s, spin_s
         if self.paused:
             return self._rest_beside(timeout_ms)
-        spin_s = kq_spin_s(&self._spinner) if self._busy and timeout_ms else 0
+        spin_s = kq_spin_s(&self._spinner, 0) if self._busy and timeout_ms else 0
         begun_s = now_s = kq_now_s()
         while True:
             self._router.wait(0 if spin_s else timeout_ms, &found)

@@ -26,18 +26,21 @@ cdef extern from *:
 
     static inline int kq_spins(const kq_spinner *spinner) { return spinner->spinning_s < spinner->sleeping_s; }
 
-    /* How long this wait may spin; 0: not at all. */
-    static inline double kq_spin_s(kq_spinner *spinner) {
+    /* How long this wait may spin, for what takes so long in itself; 0: not at all. */
+    static inline double kq_spin_s(kq_spinner *spinner, double work_s) {
         spinner->spun = kq_spins(spinner) ^ (++spinner->number % KQ_SAMPLE == 0);
         if (!spinner->spun) return 0;
-        double spin_s = 2 * (spinner->spinning_s > 0 ? spinner->spinning_s : spinner->sleeping_s);
+        double spin_s = 2 * (work_s + (spinner->spinning_s > 0 ? spinner->spinning_s : spinner->sleeping_s));
         return spin_s < KQ_SPIN_MIN_S ? KQ_SPIN_MIN_S : spin_s > KQ_SPIN_MAX_S ? KQ_SPIN_MAX_S : spin_s;
     }
 
-    /* What a wait took in all. */
+    /* What a wait took, beside the work that was waited for. One that was held up by something else counts as twice the
+       usual, so that it does not make a poor choice of a good one for the next hundred. */
     static inline void kq_waited(kq_spinner *spinner, double took_s) {
         double *usual_s = spinner->spun ? &spinner->spinning_s : &spinner->sleeping_s;
-        *usual_s += (took_s - *usual_s) / 8;
+        if (took_s < 1e-6) took_s = 1e-6;
+        if (*usual_s > 0 && took_s > 2 * *usual_s) took_s = 2 * *usual_s;
+        *usual_s = *usual_s > 0 ? *usual_s + (took_s - *usual_s) / 8 : took_s;
     }
     """
     double KQ_YIELD_LONG_S
@@ -46,5 +49,5 @@ cdef extern from *:
     ctypedef struct kq_spinner:
         pass
     bint kq_spins(const kq_spinner *spinner) nogil
-    double kq_spin_s(kq_spinner *spinner) nogil
+    double kq_spin_s(kq_spinner *spinner, double work_s) nogil
     void kq_waited(kq_spinner *spinner, double took_s) nogil

@@ -289,11 +289,11 @@ cdef class Line:
         if not self._send(frame, length, self._until_s):
             self._close()
             return NOT_SENT_ if self._begun_s + patience_s > kq_now_s() else BROKEN_
-        code = self._await(kq_spin_s(&self._spinner))
+        code = self._await(kq_spin_s(&self._spinner, 1e-6 * self.service_us))
         self._used_s = kq_now_s()
         self.elapsed_s = self._used_s - self._begun_s
         if code == DONE_:
-            kq_waited(&self._spinner, self.elapsed_s)
+            kq_waited(&self._spinner, self.elapsed_s - 1e-6 * self.service_us)
         return code
 
     cdef bint _gone(self) noexcept nogil:
