@@ -30,7 +30,12 @@ cdef extern from *:
     static inline double kq_spin_s(kq_spinner *spinner, double work_s) {
         spinner->spun = kq_spins(spinner) ^ (++spinner->number % KQ_SAMPLE == 0);
         if (!spinner->spun) return 0;
-        double spin_s = 2 * (work_s + (spinner->spinning_s > 0 ? spinner->spinning_s : spinner->sleeping_s));
+        double usual_s = work_s + (spinner->spinning_s > 0 ? spinner->spinning_s : spinner->sleeping_s);
+        if (usual_s > KQ_SPIN_MAX_S) { /* it would only burn time */
+            spinner->spun = 0;
+            return 0;
+        }
+        double spin_s = 2 * usual_s;
         return spin_s < KQ_SPIN_MIN_S ? KQ_SPIN_MIN_S : spin_s > KQ_SPIN_MAX_S ? KQ_SPIN_MAX_S : spin_s;
     }
 
