@@ -482,6 +482,8 @@ def _restart(rig: Rig, scale: Scale, book: Book) -> None:
         for _ in range(scale.restarts):
             ask(channel, node, RequestType.STATUS, Empty(), 5.0)
             cluster.kill(node)
+            while _listens(port):  # until the kernel has taken the dead process apart
+                time.sleep(0.0002)
             starter = threading.Thread(target=cluster.start_node, args=(node,))
             starter.start()
             until = time.monotonic() + 60
