@@ -142,11 +142,6 @@ class Server:
         )
         names = AuditNames(self._store, lane) if config.audit_key_names == "hmac" else None
         self._context = _context()
-        first, *others = self._own.served(config.bind)
-        self.endpoint = first.endpoint
-        self._listener = Listener(first.pair, first.endpoint, cluster, config.service_limits)
-        if others:
-            self._listener.serve({each.endpoint: each.pair for each in (first, *others)})
         signatures = SignatureCache(config.signature_cache, time.monotonic)
         remember_signatures(signatures)
         shares = ShareCache(_within_locked_memory(config.share_cache), time.monotonic)
@@ -186,6 +181,12 @@ class Server:
             [sys.executable, "-P", "-m", "nodes", "check-token", "--same-kek", "--config", str(config.path)],
             renewed=lambda: self._mailbox.post(self._handlers.token_renewed),
         )
+        # Late, so that nobody who is let in has to wait for the rest.
+        first, *others = self._own.served(config.bind)
+        self.endpoint = first.endpoint
+        self._listener = Listener(first.pair, first.endpoint, cluster, config.service_limits)
+        if others:
+            self._listener.serve({each.endpoint: each.pair for each in (first, *others)})
         sources = [self._mailbox.fileno(), *([] if lifeline is None else [lifeline])]
         self._fast = FastPath(self._listener.router, *sources)
         self._handlers = Handlers(
