@@ -255,9 +255,10 @@ cdef class FastPath:
             before_s, now_s = now_s, kq_now_s()
             if now_s - begun_s >= spin_s or now_s - before_s >= KQ_YIELD_LONG_S:
                 spin_s = 0
-        if found & REQUESTS_ and self._busy:
+        if self._busy:
             now_s = kq_now_s() - begun_s
-            if now_s < GAP_MAX_S:
+            # Where no request came while it was worth waiting for one, spinning was of no use.
+            if now_s < GAP_MAX_S if found & REQUESTS_ else self._spinner.spun:
                 kq_waited(&self._spinner, now_s)
         self._busy = found & REQUESTS_
         return found

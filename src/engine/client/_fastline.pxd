@@ -52,7 +52,7 @@ cdef extern from *:
     double kq_now_s() nogil
 
     ctypedef struct kq_spinner:
-        pass
+        int spun
     bint kq_spins(const kq_spinner *spinner) nogil
     double kq_spin_s(kq_spinner *spinner, double work_s) nogil
     void kq_waited(kq_spinner *spinner, double took_s) nogil
