@@ -35,7 +35,7 @@ class ServiceLimits:
     requests_per_s: float = 10_000.0
     burst_s: float = 10.0
     connections: int = 0
-    member_connections: int = 256
+    member_connections: int = 512
 
     def served(self) -> ServedLimits:
         """The same as ``hello`` tells them."""
