@@ -361,6 +361,8 @@ cdef class FastPath:
             result.queue = handlers.end_planned(plan, <long>((ended_s - started_s) * 1e6))
             recorded_s = kq_now_s()
         except Exception as error:
+            if self._room.length:
+                explicit_bzero(self._room.at, self._room.length)  # a plaintext, if it was the record that failed
             plan.failed += 1  # which is counted as any other that failed
             handlers.fail_planned(plan, request.id, connection, started_s, error)
             return True

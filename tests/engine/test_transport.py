@@ -7,7 +7,9 @@ import socket as socket_module
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -16,7 +18,8 @@ import zmq
 import zmq.utils.z85
 from msgspec.structs import replace
 
-from engine.client._fastline import BROKEN, DONE, LATE, NOT_SENT, OTHER, Line
+from engine.client._fastline import BROKEN, DONE, LATE, NOT_SENT, OTHER, Line, Shortcuts
+from engine.client._histogram import Histograms
 from engine.client._zmtp import Peer
 from engine.client.admission import ServiceLimits, welcome
 from engine.client.calls import Await, Calls, Exchange
@@ -29,6 +32,7 @@ from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, iss
 from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Flush, Flushed, Hello, Result, Welcome
 from engine.protocol.wire import (
     MAX_MESSAGE,
+    PROTOCOL_VERSION,
     ErrorBody,
     Load,
     Reply,
@@ -571,13 +575,14 @@ def test_garbage_ends_no_use(node: Node, line: Line) -> None:
     assert (code, line.data, passed) == (DONE, b"atad", 4)
 
 
-def test_bytes_that_break_a_rule_end_the_line(world: World) -> None:
-    """After a good handshake somebody sends what is no frame, or one that was not made for this place."""
+@contextmanager
+def rogue(world: World, serve: Callable[[Peer, socket_module.socket], None]) -> Iterator[Line]:
+    """A line to somebody with the node's key, who does ``serve`` after a good handshake."""
     server = world.node.transport
     listening = socket_module.create_server(("127.0.0.1", 0))
     member = replace(world.members["n1"], endpoint=f"tcp://127.0.0.1:{listening.getsockname()[1]}")
 
-    def serve() -> None:
+    def run() -> None:
         stream, _ = listening.accept()
         decode = zmq.utils.z85.decode
         peer = Peer(own_public=decode(server.public), own_secret=decode(server.secret))
@@ -588,17 +593,84 @@ def test_bytes_that_break_a_rule_end_the_line(world: World) -> None:
                 if peer.judged:
                     peer.judge(True)
             stream.sendall(peer.take())
-            peer.feed(stream.recv(4096))
-            stream.sendall(b"\xff" * 100)
-            stream.recv(4096)
+            with suppress(ConnectionError):
+                serve(peer, stream)
 
-    thread = threading.Thread(target=serve)
+    thread = threading.Thread(target=run)
     thread.start()
     line = open_line(world.client.transport, member)
     assert line is not None
-    assert operate(line) == BROKEN
+    yield line
+    line.close()
     thread.join()
     listening.close()
+
+
+def test_bytes_that_break_a_rule_end_the_line(world: World) -> None:
+    """After a good handshake somebody sends what is no frame, or one that was not made for this place."""
+
+    def serve(peer: Peer, stream: socket_module.socket) -> None:
+        peer.feed(stream.recv(4096))
+        stream.sendall(b"\xff" * 100)
+        stream.recv(4096)
+
+    with rogue(world, serve) as line:
+        assert operate(line) == BROKEN
+
+
+def result_frame(peer: Peer, number: int) -> bytes:
+    body = REPLY_CODECS["mac"].encode(Result(b"made"))
+    peer.send(reply_codec.encode(Reply(PROTOCOL_VERSION, number, Status.OK, body, Load(0, 1, True), {})))
+    return peer.take()
+
+
+@pytest.mark.parametrize("flags", [0, 2])
+def test_a_node_that_sends_without_end_keeps_nobody_longer_than_its_patience(world: World, flags: int) -> None:
+    """Answers to what nobody asked, or commands; where the line spins, too, which it does now and then."""
+    quick = 63
+
+    def serve(peer: Peer, stream: socket_module.socket) -> None:
+        for number in range(1, quick + 1):
+            while not peer.feed(stream.recv(4096)):
+                pass
+            stream.sendall(result_frame(peer, number))
+        while not peer.feed(stream.recv(4096)):
+            pass
+        body = REPLY_CODECS["mac"].encode(Result(bytes(40_000)))
+        other = reply_codec.encode(Reply(PROTOCOL_VERSION, 5_000, Status.OK, body, Load(0, 1, True), {}))
+        for _ in range(400):
+            peer.send(other, flags)
+        stream.sendall(peer.take() + result_frame(peer, quick + 1))
+
+    with rogue(world, serve) as line:
+        for number in range(1, quick + 1):
+            assert operate(line, number) == DONE
+        assert operate(line, quick + 1, patience_s=0.003) == LATE
+
+
+def test_an_error_in_opening_a_line_is_told_as_it_is(world: World) -> None:
+    record = SimpleNamespace(manifest=SimpleNamespace(key_id=bytes(16)))
+    algorithm = SimpleNamespace(operations={"mac"}, prehashed=False)
+    known = SimpleNamespace(algorithm=algorithm, record=record, request_class=lambda verb: verb, holders=("n1",))
+    dropped: list[str] = []
+    router = SimpleNamespace(
+        changes=0,
+        begin_direct=lambda *_: ("n1", 1.0, SimpleNamespace(outstanding=1)),
+        dropped=dropped.append,
+    )
+    calls = SimpleNamespace(router=router, peek=lambda _: known, times_of=lambda _: Histograms())
+    identity = SimpleNamespace(current=world.client.transport)
+
+    def fail(own: CurveIdentity, member: Member) -> Line | None:
+        raise ValueError("no address")
+
+    ways: Any = (calls, SimpleNamespace(cluster=world.cluster), identity, world.members, fail)
+    shortcuts = Shortcuts(*ways, most=1, max_ciphertext=100)
+    lost: Any = {}
+    for _ in range(100):
+        with pytest.raises(ValueError, match="no address"):
+            shortcuts.use("mac", "orders", b"data", b"", b"", None, 1.0, lost)
+    assert dropped == ["n1"] * 100
 
 
 def replace_request(incoming: Incoming, number: int) -> Incoming:

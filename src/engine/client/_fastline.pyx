@@ -288,7 +288,9 @@ cdef class Line:
         length = kq_write_message(frame, &self._curve, &sodium, content, length, 0)
         if not self._send(frame, length, self._until_s):
             self._close()
-            return NOT_SENT_ if self._begun_s + patience_s > kq_now_s() else BROKEN_
+            self._used_s = kq_now_s()
+            self.elapsed_s = self._used_s - self._begun_s
+            return NOT_SENT_ if self._until_s > self._used_s else BROKEN_
         code = self._await(kq_spin_s(&self._spinner, 1e-6 * self.service_us))
         self._used_s = kq_now_s()
         self.elapsed_s = self._used_s - self._begun_s
@@ -369,10 +371,10 @@ cdef class Line:
                 memmove(self._in, self._in + self._from, self._to - self._from)
                 self._to -= self._from
                 self._from = 0
+            wait_s = self._until_s - now_s
+            if wait_s <= 0:  # while it spins too: a peer may send for ever what is no answer
+                return LATE_
             if not spin_until_s:
-                wait_s = self._until_s - now_s
-                if wait_s <= 0:
-                    return LATE_
                 item.fd, item.events, item.revents = self._fd, POLLIN, 0
                 found = poll(&item, 1, <int>(wait_s * 1000) + 1)
                 if found < 0:
@@ -673,11 +675,11 @@ cdef class Shortcuts:
     cdef bint _choose(self, _Cut cut, double now_s) except -1:
         """Have a node chosen: one that has the key loaded."""
         self._settle(cut, now_s)
+        cut.until_s = 0  # no other thread takes the old choice for one by this manifest
         cut.cluster = self._source.cluster
         cut.changes = self._router.changes
         found = self._router.begin_direct(cut.request_class, cut.name, cut.known.holders, now_s)
         if found is None:
-            cut.until_s = 0
             return False
         cut.node, cut.patience_s, cut.state = found
         cut.until_s = now_s + CHOICE_S
@@ -696,7 +698,7 @@ cdef class Shortcuts:
     cdef object _run(self, _Cut cut, bytes data, bytes associated_data, bytes proof, bint digested, double timeout_s,
                      object lost):
         cdef double now_s = kq_now_s(), patience_s
-        cdef Line line
+        cdef Line line = None
         cdef int code
         cdef bint fresh = False
         cdef uint64_t number
@@ -725,7 +727,8 @@ cdef class Shortcuts:
             code = line.operate(number, cut.verb_bytes, cut.name_bytes, cut.key_id, data, associated_data, proof,
                                 digested, max(1, min(<long>(timeout_s * 1000), wire.MAX_TIMEOUT_MS)), patience_s)
         except ValueError:
-            self._give(node, line)
+            if line is not None:
+                self._give(node, line)
             self._router.dropped(node)
             raise
         except BaseException:

@@ -67,7 +67,7 @@ cdef class Router:
     cdef object _ready
     cdef list _dead
     cdef epoll_event[EVENTS_MAX] _events
-    cdef int _count, _at
+    cdef int _count, _at, _round
     cdef uint8_t *_scratch
     cdef Connection _current
     cdef uint8_t *_from
@@ -77,6 +77,8 @@ cdef class Router:
     cdef uint8_t *_taken
     cdef size_t _taken_length
 
+    cdef int _beside(self) except -1
+    cdef void _wipe(self) noexcept
     cdef int wait(self, int timeout_ms, int *found) except -1
     cdef Connection next(self, uint8_t **content, size_t *length, size_t *parts)
     cdef int reply(self, Connection connection, uint8_t *content, size_t length, uint8_t flags) except -1

@@ -29,7 +29,7 @@ from engine.client._zmtp cimport (
     kq_write_message,
     sodium,
 )
-from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, errno as c_errno
+from libc.errno cimport EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, errno as c_errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
@@ -58,6 +58,14 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t send(int fd, const void *buffer, size_t length, int flags)
     int setsockopt(int fd, int level, int option, const void *value, unsigned length)
 
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *items, unsigned long count, int timeout_ms)
+    short POLLIN
+
 cdef extern from "<netinet/tcp.h>" nogil:
     int IPPROTO_TCP
     int TCP_NODELAY
@@ -74,10 +82,11 @@ cdef extern from *:
     """
 
 cdef enum:
-    TURN = 8           # messages of one connection before others have their turn
+    TURN = 8           # frames of one connection before others have their turn
     ACCEPTS = 64       # connections that are accepted in one go
     PARTS_MAX = 64     # frames of a message, which is none for anybody here if it has more than one
     KEPT_MIN = 1024
+    WATCHED_MAX = 16
     MORE = 1
     COMMAND = 2
 
@@ -94,6 +103,8 @@ cdef class Connection:
 
     def __dealloc__(self):
         cdef kq_waiting *each
+        if self.open:  # its router went without a close
+            close(self.fd)
         kq_end_curve(&self.curve, &sodium)
         if self.kept != NULL:
             explicit_bzero(self.kept, self.kept_room)
@@ -205,6 +216,8 @@ cdef class Router:
 
     def watch(self, int fd, int bit):
         """Have ``wait`` tell of a descriptor that is readable by that bit."""
+        if len(self._watched) >= WATCHED_MAX:
+            raise ValueError(f"more than {WATCHED_MAX} descriptors")
         self._watched[fd] = bit
         self._add(fd)
 
@@ -225,13 +238,10 @@ cdef class Router:
             self._end(connection)
         for fd in list(self._places):
             self.leave(fd)
-        if self._taken_length:
-            explicit_bzero(self._taken, self._taken_length)
-            self._taken_length = 0
+        self._wipe()
         self._current = None
-        self._count = self._at = 0
+        self._count = self._at = self._round = 0
         self._ready.clear()
-        self._dead.clear()
 
     # --- connections ---
 
@@ -247,6 +257,7 @@ cdef class Router:
             self._connections.discard(connection)
             self._shaking.discard(connection)
             self._dead.append(connection)  # an event that was told already may name it
+            kq_end_curve(&connection.curve, &sodium)  # so nothing more of it is opened, or kept by who keeps it
             if self.gone is not None:
                 self.gone(connection)
         return 0
@@ -270,7 +281,7 @@ cdef class Router:
                 return 0
             fd = accept4(listening, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
             if fd < 0:
-                if c_errno in (EMFILE, ENFILE):
+                if c_errno in (EMFILE, ENFILE, ENOBUFS, ENOMEM):
                     self.failed += 1
                     self.accept(False)
                 elif c_errno in (ECONNABORTED, EINTR):
@@ -307,6 +318,8 @@ cdef class Router:
             if connection.curve.stage == KQ_JUDGED:
                 user = z85.encode(PyBytes_FromStringAndSize(<char *>connection.curve.peer_public, KQ_KEY)).decode()
                 welcome = bool(self._admit(user))
+                if not connection.open:
+                    break
                 if welcome:
                     connection.user = user
                 self._put(connection, said, kq_judge(&connection.curve, &sodium, welcome, said))
@@ -324,8 +337,8 @@ cdef class Router:
         cdef int i, count, fd
         cdef epoll_event *event
         found[0] = 0
-        if self._at < self._count or self._current is not None:
-            found[0] = 1
+        if self._at < self._count or self._current is not None or self._round:
+            found[0] = 1 | self._beside()  # a round may be long
             return 0
         if self._dead:
             self._dead.clear()
@@ -353,9 +366,23 @@ cdef class Router:
                 self._accept(fd)
             elif fd in self._watched:
                 found[0] |= <int>self._watched[fd]
-        if self._count or self._ready:
+        self._round = len(self._ready)
+        if self._count or self._round:
             found[0] |= 1
         return 0
+
+    cdef int _beside(self) except -1:
+        """The bits of the watched descriptors that are readable."""
+        cdef pollfd[WATCHED_MAX] sources
+        cdef int i = 0, found = 0
+        for fd in self._watched:
+            sources[i].fd, sources[i].events, sources[i].revents = fd, POLLIN, 0
+            i += 1
+        if i and poll(sources, i, 0) > 0:
+            for i, bit in enumerate(self._watched.values()):
+                if sources[i].revents:
+                    found |= <int>bit
+        return found
 
     # --- messages ---
 
@@ -363,18 +390,16 @@ cdef class Router:
         """The connection that the next message came by; None if there is none before the next ``wait``.
 
         The content lies where it came until the next call. ``parts`` is 1, or how many frames the message had: then
-        its content is none.
+        its content is none. In between two waits each connection has one turn, so that new ones and what is watched
+        have theirs, however much one has sent.
         """
         cdef epoll_event *event
         cdef Connection connection
-        if self._taken_length:
-            explicit_bzero(self._taken, self._taken_length)
-            self._taken_length = 0
+        self._wipe()
         while True:
             connection = self._current
             if connection is not None:
-                if connection.open and self._turn and self._parse(connection, content, length, parts):
-                    self._turn -= 1
+                if connection.open and self._parse(connection, content, length, parts):
                     self._taken, self._taken_length = content[0], length[0]
                     return connection
                 self._leave()
@@ -388,17 +413,22 @@ cdef class Router:
                     self._flush(connection)
                 if connection.open and event.events & ~EPOLLOUT and not connection.queued:
                     self._read(connection)
-            elif self._ready and self._count == 0:
+            elif self._round:
+                self._round -= 1
                 connection = self._ready.popleft()
                 connection.queued = False
                 if connection.open:
                     self._current, self._turn, self._scratched = connection, TURN, False
                     self._from, self._to = connection.kept, connection.kept + connection.kept_length
-            elif self._ready:
-                self._count = self._at = 0  # those that came with these events had their turn
             else:
                 self._count = self._at = 0
                 return None
+
+    cdef void _wipe(self) noexcept:
+        """Overwrite the message that was taken."""
+        if self._taken_length:
+            explicit_bzero(self._taken, self._taken_length)
+            self._taken_length = 0
 
     cdef int _read(self, Connection connection) except -1:
         """Take in what came by a connection, and look at it."""
@@ -431,6 +461,8 @@ cdef class Router:
         cdef bint whole
         cdef int one = 1
         self._current = None
+        if connection is None:  # all was closed meanwhile
+            return 0
         if connection.corked:
             connection.corked = False
             if connection.open:  # tcp(7): setting it sends what waits
@@ -466,12 +498,12 @@ cdef class Router:
         return 0
 
     cdef bint _parse(self, Connection connection, uint8_t **content, size_t *length, size_t *parts) except -1:
-        """The next whole message of the connection at hand."""
+        """The next whole message of the connection at hand, as long as it is its turn."""
         cdef kq_frame frame
         cdef size_t needed
         cdef uint8_t flags
         cdef int found
-        while connection.curve.stage == KQ_OPEN and self._from != self._to:
+        while self._turn and connection.curve.stage == KQ_OPEN and self._from != self._to:
             found = kq_next_frame(self._from, self._to - self._from, self.limit, &frame, &needed)
             if not found:
                 return False
@@ -479,6 +511,7 @@ cdef class Router:
                 self._end(connection)
                 return False
             self._from += frame.whole
+            self._turn -= 1
             if flags & COMMAND:
                 self._command(connection, content[0], length[0])
                 explicit_bzero(content[0], length[0])
