@@ -40,7 +40,6 @@ ELSEWHERE: Final[dict[str, str]] = {
     "engine.client.connections._traffic": "what the kernel tells of a socket",
     "engine.sharing.placement.placement_group": "the number of a hash",
     "nodes.token.Lane.sign": "the token's answer; tests/nodes/test_token.py",
-    "engine.client._fastline": "reads by zmtp.h and fastwire.h, which have targets; tests/engine/test_transport.py",
     "engine.client._histogram": "durations",
     "engine.protocol._fastlines": "writes alone",
     "nodes._fastpath": "reads by fastwire.h, which has a target, what a router took; tests/nodes/test_fastpath.py",

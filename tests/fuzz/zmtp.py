@@ -1,4 +1,4 @@
-"""ZMTP with CURVE: hostile ends with every key of their own, somebody in the middle without any, a router's sockets.
+"""ZMTP with CURVE: hostile ends with every key of their own, somebody in the middle without any, and the sockets.
 
 An input is a script, a MessagePack list of steps: what one end says, with which faults, in which pieces. The hostile
 end is written anew, and so is the ``read`` that says what a stream of bytes means by RFC 37 and RFC 26: what the code
@@ -13,6 +13,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,12 +24,16 @@ from typing import Any, Final
 import msgpack
 import zmq
 from mutate import change_message
-from targets import Target, require
+from targets import Finding, Target, require
 from zmq.utils import z85
 
+from engine.client._fastline import BROKEN, DONE, NOT_SENT, OTHER, Line
 from engine.client._router import Connection, Router
 from engine.client._zmtp import Peer
 from engine.errors import ProtocolError
+from engine.protocol._fastwire import read_result
+from engine.protocol.requests import REPLY_CODECS, Result
+from engine.protocol.wire import PROTOCOL_VERSION, Load, Reply, Status, reply_codec
 
 STEPS_MAX: Final = 24
 CONTENT_MAX: Final = 3_000
@@ -304,7 +309,7 @@ def steps_of(data: bytes) -> list[Step]:
         for kind, number, variant, content, edits, cut, piece in tree[:STEPS_MAX]:
             if not isinstance(content, bytes) or len(content) > CONTENT_MAX:
                 raise ValueError("data")
-            pairs = tuple((int(at), 1 + int(by) % 255) for at, by in edits[:8])
+            pairs = tuple((int(at), int(by) % 256 or 1) for at, by in edits[:8])
             made.append(Step(int(kind) % 8, int(number), int(variant), content, pairs, int(cut), int(piece)))
     except Exception:  # whatever that library raises
         raise ProtocolError("no script") from None
@@ -412,7 +417,8 @@ class Hostile:
     def _message(self, step: Step) -> bytes:
         nonce = self._nonce(step)
         letter = b"C" if self._to_server != bool(step.variant & 8) else b"S"
-        box = sealed(bytes([step.variant & 7]) + step.data, b"CurveZMQMESSAGE" + letter + nonce, self._key)
+        content = b"" if step.variant & 128 else bytes([step.variant & 7]) + step.data
+        box = sealed(content, b"CurveZMQMESSAGE" + letter + nonce, self._key)
         body = (b"\x07MESSAGF" if step.variant & 64 else b"\x07MESSAGE") + nonce + box
         flags = step.variant >> 4 & 1 | step.variant >> 3 & 4
         if len(body) < 256 and not step.variant & 1 << 12:
@@ -651,7 +657,115 @@ def _judge_router(stream: bytes, said: bytes, connection: Connection, found: lis
         require((answers, at) == (pongs, len(said)), f"{answers} answers to {pongs} pings")
 
 
+# --- a line, with its socket ---
+
+USES: Final = 3
+WAIT_S: Final = 20.0
+"""It only ends what hangs."""
+
+_thread: list[ThreadPoolExecutor] = []
+
+
+def _use_line(line: Line) -> tuple[bool, list[tuple[int, bytes | None]]]:
+    """Whether it opens, and what comes of some uses: (how many were answered before, the frame or the result)."""
+    told: list[tuple[int, bytes | None]] = []
+    is_open = line.shake(*MEMBER, SERVER[0], WAIT_S)
+    number = 1
+    while is_open and number <= USES:
+        code = line.operate(number, b"mac", b"k", b"", b"data", b"", b"", False, 1_000, WAIT_S)
+        while code == OTHER:
+            told.append((OTHER, line.frame))
+            code = line.resume()
+        if code != DONE:
+            require(code in (BROKEN, NOT_SENT), "it waits for what ended")
+            require(not line.open, "it broke and is open")
+            break
+        told.append((DONE, line.data))
+        number += 1
+    line.close()
+    return is_open, told
+
+
+def _uses(frames: list[tuple[int, bytes]]) -> list[tuple[int, bytes | None]]:
+    """What must come of these frames."""
+    told: list[tuple[int, bytes | None]] = []
+    number, parts = 1, False
+    for flags, content in frames:
+        if flags & 2 or number > USES:
+            continue
+        if flags & 1 or parts:
+            if not flags & 1:
+                told.append((OTHER, b""))
+            parts = bool(flags & 1)
+            continue
+        result = read_result(content)
+        if result is None:
+            told.append((OTHER, content))
+        elif result[0] == number:
+            told.append((DONE, result[1]))
+            number += 1
+    return told
+
+
+def _take_line(data: bytes) -> str:
+    steps = steps_of(data)
+    if not _thread:
+        _thread.append(ThreadPoolExecutor(1))
+    stream, said, told = b"", b"", Meaning()
+    ours, theirs = socket.socketpair(socket.AF_UNIX)
+    with ours:
+        ours.settimeout(WAIT_S)
+        done = _thread[0].submit(_use_line, Line(theirs.detach(), limit=LIMIT))
+        hostile = Hostile(to_server=False)
+        for step in steps:
+            while told.stage == "WELCOME" and told.state == "waits" and len(said) < 266:
+                said += _more(ours)
+            with suppress(ConnectionError):
+                for piece in hostile.says(step, said):
+                    ours.sendall(piece)
+                    stream += piece
+            told, said = _meaning(ours, stream, said)
+        asked = 1 + sum(code == DONE for code, _ in _uses(told.frames))
+        while not told.stage and _messages(said) < min(USES, asked):
+            said += _more(ours)  # who ended before a use is asked for nothing
+        ours.shutdown(socket.SHUT_WR)
+        is_open, uses = done.result(WAIT_S)
+    require(is_open == (not told.stage), f"it is {'open' if is_open else 'not open'} at {told.stage}")
+    require(uses == _uses(told.frames), f"{len(uses)} answers, and {len(_uses(told.frames))} were sent")
+    return _told(told)
+
+
+def _messages(said: bytes) -> int:
+    """Frames behind INITIATE."""
+    count, at = -1, 266
+    while (frame := frame_at(said, at, COMMAND_MAX)) is not None:
+        count, at = count + 1, frame[2]
+    return count
+
+
+def _more(ours: socket.socket) -> bytes:
+    came = b""
+    with suppress(ConnectionError):
+        came = ours.recv(65_536)
+    require(came, "the line ended where it should go on")
+    return came
+
+
+def _meaning(ours: socket.socket, stream: bytes, said: bytes) -> tuple[Meaning, bytes]:
+    """The meaning, once all was said that must be said to it."""
+    while True:
+        try:
+            return read(stream, server=False, said=said, members=(), limit=LIMIT), said
+        except Finding:
+            said += _more(ours)
+
+
 # --- targets ---
+
+
+def _result(number: int, size: int = 3) -> bytes:
+    body = REPLY_CODECS["mac"].encode(Result(bytes(size)))
+    return reply_codec.encode(Reply(PROTOCOL_VERSION, number, Status.OK, body, Load(0, 1, True), {}))
 
 
 def _scripts(*, server: bool) -> Callable[[], Sequence[bytes]]:
@@ -659,6 +773,8 @@ def _scripts(*, server: bool) -> Callable[[], Sequence[bytes]]:
         shake = (Step(GREETS, variant=1), Step(FIRST), Step(SECOND))
         ping = Step(MESSAGE, variant=2, data=b"\x04PING\0\0context")
         messages = [Step(MESSAGE, data=bytes(size)) for size in (0, 1, 222, 223, LIMIT - 33)]
+        known = DEALER if server else ROUTER
+        tails = (b"\x04abcd", b"\x01a\0\0\0\x05abcd", b"\x04ab", b"\0\0\0\0\0", b"\x01a\0\0\0\x02ab")
         other = Step(SECOND, data=b"\x0bsocket-type\0\0\0\x03" + (b"REQ" if server else b"REP"))
         return [
             script(*shake, *messages),
@@ -671,6 +787,9 @@ def _scripts(*, server: bool) -> Callable[[], Sequence[bytes]]:
             script(Step(GREETS, data=b"NULL"), Step(FRAME, variant=4, data=b"\x05READY")),
             script(Step(GREETS), Step(FIRST, variant=1 << 12), Step(SECOND, cut=5), Step(BYTES, data=b"\0" * 5)),
             script(*shake, *[Step(MESSAGE, variant=1)] * 20, Step(FRAME, variant=2, data=bytes(40))),
+            *[script(*shake[:2], Step(SECOND, data=known + tail), messages[1]) for tail in tails],
+            script(*shake, *[Step(MESSAGE, data=_result(number), piece=number) for number in (1, 2, 9, 3)]),
+            script(*shake, *[Step(MESSAGE, data=_result(number, 1_000 - 300 * number)) for number in (1, 2, 3)]),
         ]
 
     return made
@@ -744,6 +863,7 @@ def _change_step(r: Random, step: list[Any]) -> None:
 def zmtp_targets() -> list[Target]:
     """Both ends in memory, what is between them, and the router."""
     feed, judge = "engine.client._zmtp.Peer.feed", "engine.client._zmtp.Peer.judge"
+    shake, operate = "engine.client._fastline.Line.shake", "engine.client._fastline.Line.operate"
     receive = "engine.client._router.Router.receive"
     server, client = _scripts(server=True), _scripts(server=False)
     return [
@@ -751,4 +871,5 @@ def zmtp_targets() -> list[Target]:
         Target("zmtp/client", client, _take_client, _change_script, weight=2, covers=(feed,)),
         Target("zmtp/between", _between_scripts, _take_between, _change_script, covers=(feed, judge)),
         Target("zmtp/router", server, _take_router, _change_script, weight=2, cpu_s=1.0, covers=(receive,)),
+        Target("zmtp/line", client, _take_line, _change_script, weight=2, cpu_s=1.0, covers=(shake, operate)),
     ]
