@@ -25,6 +25,7 @@ from typing import Any, Final
 from documents import document_targets
 from formats import format_targets
 from targets import Finding, Target, by_name, codec_targets, frame_targets, modules
+from zmtp import zmtp_targets
 
 BLOCK: Final = 8_192
 HANG_S: Final = 4
@@ -40,7 +41,7 @@ MEMORY_MAX: Final = 512 * 1024 * 1024
 
 def all_targets() -> dict[str, Target]:
     """Every target by its name."""
-    return by_name([*codec_targets(), *frame_targets(), *document_targets(), *format_targets()])
+    return by_name([*codec_targets(), *frame_targets(), *document_targets(), *format_targets(), *zmtp_targets()])
 
 
 @dataclass

@@ -40,6 +40,9 @@ ELSEWHERE: Final[dict[str, str]] = {
     "engine.client.connections._traffic": "what the kernel tells of a socket",
     "engine.sharing.placement.placement_group": "the number of a hash",
     "nodes.token.Lane.sign": "the token's answer; tests/nodes/test_token.py",
+    "engine.client._histogram": "durations",
+    "engine.protocol._fastlines": "writes alone",
+    "nodes._fastpath": "reads by fastwire.h, which has a target, what a router took; tests/nodes/test_fastpath.py",
 }
 """Functions and whole packages that parse and have no target: why. One that parses no more may stay or go."""
 
@@ -126,6 +129,22 @@ def signed_kinds(trees: dict[str, ast.AST]) -> set[str]:
             else:
                 found.add(f"? in {ast.unparse(node)[:80]}")
     return found
+
+
+def natives(packages: dict[str, Path]) -> list[str]:
+    """The native modules of the packages."""
+    found = []
+    for package, folder in packages.items():
+        for path in sorted(folder.rglob("*.pyx")):
+            found.append(".".join((package, *path.relative_to(folder).with_suffix("").parts)))
+    return found
+
+
+def uncovered_natives(targets: Iterable[Target], names: Iterable[str]) -> list[str]:
+    """Native modules of which no target covers anything, and that are not accounted for."""
+    told = {each.rpartition(".")[0] for target in targets for each in target.covers}
+    told |= {each.rpartition(".")[0] for each in told}  # a method's module
+    return [f"the native module {name!r} has no target" for name in names if name not in told | ELSEWHERE.keys()]
 
 
 def uncovered(targets: Iterable[Target], trees: dict[str, ast.AST]) -> list[str]:

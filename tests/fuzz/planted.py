@@ -34,6 +34,8 @@ import nodes.gather
 import nodes.policy
 import nodes.store
 import nodes.token
+from engine.client._router import Router
+from engine.client._zmtp import Peer
 from engine.errors import ConfigError, ManifestError, ProtocolError
 from engine.protocol._fastwire import read_operate
 from engine.protocol.signed import Signed
@@ -485,6 +487,87 @@ def _patched_in_targets(name: str, value: Any) -> Patch:
     return _replace(targets, name, value)
 
 
+class _Ends:
+    """An end of a connection whose ``feed`` has a fault."""
+
+    def __init__(self, **more: Any) -> None:
+        self._real = Peer(**more)
+        self._count = 0
+        self._last: tuple[bytes, list[tuple[int, bytes]]] = (b"", [])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        """Take in bytes."""
+        raise NotImplementedError
+
+
+class _AnyMechanism(_Ends):
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        begin, end = max(0, 12 - self._count), max(0, 32 - self._count)
+        name = b"CURVE".ljust(20, b"\0")[max(0, self._count - 12) :]
+        if begin < end:
+            place = data[begin:end]
+            data = data[:begin] + name[: len(place)] + data[end:]
+        self._count += len(data)
+        return self._real.feed(data)
+
+
+class _TakesAgain(_Ends):
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        if data and data == self._last[0] and self._last[1]:
+            return self._last[1]
+        self._last = data, self._real.feed(data)
+        return self._last[1]
+
+
+class _LosesTheSplit(_Ends):
+    """The first byte of a message's head is lost where the second did not come with it."""
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        if self._real.open and len(data) == 1:
+            self._count += 1
+            if self._count == 1:
+                return []
+        return self._real.feed(data)
+
+
+class _Unordered(_Ends):
+    """Frames that came together are handed on from the last to the first."""
+
+    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
+        return self._real.feed(data)[::-1]
+
+
+class _Forgets:
+    """A router that counts no more than two frames of a message."""
+
+    def __init__(self, *given: Any, **more: Any) -> None:
+        self.__dict__["_real"] = Router(*given, **more)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
+
+    def receive(self) -> Any:
+        """The next message."""
+        message = self._real.receive()
+        return message if message is None or message[2] < 3 else (message[0], message[1], 1)
+
+
+def _patched_in_zmtp(name: str, value: Any) -> Patch:
+    import zmtp
+
+    def plant(stack: ExitStack) -> None:
+        stack.enter_context(mock.patch.object(zmtp, name, value))
+        stack.enter_context(mock.patch.object(zmtp, "_routers", []))
+
+    return plant
+
+
 def _kept_attempt(stack: ExitStack) -> None:
     """The order's expiry is only held against the past."""
 
@@ -603,6 +686,18 @@ BUGS: Final[dict[str, Bug]] = {
         "the quick reader of requests does not see what stands behind one",
         "frame/quick-request",
         _patched_in_targets("read_operate", _tail_unseen),
+    ),
+    "mechanism": Bug(
+        "a greeting may name any mechanism", "zmtp/server", _patched_in_zmtp("Peer", _AnyMechanism), 10_000
+    ),
+    "replay": Bug("a message is taken twice", "zmtp/client", _patched_in_zmtp("Peer", _TakesAgain), 10_000),
+    "split": Bug("a byte that comes alone is lost", "zmtp/server", _patched_in_zmtp("Peer", _LosesTheSplit), 10_000),
+    "order": Bug(
+        "messages that come together change places", "zmtp/between", _patched_in_zmtp("Peer", _Unordered), 10_000
+    ),
+    "anybody": Bug("who proves any key is let in", "zmtp/server", _patched_in_zmtp("is_member", bool), 10_000),
+    "parts": Bug(
+        "a message of three frames counts as one of one", "zmtp/router", _patched_in_zmtp("Router", _Forgets), 10_000
     ),
     "verb": Bug("an unknown verb passes the policy", "frame/request", _patched_in_targets("check_verb", _any_verb)),
 }

@@ -324,7 +324,9 @@ def replay(targets: Sequence[Target]) -> int:
             problem = driver._problem(target, data)
             if problem:
                 failures.append(f"{target.name}: {problem}: {data.hex()[:400]}")
-    missing = inventory.uncovered(list(_targets.values()), inventory.sources(inventory.PACKAGES))
+    every = list(_targets.values())
+    missing = inventory.uncovered(every, inventory.sources(inventory.PACKAGES))
+    missing += inventory.uncovered_natives(every, inventory.natives(inventory.PACKAGES))
     told = {
         "executions": executions,
         "failures": failures,

@@ -151,3 +151,10 @@ def test_a_decoder_that_nobody_covers_is_told(inventory: Any, source: str, told:
 
 def test_a_codec_without_a_target_is_told(inventory: Any) -> None:
     assert "the codec 'grant' has no target" in inventory.uncovered([], {})
+
+
+def test_a_native_module_without_a_target_is_told(inventory: Any) -> None:
+    found = inventory.uncovered_natives([], inventory.natives(inventory.PACKAGES))
+    assert "the native module 'engine.client._zmtp' has no target" in found
+    assert "the native module 'engine.client._router' has no target" in found
+    assert "the native module 'engine.client._histogram' has no target" not in found
