@@ -445,6 +445,21 @@ def test_unread_events_never_stop_the_other_sockets(context: zmq.Context[Any], n
         reader.close(0)
 
 
+def test_who_was_dialled_before_it_served_is_reached_as_soon_as_it_does(
+    world: World, context: zmq.Context[Any]
+) -> None:
+    """libzmq may be waiting for its next try then."""
+    for ahead_s in (0.55, 0.6, 0.65, 0.8, 0.85):
+        with Channel(world.client.transport, world.members, context) as channel:
+            channel.dial(["n1"])
+            time.sleep(ahead_s)  # its tries are 200 ms apart by now
+            node = Node(world.node, world.cluster)
+            try:
+                assert ask(channel, "n1", "flush", Flush(""), 5.0).dropped == 3
+            finally:
+                node.stop()
+
+
 # --- lines ---
 
 

@@ -229,6 +229,8 @@ class _Connection:
     refused: bool = False
     unreachable: bool = False
     first: bool = False
+    ahead: bool = False
+    """Dialled before it was needed, and never up yet."""
     pending: set[int] = field(default_factory=set)
 
 
@@ -282,7 +284,7 @@ class Channel:
         """Begin to connect, so that a later request need not wait for it."""
         for peer in peers:
             if peer not in self._connections:
-                self._open(peer)
+                self._open(peer).ahead = True
 
     def start(
         self, peer: str, verb: str, body: bytes, timeout_s: float, extensions: Mapping[str, bytes] | None = None
@@ -361,6 +363,10 @@ class Channel:
             self._read_monitor(connection.monitor)
             if was_up and not (connection.up or connection.refused):
                 connection = self._reopen(peer)
+        if connection.ahead and not (connection.up or connection.refused):
+            # It may serve by now, and libzmq wait for its next try. Who is not there ends another one at once.
+            self._drop(peer)
+            connection = self._open(peer, first=True)
         if not (connection.up or connection.pending) and time.monotonic() - connection.down_s > REOPEN_S:
             connection = self._reopen(peer)
         if not connection.up:
@@ -509,7 +515,7 @@ class Channel:
         while monitor.poll(0):
             event = parse_monitor_message(monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                connection.up, connection.refused = True, False
+                connection.up, connection.refused, connection.ahead = True, False, False
                 self._came_up(peer)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 connection.refused, connection.up = True, False
