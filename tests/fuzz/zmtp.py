@@ -415,7 +415,8 @@ class Hostile:
         return name + nonce + sealed(step.data or ROUTER, b"CurveZMQREADY---" + nonce, self._key)
 
     def _message(self, step: Step) -> bytes:
-        return b"".join(self._one_message(step) for _ in range(33 if step.variant & 1 << 10 else 1))
+        count = 33 if step.variant & 1 << 10 else 31 if step.variant & 1 << 11 else 1
+        return b"".join(self._one_message(step) for _ in range(count))
 
     def _one_message(self, step: Step) -> bytes:
         nonce = self._nonce(step)
@@ -792,6 +793,8 @@ def _scripts(*, server: bool) -> Callable[[], Sequence[bytes]]:
             script(*shake, *[Step(MESSAGE, variant=1)] * 20, Step(FRAME, variant=2, data=bytes(40))),
             script(*shake, *[Step(MESSAGE, variant=2, data=ping.data[:7] + bytes(size)) for size in (0, 16, 17)]),
             script(*shake, Step(MESSAGE, variant=1 | 1 << 10), messages[1], *[Step(MESSAGE, variant=1)] * 3),
+            script(*shake, *[Step(MESSAGE, variant=1 | 1 << 11)] * 2, Step(MESSAGE, variant=1), messages[0]),
+            script(*shake, *[Step(MESSAGE, variant=1 | 1 << 11)] * 2, *[Step(MESSAGE, variant=1)] * 2),
             script(*shake, *[Step(MESSAGE, variant=1 << 10, data=b"many")] * 2, replace(ping, variant=2 | 1 << 10)),
             *[script(*shake[:2], Step(SECOND, data=known + tail), messages[1]) for tail in tails],
             script(*shake, *[Step(MESSAGE, data=_result(number), piece=number) for number in (1, 2, 9, 3)]),
