@@ -50,6 +50,7 @@ cdef extern from "<string.h>" nogil:
 cdef enum:
     Z85_KEY = 40  # characters of a CURVE key, which ZAP gives as the User-Id
     WHERE_MAX = 256
+    BESIDE_MAX = 8
     REQUESTS_ = 1
 
 cdef enum:  # the places of these in engine.protocol.requests.STAGES
@@ -169,6 +170,8 @@ cdef class FastPath:
 
     def __cinit__(self, Router router not None, *descriptors):
         cdef int bit = 4
+        if len(descriptors) > BESIDE_MAX:
+            raise ValueError(f"more than {BESIDE_MAX} descriptors")
         self._router = router
         self._plans, self._leases, self._beside = {}, [], {}
         for each in descriptors:
@@ -265,7 +268,7 @@ cdef class FastPath:
 
     cdef int _rest_beside(self, int timeout_ms) except -1:
         """Wait for the descriptors beside the requests."""
-        cdef pollfd[8] sources
+        cdef pollfd[BESIDE_MAX] sources
         cdef int i = 0, found = 0, count
         for fd in self._beside:
             sources[i].fd, sources[i].events, sources[i].revents = fd, POLLIN, 0

@@ -415,6 +415,10 @@ class Hostile:
         return name + nonce + sealed(step.data or ROUTER, b"CurveZMQREADY---" + nonce, self._key)
 
     def _message(self, step: Step) -> bytes:
+        count = 33 if step.variant & 1 << 10 else 31 if step.variant & 1 << 11 else 1
+        return b"".join(self._one_message(step) for _ in range(count))
+
+    def _one_message(self, step: Step) -> bytes:
         nonce = self._nonce(step)
         letter = b"C" if self._to_server != bool(step.variant & 8) else b"S"
         content = b"" if step.variant & 128 else bytes([step.variant & 7]) + step.data
@@ -512,7 +516,7 @@ def _take_between(data: bytes) -> str:
                 carried = carried[:place]
             elif kind == 2:
                 carried = carried[:place] + by[:200] + carried[place:]
-            elif kind == 3:
+            elif kind == 3 and len(carried) < CONTENT_MAX:
                 carried += carried
             elif kind == 4:
                 held[who], carried = carried, b""
@@ -787,6 +791,11 @@ def _scripts(*, server: bool) -> Callable[[], Sequence[bytes]]:
             script(Step(GREETS, data=b"NULL"), Step(FRAME, variant=4, data=b"\x05READY")),
             script(Step(GREETS), Step(FIRST, variant=1 << 12), Step(SECOND, cut=5), Step(BYTES, data=b"\0" * 5)),
             script(*shake, *[Step(MESSAGE, variant=1)] * 20, Step(FRAME, variant=2, data=bytes(40))),
+            script(*shake, *[Step(MESSAGE, variant=2, data=ping.data[:7] + bytes(size)) for size in (0, 16, 17)]),
+            script(*shake, Step(MESSAGE, variant=1 | 1 << 10), messages[1], *[Step(MESSAGE, variant=1)] * 3),
+            script(*shake, *[Step(MESSAGE, variant=1 | 1 << 11)] * 2, Step(MESSAGE, variant=1), messages[0]),
+            script(*shake, *[Step(MESSAGE, variant=1 | 1 << 11)] * 2, *[Step(MESSAGE, variant=1)] * 2),
+            script(*shake, *[Step(MESSAGE, variant=1 << 10, data=b"many")] * 2, replace(ping, variant=2 | 1 << 10)),
             *[script(*shake[:2], Step(SECOND, data=known + tail), messages[1]) for tail in tails],
             script(*shake, *[Step(MESSAGE, data=_result(number), piece=number) for number in (1, 2, 9, 3)]),
             script(*shake, *[Step(MESSAGE, data=_result(number, 1_000 - 300 * number)) for number in (1, 2, 3)]),

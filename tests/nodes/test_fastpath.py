@@ -14,7 +14,7 @@ import zmq
 from ports import free_port
 
 from engine.client._histogram import Histograms
-from engine.client._router import Connection
+from engine.client._router import Connection, Router
 from engine.client.config import Identity, create_identity
 from engine.client.listener import Incoming, Listener
 from engine.client.transport import connect_options
@@ -400,3 +400,9 @@ def test_a_request_ends_the_wait_of_an_idle_node(place: Place) -> None:
     client.join(60)
     assert place.fast.served == 301
     assert time.monotonic() - begun_s < 25, "a request was noticed by the end of a wait only"
+
+
+def test_there_is_a_bound_on_the_descriptors_beside_it() -> None:
+    router = Router(lambda user: False, limit=1_000, replies_max=1)
+    with pytest.raises(ValueError, match="more than 8 descriptors"):
+        FastPath(router, *range(9))

@@ -688,11 +688,11 @@ cdef class Shortcuts:
     cdef int _settle(self, _Cut cut, double now_s) except -1:
         """Tell the router what came of the choice, all uses as one."""
         cdef uint64_t uses = cut.uses
+        cdef double elapsed_s = cut.elapsed_s
         if uses:
-            cut.uses = 0
             load = wire.Load(cut.queue, cut.service_us // uses, True)
-            self._router.learned_direct(cut.node, cut.name, cut.request_class, load, cut.elapsed_s / uses, now_s)
-            cut.service_us, cut.elapsed_s = 0, 0
+            cut.uses, cut.service_us, cut.elapsed_s = 0, 0, 0  # before other threads go on, and add to them
+            self._router.learned_direct(cut.node, cut.name, cut.request_class, load, elapsed_s / uses, now_s)
         return 0
 
     cdef object _run(self, _Cut cut, bytes data, bytes associated_data, bytes proof, bint digested, double timeout_s,
