@@ -11,6 +11,13 @@ from engine.client._fastline cimport (
     kq_spins,
     kq_waited,
 )
+from engine.client._posix cimport (
+    POLLIN,
+    explicit_bzero,
+    poll,
+    pollfd,
+    sched_yield,
+)
 from engine.client._router cimport Connection, Router
 from engine.protocol._fastwire cimport (
     KQ_OVERHEAD,
@@ -31,20 +38,6 @@ from nodes._fasttoken cimport Use, span
 
 cimport cython
 
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *items, unsigned long count, int timeout_ms)
-    short POLLIN
-
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
-cdef extern from "<string.h>" nogil:
-    void explicit_bzero(void *start, size_t length)
 
 
 cdef enum:

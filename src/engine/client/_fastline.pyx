@@ -11,6 +11,22 @@ from engine.protocol import wire
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from engine.client._histogram cimport Histograms
+from engine.client._posix cimport (
+    MSG_DONTWAIT,
+    MSG_NOSIGNAL,
+    MSG_PEEK,
+    POLLIN,
+    POLLOUT,
+    SHUT_RDWR,
+    close,
+    explicit_bzero,
+    poll,
+    pollfd,
+    recv,
+    sched_yield,
+    send,
+    shutdown,
+)
 from engine.client._zmtp cimport (
     KQ_ENDED,
     KQ_HEAD_MAX,
@@ -46,33 +62,6 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memmove
 
 cimport cython
-
-cdef extern from "<sched.h>" nogil:
-    int sched_yield()
-
-cdef extern from "<string.h>" nogil:
-    void explicit_bzero(void *start, size_t length)
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *items, unsigned long count, int timeout_ms)
-    short POLLIN
-    short POLLOUT
-
-cdef extern from "<sys/socket.h>" nogil:
-    int MSG_DONTWAIT
-    int MSG_NOSIGNAL
-    int MSG_PEEK
-    int SHUT_RDWR
-    int shutdown(int fd, int how)
-    ssize_t recv(int fd, void *buffer, size_t length, int flags)
-    ssize_t send(int fd, const void *buffer, size_t length, int flags)
 
 cdef enum:
     DONE_

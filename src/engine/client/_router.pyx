@@ -11,6 +11,22 @@ from zmq.utils import z85
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
+from engine.client._posix cimport (
+    MSG_DONTWAIT,
+    MSG_MORE,
+    MSG_NOSIGNAL,
+    POLLIN,
+    SOCK_CLOEXEC,
+    SOCK_NONBLOCK,
+    accept4,
+    close,
+    explicit_bzero,
+    poll,
+    pollfd,
+    recv,
+    send,
+    setsockopt,
+)
 from engine.client._zmtp cimport (
     KQ_ENDED,
     KQ_HEAD_MAX,
@@ -47,34 +63,9 @@ cdef extern from "<sys/epoll.h>" nogil:
     int epoll_ctl(int epoll, int operation, int fd, epoll_event *event)
     int epoll_wait(int epoll, epoll_event *events, int most, int timeout_ms)
 
-cdef extern from "<sys/socket.h>" nogil:
-    int MSG_DONTWAIT
-    int MSG_MORE
-    int MSG_NOSIGNAL
-    int SOCK_NONBLOCK
-    int SOCK_CLOEXEC
-    int accept4(int fd, void *address, void *length, int flags)
-    ssize_t recv(int fd, void *buffer, size_t length, int flags)
-    ssize_t send(int fd, const void *buffer, size_t length, int flags)
-    int setsockopt(int fd, int level, int option, const void *value, unsigned length)
-
-cdef extern from "<poll.h>" nogil:
-    struct pollfd:
-        int fd
-        short events
-        short revents
-    int poll(pollfd *items, unsigned long count, int timeout_ms)
-    short POLLIN
-
 cdef extern from "<netinet/tcp.h>" nogil:
     int IPPROTO_TCP
     int TCP_NODELAY
-
-cdef extern from "<unistd.h>" nogil:
-    int close(int fd)
-
-cdef extern from "<string.h>" nogil:
-    void explicit_bzero(void *start, size_t length)
 
 cdef extern from *:
     """
