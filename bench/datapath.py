@@ -482,15 +482,11 @@ def _restart(rig: Rig, scale: Scale, book: Book) -> None:
         for _ in range(scale.restarts):
             ask(channel, node, RequestType.STATUS, Empty(), 5.0)
             cluster.kill(node)
-            while _listens(port):  # until the kernel has taken the dead process apart
-                time.sleep(0.0002)
+            _await_listening(port, wanted=False)  # the kernel takes the dead process apart
             starter = threading.Thread(target=cluster.start_node, args=(node,))
             starter.start()
+            _await_listening(port, wanted=True)
             until = time.monotonic() + 60
-            while not _listens(port):
-                if time.monotonic() > until:
-                    raise RuntimeError(f"{node} did not bind again")
-                time.sleep(0.0002)
             bound = time.perf_counter_ns()
             while True:
                 try:
@@ -511,6 +507,15 @@ def _restart(rig: Rig, scale: Scale, book: Book) -> None:
         peer_value=max(taken),
         target=Target(20.0, 5.0),
     )
+
+
+def _await_listening(port: int, *, wanted: bool) -> None:
+    """Look until somebody, or nobody, listens on the port; the kernel's table has no event to wait for."""
+    until = time.monotonic() + 60
+    while _listens(port) is not wanted:
+        if time.monotonic() > until:
+            raise RuntimeError(f"port {port}: listening is still {not wanted} after a minute")
+        time.sleep(0.0002)
 
 
 def _listens(port: int) -> bool:

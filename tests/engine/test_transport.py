@@ -553,7 +553,7 @@ def test_a_line_that_was_cut_meanwhile_is_noticed_before_anything_is_sent(node: 
     assert operate(line) == DONE
     served = node.served
     node.stop()
-    time.sleep(0.01)
+    time.sleep(0.01)  # a line that was used within the last millisecond is not looked at
     try:
         assert operate(line, 2) == NOT_SENT
         assert node.served == served

@@ -498,10 +498,6 @@ class _Ends:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
 
-    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """Take in bytes."""
-        raise NotImplementedError
-
 
 class _AnyMechanism(_Ends):
     def feed(self, data: bytes) -> list[tuple[int, bytes]]:

@@ -301,6 +301,10 @@ def script(*steps: Step) -> bytes:
     return bytes(msgpack.packb([each.packed() for each in steps], use_bin_type=True))
 
 
+NO_SCRIPT: Final = (ValueError, TypeError, LookupError, OverflowError, MemoryError)
+"""What msgpack, or taking apart what it gives, raises for bytes that are no script."""
+
+
 def steps_of(data: bytes) -> list[Step]:
     """The steps of a script; ``ProtocolError`` if it is none."""
     try:
@@ -311,7 +315,7 @@ def steps_of(data: bytes) -> list[Step]:
                 raise ValueError("data")
             pairs = tuple((int(at), int(by) % 256 or 1) for at, by in edits[:8])
             made.append(Step(int(kind) % 8, int(number), int(variant), content, pairs, int(cut), int(piece)))
-    except Exception:  # whatever that library raises
+    except NO_SCRIPT:
         raise ProtocolError("no script") from None
     return made
 
@@ -487,7 +491,7 @@ def _take_between(data: bytes) -> str:
     try:
         tree = msgpack.unpackb(data, raw=False)
         acts = [(int(turn) % 12, int(kind) % 8, int(at), bytes(by)) for turn, kind, at, by in tree[:STEPS_MAX]]
-    except Exception:
+    except NO_SCRIPT:
         raise ProtocolError("no script") from None
     server = Peer(own_public=SERVER[0], own_secret=SERVER[1], limit=LIMIT)
     client = Peer(own_public=MEMBER[0], own_secret=MEMBER[1], server_public=SERVER[0], limit=LIMIT)
@@ -849,7 +853,7 @@ def _change_script(r: Random, data: bytes, donor: bytes) -> bytes:
                 else:
                     _change_step(r, step)
         return bytes(msgpack.packb(tree, use_bin_type=True))
-    except Exception:  # no script any more
+    except NO_SCRIPT:
         return change_message(r, data, donor)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -368,9 +369,9 @@ def test_it_waits_for_requests_and_descriptors(place: Place) -> None:
     assert place.fast.wait(1_000) == 4
     place.fast.paused = True
     place.send(2)
-    time.sleep(0.2)  # it is there
     assert place.fast.wait(0) == 4
     place.fast.unwatch(place.bell)
+    assert select.select([place.listener.router.fileno()], [], [], 10)[0]  # it is there
     assert place.fast.wait(0) == 0
     place.fast.paused = False
     assert place.fast.wait(1_000) == REQUESTS
