@@ -28,6 +28,11 @@ class Entry:
         return self.record.manifest
 
 
+def _waits(entry: Entry) -> bool:
+    """Whether it waits for its certificate; one that was aborted waits for nothing."""
+    return entry.row.state == "prepared" and not entry.row.document
+
+
 class Catalogue:
     """Entries by key id, and the committed ones by name; safe for several threads.
 
@@ -39,6 +44,7 @@ class Catalogue:
         self._by_id: dict[bytes, Entry] = {}
         self._by_name: dict[str, Entry] = {}
         self._next: dict[bytes, Entry] = {}
+        self._pending: dict[str, set[bytes]] = {}
         self._watchers: list[Callable[[Entry], None]] = []
         for row in sorted(rows, key=lambda row: row.epoch):
             self.put(row)
@@ -58,6 +64,7 @@ class Catalogue:
                 return entry
             self._next.pop(row.key_id, None)
             self._by_id[row.key_id] = entry
+            self._note_pending(entry)
             if row.state == "committed":
                 self._by_name[row.name] = entry
             elif (named := self._by_name.get(row.name)) is not None and named.row.key_id == row.key_id:
@@ -73,6 +80,25 @@ class Catalogue:
                 entry = entries.get(row.key_id)
                 if entry is not None and entry.row.epoch == row.epoch:
                     del entries[row.key_id]
+            if row.key_id not in self._by_id:
+                self._settled(row)
+
+    def _note_pending(self, entry: Entry) -> None:
+        if _waits(entry):
+            self._pending.setdefault(entry.row.name, set()).add(entry.row.key_id)
+        else:
+            self._settled(entry.row)
+
+    def _settled(self, row: Row) -> None:
+        ids = self._pending.get(row.name)
+        if ids is not None:
+            ids.discard(row.key_id)
+            if not ids:
+                del self._pending[row.name]
+
+    def is_pending(self, name: str) -> bool:
+        """Whether a share of a key of this name waits for its certificate, or for the word that there will be none."""
+        return name in self._pending
 
     def by_name(self, name: str) -> Entry | None:
         """The live key of that name."""
@@ -102,7 +128,7 @@ class Catalogue:
         """The keys and the next epochs of keys that wait for their certificate; not those that were aborted."""
         with self._lock:
             entries = (*self._by_id.values(), *self._next.values())
-            return [entry for entry in entries if entry.row.state == "prepared" and not entry.row.document]
+            return [entry for entry in entries if _waits(entry)]
 
     def share_count(self) -> int:
         """How many shares of live keys this node holds."""

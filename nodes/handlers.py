@@ -29,6 +29,7 @@ from engine.errors import (
     DeadlineExceeded,
     EngineError,
     KeyNotFound,
+    KeyPending,
     NeedGrant,
     NodeUnavailable,
     Overloaded,
@@ -771,6 +772,10 @@ class Handlers(FollowsCluster):
         check_key(self._cluster, call.incoming.member, call.verb, name)
         entry = self._catalogue.by_name(name)
         if entry is None:
+            if self._catalogue.is_pending(name):
+                # Its dealer may have fallen silent between the registry's word and its own to the holders.
+                self.look_again()
+                raise KeyPending(f"whether the key {name!r} was made is not known yet on {self._node}")
             # A key of n shares is on the first n of its group: if there is one, it is on those before this node.
             order = self._cluster.group_holders(self._cluster.group_of(name))
             before = order[: order.index(self._node)] if self._node in order else order

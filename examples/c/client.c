@@ -18,6 +18,7 @@ enum {
     PATIENCE_MS = 250,  /* at least, likewise: a key may have to be gathered */
     SLICE_MS = 50,      /* how often a wait looks whether the connection still stands */
     QUEUE_MAX = 1000,
+    PENDING_MS = 50,    /* between two questions whether a key was made */
     GRANT_LIFETIME_MS = 10000,
     MOVED_MAX = 8
 };
@@ -228,7 +229,7 @@ static const char *known_code(struct bytes code) {
         "key-not-found",      "key-exists",       "stale-key",         "access-denied",        "invalid-signature", "invalid-tag",
         "quorum-unavailable", "share-corrupt",    "deadline-exceeded", "unsupported-algorithm", "node-unavailable",  "overloaded",
         "need-grant",         "protocol-error",   "manifest-error",    "registry-unavailable", "token-error",       "moved",
-        "audit-unavailable",  "store-unavailable", "invalid-request",  "error"};
+        "audit-unavailable",  "store-unavailable", "invalid-request",  "error",             "key-pending"};
     for (size_t index = 0; index < sizeof known / sizeof known[0]; index++) {
         if (same_text(code, known[index])) {
             return known[index];
@@ -475,7 +476,7 @@ static bool is_final(const struct failure *failure) {
 /* --- what a key is ------------------------------------------------------------------------------------------------ */
 
 /* Asks nodes until one knows the key and can prove what it says of it. Nothing secret goes to a node in this. */
-static bool describe(struct client *client, const char *name, int64_t deadline, struct failure *failure) {
+static bool describe_once(struct client *client, const char *name, int64_t deadline, struct failure *failure) {
     struct turn turn;
     const struct member *node;
     const struct cluster *cluster = &client->config->cluster;
@@ -510,7 +511,9 @@ static bool describe(struct client *client, const char *name, int64_t deadline, 
         } else if (answered && answer.status == 2) {
             follow(client, &turn, &answer);
         } else if (!answered || !is_code(&now, "key-not-found")) {
-            *failure = now;
+            if (!unclear || !is_code(failure, "key-pending")) {
+                *failure = now;
+            }
             unclear = true;
             ended = answered && is_final(&now);
         }
@@ -522,6 +525,18 @@ static bool describe(struct client *client, const char *name, int64_t deadline, 
         *failure = missing;
     }
     return found;
+}
+
+/* The same, and again while a node does not know yet whether the key was made. */
+static bool describe(struct client *client, const char *name, int64_t deadline, struct failure *failure) {
+    const struct timespec pause = {0, PENDING_MS * 1000000L};
+    while (!describe_once(client, name, deadline, failure)) {
+        if (!is_code(failure, "key-pending") || deadline - clock_ms(CLOCK_MONOTONIC) <= PENDING_MS) {
+            return false;
+        }
+        nanosleep(&pause, NULL);
+    }
+    return true;
 }
 
 /* --- grants ------------------------------------------------------------------------------------------------------- */

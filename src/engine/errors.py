@@ -19,6 +19,7 @@ __all__ = [
     "InvalidTag",
     "KeyExists",
     "KeyNotFound",
+    "KeyPending",
     "ManifestError",
     "NeedGrant",
     "NodeUnavailable",
@@ -45,6 +46,15 @@ class KeyNotFound(EngineError):
     """No key has this name, or it was destroyed."""
 
     code = "key-not-found"
+
+
+class KeyPending(EngineError):
+    """The node has a share of a key of this name that is being made, and has not heard yet whether it was.
+
+    The client asks again within its deadline.
+    """
+
+    code = "key-pending"
 
 
 class KeyExists(EngineError):

@@ -617,6 +617,13 @@ def test_errors_are_told_safely_and_silence_ends_in_time(faked: CClient, fake: F
     fake.answers = [ok(described, "describe"), error("stale-key"), ok(described, "describe"), error("stale-key")]
     assert faked.error("decrypt", "orders", data=b"x") == (2, "stale-key")
     assert [request.verb for request in fake.seen] == ["describe", "decrypt"] * 2
+    # A key that may have been made is asked for until it is known, or the time is up.
+    fake.seen.clear()
+    fake.answers = [error("key-pending"), error("key-pending"), ok(described, "describe"), ok(Result(b"x"), "decrypt")]
+    assert faked.good("decrypt", "orders", data=b"x") == b"x"
+    assert [request.verb for request in fake.seen] == ["describe"] * 3 + ["decrypt"]
+    fake.answers = [error("key-pending")] * 200
+    assert faked.error("decrypt", "orders", "--timeout", "0.3", data=b"x") == (2, "key-pending")
     began = time.monotonic()
     fake.answers = [ok(described, "describe")]
     assert faked.error("decrypt", "orders", "--timeout", "0.7", data=b"x") == (2, "deadline-exceeded")

@@ -24,6 +24,7 @@ from engine.errors import (
     InvalidTag,
     KeyExists,
     KeyNotFound,
+    KeyPending,
     ManifestError,
     NeedGrant,
     NodeUnavailable,
@@ -488,6 +489,23 @@ class TestDescribe:
         play.answers["n3", "describe"] = dead()
         with pytest.raises(KeyNotFound, match="could not be asked: n3"):
             encrypt(play)
+
+    def test_a_key_that_may_have_been_made_is_asked_for_again(self, play: Play, world: World) -> None:
+        play.answers["describe"] = KeyNotFound("no")
+        play.answers["n3", "describe"] = [KeyPending("not known yet"), KeyPending("not known yet"), world.describe()]
+        assert encrypt(play) == b"ct"
+        assert play.verbs("describe").count("n3") == 3
+
+    def test_a_key_of_which_nobody_hears_whether_it_was_made_is_pending(self, play: Play) -> None:
+        play.answers["describe"] = KeyNotFound("no")
+        play.answers["n3", "describe"] = KeyPending("not known yet")
+        with pytest.raises(KeyPending, match="n3: not known yet"):
+            encrypt(play)
+
+    def test_a_combiner_that_has_not_heard_of_the_commit_is_passed_over(self, play: Play) -> None:
+        encrypt(play)
+        play.answers[play.seen[1][0], "encrypt"] = KeyPending("not known yet")
+        assert encrypt(play) == b"ct"
 
     def test_a_forged_description_is_passed_over(self, play: Play, world: World) -> None:
         good = world.describe()

@@ -9,12 +9,14 @@ import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import engine
 from engine import Engine, LocalCluster, PolicyRule
 from engine.client.config import load_identity
+from engine.failpoints import VARIABLE
 from engine.protocol.manifest import issue_cluster_manifest
 
 DEADLINE_S = 5.0
@@ -108,6 +110,20 @@ def test_a_node_that_missed_a_creation_serves_the_key(own_cluster: LocalCluster)
         kq.flush()
         with pytest.raises(engine.QuorumUnavailable):  # two shares are left among three nodes
             kq.decrypt("young", ciphertext)
+
+
+def test_a_key_that_no_holder_was_told_of_is_used_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dealer's word to the holders is lost, its reply to the client is not: who asks waits for the books."""
+    monkeypatch.setenv(VARIABLE, "holder.commit.checked=error@1")
+    with (
+        LocalCluster(nodes=3, threshold=2, path=tmp_path / "kq") as cluster,
+        engine.connect(cluster.client_config) as kq,
+    ):
+        kq.create_key("new", "aes-256-gcm", threshold=2, shares=3)
+        logs = [(cluster.path / "run" / f"{node}.log").read_text() for node in cluster.nodes]
+        assert sum(log.count("commit not taken in yet") for log in logs) == 3
+        assert kq.key_info("new").shares == 3
+        assert kq.decrypt("new", kq.encrypt("new", b"text")) == b"text"
 
 
 def test_a_node_that_missed_a_destruction_carries_it_out(own_cluster: LocalCluster) -> None:

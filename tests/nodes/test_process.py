@@ -27,6 +27,7 @@ from engine.errors import (
     InvalidSignature,
     InvalidTag,
     KeyNotFound,
+    KeyPending,
     ManifestError,
     NeedGrant,
     NodeUnavailable,
@@ -36,6 +37,7 @@ from engine.errors import (
 from engine.protocol.manifest import PolicyRule, issue_cluster_manifest
 from engine.protocol.requests import (
     BODIES,
+    Abort,
     Create,
     Describe,
     Destroy,
@@ -411,6 +413,36 @@ def test_another_incarnation_of_the_key_is_stale(live: Any) -> None:
     with live.channel("alice") as channel, pytest.raises(EngineError) as caught:
         ask(channel, NODE, "encrypt", Operate("no-such-key", b"", b"", b"", b"", False, b""), 10)
     assert caught.type is KeyNotFound or caught.value.code == "moved"  # type: ignore[attr-defined]
+
+
+def test_a_key_that_waits_for_its_commit_is_pending_until_it_is_known(live: Any) -> None:
+    live.world.now_ms = time.time_ns() // 1_000_000
+    dealt = live.world.deal("waits", holders=(NODE, "node2"), threshold=2, dealer="node5")
+    use = Operate("waits", dealt.key_id, b"", b"", b"", False, b"")
+    with live.channel("node5") as dealer, live.channel("alice") as channel:
+        with pytest.raises(EngineError) as unknown:
+            ask(channel, NODE, "describe", Describe("waits"), 10)
+        receipt = ask(dealer, NODE, "share.prepare", dealt.offers[NODE], 10).receipt
+        for verb, body in (("describe", Describe("waits")), ("encrypt", use)):
+            with pytest.raises(KeyPending, match=f"'waits' was made is not known yet on {NODE}"):
+                ask(channel, NODE, verb, body, 10)
+        with live.channel("bob") as other, pytest.raises(AccessDenied):
+            ask(other, NODE, "describe", Describe("waits"), 10)
+        certificate = live.world.certificate(dealt, given=[receipt, live.world.receipt(dealt, "node2")])
+        ask(dealer, NODE, "share.commit", ShareCommit(dealt.key_id, certificate), 10)
+        assert ask(channel, NODE, "describe", Describe("waits"), 10).certificate == certificate
+    assert unknown.value.code in ("key-not-found", "moved")
+
+
+def test_an_aborted_key_is_pending_no_more(live: Any) -> None:
+    live.world.now_ms = time.time_ns() // 1_000_000
+    dealt = live.world.deal("given-up", holders=(NODE, "node2"), threshold=2, dealer="node5")
+    with live.channel("node5") as dealer, live.channel("alice") as channel:
+        ask(dealer, NODE, "share.prepare", dealt.offers[NODE], 10)
+        ask(dealer, NODE, "share.abort", Abort(live.world.abort(dealt.key_id)), 10)
+        with pytest.raises(EngineError) as unknown:
+            ask(channel, NODE, "describe", Describe("given-up"), 10)
+    assert unknown.value.code in ("key-not-found", "moved")
 
 
 def test_a_share_leaves_the_node_for_the_connection_of_the_grants_combiner_alone(live: Any) -> None:

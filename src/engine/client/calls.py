@@ -34,6 +34,7 @@ from engine.errors import (
     InvalidTag,
     KeyExists,
     KeyNotFound,
+    KeyPending,
     ManifestError,
     NeedGrant,
     NodeUnavailable,
@@ -390,6 +391,8 @@ class _Trail:
             RegistryUnavailable,
             NodeUnavailable,
         )
+        if any(isinstance(each, KeyPending) for each in newest.values()):
+            return KeyPending(f"{self.what}: not known in time ({self.told()})")
         for kind in kinds:
             if all(isinstance(each, kind) for each in newest.values()):
                 return kind(f"{self.what}: {self.told()}")
@@ -756,9 +759,13 @@ class Calls:
         return same
 
     def _unknown(self, name: str, trail: _Trail) -> None:
-        """Raise ``KeyNotFound`` if a node said so and none knew the key; it names the nodes that could not be asked."""
+        """Raise ``KeyNotFound`` if a node said so and none knew the key; it names the nodes that could not be asked.
+
+        Not while a node has a share of one that may have been made: it finds that out.
+        """
         failures = trail.failures
-        if not any(isinstance(error, KeyNotFound) for error in failures.values()):
+        kinds = {type(error) for error in failures.values()}
+        if KeyNotFound not in kinds or KeyPending in kinds:
             return
         silent = [node for node in self.router.holders(name) if not isinstance(failures.get(node), KeyNotFound | Moved)]
         message = f"no node that answers knows the key {name!r}"
