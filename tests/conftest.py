@@ -13,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import PORTS
 
 import engine
+import engine.client.local
 from engine import Engine, LocalCluster, PolicyRule
 
 HERE = Path(__file__).parent
@@ -44,6 +46,9 @@ LONG_FILES = (
     "engine/test_cluster_rotation.py",
 )
 """The files that take longest, first of all: the last worker shall not be left with one of them at the end."""
+
+
+engine.client.local.PORTS = PORTS
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -77,6 +77,7 @@ class _Gate:
     target: str
     port: int
     to_port: int
+    bound: socket.socket
     down: asyncio.Event = field(default_factory=asyncio.Event)
     server: asyncio.Server | None = None
     task: asyncio.Task[None] | None = None
@@ -149,21 +150,23 @@ class Network:
     # --- inside the thread ---
 
     async def _listen(self, target: str, port: int, to_port: int) -> None:
-        gate = _Gate(target, port, to_port)
+        gate = _Gate(target, port, to_port, _bound(port))
         gate.task = asyncio.ensure_future(self._keep(gate))
         self._gates.append(gate)
 
     async def _keep(self, gate: _Gate) -> None:
-        """Listen while the member does: a connection to a member that is down must be refused, as it would be."""
+        """Listen while the member does: a connection to a member that is down must be refused, as it would be.
+
+        The port is bound meanwhile, which refuses too: it must not become another's.
+        """
         while True:
             while not await _listens(gate.to_port):
                 await asyncio.sleep(POLL_S)
             gate.down.clear()
-            gate.server = await asyncio.start_server(
-                partial(self._serve, gate), "127.0.0.1", gate.port, backlog=1024, reuse_address=True
-            )
+            gate.server = await asyncio.start_server(partial(self._serve, gate), sock=gate.bound, backlog=1024)
             await gate.down.wait()
             gate.server.close()
+            gate.bound = _bound(gate.port)
 
     async def _forget(self) -> None:
         gates, self._gates = self._gates, []
@@ -173,6 +176,7 @@ class Network:
                 await asyncio.gather(gate.task, return_exceptions=True)
             if gate.server is not None:
                 gate.server.close()
+            gate.bound.close()
 
     async def _settle(self) -> None:
         """End every task, and let the loop close what they had open.
@@ -232,7 +236,12 @@ class Network:
                 raise  # the end of all
             gate.down.set()
             return
-        source = self._who(writer.get_extra_info("peername")[1], writer.get_extra_info("sockname")[1])
+        try:
+            source = self._who(writer.get_extra_info("peername")[1], writer.get_extra_info("sockname")[1])
+        except BaseException:
+            _abort(writer)
+            _abort(far_writer)
+            raise
         self.seen.add((source, target))
         if self._rule(source, target).refuse:
             self.spoiled += 1
@@ -341,6 +350,17 @@ def flipped(data: bytes, rng: random.Random) -> bytes:
     place = rng.randrange(len(changed))
     changed[place] ^= 1 << rng.randrange(8)
     return bytes(changed)
+
+
+def _bound(port: int) -> socket.socket:
+    made = socket.socket()
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(("127.0.0.1", port))
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 async def _listens(port: int) -> bool:

@@ -258,6 +258,18 @@ def test_a_member_that_is_down_refuses_through_the_proxy_too(network: Network, e
         time.sleep(0.01)
 
 
+def test_the_port_of_a_member_that_is_down_stays_its_own(network: Network, echo: Echo) -> None:
+    echo.socket.close()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    network.listen("echo", port, echo.port)
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    network.forget()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+
+
 def test_the_proxy_knows_who_connects(network: Network, line: socket.socket) -> None:
     assert network.seen == {("client", "echo")}
 

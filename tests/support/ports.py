@@ -1,12 +1,18 @@
-"""Ports for tests: below those that the kernel gives to outgoing connections, so that no connection takes one."""
+"""Ports for tests: below those that the kernel gives to outgoing connections, so that no connection takes one.
+
+A port is free when it is chosen and bound a little later, by another process: so each worker of a run has its own.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from random import SystemRandom
 
-PORTS = range(20_000, 32_000)
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+PORTS = range(20_000 + WORKER, 32_000, WORKERS)
 TRIES = 500
 _random = SystemRandom()
 
