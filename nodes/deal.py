@@ -180,10 +180,12 @@ class Conversation(FollowsCluster):
         grant: bytes,
         deadline_s: float,
         extensions: Mapping[str, bytes] | None = None,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Gathered:
         """Reconstruct the key from its holders under the client's grant, by the monotonic ``deadline_s``.
 
-        ``extensions`` go along with what the holders are asked.
+        ``extensions`` go along with what the holders are asked. ``meanwhile`` is called while they are at it; what it
+        raises ends the gathering, and nothing is combined before it has returned.
         """
         failpoint("combiner.gather.begun")
         own = None
@@ -195,7 +197,8 @@ class Conversation(FollowsCluster):
         plan = self.peers.plan(self._others(entry), entry.manifest.threshold - (own is not None), self._clock())
         gathering = Gathering(entry.manifest, plan.holders, own, plan.hedge_s)
         try:
-            secret = self._drive(talker.channel, gathering, entry, grant, deadline_s - REPLY_MARGIN_S, extensions)
+            until_s = deadline_s - REPLY_MARGIN_S
+            secret = self._drive(talker.channel, gathering, entry, grant, until_s, extensions, meanwhile)
         finally:
             gathering.close()
         for holder in gathering.corrupt:
@@ -219,11 +222,14 @@ class Conversation(FollowsCluster):
         grant: bytes,
         until_s: float,
         extensions: Mapping[str, bytes] | None,
+        meanwhile: Callable[[], None],
     ) -> SecretBuffer | None:
         """Ask, listen and combine until there is the secret, or None: then there is none to be had in time."""
         body = REQUEST_CODECS[SHARE_RELEASE].encode(ShareRelease(entry.row.key_id, grant, entry.row.certificate))
         asked: dict[int, str] = {}
         try:
+            self._ask_holders(channel, gathering, body, until_s, asked, extensions)
+            meanwhile()
             return self._exchange(channel, gathering, body, until_s, asked, extensions)
         finally:
             for token in asked:
@@ -253,12 +259,7 @@ class Conversation(FollowsCluster):
                     self.peers.late(holder, waited_s, now)
                 gathering.give_up()
                 break
-            for holder in gathering.to_ask(now):
-                try:
-                    asked[channel.start(holder, SHARE_RELEASE, body, until_s - now, extensions)] = holder
-                except EngineError as error:
-                    gathering.failed(holder, str(error))
-                    self.peers.failed(holder, now)
+            self._ask_holders(channel, gathering, body, until_s, asked, extensions)
             if not asked:
                 continue
             for arrival in channel.poll(min(gathering.wake_s(now), until_s - now)):
@@ -266,6 +267,26 @@ class Conversation(FollowsCluster):
                 if holder:
                     self._arrived(gathering, holder, arrival)
         return None
+
+    def _ask_holders(
+        self,
+        channel: Channel,
+        gathering: Gathering,
+        body: bytes,
+        until_s: float,
+        asked: dict[int, str],
+        extensions: Mapping[str, bytes] | None,
+    ) -> None:
+        """Ask those whose turn it is, if there is time."""
+        now = self._clock()
+        if now >= until_s:
+            return
+        for holder in gathering.to_ask(now):
+            try:
+                asked[channel.start(holder, SHARE_RELEASE, body, until_s - now, extensions)] = holder
+            except EngineError as error:
+                gathering.failed(holder, str(error))
+                self.peers.failed(holder, now)
 
     def _arrived(self, gathering: Gathering, holder: str, arrival: Arrival) -> None:
         now = self._clock()

@@ -835,11 +835,16 @@ class Handlers(FollowsCluster):
             raise
 
     def _gather_once(self, talker: Talker, entry: Entry, leader: _Waiting) -> Gathered:
-        """Gather on a talker; that the grants of those who wait were used is on the disk before and after."""
+        """Gather on a talker; that the grants of those who wait were used is on the disk before the key is combined.
+
+        So it is for those who came meanwhile, before the key is used. It is written while the holders write the same:
+        they release nothing a second time for a grant of which a crash left this node no memory.
+        """
         span = leader.call.span
         with child_of(span, "gather") as extensions:
-            self._ledger.flush()
-            gathered = self._conversation.gather(talker, entry, leader.grant, leader.call.deadline_s, extensions)
+            gathered = self._conversation.gather(
+                talker, entry, leader.grant, leader.call.deadline_s, extensions, self._ledger.flush
+            )
             try:
                 self._ledger.flush()
             except Exception:

@@ -226,6 +226,17 @@ def test_a_node_that_lost_the_key_is_cold_again() -> None:
     assert not router.is_loaded("k", "n1")
 
 
+def test_what_is_told_late_does_not_make_a_flushed_key_loaded() -> None:
+    router = a_router()
+    answered(router, "n1")
+    router.forget_loaded("k")
+    router.learned_direct("n1", "k", CLASS, Load(0, 50, True), 1e-4, 10.0)
+    assert not router.is_loaded("k", "n1")
+    answered(router, "n1")
+    router.learned_direct("n1", "k", CLASS, Load(0, 50, True), 1e-4, 10.0)
+    assert router.is_loaded("k", "n1")
+
+
 def test_a_node_that_failed_is_last_until_its_time_is_over() -> None:
     for seed in range(30):
         router = a_router(table(), seed)

@@ -23,6 +23,7 @@ from engine.errors import (
     QuorumUnavailable,
     ShareCorrupt,
     StaleKey,
+    StoreUnavailable,
     TokenError,
 )
 from engine.protocol.manifest import key_manifests, read_key_manifest
@@ -33,6 +34,7 @@ from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue, Entry
 from nodes.clock import TrustedClock
 from nodes.deal import Conversation, Talker
+from nodes.gather import Gathering
 from nodes.holder import ShareHolder
 from nodes.shares import ShareCache
 from nodes.store import Row, seal_context, seal_share
@@ -131,11 +133,18 @@ class Scene:
     def answers(self, **changes: Answer) -> dict[str, Answer]:
         return {**{node: self.good(node) for node in HOLDERS}, **changes}
 
-    def gather(self, channel: FakeChannel, *, row: Row | None = None, timeout_s: float = 5.0) -> Any:
+    def gather(
+        self,
+        channel: FakeChannel,
+        *,
+        row: Row | None = None,
+        timeout_s: float = 5.0,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Any:
         entry = Catalogue([row or self.row]).by_id(self.dealt.key_id)
         assert isinstance(entry, Entry)
         talker = Talker(channel, self.lane)  # type: ignore[arg-type]
-        return self.conversation.gather(talker, entry, b"grant", time.monotonic() + timeout_s)
+        return self.conversation.gather(talker, entry, b"grant", time.monotonic() + timeout_s, None, meanwhile)
 
     def is_key(self, gathered: Any) -> bool:
         assert check_value(gathered.secret, self.dealt.manifest.key_context) == self.dealt.manifest.check_value
@@ -155,6 +164,30 @@ def test_two_others_and_its_own_share_give_the_key(scene: Scene) -> None:
     assert gathered.corrupt == ()
     assert scene.dealt.key.hex() not in repr(gathered)
     assert repr(scene.dealt.key)[2:-1] not in repr(gathered)
+
+
+def test_the_node_writes_its_own_while_the_holders_are_asked(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is combined before that is done, nor where it fails."""
+    channel, told = FakeChannel(scene.answers()), list[str]()
+    genuine = Gathering.solve
+
+    def solve(self: Gathering) -> Any:
+        told.append("combined")
+        return genuine(self)
+
+    monkeypatch.setattr(Gathering, "solve", solve)
+    assert scene.is_key(scene.gather(channel, meanwhile=lambda: told.append(f"asked {','.join(channel.asked)}")))
+    assert told == ["asked node2,node3", "combined"]
+
+    def full() -> None:
+        raise StoreUnavailable("the disk is full")
+
+    told.clear()
+    channel = FakeChannel(scene.answers())
+    with pytest.raises(StoreUnavailable):
+        scene.gather(channel, meanwhile=full)
+    assert told == []
+    assert len(channel.abandoned) == 2
 
 
 def wrong_share(scene: Scene, node: str) -> Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 from collections.abc import Callable, Iterator
@@ -42,6 +43,18 @@ def ended(worker: Worker[Any]) -> None:
     worker.finish()
     worker.join(20)
     assert not worker._thread.is_alive()
+
+
+def test_a_nice_worker_is_nicer_than_the_process_and_the_others(mailbox: Mailbox) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    told: list[int] = []
+    worker = started(mailbox, nice=3)
+    worker.submit(lambda state: niceness(), lambda result, error: told.append(result))
+    drain(mailbox, lambda: bool(told))
+    ended(worker)
+    assert told == [niceness() + 3]
 
 
 def test_the_mailbox_is_readable_while_something_waits(mailbox: Mailbox) -> None:

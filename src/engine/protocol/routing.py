@@ -241,10 +241,14 @@ class Router(FollowsCluster):
     def learned_direct(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
     ) -> None:
-        """As ``answered_direct``, of requests that are not counted as under way."""
+        """As ``answered_direct``, of requests that are not counted as under way.
+
+        It tells of a while ago: a key that was forgotten since, after a flush, does not count as loaded by it.
+        """
         with self._lock:
             self._took(request_class, False, elapsed_s)
-            self._learned(node, key_name, request_class, load, elapsed_s * 1e6, now_s)
+            known = key_name if (key_name, node) in self._loaded else ""
+            self._learned(node, known, request_class, load, elapsed_s * 1e6, now_s)
 
     def answered(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
