@@ -21,7 +21,7 @@ from ports import free_port
 
 from engine.client.config import Identity, create_identity, load_identity
 from engine.client.connections import connections_allowed, end_connection, peer_of
-from engine.client.listener import LEAVE_S, Listener
+from engine.client.listener import LEAVE_S, Listener, listen
 from engine.client.transport import Channel, ask, connect_options, raise_for_status
 from engine.errors import NodeUnavailable, Overloaded
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
@@ -359,6 +359,22 @@ def test_an_endpoint_that_is_left_out_is_served_a_moment_more(site: Site, monkey
         assert listening() == [True, True]
     finally:
         listener.close()
+
+
+def test_a_connection_whose_host_is_gone_is_noticed() -> None:
+    """The kernel asks after an idle one, and gives up one that takes no reply."""
+    listening = listen("tcp://127.0.0.1:*", 4)
+    listening.setblocking(True)
+    with listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle, every, times = (
+                accepted.getsockopt(socket.IPPROTO_TCP, option)
+                for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            )
+            assert idle + every * times == 120
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
 def test_the_number_follows_from_the_descriptors() -> None:

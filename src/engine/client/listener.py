@@ -60,6 +60,13 @@ GARBAGE_IN_A_ROW = 256
 REBIND_S = 1.0
 LEAVE_S = 2.0
 """How long an endpoint is served that a newer manifest leaves out: members take a manifest one after the other."""
+KEEPALIVE = {
+    sockets.TCP_KEEPIDLE: 60,
+    sockets.TCP_KEEPINTVL: 15,
+    sockets.TCP_KEEPCNT: 4,
+    sockets.TCP_USER_TIMEOUT: 120_000,
+}
+"""In seconds, times, and ms: a connection whose host is gone is held for two minutes, be it idle or owed a reply."""
 SENT_TIMES = 2
 """Replies that wait for one connection, over the requests that it may have unanswered."""
 
@@ -188,7 +195,10 @@ class _Places:
 
 
 def listen(endpoint: str, backlog: int) -> sockets.socket:
-    """A listening TCP socket at ``tcp://host:port``, the host being a name, an address or ``*``; ``EngineError``."""
+    """A listening TCP socket at ``tcp://host:port``, the host being a name, an address or ``*``; ``EngineError``.
+
+    The connections that are accepted there have its ``KEEPALIVE`` (tcp(7)).
+    """
     scheme, _, place = endpoint.partition("://")
     host, _, port = place.rpartition(":")
     made: sockets.socket | None = None
@@ -204,6 +214,9 @@ def listen(endpoint: str, backlog: int) -> sockets.socket:
         )
         made = sockets.socket(found[0][0], sockets.SOCK_STREAM)
         made.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+        made.setsockopt(sockets.SOL_SOCKET, sockets.SO_KEEPALIVE, 1)
+        for option, value in KEEPALIVE.items():
+            made.setsockopt(sockets.IPPROTO_TCP, option, value)
         made.setblocking(False)
         made.bind(found[0][4])
         made.listen(backlog)
