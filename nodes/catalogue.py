@@ -96,9 +96,10 @@ class Catalogue:
             if not ids:
                 del self._pending[row.name]
 
-    def is_pending(self, name: str) -> bool:
-        """Whether a share of a key of this name waits for its certificate, or for the word that there will be none."""
-        return name in self._pending
+    def pending(self, name: str) -> set[bytes]:
+        """The keys of this name of which a share waits for its certificate, or for the word that there will be none."""
+        ids = self._pending.get(name)
+        return set(ids) if ids else set()
 
     def by_name(self, name: str) -> Entry | None:
         """The live key of that name."""

@@ -415,6 +415,8 @@ class Handlers(FollowsCluster):
         self._admission = Admission(limits)
         self._cursor = Cursor()
         self._next_books_s = self._looked_s = 0.0
+        self._doubted: set[bytes] = set()
+        """Keys that were asked for while nobody had told whether they were made: the registry is asked."""
         self._settle_after_ms = 0
         self._catching_up = False
         self._verbs: dict[str, Callable[[_Call, Any], None]] = {
@@ -772,8 +774,10 @@ class Handlers(FollowsCluster):
         check_key(self._cluster, call.incoming.member, call.verb, name)
         entry = self._catalogue.by_name(name)
         if entry is None:
-            if self._catalogue.is_pending(name):
+            doubted = self._catalogue.pending(name)
+            if doubted:
                 # Its dealer may have fallen silent between the registry's word and its own to the holders.
+                self._doubted |= doubted
                 self.look_again()
                 raise KeyPending(f"whether the key {name!r} was made is not known yet on {self._node}")
             # A key of n shares is on the first n of its group: if there is one, it is on those before this node.
@@ -1331,7 +1335,12 @@ class Handlers(FollowsCluster):
             return
         self._looked_s, self._next_books_s = now, now + BOOKS_EVERY_S
         oldest = self._now_ms() - self._settle_after_ms
-        stale = [entry for entry in self._catalogue.prepared() if entry.row.changed_ms <= oldest]
+        stale = [
+            entry
+            for entry in self._catalogue.prepared()
+            if entry.row.changed_ms <= oldest or entry.row.key_id in self._doubted
+        ]
+        self._doubted.clear()
         self._catching_up = True
         try:
             self._dealer.submit(lambda talker: self._ask_registry(talker, stale), self._caught_up)

@@ -126,6 +126,19 @@ def test_a_key_that_no_holder_was_told_of_is_used_at_once(tmp_path: Path, monkey
         assert kq.decrypt("new", kq.encrypt("new", b"text")) == b"text"
 
 
+def test_a_key_that_was_not_made_is_known_not_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holders miss the word that the creation was given up: who asks for the key has them ask the registry."""
+    monkeypatch.setenv(VARIABLE, "dealer.create.prepared=error; dealer.abort.booked=error")
+    with (
+        LocalCluster(nodes=3, threshold=2, path=tmp_path / "kq") as cluster,
+        engine.connect(cluster.client_config) as kq,
+    ):
+        with pytest.raises(engine.EngineError):
+            kq.create_key("new", "aes-256-gcm", threshold=2, shares=3, timeout=0.5)
+        with pytest.raises(engine.KeyNotFound):
+            kq.key_info("new")
+
+
 def test_a_node_that_missed_a_destruction_carries_it_out(own_cluster: LocalCluster) -> None:
     """A destroyed key is erased from a node that was down, when it comes back."""
     late = own_cluster.nodes[0]

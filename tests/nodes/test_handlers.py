@@ -192,8 +192,17 @@ class Scene:
             ),
         )
 
-    def _gather(self, talker: None, entry: Any, grant: bytes, deadline_s: float, extensions: Any) -> Gathered:
+    def _gather(
+        self,
+        talker: None,
+        entry: Any,
+        grant: bytes,
+        deadline_s: float,
+        extensions: Any,
+        meanwhile: Callable[[], None],
+    ) -> Gathered:
         self.gatherings.append((grant, deadline_s))
+        meanwhile()
         self.extensions = extensions
         if self.failure is not None:
             raise self.failure

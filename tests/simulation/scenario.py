@@ -658,7 +658,7 @@ class World:
 
     def check_deadline(self, node: str, begun: float, rest: tuple[Any, ...]) -> None:
         """A gathering keeps its deadline."""
-        deadline_s = rest[-1]
+        deadline_s = rest[1]
         if isinstance(deadline_s, float) and self.sim.now > deadline_s + LATE_S:
             raise Violated(f"{node}: a gathering ended {self.sim.now - deadline_s:.3f} s after its deadline")
 
