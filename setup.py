@@ -5,6 +5,7 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 KERNELS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "src" / "gf256").glob("*.c"))
@@ -56,10 +57,21 @@ fastpath = native("nodes._fastpath", "nodes/_fastpath.pyx", "fastwire.h")
 
 histogram = native("engine.client._histogram", "src/engine/client/_histogram.pyx")
 
+
+class BuildExtensions(build_ext):
+    """As many compilers at a time as there are processors."""
+
+    def finalize_options(self) -> None:
+        """Where no number is given."""
+        super().finalize_options()
+        self.parallel = self.parallel or len(os.sched_getaffinity(0))
+
+
 # Without autotestdict the module has no __test__, which its .pyi would otherwise have to list.
 DIRECTIVES = {"language_level": "3", "autotestdict": False}
 
 setup(
+    cmdclass={"build_ext": BuildExtensions},
     ext_modules=cythonize(
         [fastshamir, fasttoken, fastlines, fastwire, histogram, zmtp, router, fastline, fastpath],
         include_path=["src"],
