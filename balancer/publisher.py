@@ -81,7 +81,11 @@ class Publisher:
         if self._checked == cluster.serial:
             return
         self._checked = cluster.serial
-        self._bound.follow(self._places())
+        try:
+            self._bound.follow(self._places())
+        except EngineError as error:
+            self._checked = 0  # it is tried again with the next table
+            log.error("not publishing where the manifest says", reason=str(error))
         for peer, (fd, key) in list(self._subscribers.items()):
             if peer_of(fd) != peer:
                 del self._subscribers[peer]

@@ -425,6 +425,22 @@ class TestBatches:
         assert done[2] == b"b"
         assert (type(done[1]), type(done[3])) == (InvalidTag, ValueError)
 
+    def test_errors_in_a_batch_tell_the_router_nothing_wrong(self, nodes: Nodes, kq: Engine) -> None:
+        """They are answered late where many are on the way: that says nothing of the way."""
+        for _ in range(3):
+            kq.encrypt("k", b"")
+        kq.decrypt_many("k", [b"ct:a"] * 64)
+        told: list[float] = []
+        genuine = kq._calls.learn
+        kq._calls.learn = lambda *given: (told.append(kq._calls.clock() - given[3]), genuine(*given))  # type: ignore[method-assign, assignment, func-returns-value]
+        before = {name: state.round_trip_us for name, state in kq._calls.router._nodes.items()}
+        done = kq.decrypt_many("k", [b"ct:a"] * 900 + [b"bad"] * 100, return_exceptions=True)
+        assert sum(isinstance(each, InvalidTag) for each in done) == 100
+        assert len(told) == 100
+        ways_us = {name: state.round_trip_us for name, state in kq._calls.router._nodes.items()}
+        assert all(us == pytest.approx(before[name], rel=0.5) for name, us in ways_us.items())
+        assert all(not state.outstanding for state in kq._calls.router._nodes.values())
+
     def test_a_batch_survives_a_silent_node(self, nodes: Nodes, kq: Engine) -> None:
         nodes.silent.add("n2")
         assert len(kq.encrypt_many("k", [b"x"] * 200, timeout=5.0)) == 200

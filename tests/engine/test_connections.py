@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,11 +19,12 @@ import zmq
 from curve_client import CurveClient
 from ports import free_port
 
+from engine.client.admission import ServiceLimits
 from engine.client.config import Identity, create_identity, load_identity
 from engine.client.connections import connections_allowed, end_connection, peer_of
 from engine.client.listener import LEAVE_S, Listener, listen
 from engine.client.transport import Channel, ask, connect_options, raise_for_status
-from engine.errors import NodeUnavailable, Overloaded
+from engine.errors import EngineError, NodeUnavailable, Overloaded
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import HELLO, REQUEST_CODECS, Hello
 from engine.protocol.wire import PROTOCOL_VERSION, Request, reply_codec, request_codec
@@ -359,6 +360,79 @@ def test_an_endpoint_that_is_left_out_is_served_a_moment_more(site: Site, monkey
         assert listening() == [True, True]
     finally:
         listener.close()
+
+
+def test_an_endpoint_that_cannot_be_had_is_tried_again_and_ends_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others are served meanwhile, and those that are left are left."""
+    real, later_s = time.monotonic, 0.0
+    monkeypatch.setattr("engine.client.listener.time.monotonic", lambda: real() + later_s)
+    pair = load_identity(site.folder / "n1.toml").transport
+    first, third = (free_port() for _ in range(2))
+    listener = Listener(pair, f"tcp://127.0.0.1:{first}", site.cluster)
+
+    def listening(port: int) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) == 0
+
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as holder:
+            second = holder.getsockname()[1]
+            with pytest.raises(EngineError, match=f"can't bind tcp://127.0.0.1:{second}: Address already in use"):
+                listener.serve({f"tcp://127.0.0.1:{port}": pair for port in (second, third)})
+            assert listening(first)
+            assert listening(third)
+            later_s += LEAVE_S
+            listener.settle()
+            assert until(lambda: not listening(first))
+        listener.settle()
+        assert listening(second)
+        assert listening(third)
+    finally:
+        listener.close()
+
+
+def test_a_moved_endpoint_of_the_same_port_keeps_its_connections(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the address that was left are cut, whatever their port."""
+    real, later_s = time.monotonic, 0.0
+    monkeypatch.setattr("engine.client.listener.time.monotonic", lambda: real() + later_s)
+    pair = load_identity(site.folder / "n1.toml").transport
+    port = free_port()
+    listener = Listener(pair, f"tcp://127.0.0.1:{port}", site.cluster)
+    try:
+        listener.serve({f"tcp://127.0.0.2:{port}": pair})
+        old, new = (socket.create_connection((host, port), timeout=10) for host in ("127.0.0.1", "127.0.0.2"))
+        with old, new:
+            assert until(lambda: (listener.router.poll(10), len(listener.connections) == 2)[1])
+            later_s += LEAVE_S
+            listener.settle()
+            assert len(listener.connections) == 1
+            assert old.recv(1000)[:1] == b"\xff"
+            assert old.recv(1000) == b""
+    finally:
+        listener.close()
+
+
+def test_one_connection_too_many_spares_those_of_others(site: Site) -> None:
+    """What is by the shortest way stays so for all other connections."""
+    pair = load_identity(site.folder / "n1.toml").transport
+    limits = ServiceLimits(member_connections=1)
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    with closing(Listener(pair, endpoint, site.cluster, limits)) as listener:
+        port = int(endpoint.rpartition(":")[2])
+        clients = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(3)]
+        try:
+            assert until(lambda: (listener.router.poll(10), len(listener.connections) == 3)[1])
+            good, surplus, other = listener.router.connections
+            assert not listener.connections.heard(good, "app")
+            assert listener.connections.heard(surplus, "app")
+            assert not listener.connections.heard(other, "other")
+            told = [listener.connections.known(*each) for each in ((good, "app"), (surplus, "app"), (other, "other"))]
+            assert told == [True, False, True]
+        finally:
+            for each in clients:
+                each.close()
 
 
 def test_a_connection_whose_host_is_gone_is_noticed() -> None:

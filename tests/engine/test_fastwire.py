@@ -154,5 +154,8 @@ def test_what_is_not_warm_is_left_to_the_codecs() -> None:
     assert fast.read_operate(request_codec.encode(Request(1, 1, "sign", 5, plain, {"x": b""}))) is None
     assert fast.read_operate(request_codec.encode(Request(2, 1, "sign", 5, plain, {}))) is None
     assert fast.read_result(reply_codec.encode(Reply(1, 1, 1, b"", Load(0, 0, False), {}))) is None
+    for verb, key, key_id in ((b"v" * 32, b"k", b""), (b"sign", b"k" * 129, b""), (b"sign", b"k", bytes(17))):
+        assert fast.write_operate(1, verb, 5, key, key_id, b"d", b"", b"", False) is None
+    assert fast.write_operate(1, b"v" * 31, 5, b"k" * 128, bytes(16), b"d", b"", b"", False) is not None
     big = bytes(48 * 1024 + 128)
     assert fast.write_operate(1, b"encrypt", 5, b"k", b"", big, bytes(16 * 1024), b"", False) is None

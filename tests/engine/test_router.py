@@ -210,7 +210,7 @@ def test_a_handshake_may_come_byte_by_byte(site: Site) -> None:
     ((connection, data, parts),) = site.messages(1)
     assert (data, parts, connection.user) == (b"hello", 1, zmq.utils.z85.encode(CLIENT[0]).decode())
     assert connection.proved
-    assert connection.port == site.port
+    assert connection.place == site.port
 
 
 def test_messages_may_be_split_at_every_byte(site: Site) -> None:
@@ -463,6 +463,26 @@ def test_libzmq_is_told_that_its_key_is_refused(site: Site) -> None:
     context.destroy(0)
 
 
+def test_handshakes_have_a_part_of_each_round_and_members_their_turn(site: Site) -> None:
+    """A handshake costs more than a request: many of strangers must not keep members waiting."""
+    member = site.client()
+    strangers = [site.stranger() for _ in range(100)]
+    site.until(lambda: len(site.router) == 101)
+    for each in strangers:
+        each.put()
+        site.arrived(each)
+    waiting = [site.connection(each).fd for each in strangers]
+    unread = len(waiting)
+    for number in range(3):
+        member.say(b"%d" % number)
+        site.arrived(member)
+        site.router.poll(0)
+        assert [data for _, data, _ in iter(site.router.receive, None)] == [b"%d" % number]
+        before, unread = unread, len(select.select(waiting, [], [], 0)[0])
+        assert 0 < before - unread <= 3 * 16  # receive looks again when it has nothing
+    site.until(lambda: all(each.peer.open for each in strangers), *strangers)
+
+
 def test_a_handshake_that_is_not_over_in_time_ends(site: Site) -> None:
     done, silent, half = site.client(), site.stranger(), site.stranger(own=OTHER)
     half.put()
@@ -550,7 +570,7 @@ def test_each_place_has_its_pair(site: Site) -> None:
     for place, server in ((site.port, SERVER[0]), (port, second[0])):
         client = site.client(port=place, server=server)
         client.say(b"here")
-        assert [each[0].port for each in site.messages(1)] == [place]
+        assert [each[0].place for each in site.messages(1)] == [place]
     wrong = site.stranger(port=port)
     site.until(lambda: wrong.over, wrong)
     assert not wrong.peer.open

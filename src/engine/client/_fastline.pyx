@@ -428,6 +428,11 @@ cdef class _Cut:
     cdef uint64_t queue
 
 
+cdef struct _Done:
+    # What came of a part of many uses.
+    uint64_t uses, service_us, queue
+
+
 @cython.final
 @cython.auto_pickle(False)
 cdef class Shortcuts:
@@ -460,8 +465,10 @@ cdef class Shortcuts:
     def close(self):
         """Close every line; who uses one is told that it broke."""
         self._closed = True
-        for line in list(self._lines):
-            line.interrupt()
+        for reference in self._lines.data.copy():  # in one go: other threads may be adding
+            line = reference()
+            if line is not None:
+                line.interrupt()
         self.reap(float("inf"))
 
     def reap(self, double before_s):
@@ -503,8 +510,9 @@ cdef class Shortcuts:
         cdef Line line
         cdef list results = [None] * len(uses)
         cdef size_t at = 0, end, count = len(uses)
-        cdef double now_s
+        cdef double now_s, patience_s
         cdef int code = DONE_
+        cdef _Done done
         if type(name) is not str or self._closed:
             return results
         cut = self._cuts.get((verb, name))
@@ -515,14 +523,17 @@ cdef class Shortcuts:
             if not self._choose(cut, now_s):
                 break
             cut.until_s = 0
-            node, patience_s = cut.node, cut.patience_s
+            # Another thread may choose anew meanwhile.
+            node, state = cut.node, cut.state
+            patience_s = cut.patience_s if cut.patience_s < timeout_s else timeout_s
+            done.uses = done.service_us = 0
             try:
                 line = self._take(node, cut.cluster, now_s)
                 if line is None:
                     self._router.dropped(node)
                     break
                 end = min(at + CHUNK, count)
-                code = self._many(cut, line, uses, results, at, end, node, timeout_s, patience_s, stop)
+                code = self._many(cut, line, uses, results, at, end, node, state, timeout_s, patience_s, stop, &done)
             except BaseException:
                 self._router.dropped(node)
                 raise
@@ -534,13 +545,15 @@ cdef class Shortcuts:
             if code == LATE_:
                 self._router.late(node, kq_now_s())
             self._router.dropped(node)
-            # How long the way was can't be told where many are on it; so that stays as it is known.
-            cut.elapsed_s += 1e-6 * cut.uses * cut.state.round_trip_us
-            self._settle(cut, kq_now_s())
+            if done.uses:
+                # How long the way was can't be told where many are on it; so that stays as it is known.
+                load = wire.Load(done.queue, done.service_us // done.uses, True)
+                elapsed_s = 1e-6 * (<double>done.service_us / done.uses + state.round_trip_us)
+                self._router.learned_direct(node, cut.name, cut.request_class, load, elapsed_s, kq_now_s())
         return results
 
-    cdef int _many(self, _Cut cut, Line line, list uses, list results, size_t begin, size_t end, str node,
-                   double timeout_s, double patience_s, bint stop) except -1:
+    cdef int _many(self, _Cut cut, Line line, list uses, list results, size_t begin, size_t end, str node, object state,
+                   double timeout_s, double patience_s, bint stop, _Done *done) except -1:
         """Do a part of them over one line: DONE, LATE or BROKEN, or OTHER where it was stopped by an error."""
         cdef kq_operate request
         cdef kq_result result
@@ -552,7 +565,7 @@ cdef class Shortcuts:
         cdef bytes data, associated, proof
         cdef bint stopped = False
         cdef int code
-        cdef double began_s = kq_now_s(), now_s
+        cdef double now_s
         cdef double[CHUNK] sent_s
         line._id += end - begin
         if not kq_reserve(&line._out, OUT_BYTES):
@@ -580,6 +593,8 @@ cdef class Shortcuts:
                 if length:
                     filled += kq_write_message(at, &line._curve, &sodium, at + BEFORE, length, 0)
                     under_way += 1
+                    # It was moved to the front; what stands behind it is the end of what it was before it was sealed.
+                    explicit_bzero(line._out.at + filled, at + BEFORE + length - (line._out.at + filled))
                 sent_s[sent - begin] = now_s
                 sent += 1
             if filled:
@@ -604,17 +619,16 @@ cdef class Shortcuts:
                     line._close()  # no reply has a second frame
                     return BROKEN_
                 now_s = kq_now_s()
-                line._until_s = now_s + patience_s
                 if kq_read_result(content, length, &result):
                     if base <= result.id < base + (end - begin):
                         results[begin + (result.id - base)] = bytes_of(result.data)
                         under_way -= 1
                         awaited -= 1
+                        line._until_s = now_s + patience_s
                         cut.times.take(0, now_s - sent_s[result.id - base])
-                        cut.uses += 1
-                        cut.queue = result.queue
-                        cut.service_us += result.service_us
-                        cut.elapsed_s += 1e-6 * result.service_us
+                        done.uses += 1
+                        done.queue = result.queue
+                        done.service_us += result.service_us
                     explicit_bzero(content, length)
                     continue
                 reply = self._calls.direct_any(PyBytes_FromStringAndSize(<const char *>content, length))
@@ -622,8 +636,12 @@ cdef class Shortcuts:
                     continue
                 under_way -= 1
                 awaited -= 1
+                line._until_s = now_s + patience_s
+                # It counts as one request by itself, with the way as it is known: many were on it.
+                took_s = 1e-6 * (reply.load.service_us + state.round_trip_us)
+                self._router.sent(node)
                 try:
-                    self._calls.direct_outcome(node, cut.verb, reply, began_s, cut.name, cut.request_class)
+                    self._calls.direct_outcome(node, cut.verb, reply, now_s - took_s, cut.name, cut.request_class)
                 except Exception as error:
                     results[begin + (reply.id - base)] = error
                     stopped = stopped or stop
@@ -763,7 +781,11 @@ cdef class Shortcuts:
             if line.elapsed_s > patience_s:
                 code = LATE_
             else:
-                code = line.resume()
+                try:
+                    code = line.resume()
+                except BaseException:
+                    self._router.dropped(node)
+                    raise
         if code == DONE_:
             cut.times.take(0, line.elapsed_s)
             return self._ended(cut, node, line, code, patience_s, lost)
@@ -805,6 +827,9 @@ cdef class Shortcuts:
         line = made
         line.cluster, line.member, line.own = cluster, member, own
         self._lines.add(line)
+        if self._closed:  # meanwhile
+            line._close()
+            return None
         return line
 
     cdef int _give(self, str node, Line line) except -1:

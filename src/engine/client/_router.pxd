@@ -33,12 +33,12 @@ cdef enum:
 
 cdef class Connection:
     cdef readonly int fd
-    cdef readonly int port
+    cdef readonly int place
     cdef readonly double since_s
     cdef readonly str user
     cdef public str member
     cdef readonly bint open
-    cdef object place
+    cdef object pair
     cdef kq_curve curve
     cdef uint8_t *kept
     cdef size_t kept_length, kept_room
@@ -67,7 +67,7 @@ cdef class Router:
     cdef object _ready
     cdef list _dead
     cdef epoll_event[EVENTS_MAX] _events
-    cdef int _count, _at, _round
+    cdef int _count, _at, _round, _shakes
     cdef uint8_t *_scratch
     cdef Connection _current
     cdef uint8_t *_from

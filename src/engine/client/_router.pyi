@@ -18,8 +18,8 @@ class Connection:
     @property
     def fd(self) -> int: ...
     @property
-    def port(self) -> int:
-        """Where it came in."""
+    def place(self) -> int:
+        """The number of the place where it came in."""
 
     @property
     def since_s(self) -> float:
@@ -72,8 +72,10 @@ class Router:
     def fileno(self) -> int:
         """Readable while there is something to do (epoll(7)), beside what is ``pending``."""
 
-    def listen(self, fd: int, port: int, public: bytes, secret: bytes) -> None:
+    def listen(self, fd: int, number: int, public: bytes, secret: bytes) -> None:
         """Accept connections at a listening descriptor, the router's from now on, with a CURVE pair of raw keys.
+
+        Its connections have the number of the place, which its owner chooses.
 
         ValueError if those have not 32 bytes each.
         """

@@ -75,6 +75,7 @@ cdef extern from *:
 cdef enum:
     TURN = 8           # frames of one connection before others have their turn
     ACCEPTS = 64       # connections that are accepted in one go
+    SHAKES = 16        # reads of connections in their handshake, two scalar multiplications each, in one go
     PARTS_MAX = 64     # frames of a message, which is none for anybody here if it has more than one
     KEPT_MIN = 1024
     WATCHED_MAX = 16
@@ -121,7 +122,7 @@ cdef class _Place:
     """A listening descriptor, and the pair that is served there."""
 
     cdef int fd
-    cdef int port
+    cdef int number
     cdef uint8_t[32] public
     cdef uint8_t[32] secret
 
@@ -177,12 +178,12 @@ cdef class Router:
 
     # --- descriptors ---
 
-    def listen(self, int fd, int port, bytes public not None, bytes secret not None):
+    def listen(self, int fd, int number, bytes public not None, bytes secret not None):
         """Accept connections at a listening descriptor, which is the router's from now on."""
         cdef _Place place = _Place.__new__(_Place)
         if len(public) != KQ_KEY or len(secret) != KQ_KEY:
             raise ValueError(f"keys of {len(public)} and {len(secret)} bytes")
-        place.fd, place.port = fd, port
+        place.fd, place.number = fd, number
         memcpy(place.public, PyBytes_AS_STRING(public), KQ_KEY)
         memcpy(place.secret, PyBytes_AS_STRING(secret), KQ_KEY)
         self._places[fd] = place
@@ -280,9 +281,9 @@ cdef class Router:
                 return 0
             setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
             connection = Connection.__new__(Connection)
-            connection.fd, connection.port, connection.since_s = fd, place.port, time.monotonic()
+            connection.fd, connection.place, connection.since_s = fd, place.number, time.monotonic()
             connection.user = connection.member = ""
-            connection.place, connection.open = place, True
+            connection.pair, connection.open = place, True
             connection.curve.server = True
             connection.curve.own_public, connection.curve.own_secret = place.public, place.secret
             event.events, event.data.ptr = EPOLLIN, <void *>connection
@@ -314,7 +315,7 @@ cdef class Router:
                 if welcome:
                     connection.user = user
                 self._put(connection, said, kq_judge(&connection.curve, &sodium, welcome, said))
-                connection.place = None
+                connection.pair = None
                 if welcome:
                     self._shaking.discard(connection)
         if connection.curve.stage == KQ_ENDED:
@@ -335,7 +336,7 @@ cdef class Router:
             self._dead.clear()
         if self._ready:
             timeout_ms = 0
-        self._count = self._at = 0
+        self._count = self._at = self._shakes = 0
         if timeout_ms:
             with nogil:
                 count = epoll_wait(self._epoll, self._events, EVENTS_MAX, timeout_ms)
@@ -403,6 +404,10 @@ cdef class Router:
                 if event.events & EPOLLOUT:
                     self._flush(connection)
                 if connection.open and event.events & ~EPOLLOUT and not connection.queued:
+                    if connection.curve.stage != KQ_OPEN:
+                        if self._shakes == SHAKES:
+                            continue  # the next wait tells of it again
+                        self._shakes += 1
                     self._read(connection)
             elif self._round:
                 self._round -= 1

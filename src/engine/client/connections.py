@@ -110,16 +110,16 @@ class Connections:
         return bool(self._excess) and connection in self._excess
 
     def known(self, connection: Connection, member: str) -> bool:
-        """Whether this member was heard by the connection before, and none is one too many."""
-        return connection.member == member and not self._excess
+        """Whether this member was heard by the connection before, which is not one too many."""
+        return connection.member == member and not (self._excess and connection in self._excess)
 
     def end_of(self, users: Collection[str]) -> None:
         """Cut every connection with one of these CURVE keys, which are no member's any more."""
         self._end([each for each in self._router.connections if each.user in users], "its key is no member's any more")
 
-    def end_at(self, port: int) -> None:
-        """Cut every connection that came in at a port where nobody listens any more."""
-        self._end([each for each in self._router.connections if each.port == port], "its endpoint is given up")
+    def end_at(self, place: int) -> None:
+        """Cut every connection that came in at a place where nobody listens any more."""
+        self._end([each for each in self._router.connections if each.place == place], "its endpoint is given up")
 
     # --- what happens by itself ---
 

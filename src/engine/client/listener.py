@@ -7,6 +7,7 @@ looked up for every single message.
 
 from __future__ import annotations
 
+import itertools
 import resource
 import socket as sockets
 import time
@@ -175,23 +176,39 @@ class _Places:
         self._router = router
         self._backlog = backlog
         self._bound: dict[str, tuple[bytes, int, int]] = {}
+        self._numbers = itertools.count(1)
 
-    def follow(self, wanted: Mapping[str, CurveIdentity]) -> list[str]:
-        """Listen at these endpoints and no others; those that are left. ``EngineError`` if one can't be had."""
-        left = []
-        for endpoint, (public, fd, _) in list(self._bound.items()):
+    def follow(self, wanted: Mapping[str, CurveIdentity]) -> tuple[dict[str, int], EngineError | None]:
+        """Listen at these endpoints and no others, as far as they can be had.
+
+        Those that are left, each with the number that its connections have (``Connection.place``), and the error of
+        one that could not be had.
+        """
+        left: dict[str, int] = {}
+        for endpoint, (public, fd, number) in list(self._bound.items()):
             if endpoint not in wanted or wanted[endpoint].public != public:
                 self._router.leave(fd)
                 del self._bound[endpoint]
-                left.append(endpoint)
+                left[endpoint] = number
+        failed: EngineError | None = None
         for endpoint, pair in wanted.items():
             if endpoint not in self._bound:
-                listening = listen(endpoint, self._backlog)
-                port, fd = int(listening.getsockname()[1]), listening.detach()
-                self._bound[endpoint] = pair.public, fd, port
+                try:
+                    listening = listen(endpoint, self._backlog)
+                except EngineError as error:
+                    failed = error
+                    continue
+                number, fd = left.get(endpoint) or next(self._numbers), listening.detach()
+                self._bound[endpoint] = pair.public, fd, number
                 decode = zmq.utils.z85.decode
-                self._router.listen(fd, port, decode(pair.public), decode(pair.secret))
-        return left
+                self._router.listen(fd, number, decode(pair.public), decode(pair.secret))
+        return left, failed
+
+    def lack(self, wanted: Mapping[str, CurveIdentity]) -> bool:
+        """Whether one of these is not listened at, or not with its pair."""
+        return any(
+            endpoint not in self._bound or self._bound[endpoint][0] != pair.public for endpoint, pair in wanted.items()
+        )
 
 
 def listen(endpoint: str, backlog: int) -> sockets.socket:
@@ -236,6 +253,7 @@ class Listener(FollowsCluster):
     ) -> None:
         self._source = cluster
         self.refused = 0
+        self._lacking = ""
         self._next_warning_s = 0.0
         self.undeliverable = 0
         self.router = Router(self._admits, limit=FRAME_MAX, replies_max=SENT_TIMES * limits.connection_requests)
@@ -245,7 +263,7 @@ class Listener(FollowsCluster):
             self._bound = _Places(self.router, min(BACKLOG, self.connections.backlog))
             self._places: dict[str, CurveIdentity] = {endpoint: identity}
             self._leaving: dict[str, tuple[CurveIdentity, float]] = {}
-            self._bound.follow(self._places)
+            self._follow()
         except EngineError:
             self.close()
             raise
@@ -261,7 +279,10 @@ class Listener(FollowsCluster):
         self.connections.look()
 
     def serve(self, places: Mapping[str, CurveIdentity]) -> None:
-        """Listen at these endpoints, each with its pair; at one that is left out for ``LEAVE_S`` more (``settle``)."""
+        """Listen at these endpoints, each with its pair; at one that is left out for ``LEAVE_S`` more (``settle``).
+
+        ``EngineError`` if one can't be had; the others are served, and ``settle`` tries that one again.
+        """
         until_s = time.monotonic() + LEAVE_S
         left = {endpoint: (pair, until_s) for endpoint, pair in self._places.items() if endpoint not in places}
         going_on = {endpoint: each for endpoint, each in self._leaving.items() if endpoint not in places}
@@ -270,18 +291,29 @@ class Listener(FollowsCluster):
         self._follow()
 
     def settle(self) -> None:
-        """Leave the endpoints whose time is up; connections that came in there are cut."""
+        """Leave the endpoints whose time is up, cut the connections that came in there, and try what was not had."""
         now = time.monotonic()
-        if any(until_s <= now for _, until_s in self._leaving.values()):
-            self._leaving = {endpoint: each for endpoint, each in self._leaving.items() if each[1] > now}
-            self._follow()
+        over = [endpoint for endpoint, (_, until_s) in self._leaving.items() if until_s <= now]
+        for endpoint in over:
+            del self._leaving[endpoint]
+        if over or self._bound.lack(self._places):
+            try:
+                self._follow()
+                self._lacking = ""
+            except EngineError as error:
+                if str(error) != self._lacking:
+                    self._lacking = str(error)
+                    log.error("not listening where the manifest says; it is tried again", reason=self._lacking)
 
     def _follow(self) -> None:
         wanted = {endpoint: pair for endpoint, (pair, _) in self._leaving.items()} | self._places
-        for endpoint in self._bound.follow(wanted):
+        left, failed = self._bound.follow(wanted)
+        for endpoint, number in left.items():
             log.info("no longer listening", endpoint=endpoint)
             if endpoint not in wanted:
-                self.connections.end_at(int(endpoint.rpartition(":")[2]))
+                self.connections.end_at(number)
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         """Close everything; replies that wait for their peers are lost."""

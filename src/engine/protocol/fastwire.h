@@ -217,11 +217,13 @@ static inline uint8_t *kq_put_text(uint8_t *to, kq_span span) {
 
 /* The room that kq_write_operate may need. */
 static inline size_t kq_operate_room(const kq_operate *from) {
-    return KQ_OVERHEAD + from->key.length + from->data.length + from->associated_data.length + from->proof.length;
+    return KQ_OVERHEAD + from->verb.length + from->key.length + from->key_id.length + from->data.length +
+           from->associated_data.length + from->proof.length;
 }
 
-/* Write a request with an empty grant; its length, or 0 if it would be longer than a message may be. */
+/* Write a request with an empty grant; its length, or 0 if it or a part of it would be longer than it may be. */
 static inline size_t kq_write_operate(uint8_t *to, const kq_operate *from) {
+    if (from->verb.length > KQ_MAX_VERB || from->key.length > KQ_MAX_NAME || from->key_id.length > KQ_KEY_ID) return 0;
     size_t body = 1 + (from->key.length > 31 ? 2 : 1) + from->key.length + kq_bin_header(from->key_id.length) +
                   from->key_id.length + kq_bin_header(from->data.length) + from->data.length +
                   kq_bin_header(from->associated_data.length) + from->associated_data.length +
