@@ -52,8 +52,8 @@ fastwire = native("engine.protocol._fastwire", "src/engine/protocol/_fastwire.py
 fastlines = native("engine.protocol._fastlines", "src/engine/protocol/_fastlines.pyx")
 zmtp = native("engine.client._zmtp", "src/engine/client/_zmtp.pyx", "zmtp.h")
 router = native("engine.client._router", "src/engine/client/_router.pyx", "zmtp.h")
-fastline = native("engine.client._fastline", "src/engine/client/_fastline.pyx", "fastwire.h")
-fastpath = native("nodes._fastpath", "nodes/_fastpath.pyx", "fastwire.h")
+fastline = native("engine.client._fastline", "src/engine/client/_fastline.pyx", "fastwire.h", "zmtp.h")
+fastpath = native("nodes._fastpath", "nodes/_fastpath.pyx", "fastwire.h", "zmtp.h")
 
 histogram = native("engine.client._histogram", "src/engine/client/_histogram.pyx")
 

@@ -141,12 +141,8 @@ def _catch_signals(stack: ExitStack) -> socket.socket:
 
 def _listen(listener: Listener, places: tuple[Served, ...]) -> None:
     """Listen where the newest manifest says; one that does not name this process changes nothing."""
-    if not places:
-        return
-    try:
+    if places:
         listener.serve({each.endpoint: each.pair for each in places})
-    except EngineError as error:
-        log.error("not listening where the manifest says", reason=str(error))
 
 
 def _serve(

@@ -311,20 +311,20 @@ class Service(FollowsCluster):
         """Requests taken in and not yet answered."""
         return len(self._turns)
 
-    def answer_waiting(self, most: int = BURST) -> int:
-        """Answer what has arrived, at most ``most`` requests, the members in turn; how many it was."""
+    def answer_waiting(self) -> int:
+        """Answer what has arrived, at most ``BURST`` requests, the members in turn; how many it was."""
         if self._known is not self._cluster:
             before, self._known = self._known, self._cluster
             self._registry.note_cluster_serial(self._known.serial)
             self._listener.members_changed(before, self._known)
-        for done in range(most):
-            self._take_in(most)
+        for done in range(BURST):
+            self._take_in(BURST)
             if not self._turns:
                 return done
             incoming = self._turns.take()
             self._answer(incoming)
             self._admission.end(incoming.member.name)
-        return most
+        return BURST
 
     def _take_in(self, most: int) -> None:
         for _ in range(most):

@@ -87,7 +87,7 @@ class FastPath:
         """Whether waits spin at present."""
 
     def wait(self, timeout_ms: int) -> int:
-        """Wait until there is something to do; what, as the sum of ``REQUESTS``, and 4, 8 ... for the descriptors."""
+        """Wait until there is something to do; what, as the sum of ``REQUESTS``, and 2, 4 ... for the descriptors."""
 
     def unwatch(self, descriptor: int) -> None:
         """Wait for that descriptor no more."""

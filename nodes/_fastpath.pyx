@@ -12,10 +12,7 @@ from engine.client._fastline cimport (
     kq_waited,
 )
 from engine.client._posix cimport (
-    POLLIN,
     explicit_bzero,
-    poll,
-    pollfd,
     sched_yield,
 )
 from engine.client._router cimport Connection, Router
@@ -29,7 +26,6 @@ from engine.protocol._fastwire cimport (
     kq_result_head,
     kq_room,
     kq_write_result,
-    span_of,
 )
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free
@@ -43,7 +39,6 @@ cimport cython
 cdef enum:
     Z85_KEY = 40  # characters of a CURVE key, which ZAP gives as the User-Id
     WHERE_MAX = 256
-    BESIDE_MAX = 8
     REQUESTS_ = 1
 
 cdef enum:  # the places of these in engine.protocol.requests.STAGES
@@ -149,7 +144,6 @@ cdef class FastPath:
     """The receiving end of a node's socket; see _fastpath.pyi."""
 
     cdef Router _router
-    cdef dict _beside
     cdef object _opened
     cdef object _lost
     cdef object _handlers
@@ -162,14 +156,11 @@ cdef class FastPath:
     cdef readonly uint64_t served
 
     def __cinit__(self, Router router not None, *descriptors):
-        cdef int bit = 4
-        if len(descriptors) > BESIDE_MAX:
-            raise ValueError(f"more than {BESIDE_MAX} descriptors")
+        cdef int bit = 2
         self._router = router
-        self._plans, self._leases, self._beside = {}, [], {}
+        self._plans, self._leases = {}, []
         for each in descriptors:
             router.watch(each, bit)
-            self._beside[each] = bit
             bit <<= 1
 
     def __dealloc__(self):
@@ -229,7 +220,7 @@ cdef class FastPath:
     # --- waiting ---
 
     def wait(self, int timeout_ms):
-        """Wait until there is something to do; what, as the sum of ``REQUESTS``, and 4, 8 ... for the descriptors."""
+        """Wait until there is something to do; what, as the sum of ``REQUESTS``, and 2, 4 ... for the descriptors."""
         return self._rest(timeout_ms)
 
     cdef int _rest(self, int timeout_ms) except -1:
@@ -239,7 +230,7 @@ cdef class FastPath:
         cdef int found = 0
         cdef double begun_s, now_s, before_s, spin_s
         if self.paused:
-            return self._rest_beside(timeout_ms)
+            return self._router.beside(timeout_ms)
         spin_s = kq_spin_s(&self._spinner, 0) if self._busy and timeout_ms else 0
         begun_s = now_s = kq_now_s()
         while True:
@@ -259,21 +250,6 @@ cdef class FastPath:
         self._busy = found & REQUESTS_
         return found
 
-    cdef int _rest_beside(self, int timeout_ms) except -1:
-        """Wait for the descriptors beside the requests."""
-        cdef pollfd[BESIDE_MAX] sources
-        cdef int i = 0, found = 0, count
-        for fd in self._beside:
-            sources[i].fd, sources[i].events, sources[i].revents = fd, POLLIN, 0
-            i += 1
-        with nogil:
-            count = poll(sources, i, timeout_ms)
-        if count > 0:
-            for i, bit in enumerate(self._beside.values()):
-                if sources[i].revents:
-                    found |= <int>bit
-        return found
-
     @property
     def spins(self):
         """Whether waits spin at present."""
@@ -282,7 +258,6 @@ cdef class FastPath:
     def unwatch(self, int descriptor):
         """Wait for it no more."""
         self._router.unwatch(descriptor)
-        self._beside.pop(descriptor, None)
 
     # --- serving ---
 

@@ -20,7 +20,7 @@ from typing import Final
 
 import structlog
 
-from engine.client.config import sync_folder, write_private
+from engine.client.config import sync_file, sync_folder, write_private
 from engine.errors import ConfigError
 from engine.failpoints import failpoint
 from nodes.config import PinSource, TokenConfig
@@ -74,7 +74,7 @@ def rotate(
     failpoint("rotate.sealed")
     for name in os.listdir(tokens):
         _erase(draft / "tokens" / name)
-    _sync_file(draft / STORE_NAME)
+    sync_file(draft / STORE_NAME)
     sync_tokens(draft)
     failpoint("rotate.durable")
     verify()
@@ -179,11 +179,3 @@ def _files(path: Path) -> Iterator[Path]:
     for folder, _, names in os.walk(path):
         for name in names:
             yield Path(folder) / name
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

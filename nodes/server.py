@@ -20,7 +20,7 @@ from engine.client.listener import Listener
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
-from engine.errors import ConfigError, EngineError
+from engine.errors import ConfigError
 from engine.failpoints import armed
 from engine.protocol.manifest import Cluster
 from engine.protocol.signed import remember_signatures
@@ -62,7 +62,7 @@ ZERO_COPY_RECV: Final = 10
 """libzmq's option of that name (zmq.h), which pyzmq names only in draft builds."""
 BATCH: Final = 256
 """Requests taken in before the mailbox is looked at again."""
-MAIL, ENDING = 4, 8
+MAIL, ENDING = 2, 4
 """What ``FastPath.run`` tells of the descriptors that it was given: the mailbox, the lifeline."""
 
 log = structlog.get_logger()
@@ -239,10 +239,7 @@ class Server:
         self._store.note_cluster_serial(now.serial)
         served = self._own.served(self._bind)
         if served:
-            try:
-                self._listener.serve({each.endpoint: each.pair for each in served})
-            except EngineError as error:
-                log.error("not listening where the manifest says", reason=str(error))
+            self._listener.serve({each.endpoint: each.pair for each in served})
         self._listener.members_changed(before, now)
         self._handlers.members_changed(before, now)
 

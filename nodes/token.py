@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from pkcs11 import Attribute, KeyType, Mechanism, MechanismFlag, ObjectClass
 from pkcs11.exceptions import PKCS11Error
 
-from engine.client.config import sync_folder, write_private
+from engine.client.config import sync_file, sync_folder, write_private
 from engine.errors import ConfigError, EngineError, InvalidTag, NeedGrant, TokenError
 from engine.keys import ALGORITHMS, Algorithm, KeyKind, RequestType, generate_material, public_key_der
 from engine.sharing import SecretBuffer
@@ -241,7 +241,7 @@ def sync_tokens(data: Path) -> None:
     """Make SoftHSM's token folder durable, and the names that lead to it from above the data folder."""
     for folder, _, files in os.walk(data / "tokens"):
         for name in files:
-            _sync_file(Path(folder) / name)
+            sync_file(Path(folder) / name)
         sync_folder(Path(folder))
     sync_folder(data)
     sync_folder(data.parent)
@@ -283,14 +283,6 @@ def _find(library: Any, label: str) -> Any:
             f"{len(found)} tokens are called {label!r}, exactly 1 is needed; has `python -m nodes init` run?"
         )
     return found[0]
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class CallWatch:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import zmq
+from ports import free_port
 
 import engine
 from engine.client.client import ClientSettings, Engine
@@ -116,8 +117,7 @@ class World:
 
 
 def free_endpoint() -> str:
-    with zmq.Context() as context, context.socket(zmq.REP) as socket:
-        return f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1', 12_000, 15_000)}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 class Nodes:

@@ -17,6 +17,7 @@ import pytest
 import zmq
 import zmq.utils.z85
 from msgspec.structs import replace
+from ports import free_port
 
 from engine.client._fastline import BROKEN, DONE, LATE, NOT_SENT, OTHER, Line, Shortcuts
 from engine.client._histogram import Histograms
@@ -102,8 +103,7 @@ class Node:
 
 
 def free_endpoint() -> str:
-    with zmq.Context() as context, context.socket(zmq.REP) as socket:
-        return f"tcp://127.0.0.1:{socket.bind_to_random_port('tcp://127.0.0.1', 15_000, 20_000)}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 class World:

@@ -83,8 +83,9 @@ def forged_grants(stage: Stage, word: str, combiner: str) -> dict[str, bytes]:
     return found
 
 
-def _cold(stage: Stage, trial: Trial, node: str, grants: dict[str, bytes], verb: str = RequestType.ENCRYPT) -> None:
+def _cold(stage: Stage, trial: Trial, node: str, grants: dict[str, bytes]) -> None:
     """A cold key, and a request with each grant: none may be served. The key stays cold, or it is a failure."""
+    verb = str(RequestType.ENCRYPT)
     bare = stage.ask_one(node, verb, stage.operate(COLD, b"x"))
     if bare.code == "ok":  # it is loaded still: somebody used it
         stage.flush(COLD)
@@ -92,7 +93,7 @@ def _cold(stage: Stage, trial: Trial, node: str, grants: dict[str, bytes], verb:
     trial.control(bare.code == "need-grant", f"the key is cold at {node}: a grant is asked for", bare.seen)
     pending = list(grants.items())
     while pending:
-        requests = [(node, str(verb), REQUEST_CODECS[verb].encode(stage.operate(COLD, b"x", g))) for _, g in pending]
+        requests = [(node, verb, REQUEST_CODECS[verb].encode(stage.operate(COLD, b"x", g))) for _, g in pending]
         answers = stage.ask(requests)
         served = next((index for index, each in enumerate(answers) if each.code == "ok"), None)
         end = len(pending) if served is None else served + 1

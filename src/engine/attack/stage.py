@@ -260,10 +260,10 @@ class Stage:
         """The nodes that hold a share of the key, and combine it."""
         return tuple(holder.node for holder in self.record(word).manifest.holders)
 
-    def grant(self, word: str, combiner: str, operation: str = "encrypt", lifetime_ms: int = GRANT_MS) -> bytes:
+    def grant(self, word: str, combiner: str, operation: str = "encrypt") -> bytes:
         """A fresh, honest grant of the first client."""
         key = self.me.signing
-        return issue_grant(key, self.record(word), operation, combiner, now_ms(), lifetime_ms, os.urandom(16))
+        return issue_grant(key, self.record(word), operation, combiner, now_ms(), GRANT_MS, os.urandom(16))
 
     def operate(self, word: str, data: bytes = b"honest", grant: bytes = b"", **fields: Any) -> Operate:
         """A use of the key; ``fields`` are those of ``Operate`` that differ."""

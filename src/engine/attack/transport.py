@@ -44,17 +44,17 @@ CONTROL_S: Final = 15.0
 REPLY_S: Final = 1.0
 
 
-def hello_frame(number: int = 1, version: int = PROTOCOL_VERSION) -> bytes:
+def hello_frame(number: int = 1) -> bytes:
     """An honest ``hello``, which every member answers to every member."""
     body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, ""))
-    return request_codec.encode(Request(version, number, HELLO, 5_000, body, {}))
+    return request_codec.encode(Request(PROTOCOL_VERSION, number, HELLO, 5_000, body, {}))
 
 
-def honest_hello(stage: Stage, member: Member, limit_s: float = CONTROL_S) -> bool:
+def honest_hello(stage: Stage, member: Member) -> bool:
     """Whether a fresh connection with the first client's keys is let in and answered."""
     line = Line.open(stage.context, member.endpoint, Keys.of(stage.me.transport, member))
     try:
-        return line.settle(limit_s) == "up" and line.send(hello_frame()) and bool(line.receive(limit_s))
+        return line.settle(CONTROL_S) == "up" and line.send(hello_frame()) and bool(line.receive(CONTROL_S))
     finally:
         line.close()
 

@@ -31,7 +31,6 @@ from engine.client._zmtp cimport (
     KQ_ENDED,
     KQ_HEAD_MAX,
     KQ_OPEN,
-    KQ_SEALED,
     kq_begin,
     kq_curve,
     kq_end_curve,

@@ -77,7 +77,7 @@ cdef class Router:
     cdef uint8_t *_taken
     cdef size_t _taken_length
 
-    cdef int _beside(self) except -1
+    cdef int beside(self, int timeout_ms) except -1
     cdef void _wipe(self) noexcept
     cdef int wait(self, int timeout_ms, int *found) except -1
     cdef Connection next(self, uint8_t **content, size_t *length, size_t *parts)

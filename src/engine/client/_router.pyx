@@ -33,7 +33,6 @@ from engine.client._zmtp cimport (
     KQ_JUDGED,
     KQ_KEY,
     KQ_OPEN,
-    KQ_SEALED,
     kq_begin,
     kq_end_curve,
     kq_frame,
@@ -330,7 +329,7 @@ cdef class Router:
         cdef epoll_event *event
         found[0] = 0
         if self._at < self._count or self._current is not None or self._round:
-            found[0] = 1 | self._beside()  # a round may be long
+            found[0] = 1 | self.beside(0)  # a round may be long
             return 0
         if self._dead:
             self._dead.clear()
@@ -363,14 +362,16 @@ cdef class Router:
             found[0] |= 1
         return 0
 
-    cdef int _beside(self) except -1:
-        """The bits of the watched descriptors that are readable."""
+    cdef int beside(self, int timeout_ms) except -1:
+        """Wait for the watched descriptors alone; the bits of those that are readable."""
         cdef pollfd[WATCHED_MAX] sources
-        cdef int i = 0, found = 0
+        cdef int i = 0, found = 0, count
         for fd in self._watched:
             sources[i].fd, sources[i].events, sources[i].revents = fd, POLLIN, 0
             i += 1
-        if i and poll(sources, i, 0) > 0:
+        with nogil:
+            count = poll(sources, i, timeout_ms)
+        if count > 0:
             for i, bit in enumerate(self._watched.values()):
                 if sources[i].revents:
                     found |= <int>bit

@@ -1,15 +1,12 @@
 # The declarations of zmtp.h, and libsodium.
 
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport uint8_t
 
 
 cdef extern from "zmtp.h" nogil:
     size_t KQ_KEY
-    size_t KQ_SEALED
     size_t KQ_HEAD_MAX
     size_t KQ_HANDSHAKE_MAX
-    size_t KQ_COMMAND_MAX
-    int KQ_GREETS
     int KQ_JUDGED
     int KQ_OPEN
     int KQ_ENDED

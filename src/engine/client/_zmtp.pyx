@@ -8,7 +8,6 @@ import zmq
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint8_t
-from libc.string cimport memcpy
 
 cimport cython
 

@@ -1052,7 +1052,6 @@ class Calls:
         timeout_s: float,
         *,
         key_name: str = "",
-        request_class: str = "",
         cold: bool = False,
         counted: bool = True,
         role: MemberRole = "node",
@@ -1066,7 +1065,7 @@ class Calls:
         if counted:
             self.router.sent(peer)
         try:
-            reply = yield Exchange(peer, verb, body, timeout_s, request_class=request_class, cold=cold)
+            reply = yield Exchange(peer, verb, body, timeout_s, cold=cold)
         except EngineError as error:
             if counted:
                 self.router.failed(peer, self.clock())
@@ -1080,7 +1079,7 @@ class Calls:
             raise RuntimeError("an exchange must be answered with a reply")
         outcome = _outcome(verb, reply, role)
         if counted:
-            self.learn(peer, reply, outcome, started_s, key_name, request_class, cold)
+            self.learn(peer, reply, outcome, started_s, key_name, "", cold)
         return outcome
 
     def learn(

@@ -281,14 +281,14 @@ class Listener(FollowsCluster):
     def serve(self, places: Mapping[str, CurveIdentity]) -> None:
         """Listen at these endpoints, each with its pair; at one that is left out for ``LEAVE_S`` more (``settle``).
 
-        ``EngineError`` if one can't be had; the others are served, and ``settle`` tries that one again.
+        One that can't be had is told in the log, and ``settle`` tries it again; the others are served meanwhile.
         """
         until_s = time.monotonic() + LEAVE_S
         left = {endpoint: (pair, until_s) for endpoint, pair in self._places.items() if endpoint not in places}
         going_on = {endpoint: each for endpoint, each in self._leaving.items() if endpoint not in places}
         self._leaving = left | going_on
         self._places = dict(places)
-        self._follow()
+        self._try_to_follow()
 
     def settle(self) -> None:
         """Leave the endpoints whose time is up, cut the connections that came in there, and try what was not had."""
@@ -297,13 +297,16 @@ class Listener(FollowsCluster):
         for endpoint in over:
             del self._leaving[endpoint]
         if over or self._bound.lack(self._places):
-            try:
-                self._follow()
-                self._lacking = ""
-            except EngineError as error:
-                if str(error) != self._lacking:
-                    self._lacking = str(error)
-                    log.error("not listening where the manifest says; it is tried again", reason=self._lacking)
+            self._try_to_follow()
+
+    def _try_to_follow(self) -> None:
+        try:
+            self._follow()
+            self._lacking = ""
+        except EngineError as error:
+            if str(error) != self._lacking:
+                self._lacking = str(error)
+                log.error("not listening where the manifest says; it is tried again", reason=self._lacking)
 
     def _follow(self) -> None:
         wanted = {endpoint: pair for endpoint, (pair, _) in self._leaving.items()} | self._places

@@ -6,8 +6,6 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cdef extern from "fastwire.h" nogil:
     size_t KQ_MAX_MESSAGE
-    size_t KQ_MAX_DATA
-    size_t KQ_MAX_AAD
     size_t KQ_MAX_PROOF
     size_t KQ_OVERHEAD
 

@@ -13,7 +13,6 @@ from engine.protocol._fastwire cimport (
     kq_read_operate,
     kq_read_result,
     kq_result,
-    kq_span,
     kq_write_operate,
     kq_write_result,
 )
