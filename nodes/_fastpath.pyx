@@ -3,7 +3,12 @@
 from cpython.unicode cimport PyUnicode_DATA
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from engine.client._histogram cimport Histograms
-from engine.client._fastline cimport (
+from engine.client._posix cimport (
+    explicit_bzero,
+    sched_yield,
+)
+from engine.client._router cimport Connection, Router
+from engine.client._spin cimport (
     KQ_YIELD_LONG_S,
     kq_now_s,
     kq_spin_s,
@@ -11,11 +16,6 @@ from engine.client._fastline cimport (
     kq_spins,
     kq_waited,
 )
-from engine.client._posix cimport (
-    explicit_bzero,
-    sched_yield,
-)
-from engine.client._router cimport Connection, Router
 from engine.protocol._fastwire cimport (
     KQ_OVERHEAD,
     bytes_of,

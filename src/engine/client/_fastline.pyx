@@ -27,6 +27,14 @@ from engine.client._posix cimport (
     send,
     shutdown,
 )
+from engine.client._spin cimport (
+    KQ_YIELD_LONG_S,
+    kq_now_s,
+    kq_spin_s,
+    kq_spinner,
+    kq_spins,
+    kq_waited,
+)
 from engine.client._zmtp cimport (
     KQ_ENDED,
     KQ_HEAD_MAX,
