@@ -46,7 +46,10 @@ from engine.protocol.grant import check_grant, read_grant
 from engine.protocol.manifest import (
     Cluster,
     ClusterSource,
+    DestroyOrder,
     FollowsCluster,
+    Member,
+    RefreshOrder,
     aborts,
     destroy_orders,
     open_create_order,
@@ -110,7 +113,7 @@ from engine.protocol.requests import (
     TokenHealth,
     classify_request,
 )
-from engine.protocol.signed import read_unverified
+from engine.protocol.signed import Signed, read_unverified
 from engine.protocol.wire import (
     MAX_DATA,
     MAX_MESSAGE,
@@ -578,11 +581,16 @@ class Handlers(FollowsCluster):
 
     def _check_plan(self, plan: Plan) -> None:
         """Whether who asked by the manifest of before may still have the result."""
-        member = self._cluster.by_curve.get(plan.cluster.members[plan.member].curve_z85)
+        self._check_still(plan.cluster.members[plan.member], plan.verb, plan.name)
+
+    def _check_still(self, before: Member, verb: str, name: str) -> None:
+        """Whether a member of an earlier manifest may do this by the newest, with a key if it has a name."""
+        member = self._cluster.by_curve.get(before.curve_z85)
         if member is None:
-            raise AccessDenied(f"{plan.member!r} is no member any more")
-        check_verb(self._cluster, member, plan.verb)
-        check_key(self._cluster, member, plan.verb, plan.name)
+            raise AccessDenied(f"{before.name!r} is no member any more")
+        check_verb(self._cluster, member, verb)
+        if name:
+            check_key(self._cluster, member, verb, name)
 
     def plan_broke(self, error: Exception) -> None:
         """A plan could not even be followed: that is a fault of this code, which shall cost no more than the plans."""
@@ -624,12 +632,7 @@ class Handlers(FollowsCluster):
 
     def _check_again(self, call: _Call) -> None:
         """Another manifest came while the request was under way: who may no longer ask gets no result."""
-        member = self._cluster.by_curve.get(call.incoming.member.curve_z85)
-        if member is None:
-            raise AccessDenied(f"{call.incoming.member.name!r} is no member any more")
-        check_verb(self._cluster, member, call.verb)
-        if call.entry is not None:
-            check_key(self._cluster, member, call.verb, call.key)
+        self._check_still(call.incoming.member, call.verb, call.key if call.entry is not None else "")
         call.cluster = self._cluster
 
     def _fail(self, call: _Call, error: Exception) -> None:
@@ -1031,12 +1034,7 @@ class Handlers(FollowsCluster):
 
     def _destroy(self, call: _Call, body: Destroy) -> None:
         order, signed = open_destroy_order(body.order, self._cluster, self._now_ms())
-        call.key = order.name
-        if signed.issuer != call.incoming.member.name:
-            raise ValueError(f"the order is {signed.issuer!r}'s")
-        entry = self._catalogue.by_id(order.key_id)
-        if entry is None or entry.row.name != order.name:
-            raise KeyNotFound(f"no key {order.name!r} with id {order.key_id.hex()} on {self._node}")
+        entry = self._ordered(call, order, signed)
         self._aside(
             call,
             self._dealer,
@@ -1045,13 +1043,18 @@ class Handlers(FollowsCluster):
 
     def _refresh(self, call: _Call, body: Refresh) -> None:
         order, signed = open_refresh_order(body.order, self._cluster, self._now_ms())
+        self._ordered(call, order, signed)
+        self._aside(call, self._dealer, lambda talker: self._coordinator.refresh(talker, body.order, call.deadline_s))
+
+    def _ordered(self, call: _Call, order: DestroyOrder | RefreshOrder, signed: Signed) -> Entry:
+        """The key that an order of the one who asks is about."""
         call.key = order.name
         if signed.issuer != call.incoming.member.name:
             raise ValueError(f"the order is {signed.issuer!r}'s")
         entry = self._catalogue.by_id(order.key_id)
         if entry is None or entry.row.name != order.name:
             raise KeyNotFound(f"no key {order.name!r} with id {order.key_id.hex()} on {self._node}")
-        self._aside(call, self._dealer, lambda talker: self._coordinator.refresh(talker, body.order, call.deadline_s))
+        return entry
 
     def _describe(self, call: _Call, body: Describe) -> None:
         entry = self._entry(call, body.key)
