@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,12 @@ import zmq
 from ports import free_port
 
 import engine
+from engine.client.admission import ServiceLimits, welcome
 from engine.client.client import ClientSettings, Engine
 from engine.client.config import create_identity, write_private, write_toml
 from engine.client.listener import Gate, Listener, curve_server
+from engine.client.membership import Membership
+from engine.client.spreading import Desk
 from engine.errors import (
     AccessDenied,
     ConfigError,
@@ -33,6 +37,7 @@ from engine.errors import (
 )
 from engine.protocol.manifest import (
     Cluster,
+    ClusterSource,
     CommitCertificate,
     CreateOrder,
     Holder,
@@ -48,7 +53,17 @@ from engine.protocol.manifest import (
     open_key_manifest,
     receipts,
 )
-from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Flushed, KeyDescription, KeyEntry, KeyList, Result
+from engine.protocol.requests import (
+    HELLO,
+    MANIFEST_FETCH,
+    REPLY_CODECS,
+    REQUEST_CODECS,
+    Flushed,
+    KeyDescription,
+    KeyEntry,
+    KeyList,
+    Result,
+)
 from engine.protocol.routing import RoutingTable, seal_table
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.protocol.wire import Load, Status
@@ -71,12 +86,13 @@ class World:
             publish = free_endpoint() if name == "bal" else ""
             location = "" if name == "bal" else f"site{number}/host"
             members.append(identity.member(endpoint=free_endpoint(), publish_endpoint=publish, location=location))
-        chain = issue_cluster_manifest(
-            name="test", members=members, rules=[PolicyRule("app", "*", ["*"])], operators=[operator.signing]
-        )
-        write_private(folder / "cluster.manifest", chain)
-        self.pin = chain_pin(chain)
-        self.cluster: Cluster = open_chain(chain, self.pin)
+        rules = [PolicyRule("app", "*", ["*"])]
+        issue = partial(issue_cluster_manifest, name="test", members=members, rules=rules, operators=[operator.signing])
+        self.chain = issue()
+        self.longer = issue(chain=self.chain)
+        write_private(folder / "cluster.manifest", self.chain)
+        self.pin = chain_pin(self.chain)
+        self.cluster: Cluster = open_chain(self.chain, self.pin)
         self.described = self._describe()
 
     def settings(self, timeout_s: float = 5.0) -> ClientSettings:
@@ -125,6 +141,7 @@ class Nodes:
 
     def __init__(self, world: World) -> None:
         self.world = world
+        self.source: ClusterSource = world.cluster
         self.silent: set[str] = set()
         self.served: list[tuple[str, str]] = []
         self._stop = threading.Event()
@@ -173,7 +190,12 @@ class Nodes:
         self.served.append((name, verb))
         body = REQUEST_CODECS[verb].decode(incoming.request.body)
         load = Load(0, 5, True)
-        if verb == "describe":
+        if verb == HELLO:
+            told = welcome(body, name, bytes(16), self.source.cluster, ServiceLimits())
+            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(told))
+        elif verb == MANIFEST_FETCH:
+            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Desk(self.source).fetch(body)))
+        elif verb == "describe":
             if body.key != "k":
                 listener.fail(incoming, KeyNotFound("no"))
             else:
@@ -538,6 +560,27 @@ class TestTables:
         assert kq.encrypt("k", b"x") == b"ct:x"
 
 
+class TestManifests:
+    @pytest.mark.parametrize("kind", ["blocking", "asynchronous"])
+    def test_a_newer_one_that_a_node_spoke_of_is_taken_at_the_end_at_the_latest(
+        self, nodes: Nodes, world: World, kind: str
+    ) -> None:
+        nodes.source = Membership(open_chain(world.longer, world.pin), world.longer)
+        source = Membership(world.cluster, world.chain)
+        settings = replace(world.settings(), source=source)
+
+        async def use() -> None:
+            async with engine.aio.connect(settings) as kq:
+                assert await kq.encrypt("k", b"x") == b"ct:x"
+
+        if kind == "asynchronous":
+            asyncio.run(use())
+        else:
+            with engine.connect(settings) as kq:
+                assert kq.encrypt("k", b"x") == b"ct:x"
+        assert (source.cluster.serial, source.cluster.digest) == (2, nodes.source.cluster.digest)
+
+
 class TestConfiguration:
     def write(self, world: World, **changes: Any) -> Path:
         values = {
@@ -650,3 +693,23 @@ class TestAsync:
 
         asyncio.run(main())
         assert set(threading.enumerate()) <= before
+
+    def test_closing_in_a_forked_child_leaves_the_parents_as_it_is(self, nodes: Nodes, world: World) -> None:
+        async def work(kq: engine.aio.AsyncEngine) -> None:
+            await kq.encrypt("k", b"")
+            pid = os.fork()
+            if not pid:
+                code = 1
+                try:
+                    asyncio.run(kq.close())
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+            assert any(link._up for link in kq._links.values())
+            await asyncio.to_thread(nodes.stop)
+            async with asyncio.timeout(10):  # the loop is still told of what comes
+                while any(link._up for link in kq._links.values()):
+                    await asyncio.sleep(0.01)
+
+        self.run(world, work)

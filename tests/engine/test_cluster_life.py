@@ -6,7 +6,9 @@ import asyncio
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -320,6 +322,97 @@ def test_batches_keep_their_order(kq: Engine) -> None:
     assert isinstance(outcomes[3], engine.InvalidTag)
     with pytest.raises(engine.InvalidTag):
         kq.decrypt_many("batch", spoiled)
+
+
+@pytest.fixture(params=["blocking", "asynchronous"])
+def call(request: pytest.FixtureRequest, cluster: LocalCluster) -> Iterator[Callable[..., Any]]:
+    """Calls a verb of an engine of its own, by the verb's name."""
+    if request.param == "blocking":
+        with engine.connect(cluster.client_config) as blocking:
+            yield lambda verb, *args, **options: getattr(blocking, verb)(*args, **options)
+        return
+
+    async def connected() -> engine.aio.AsyncEngine:
+        return engine.aio.connect(cluster.client_config)
+
+    with asyncio.Runner() as runner:
+        kq = runner.run(connected())
+        try:
+            yield lambda verb, *args, **options: runner.run(getattr(kq, verb)(*args, **options))
+        finally:
+            runner.run(kq.close())
+
+
+def _cold(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, the key dropped from the nodes' caches before."""
+
+    def flushed(verb: str, name: str, *args: Any, **options: Any) -> Any:
+        call("flush", name)
+        return call(verb, name, *args, **options)
+
+    return flushed
+
+
+@pytest.mark.parametrize("algorithm", ["ecdsa-p256-sha256", "ed25519"])
+def test_batches_of_signatures_are_verified_in_their_order(
+    kq: Engine, call: Callable[..., Any], algorithm: str
+) -> None:
+    """A None for each right one, whether the key is loaded or not; a wrong one is told in its place, or raised."""
+    name = f"batch/{algorithm}"
+    if not kq.list_keys(name):
+        kq.create_key(name, algorithm, threshold=3, shares=5)
+    messages = [f"message {number}".encode() for number in range(100)]
+    pairs = list(zip(messages, call("sign_many", name, messages), strict=True))
+    spoiled = list(pairs)
+    spoiled[3] = (messages[3], pairs[4][1])
+    spoiled[70] = (messages[70], bytes(1025))  # which no message holds
+    for use in (call, _cold(call)):
+        assert use("verify_many", name, pairs) == [None] * 100
+        outcomes = use("verify_many", name, spoiled, return_exceptions=True)
+        wrong = {at: type(each) for at, each in enumerate(outcomes) if each is not None}
+        assert wrong == {3: engine.InvalidSignature, 70: engine.InvalidSignature}
+        with pytest.raises(engine.InvalidSignature):
+            use("verify_many", name, spoiled)
+    assert call("verify_many", name, []) == []
+
+
+def test_batches_of_macs_keep_their_order(kq: Engine, call: Callable[..., Any]) -> None:
+    """They are those of single calls, whether the key is loaded or not; one that can't be is told in its place."""
+    name = "batch/mac"
+    if not kq.list_keys(name):
+        kq.create_key(name, "hmac-sha256", threshold=3, shares=5)
+    messages = [f"message {number}".encode() for number in range(100)]
+    macs = [kq.mac(name, message) for message in messages]
+    spoiled = [*messages[:5], bytes(48 * 1024 + 1), *messages[5:]]
+    for use in (call, _cold(call)):
+        assert use("mac_many", name, messages) == macs
+        outcomes = use("mac_many", name, spoiled, return_exceptions=True)
+        assert isinstance(outcomes.pop(5), ValueError)
+        assert outcomes == macs
+        with pytest.raises(ValueError, match=r"49153.*49152"):
+            use("mac_many", name, spoiled)
+        use("verify_mac", name, messages[7], macs[7])
+        with pytest.raises(engine.InvalidSignature):
+            use("verify_mac", name, messages[7], macs[8])
+
+
+def test_a_batch_of_proofs_goes_the_shortest_way(kq: Engine) -> None:
+    """A right one is empty there, and not None, which would have it asked again the ordinary way."""
+    kq.create_key("batch/proofs", "ed25519", threshold=3, shares=5)
+    kq.create_key("batch/proofs-mac", "hmac-sha256", threshold=3, shares=5)
+    made = {
+        "verify": ("batch/proofs", kq.sign("batch/proofs", b"m")),
+        "verify-mac": ("batch/proofs-mac", kq.mac("batch/proofs-mac", b"m")),
+    }
+    for verb, (name, proof) in made.items():
+        uses = [(b"m", b"", proof), (b"other", b"", proof)] * 20
+        until_s = time.monotonic() + 20
+        # None too where the node is not warm yet, or has no connection to spare.
+        while None in (done := kq._shortcuts.use_many(verb, name, uses, 5.0, stop=False)):
+            assert time.monotonic() < until_s, f"{done.count(None)} of {len(uses)} would take the ordinary way"
+            kq.sign(name, b"m") if verb == "verify" else kq.mac(name, b"m")
+        assert done[::2] == [b""] * 20
+        assert [type(each) for each in done[1::2]] == [engine.InvalidSignature] * 20
 
 
 def test_the_same_verbs_as_coroutines(cluster: LocalCluster) -> None:

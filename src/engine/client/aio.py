@@ -41,7 +41,6 @@ from engine.client.client import (
     TableFollower,
     TableStats,
     as_settings,
-    end_context,
     make_calls,
     pair_items,
 )
@@ -49,32 +48,26 @@ from engine.client.config import CurveIdentity
 from engine.client.membership import Servers
 from engine.client.transport import (
     CONNECT_TIMEOUT_S,
+    EVENTS,
     FRAME_MAX,
     REDIAL_TIMEOUT_S,
     REOPEN_S,
     Greeting,
     check_zmq_version,
     connect_options,
+    request_frame,
     watch,
 )
 from engine.errors import AccessDenied, DeadlineExceeded, EngineError, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member
+from engine.protocol.requests import Welcome
 from engine.protocol.routing import RoutingTable
-from engine.protocol.wire import (
-    MAX_TIMEOUT_MS,
-    PROTOCOL_VERSION,
-    Reply,
-    Request,
-    check_version,
-    reply_codec,
-    request_codec,
-)
+from engine.protocol.wire import Reply
 
 __all__ = ["AsyncEngine", "connect"]
 
 MAX_UNDER_WAY = 1_000
 """Most requests under way at one member; more are refused as ``Overloaded``, so that memory stays bounded."""
-EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
 
 T = TypeVar("T")
 
@@ -89,6 +82,7 @@ class _Link:
         member: Member,
         loop: asyncio.AbstractEventLoop,
         came_up: Callable[[str], None],
+        said: Callable[[Welcome], None],
     ) -> None:
         self._came_up = came_up
         self._name = member.name
@@ -100,7 +94,7 @@ class _Link:
         self._ids = itertools.count(1)
         self._opened_s = self._down_s = loop.time()
         self._up = False
-        self._greeting = Greeting(member.name)
+        self._greeting = Greeting(member.name, said)
         self.refused = False
         self._changed: list[asyncio.Future[None]] = []
         self._socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
@@ -150,9 +144,7 @@ class _Link:
         if len(self._pending) >= most:
             raise Overloaded(f"{most} requests are under way at {self._name}")
         number = next(self._ids)
-        timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
-        request = Request(PROTOCOL_VERSION, number, verb, timeout_ms, step.body, dict(step.extensions or {}))
-        data = request_codec.encode(request)
+        data = request_frame(number, verb, step.body, timeout_s, step.extensions)
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._pending[number] = future
         try:
@@ -224,15 +216,11 @@ class _Link:
 
     def _received(self, frames: list[bytes]) -> None:
         try:
-            if len(frames) != 1:
-                raise ProtocolError(f"a reply of {len(frames)} frames, not 1")
-            reply = reply_codec.decode(frames[0])
-            if self._greeting.number and reply.id == self._greeting.number:
-                self._greeting.answered(reply)
-                return
-            check_version(reply.version)
+            reply = self._greeting.reply_in(frames)
         except ProtocolError as error:
             self._fail(ProtocolError(f"{self._name}: {error}"))
+            return
+        if reply is None:
             return
         future = self._pending.get(reply.id)
         if future is not None and not future.done():
@@ -295,12 +283,13 @@ class AsyncEngine:
         if not self._open:
             return
         self._open = False
+        if os.getpid() != self._pid:
+            return  # the sockets are the parent's, and its loop must not lose sight of them
         for link in self._links.values():
             link.close(EngineError("the engine is closed"))
         self._links.clear()
-        # Termination joins threads, if only for a moment; it must not hold the loop.
-        await asyncio.to_thread(end_context, self._context, CLOSE_WAIT_S)
-        await asyncio.to_thread(self._follower.join, CLOSE_WAIT_S)
+        # It asks members, and joins threads; that must not hold the loop.
+        await asyncio.to_thread(self._follower.end, CLOSE_WAIT_S)
 
     @property
     def cluster(self) -> Cluster:
@@ -579,7 +568,8 @@ class AsyncEngine:
         member = self._members.get(peer)
         if member is None:
             raise NodeUnavailable(f"{peer!r} is no member with an endpoint")
-        link = _Link(self._context, pair, member, self._loop, self._calls.router.came_up)
+        came_up, said = self._calls.router.came_up, self._follower.heard_of
+        link = _Link(self._context, pair, member, self._loop, came_up, said)
         link.current = self._own.current
         self._links[peer] = link
         return link

@@ -511,10 +511,12 @@ class TableFollower:
         """What came so far."""
         return TableStats(self._installed, self._refused, self._last_refusal)
 
-    def join(self, timeout_s: float) -> bool:
-        """Whether the thread has ended within the time; the context must have been terminated."""
+    def end(self, timeout_s: float) -> None:
+        """Take the manifest that somebody spoke of, terminate the context, and wait so long for the thread to end."""
+        with suppress(zmq.ZMQError):
+            self._look_for_manifest()
+        end_context(self._context, timeout_s)
         self._thread.join(timeout_s)
-        return not self._thread.is_alive()
 
     def _run(self) -> None:
         heard_s: dict[zmq.Socket[bytes], float] = {}
@@ -563,11 +565,6 @@ class TableFollower:
     def heard_of(self, welcome: Welcome) -> None:
         """A member said by which manifest it goes."""
         self._told_serial = max(self._told_serial, welcome.cluster_serial)
-
-    def catch_up(self) -> None:
-        """Take the manifest that somebody spoke of, for a client that ends before its thread would."""
-        with suppress(zmq.ZMQError):
-            self._look_for_manifest()
 
     def _look_for_manifest(self) -> None:
         """Take a newer manifest: that of the file, or one that a member spoke of and some member has."""
@@ -683,11 +680,9 @@ class Engine:
             self._open = False
         if self._shortcuts.forked:
             return  # the sockets are the parent's
-        self._follower.catch_up()
         self._shortcuts.close()
         self._channels.close()
-        end_context(self._context, CLOSE_WAIT_S)
-        self._follower.join(CLOSE_WAIT_S)
+        self._follower.end(CLOSE_WAIT_S)
 
     @property
     def cluster(self) -> Cluster:

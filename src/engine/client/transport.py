@@ -60,7 +60,7 @@ CONNECT_TIMEOUT_S = 0.5
 """How long a request waits for a first connection (TCP and CURVE handshake) before the peer counts as unreachable."""
 REDIAL_TIMEOUT_S = 0.05
 """The same for a peer whose connection was lost or never came about; meanwhile libzmq goes on dialling."""
-HELLO_TIMEOUT_MS = 10_000
+HELLO_TIMEOUT_S = 10.0
 REOPEN_S = 3.0
 """A connection that has been down for so long is dialled anew by another socket, when it is next needed.
 
@@ -79,8 +79,8 @@ FRAME_MAX = MAX_MESSAGE + 64
 """ZMQ_MAXMSGSIZE of the sockets for messages: it counts the 33 bytes that CURVE adds to each frame too."""
 MIN_ZMQ = (4, 3, 5)
 
-_EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
-_FIRST_EVENTS = _EVENTS | zmq.EVENT_CONNECT_RETRIED
+EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED
+_FIRST_EVENTS = EVENTS | zmq.EVENT_CONNECT_RETRIED
 
 
 class KeyRefused(AccessDenied):
@@ -149,6 +149,14 @@ def watch(context: zmq.Context[Any], socket: zmq.Socket[bytes], events: int) -> 
 _monitors = itertools.count(1)
 
 
+def request_frame(
+    number: int, verb: str, body: bytes, timeout_s: float, extensions: Mapping[str, bytes] | None = None
+) -> bytes:
+    """A request with that id; the peer is told ``timeout_s``, which ``MAX_TIMEOUT_MS`` bounds."""
+    timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
+    return request_codec.encode(Request(PROTOCOL_VERSION, number, verb, timeout_ms, body, dict(extensions or {})))
+
+
 @dataclass(slots=True)
 class Arrival:
     """The end of one request: a reply, or the error that took its place. ``elapsed_us`` is in microseconds."""
@@ -164,13 +172,15 @@ class Arrival:
 class Greeting:
     """``hello`` on one connection: sent before the first request after each connecting, and what the peer said.
 
-    ``number`` is the id of the hello under way, 0 if none is; ``refusal`` why the peer's version does not fit.
+    ``number`` is the id of the hello under way, 0 if none is; ``refusal`` why the peer's version does not fit. ``said``
+    is told what the peer answers.
     """
 
-    __slots__ = ("due", "number", "peer", "refusal", "welcome")
+    __slots__ = ("_said", "due", "number", "peer", "refusal", "welcome")
 
-    def __init__(self, peer: str) -> None:
+    def __init__(self, peer: str, said: Callable[[Welcome], None] = lambda welcome: None) -> None:
         self.peer = peer
+        self._said = said
         self.lost()
         self.welcome: Welcome | None = None
 
@@ -183,9 +193,23 @@ class Greeting:
         """The hello to be sent under that id, with no wait for its answer."""
         self.due, self.number = False, number
         body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, __version__))
-        return request_codec.encode(Request(PROTOCOL_VERSION, number, HELLO, HELLO_TIMEOUT_MS, body, {}))
+        return request_frame(number, HELLO, body, HELLO_TIMEOUT_S)
 
-    def answered(self, reply: Reply) -> None:
+    def reply_in(self, frames: list[bytes]) -> Reply | None:
+        """The reply in a message of this connection; None if it was the answer to ``hello``, which is taken in here.
+
+        ``ProtocolError`` if it is none, or of a version that does not fit.
+        """
+        if len(frames) != 1:
+            raise ProtocolError(f"a reply of {len(frames)} frames, not 1")
+        reply = reply_codec.decode(frames[0])
+        if self.number and reply.id == self.number:
+            self._answered(reply)
+            return None
+        check_version(reply.version)
+        return reply
+
+    def _answered(self, reply: Reply) -> None:
         """Take in the answer; ``ProtocolError``, kept as ``refusal``, if the two versions do not fit."""
         self.number = 0
         try:
@@ -205,6 +229,7 @@ class Greeting:
                 f"{told.lowest} to {told.highest}; this side (keyquorum {__version__}) speaks {PROTOCOL_VERSION}"
             )
             raise self.refusal
+        self._said(told)
 
 
 @dataclass(slots=True)
@@ -239,8 +264,8 @@ class Channel:
 
     Not safe for two threads at once; handing it over under a lock is fine. ``members`` maps names to members with
     endpoints. ``came_up`` is told a peer whose connection is there again, or for the first time, and ``said`` what it
-    answered to ``hello``. With
-    ``heartbeats`` a peer that is silent altogether counts as gone, and what is under way there ends at once.
+    answered to ``hello``. With ``heartbeats`` a peer that is silent altogether counts as gone, and what is under way
+    there ends at once.
     """
 
     def __init__(
@@ -297,9 +322,7 @@ class Channel:
         if connection.greeting.refusal is not None:
             raise connection.greeting.refusal
         token = next(self._tokens)
-        timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
-        request = Request(PROTOCOL_VERSION, token, verb, timeout_ms, body, dict(extensions) if extensions else {})
-        data = request_codec.encode(request)
+        data = request_frame(token, verb, body, timeout_s, extensions)
         now = time.monotonic()
         try:
             if connection.greeting.due:
@@ -423,9 +446,9 @@ class Channel:
         socket.maxmsgsize = FRAME_MAX
         if self._heartbeats:
             socket.heartbeat_ivl, socket.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
-        monitor = watch(self._context, socket, _FIRST_EVENTS if first else _EVENTS)
-        now = time.monotonic()
-        connection = _Connection(member, own, current, socket, monitor, Greeting(peer), now, now, first=first)
+        monitor = watch(self._context, socket, _FIRST_EVENTS if first else EVENTS)
+        now, greeting = time.monotonic(), Greeting(peer, self._said)
+        connection = _Connection(member, own, current, socket, monitor, greeting, now, now, first=first)
         self._connections[peer] = connection
         self._by_socket[socket], self._by_monitor[monitor] = peer, peer
         self._poller.register(socket, zmq.POLLIN)
@@ -458,7 +481,7 @@ class Channel:
         """Go on without the events of failed attempts, which repeat for as long as the peer is away."""
         old = connection.monitor
         peer = self._by_monitor.pop(old)
-        connection.monitor = watch(self._context, connection.socket, _EVENTS)
+        connection.monitor = watch(self._context, connection.socket, EVENTS)
         connection.first = connection.unreachable = False
         self._by_monitor[connection.monitor] = peer
         self._poller.unregister(old)
@@ -492,22 +515,14 @@ class Channel:
 
     def _received(self, peer: str, frames: list[bytes]) -> None:
         try:
-            if len(frames) != 1:
-                raise ProtocolError(f"a reply of {len(frames)} frames, not 1")
-            reply = reply_codec.decode(frames[0])
-            greeting = self._connections[peer].greeting
-            if greeting.number and reply.id == greeting.number:
-                greeting.answered(reply)
-                if greeting.welcome is not None:
-                    self._said(greeting.welcome)
-                return
-            check_version(reply.version)
+            reply = self._connections[peer].greeting.reply_in(frames)
         except ProtocolError as error:
             # Without an id the reply ends no request; the request's deadline does.
             for token in list(self._connections[peer].pending):
                 self._finish(token, None, ProtocolError(f"{peer}: {error}"))
             return
-        self._finish(reply.id, reply, None, peer)
+        if reply is not None:
+            self._finish(reply.id, reply, None, peer)
 
     def _read_monitor(self, monitor: zmq.Socket[bytes]) -> None:
         peer = self._by_monitor[monitor]
