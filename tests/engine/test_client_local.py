@@ -125,6 +125,17 @@ def test_a_killed_node_is_told_and_comes_back(local: LocalCluster) -> None:
         assert all(member.error is None for member in kq.status())
 
 
+def test_what_is_waited_for_is_told(local: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("engine.client.local.TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(local, "_tell", told.append)
+    local.kill("node2")
+    local.start_node("node2")
+    assert [text.partition(";")[0] for text in told[:1]] == ["node2 does not answer yet"]
+    assert len(told) == 2
+    assert told[1].startswith("node2 serves at")
+
+
 def test_a_second_start_in_the_same_folder_is_refused(local: LocalCluster, folder: Path) -> None:
     with pytest.raises(ClusterError, match="runs already"):
         LocalCluster(nodes=3, threshold=2, path=folder)

@@ -152,6 +152,6 @@ def try_control(control: Control, session: Session, seed: int = 1) -> Row:
     row.expected = f"FAILED by a finding of the kind {control.finding!r}"
     noticed = row.verdict == "FAILED" and any(found.startswith(f"{control.finding}:") for found in row.findings)
     row.verdict = "noticed" if noticed else "UNNOTICED"
-    row.findings = row.findings[:3]
+    row.findings = sorted(row.findings, key=lambda found: not found.startswith(f"{control.finding}:"))[:3]
     row.sick = row.sick or bool(control.bug)
     return row

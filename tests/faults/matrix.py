@@ -343,10 +343,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_docs(json.loads((REPORT / "report.json").read_text()))
         return 0
     faults = chosen(options.only, options.group, options.quick)
-    if options.list or not (faults or options.controls):
+    if not faults:
+        parser.error(f"no fault fits --only {options.only!r} --group {options.group!r}; --list names all")
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: at least 1 is needed")
+    if options.list:
         for fault in faults:
             say(f"{fault.name:26} {fault.group:10} {fault.what}")
-        return 0 if faults else 2
+        return 0
     seeds = [options.seed] if options.seed is not None else list(range(1, options.seeds + 1))
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from controls import CONTROLS, try_control
 from course import NO_BALANCER, NOTHING, ONE_NODE, Fault, Session, carry_out, close_session, make_session, unexpected
 from history import UNFINISHED, Event, Finding, Key, count_errors, errors_of, judge, longest_gap
-from matrix import DOCS, FAULTS, SEEDS, chosen, report, table
+from matrix import DOCS, FAULTS, SEEDS, chosen, main, report, table
 from proxy import CUT, Network, Rule, flipped
 
 SIGNER = Ed25519PrivateKey.generate()
@@ -175,6 +175,21 @@ def test_what_is_not_run_is_never_passed() -> None:
     told = report(rows, [], 1.0)
     assert told["verdicts"] == {"not run": 1}
     assert "| not run: no root | not run |" in table(told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--only", "nonsense"], "no fault fits --only 'nonsense'"),
+        (["--group", "foo"], "--group 'foo'"),
+        (["--only", "kill-node", "--seeds", "-1"], "--seeds -1: at least 1"),
+    ],
+)
+def test_what_fits_no_fault_is_refused(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert reason in capsys.readouterr().err
 
 
 # --- the proxy ---

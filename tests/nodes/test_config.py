@@ -98,6 +98,7 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
         ({"limits": {"requests_per_s": 0}}, "requests_per_s"),
         ({"limits": {"requests": 0}}, "requests"),
         ({"limits": {"connections": -1}}, "connections"),
+        ({"limits": {"connections": 1}}, "connections = 1; at least 64, or 0"),
         ({"limits": {"clients_per_s": 1}}, "unknown field `clients_per_s`"),
         ({"metrics": {"bind": "9464"}}, "metrics.bind '9464' must be an IP address and a port"),
         ({"metrics": {"bind": "localhost:9464"}}, "must be an IP address and a port"),

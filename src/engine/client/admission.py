@@ -51,6 +51,8 @@ class ServiceLimits:
 
 
 DEFAULT_LIMITS = ServiceLimits()
+CONNECTIONS_MIN = 64
+"""With fewer a member could not even have its cluster's other members connected."""
 
 
 class LimitsTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -63,6 +65,12 @@ class LimitsTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     burst_s: Annotated[float, Meta(gt=0, le=3_600)] = DEFAULT_LIMITS.burst_s
     connections: Annotated[int, Meta(ge=0, le=1_000_000)] = DEFAULT_LIMITS.connections
     member_connections: Annotated[int, Meta(ge=1, le=1_000_000)] = DEFAULT_LIMITS.member_connections
+
+    def __post_init__(self) -> None:
+        if 0 < self.connections < CONNECTIONS_MIN:
+            raise ValueError(
+                f"connections = {self.connections}; at least {CONNECTIONS_MIN}, or 0 for what the descriptors allow"
+            )
 
     def service(self) -> ServiceLimits:
         """The limits that it sets."""

@@ -66,6 +66,8 @@ __all__ = ["LocalCluster"]
 PORTS = range(20_000, 32_000)
 """Outside Linux's ephemeral range (32768..60999), so that no client's connection takes a stopped node's port."""
 PORT_TRIES = 500
+TELL_AFTER_S = 5.0
+"""How long a process may take to answer before the user is told what is waited for."""
 CREATE_TRIES = 3
 MAX_NODES = 64
 START_TIMEOUT_S = 60.0
@@ -531,7 +533,12 @@ class LocalCluster:
         try:
             with Channel(identity.transport, members, context) as channel:
                 for process in processes:
+                    tell_s = time.monotonic() + TELL_AFTER_S
                     while not _answers(channel, process.name):
+                        if time.monotonic() > tell_s:
+                            tell_s = until
+                            left_s = max(0.0, until - time.monotonic())
+                            self._tell(f"{process.name} does not answer yet; it has {left_s:.0f} s more")
                         # Any of them may have failed meanwhile, not only the one that is asked.
                         self._check_alive(processes)
                         if time.monotonic() > until:
