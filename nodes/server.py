@@ -55,8 +55,6 @@ DRAIN_S: Final = 5.0
 """How long a stopping node goes on for the requests under way."""
 SETTLE_AFTER_MS: Final = 30_000
 """A share prepared longer ago than this is asked about at the registry."""
-SLOW_NICE: Final = 5
-"""RSA gives way to what takes microseconds: a third of the processor, where both want it."""
 MAX_CREATIONS_WAITING: Final = 64
 ZERO_COPY_RECV: Final = 10
 """libzmq's option of that name (zmq.h), which pyzmq names only in draft builds."""
@@ -172,7 +170,7 @@ class Server:
             Worker(f"talker-{i}", self._mailbox, make_talker, Talker.close, jobs, Talker.drop_late)
             for i in range(config.workers)
         ]
-        self._slow: Worker[Lane] = Worker("slow", self._mailbox, token.lane, lambda state: None, nice=SLOW_NICE)
+        self._slow: Worker[Lane] = Worker("slow", self._mailbox, token.lane, lambda state: None)
         # One creation at a time, and few that wait: making keys must not keep the node from using them.
         self._dealer: Worker[Talker] = Worker(
             "dealer", self._mailbox, make_talker, Talker.close, Jobs(MAX_CREATIONS_WAITING), Talker.drop_late

@@ -101,8 +101,6 @@ class Jobs:
 class Worker(Generic[S]):
     """One thread with a state of its own (made and closed in that thread) and a queue of at most 1,000 jobs.
 
-    ``nice`` is added to the thread's niceness: with more of it, it gives way to those that have less.
-
     Making it waits until the state is made, and raises what that raised: a worker that exists takes jobs.
     """
 
@@ -114,14 +112,12 @@ class Worker(Generic[S]):
         close_state: Callable[[S], None],
         jobs: Jobs | None = None,
         idle: Callable[[S], None] | None = None,
-        nice: int = 0,
     ) -> None:
         self._jobs = Jobs() if jobs is None else jobs
         self._mailbox = mailbox
         self._make_state = make_state
         self._close_state = close_state
         self._idle = idle
-        self._nice = nice
         self._failure: Exception | None = None
         self._ready = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -149,10 +145,6 @@ class Worker(Generic[S]):
 
     def _run(self) -> None:
         try:
-            if self._nice:
-                # Linux: a thread's own (setpriority(2)). Being nicer needs no right.
-                thread = threading.get_native_id()
-                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + self._nice)
             state = self._make_state()
         except Exception as error:  # raised where the worker is made
             self._failure = error

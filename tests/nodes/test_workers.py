@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import select
 import threading
 import time
@@ -43,18 +42,6 @@ def ended(worker: Worker[Any]) -> None:
     worker.finish()
     worker.join(20)
     assert not worker._thread.is_alive()
-
-
-def test_a_nice_worker_is_nicer_than_the_process_and_the_others(mailbox: Mailbox) -> None:
-    def niceness() -> int:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-
-    told: list[int] = []
-    worker = started(mailbox, nice=3)
-    worker.submit(lambda state: niceness(), lambda result, error: told.append(result))
-    drain(mailbox, lambda: bool(told))
-    ended(worker)
-    assert told == [niceness() + 3]
 
 
 def test_the_mailbox_is_readable_while_something_waits(mailbox: Mailbox) -> None:
