@@ -46,6 +46,7 @@ class Publisher:
         self._subscribers: dict[tuple[str, int], tuple[int, str]] = {}
         """The other end of a connection -> its descriptor here, and the CURVE key."""
         self._checked = 0
+        self._lacking = ""
         self._socket: zmq.Socket[bytes] = context.socket(zmq.XPUB)
         try:
             curve_server(self._socket, identity)
@@ -83,9 +84,12 @@ class Publisher:
         self._checked = cluster.serial
         try:
             self._bound.follow(self._places())
+            self._lacking = ""
         except EngineError as error:
             self._checked = 0  # it is tried again with the next table
-            log.error("not publishing where the manifest says", reason=str(error))
+            if str(error) != self._lacking:
+                self._lacking = str(error)
+                log.error("not publishing where the manifest says; it is tried again", reason=self._lacking)
         for peer, (fd, key) in list(self._subscribers.items()):
             if peer_of(fd) != peer:
                 del self._subscribers[peer]

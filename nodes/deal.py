@@ -227,10 +227,21 @@ class Conversation(FollowsCluster):
         """Ask, listen and combine until there is the secret, or None: then there is none to be had in time."""
         body = REQUEST_CODECS[SHARE_RELEASE].encode(ShareRelease(entry.row.key_id, grant, entry.row.certificate))
         asked: dict[int, str] = {}
+
+        def ask() -> None:
+            """Ask those whose turn it is, if there is time."""
+            now = self._clock()
+            for holder in gathering.to_ask(now) if now < until_s else ():
+                try:
+                    asked[channel.start(holder, SHARE_RELEASE, body, until_s - now, extensions)] = holder
+                except EngineError as error:
+                    gathering.failed(holder, str(error))
+                    self.peers.failed(holder, now)
+
         try:
-            self._ask_holders(channel, gathering, body, until_s, asked, extensions)
+            ask()
             meanwhile()
-            return self._exchange(channel, gathering, body, until_s, asked, extensions)
+            return self._exchange(channel, gathering, until_s, asked, ask)
         finally:
             for token in asked:
                 channel.abandon(token)
@@ -242,10 +253,9 @@ class Conversation(FollowsCluster):
         self,
         channel: Channel,
         gathering: Gathering,
-        body: bytes,
         until_s: float,
         asked: dict[int, str],
-        extensions: Mapping[str, bytes] | None,
+        ask: Callable[[], None],
     ) -> SecretBuffer | None:
         while not gathering.hopeless:
             if gathering.complete:
@@ -259,7 +269,7 @@ class Conversation(FollowsCluster):
                     self.peers.late(holder, waited_s, now)
                 gathering.give_up()
                 break
-            self._ask_holders(channel, gathering, body, until_s, asked, extensions)
+            ask()
             if not asked:
                 continue
             for arrival in channel.poll(min(gathering.wake_s(now), until_s - now)):
@@ -267,26 +277,6 @@ class Conversation(FollowsCluster):
                 if holder:
                     self._arrived(gathering, holder, arrival)
         return None
-
-    def _ask_holders(
-        self,
-        channel: Channel,
-        gathering: Gathering,
-        body: bytes,
-        until_s: float,
-        asked: dict[int, str],
-        extensions: Mapping[str, bytes] | None,
-    ) -> None:
-        """Ask those whose turn it is, if there is time."""
-        now = self._clock()
-        if now >= until_s:
-            return
-        for holder in gathering.to_ask(now):
-            try:
-                asked[channel.start(holder, SHARE_RELEASE, body, until_s - now, extensions)] = holder
-            except EngineError as error:
-                gathering.failed(holder, str(error))
-                self.peers.failed(holder, now)
 
     def _arrived(self, gathering: Gathering, holder: str, arrival: Arrival) -> None:
         now = self._clock()

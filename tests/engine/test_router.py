@@ -91,11 +91,11 @@ class Client:
 class Site:
     """A router with one place, and its clients."""
 
-    def __init__(self, **more: Any) -> None:
+    def __init__(self, admit: Callable[[str], bool] | None = None, **more: Any) -> None:
         self.members = {zmq.utils.z85.encode(each[0]).decode() for each in (CLIENT, OTHER)}
         self.gone: list[Connection] = []
         options = {"limit": LIMIT, "replies_max": 64} | more
-        self.router = Router(lambda user: user in self.members, **options)
+        self.router = Router(admit or (lambda user: user in self.members), **options)
         self.router.gone = self.gone.append
         self.port = self.place()
         self.clients: list[Client] = []
@@ -703,60 +703,38 @@ def test_a_router_may_be_closed_by_who_is_told_of_an_end(site: Site) -> None:
 def test_who_judges_a_key_may_end_its_connection(welcome: bool, close: bool) -> None:
     def admit(user: str) -> bool:
         if close:
-            router.close()
+            site.router.close()
         else:
-            for each in router.connections:
-                router.end(each)
+            for each in site.router.connections:
+                site.router.end(each)
         return welcome
 
-    router = Router(admit, limit=LIMIT, replies_max=4)
-    listening = socket.create_server(("127.0.0.1", 0))
-    listening.setblocking(False)
-    port = listening.getsockname()[1]
-    router.listen(listening.detach(), port, *SERVER)
-    client = Client(port)
-    end = time.monotonic() + 20
-    while not client.over:
-        assert time.monotonic() < end
-        client.put()
-        router.poll(1)
-        assert router.receive() is None
-        client.hear()
-    assert not client.peer.open
-    assert len(router) == 0
-    client.close()
-    router.close()
+    with a_site(admit=admit) as site:
+        client = site.stranger()
+        assert site.until(lambda: client.over, client) == []
+        assert not client.peer.open
+        assert len(site.router) == 0
 
 
-def test_an_error_in_judging_lets_nobody_in(site: Site) -> None:
+def test_an_error_in_judging_lets_nobody_in() -> None:
     calls = []
 
     def admit(user: str) -> bool:
         calls.append(user)
         raise LookupError("no manifest")
 
-    router = Router(admit, limit=LIMIT, replies_max=4)
-    listening = socket.create_server(("127.0.0.1", 0))
-    listening.setblocking(False)
-    port = listening.getsockname()[1]
-    router.listen(listening.detach(), port, *SERVER)
-    client = Client(port)
-    end = time.monotonic() + 20
-    while not calls:
-        assert time.monotonic() < end
-        client.put()
-        router.poll(1)
-        with contextlib.suppress(LookupError):
-            router.receive()
+    with a_site(admit=admit) as site:
+        client = site.stranger()
+        end = time.monotonic() + 20
+        while not calls:
+            assert time.monotonic() < end
+            with contextlib.suppress(LookupError):
+                site.until(lambda: calls, client)
+        site.nothing()
         client.hear()
-    for _ in range(5):
-        assert router.receive() is None
-    client.hear()
-    assert not client.peer.open
-    assert [each.proved for each in router.connections] == [False]
-    assert router.expire(time.monotonic() + 1) == 1
-    client.close()
-    router.close()
+        assert not client.peer.open
+        assert [each.proved for each in site.router.connections] == [False]
+        assert site.router.expire(time.monotonic() + 1) == 1
 
 
 def test_what_breaks_while_a_command_is_answered_brings_no_message(site: Site) -> None:

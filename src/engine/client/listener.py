@@ -7,7 +7,6 @@ looked up for every single message.
 
 from __future__ import annotations
 
-import itertools
 import resource
 import socket as sockets
 import time
@@ -175,33 +174,35 @@ class _Places:
     def __init__(self, router: Router, backlog: int) -> None:
         self._router = router
         self._backlog = backlog
-        self._bound: dict[str, tuple[bytes, int, int]] = {}
-        self._numbers = itertools.count(1)
+        self._bound: dict[str, tuple[bytes, int]] = {}
+        self._numbers: dict[str, int] = {}
 
-    def follow(self, wanted: Mapping[str, CurveIdentity]) -> tuple[dict[str, int], EngineError | None]:
+    def number(self, endpoint: str) -> int:
+        """What ``Connection.place`` says of those that came in there, by whichever pair."""
+        return self._numbers.setdefault(endpoint, len(self._numbers))
+
+    def follow(self, wanted: Mapping[str, CurveIdentity]) -> tuple[list[str], EngineError | None]:
         """Listen at these endpoints and no others, as far as they can be had.
 
-        Those that are left, each with the number that its connections have (``Connection.place``), and the error of
-        one that could not be had.
+        Those that are left, and the error of one that could not be had.
         """
-        left: dict[str, int] = {}
-        for endpoint, (public, fd, number) in list(self._bound.items()):
+        left = []
+        for endpoint, (public, fd) in list(self._bound.items()):
             if endpoint not in wanted or wanted[endpoint].public != public:
                 self._router.leave(fd)
                 del self._bound[endpoint]
-                left[endpoint] = number
+                left.append(endpoint)
         failed: EngineError | None = None
         for endpoint, pair in wanted.items():
             if endpoint not in self._bound:
                 try:
-                    listening = listen(endpoint, self._backlog)
+                    fd = listen(endpoint, self._backlog).detach()
                 except EngineError as error:
                     failed = error
                     continue
-                number, fd = left.get(endpoint) or next(self._numbers), listening.detach()
-                self._bound[endpoint] = pair.public, fd, number
+                self._bound[endpoint] = pair.public, fd
                 decode = zmq.utils.z85.decode
-                self._router.listen(fd, number, decode(pair.public), decode(pair.secret))
+                self._router.listen(fd, self.number(endpoint), decode(pair.public), decode(pair.secret))
         return left, failed
 
     def lack(self, wanted: Mapping[str, CurveIdentity]) -> bool:
@@ -311,10 +312,10 @@ class Listener(FollowsCluster):
     def _follow(self) -> None:
         wanted = {endpoint: pair for endpoint, (pair, _) in self._leaving.items()} | self._places
         left, failed = self._bound.follow(wanted)
-        for endpoint, number in left.items():
+        for endpoint in left:
             log.info("no longer listening", endpoint=endpoint)
             if endpoint not in wanted:
-                self.connections.end_at(number)
+                self.connections.end_at(self._bound.number(endpoint))
         if failed is not None:
             raise failed
 
