@@ -55,6 +55,7 @@ router = native("engine.client._router", "src/engine/client/_router.pyx", "zmtp.
 fastline = native("engine.client._fastline", "src/engine/client/_fastline.pyx", "fastwire.h", "zmtp.h")
 fastpath = native("nodes._fastpath", "nodes/_fastpath.pyx", "fastwire.h", "zmtp.h")
 
+usebuffer = native("nodes._usebuffer", "nodes/_usebuffer.pyx")
 histogram = native("engine.client._histogram", "src/engine/client/_histogram.pyx")
 
 
@@ -73,7 +74,7 @@ DIRECTIVES = {"language_level": "3", "autotestdict": False}
 setup(
     cmdclass={"build_ext": BuildExtensions},
     ext_modules=cythonize(
-        [fastshamir, fasttoken, fastlines, fastwire, histogram, zmtp, router, fastline, fastpath],
+        [fastshamir, fasttoken, fastlines, fastwire, histogram, zmtp, router, fastline, fastpath, usebuffer],
         include_path=["src"],
         build_dir="build/cython",
         compiler_directives=DIRECTIVES,

@@ -22,11 +22,10 @@ from typing import Any, Final
 
 NODE: Final = (
     ("policy, limits, cache (by the plan)", "nodes.handlers:Handlers.begin_planned"),
-    ("policy, limits, cache (by the plan)", "nodes.handlers:Handlers.end_planned"),
     ("limits, cache, counts (by the lease)", "nodes.handlers:Handlers.lease_planned"),
     ("limits, cache, counts (by the lease)", "nodes.handlers:Handlers.settle_planned"),
     ("token", "nodes.handlers:bound()"),
-    ("audit: chain and write", "nodes.audit:AuditLog.write_use"),
+    ("audit: chain and write", "nodes.audit:AuditLog.drain"),
     ("the ordinary way", "nodes.handlers:Handlers.handle"),
     ("loop", "nodes.workers:Mailbox.run"),
     ("loop", "engine.client.connections:Connections.look"),

@@ -11,6 +11,8 @@ from typing import Any, Final, final
 
 from engine.client._histogram import Histograms
 from engine.client._router import Connection, Router
+from engine.protocol._fastlines import UseLines
+from nodes._usebuffer import UseBuffer
 
 REQUESTS: Final[int]
 
@@ -18,8 +20,9 @@ REQUESTS: Final[int]
 class Plan:
     """How one member's uses of one key with one verb are served.
 
-    ``use`` is a ``Use`` of the token, or what is called like one; ``lines`` are its records (``AuditLog.write_use``);
-    ``times`` takes in how long its stages take (``engine.protocol.requests.STAGES``).
+    ``use`` is a ``Use`` of the token, or what is called like one; ``lines`` are its records (``UseBuffer.record``);
+    ``times`` takes in how long its stages take (``engine.protocol.requests.STAGES``). ``worker`` makes uses that are
+    too slow for the loop.
     """
 
     member: str
@@ -32,7 +35,8 @@ class Plan:
     count: Any
     group: int
     request_class: str
-    lines: Any
+    lines: UseLines
+    worker: Any
     def __new__(
         cls,
         *,
@@ -52,8 +56,9 @@ class Plan:
         associated: bool,
         proves: bool,
         most: int,
-        lines: Any,
+        lines: UseLines,
         times: Histograms | None = None,
+        worker: Any = None,
     ) -> Plan: ...
 
 @final
@@ -65,9 +70,18 @@ class FastPath:
     served: int
     """Requests that were served by a plan."""
     def __new__(cls, router: Router, *descriptors: int) -> FastPath: ...
-    def serve(self, opened: Callable[[Connection, bytes, int], Any], lost: Callable[[], None], handlers: Any) -> None:
-        """Who opens and takes what has no plan, is told of a reply that its client does not take, and admits, records
-        and counts a use."""
+    cluster: Any
+    """The manifest in force; whoever takes a newer one has to set it."""
+    def serve(
+        self,
+        opened: Callable[[Connection, bytes, int], Any],
+        lost: Callable[[], None],
+        handlers: Any,
+        uses: UseBuffer,
+        drain: Callable[[], None],
+    ) -> None:
+        """Who opens and takes what has no plan, is told of a reply that its client does not take, and admits and counts
+        a use; where it is recorded, and what chains those that wait there, after their replies have left."""
 
     def remember(self, user_id: str, plan: Plan) -> None:
         """Serve such requests, from the connections of that CURVE key (Z85), by the plan from now on."""

@@ -16,6 +16,7 @@ from engine.client._spin cimport (
     kq_spins,
     kq_waited,
 )
+from engine.protocol._fastlines cimport UseLines
 from engine.protocol._fastwire cimport (
     KQ_OVERHEAD,
     bytes_of,
@@ -31,6 +32,7 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy
 from nodes._fasttoken cimport Use, span
+from nodes._usebuffer cimport UseBuffer
 
 cimport cython
 
@@ -43,11 +45,15 @@ cdef enum:
 
 cdef enum:  # the places of these in engine.protocol.requests.STAGES
     POLICY = 1
+    WAIT = 3
     TOKEN = 5
     AUDIT = 7
     REPLY = 8
     TOTAL = 9
 
+
+cdef enum:
+    USES_MAX = 16  # so many are chained at a time: one takes as long as four that are in the caches
 
 cdef double GAP_MAX_S = 0.001  # who waits longer between two requests gains nothing by spinning
 
@@ -71,11 +77,12 @@ cdef class Plan:
     cdef readonly str request_class
     cdef bytes key_id
     cdef object use
+    cdef readonly object worker
     cdef bint digested
     cdef bint associated
     cdef bint proves
     cdef size_t most
-    cdef readonly object lines
+    cdef readonly UseLines lines
     # The lease in force: uses that were admitted and taken from the cache in advance, and what is to be told of them.
     cdef int leased
     cdef int used
@@ -86,13 +93,13 @@ cdef class Plan:
     cdef Histograms times
 
     def __cinit__(self, *, str member, str verb, str name, cluster, entry, loaded, cached_as, count, int group,
-                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, lines,
-                 Histograms times=None):
+                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, UseLines lines,
+                 Histograms times=None, worker=None):
         self.member, self.verb, self.name = member, verb, name
         self.cluster, self.entry, self.loaded, self.cached_as = cluster, entry, loaded, cached_as
         self.count, self.group, self.request_class, self.key_id = count, group, request_class, key_id
         self.use, self.digested, self.associated, self.proves, self.most = use, digested, associated, proves, most
-        self.lines, self.times = lines, times
+        self.lines, self.times, self.worker = lines, times, worker
 
     cdef void took(self, double started_s, double begun_s, double ended_s, double recorded_s) noexcept:
         """Note how long each stage of a use took that has been answered just now."""
@@ -140,6 +147,62 @@ cdef class Plan:
 
 @cython.final
 @cython.auto_pickle(False)
+cdef class Aside:
+    """A use that a worker makes (it calls this), and that the loop answers (it calls ``done``)."""
+
+    cdef FastPath path
+    cdef Plan plan
+    cdef Connection connection
+    cdef bytes data
+    cdef bytes associated
+    cdef bytes proof
+    cdef uint64_t id
+    cdef object number
+    cdef double started_s
+    cdef double submitted_s
+    cdef double deadline_s
+    cdef double begun_s
+    cdef double ended_s
+
+    def __call__(self, state):
+        """The result, on the worker's thread."""
+        self.begun_s = kq_now_s()
+        if self.begun_s >= self.deadline_s:
+            self.path._handlers.overdue()
+        answer = self.plan.use(self.data, self.associated, self.proof)
+        self.ended_s = kq_now_s()
+        return answer
+
+    def done(self, answer, error):
+        """Record and answer it, on the loop's thread."""
+        cdef Plan plan = self.plan
+        cdef kq_result result
+        cdef double recorded_s, now_s
+        handlers = self.path._handlers
+        if error is None:
+            result.id, result.loaded = self.id, True
+            result.service_us = <uint64_t>((self.ended_s - self.begun_s) * 1e6) or 1
+            recorded_s = kq_now_s()
+            try:
+                result.queue = handlers.end_aside(plan, self.number, <long>((recorded_s - self.started_s) * 1e6),
+                                                  result.service_us)
+            except Exception as failure:
+                error = failure
+        if error is not None:
+            handlers.fail_aside(plan, self.id, self.number, self.connection, self.started_s, error)
+            return
+        self.path._answer(self.connection, answer, &result)
+        if plan.times is not None:
+            now_s = kq_now_s()
+            plan.times.take(POLICY, self.submitted_s - self.started_s)
+            plan.times.take(WAIT, self.begun_s - self.submitted_s)
+            plan.times.take(TOKEN, self.ended_s - self.begun_s)
+            plan.times.take(AUDIT, now_s - recorded_s)
+            plan.times.take(TOTAL, now_s - self.started_s)
+
+
+@cython.final
+@cython.auto_pickle(False)
 cdef class FastPath:
     """The receiving end of a node's socket; see _fastpath.pyi."""
 
@@ -147,12 +210,15 @@ cdef class FastPath:
     cdef object _opened
     cdef object _lost
     cdef object _handlers
+    cdef UseBuffer _uses
+    cdef object _drain
     cdef dict _plans
     cdef list _leases
     cdef kq_room _room
     cdef kq_spinner _spinner
     cdef bint _busy  # whether the last wait brought a request: who is idle does not spin
     cdef public bint paused
+    cdef public object cluster
     cdef readonly uint64_t served
 
     def __cinit__(self, Router router not None, *descriptors):
@@ -166,9 +232,10 @@ cdef class FastPath:
     def __dealloc__(self):
         free(self._room.at)
 
-    def serve(self, opened, lost, handlers):
+    def serve(self, opened, lost, handlers, UseBuffer uses not None, drain):
         """Who takes what has no plan, and what a use with one needs."""
         self._opened, self._lost, self._handlers = opened, lost, handlers
+        self._uses, self._drain = uses, drain
 
     def remember(self, str user_id, Plan plan not None):
         """Serve such requests by the plan from now on."""
@@ -232,6 +299,8 @@ cdef class FastPath:
         if self.paused:
             return self._router.beside(timeout_ms)
         spin_s = kq_spin_s(&self._spinner, 0) if self._busy and timeout_ms else 0
+        if self._uses.count >= USES_MAX:
+            self._drain()
         begun_s = now_s = kq_now_s()
         while True:
             self._router.wait(0 if spin_s else timeout_ms, &found)
@@ -314,22 +383,31 @@ cdef class FastPath:
     cdef bint _serve(self, Plan plan, kq_operate *request, Connection connection) except -1:
         cdef kq_result result
         cdef double started_s = kq_now_s(), begun_s, ended_s, recorded_s
-        cdef size_t head, length
+        cdef long queue
         handlers = self._handlers
+        if plan.cluster is not self.cluster:
+            return False
         try:
-            if not self._lease(plan, connection, started_s) or not handlers.begin_planned(plan):
+            if not self._lease(plan, connection, started_s):
+                return False
+            queue = handlers.begin_planned(plan)
+            if queue < 0:
                 return False
         except Exception as error:
             handlers.plan_broke(error)
             return False
+        if plan.worker is not None:
+            return self._serve_aside(plan, request, connection, started_s)
         plan.used += 1
-        head = KQ_OVERHEAD
         begun_s = kq_now_s()
         try:
-            answer = plan.result(request, &self._room, head, &result.data.length)
+            answer = plan.result(request, &self._room, KQ_OVERHEAD, &result.data.length)
             ended_s = kq_now_s()
             result.service_us = <uint64_t>((ended_s - begun_s) * 1e6) or 1
-            result.queue = handlers.end_planned(plan, <long>((ended_s - started_s) * 1e6))
+            if plan.cluster is not self.cluster:  # another thread took a newer one meanwhile
+                handlers.check_plan(plan)
+            self._uses.note(plan.lines, handlers.number, <uint64_t>((ended_s - started_s) * 1e6))
+            result.queue = queue
             recorded_s = kq_now_s()
         except Exception as error:
             if self._room.length:
@@ -339,16 +417,45 @@ cdef class FastPath:
             return True
         plan.busy_us += result.service_us
         result.id, result.loaded = request.id, True
+        self._answer(connection, answer, &result)
+        plan.took(started_s, begun_s, ended_s, recorded_s)
+        return True
+
+    cdef int _answer(self, Connection connection, answer, kq_result *result) except -1:
+        """Reply with what stands in the room behind its head, or with this answer."""
+        cdef size_t head = KQ_OVERHEAD, length
         if answer is not None:
+            result.data.length = PyBytes_GET_SIZE(answer)
             if not kq_reserve(&self._room, 2 * KQ_OVERHEAD + result.data.length):
                 raise MemoryError
             memcpy(self._room.at + head, PyBytes_AS_STRING(answer), result.data.length)
         result.data.at = self._room.at + head
         head -= kq_result_head(result.id, result.data.length)
-        length = kq_write_result(self._room.at + head, &result)
+        length = kq_write_result(self._room.at + head, result)
         if not self._router.reply(connection, self._room.at + head, length, 0):
             self._lost()
         explicit_bzero(self._room.at + head, length)  # it may be a plaintext
-        plan.took(started_s, begun_s, ended_s, recorded_s)
         self.served += 1
+        return 0
+
+    cdef bint _serve_aside(self, Plan plan, kq_operate *request, Connection connection, double started_s) except -1:
+        """Have the plan's worker do it."""
+        cdef Aside aside
+        handlers = self._handlers
+        if not handlers.begin_aside(plan):
+            return False
+        # The lease counts it neither as done nor as failed: it is counted when it is.
+        plan.used += 1
+        plan.failed += 1
+        aside = Aside.__new__(Aside)
+        aside.path, aside.plan, aside.connection = self, plan, connection
+        aside.data, aside.associated = bytes_of(request.data), bytes_of(request.associated_data)
+        aside.proof = bytes_of(request.proof)
+        aside.id, aside.number, aside.started_s = request.id, handlers.number, started_s
+        aside.deadline_s = started_s + request.timeout_ms * 1e-3
+        aside.submitted_s = kq_now_s()
+        try:
+            plan.worker.submit(aside, aside.done, plan.member)
+        except Exception as error:
+            handlers.fail_aside(plan, request.id, aside.number, connection, started_s, error)
         return True

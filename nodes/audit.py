@@ -1,6 +1,7 @@
 """The node's audit log on the disk: a hash chain in segments, synced beside the loop, with signed heads.
 
 A record is appended by one positioned write and chained to the line before (``engine.protocol.audit`` has the format).
+Uses that go well are recorded in a ``UseBuffer`` first, which outlives the process, and chained many at a time.
 A thread of its own syncs: within ``GROUP_DELAY_S`` of a record, or at once where somebody waits, and then one sync
 serves all who do. A head is signed only for what is on the disk, so a power cut never makes a log fall behind it.
 
@@ -34,7 +35,6 @@ from engine.protocol import audit as chain
 from engine.protocol.audit import (
     AuditHead,
     Record,
-    UseLines,
     chained_line,
     line_hash,
     read_link,
@@ -42,6 +42,7 @@ from engine.protocol.audit import (
     sign_head,
 )
 from engine.protocol.signed import SigningKey
+from nodes._usebuffer import UseBuffer
 from nodes.store import ShareStore
 from nodes.token import Lane
 
@@ -151,10 +152,17 @@ class AuditLog:
         sync_folder(folder.parent)  # else a power cut could take the folder with all that is synced in it
         self._seq, self._hash, self._log_id = 0, b"", b""
         self._durable = (0, b"")
+        try:
+            self._uses = UseBuffer(str(folder / "uses"), now_ms, self._stir, self._drain_now)
+        except OSError as error:
+            raise ConfigError(f"{folder / 'uses'}: no room for the records of uses: {error.strerror}") from None
+        self._left = self._uses.count > 0 or self._uses.damaged
         self._segment = self._open()
         if self._segment.size == 0:
             with self._lock:
                 self._begin_segment()
+        with self._lock, suppress(AuditUnavailable):
+            self._drain()
         for event, text in self._opened:
             self._own(event, text)
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
@@ -199,13 +207,15 @@ class AuditLog:
                 raise failures[0]
         return seq
 
-    def write_use(self, lines: UseLines, request: int, elapsed_us: int) -> int:
-        """Append the request and the reply of a use that went well, in one write; the number of the second record."""
-        with self._lock:
-            data, last = lines.chained(self._seq + 1, self._hash, self._now_ms(), request, elapsed_us)
-            self._put(data, 2, last)
-            self._unheaded += 2
-            return self._seq
+    @property
+    def uses(self) -> UseBuffer:
+        """Where uses of keys that go well are recorded; ``AuditUnavailable`` there says that one was not."""
+        return self._uses
+
+    def drain(self) -> None:
+        """Chain and write what was recorded of uses. What the disk does not take stays where it is, on the disk too."""
+        with self._lock, suppress(AuditUnavailable):
+            self._drain()
 
     def when_durable(self, seq: int, then: Callable[[AuditUnavailable | None], None]) -> None:
         """Have the loop call ``then`` once record ``seq`` is on the disk, or with the error once that has failed."""
@@ -215,6 +225,8 @@ class AuditLog:
         """Sign a head of all there is; None if that did not come about in time."""
         until_s = time.monotonic() + timeout_s
         with self._lock:
+            with suppress(AuditUnavailable):
+                self._drain()
             last = self._seq
             self._head_wanted = self._unheaded > 0 or self.head is None
         while not self._problem:
@@ -239,7 +251,7 @@ class AuditLog:
         """Sync and close; what came after ``stop`` gets a head too."""
         if self._closing:
             return
-        if self._unheaded:
+        if self._unheaded or self._uses.count:
             self.seal(5.0)
         self._closing = True
         self._urgent.set()
@@ -247,18 +259,65 @@ class AuditLog:
         self._thread.join(10)
         with self._lock:
             os.close(self._segment.descriptor)
-            self._problem = self._problem or "the log is closed"
+            self._refuse(self._problem or "the log is closed")
 
     # --- appending; under the lock ---
 
     def _append(self, record: Record) -> int:
+        self._drain()
+        return self._add(record)
+
+    def _add(self, record: Record) -> int:
         line = chained_line(self._seq + 1, self._hash, record)
         self._put(line + b"\n", 1, line_hash(line))
         if record.event in KEPT:
             self._keep(record)
         elif record.event != chain.HEAD:
             self._unheaded += 1
+        if not self._uses.count:
+            self._uses.take(0, 0, self._seq)
         return self._seq
+
+    def _drain(self) -> None:
+        """Chain what was recorded of uses, in one write."""
+        if self._left:
+            self._chain_left()
+        if not self._uses.count:
+            return
+        data, last, count, end = self._uses.chained(self._seq + 1, self._hash)
+        self._put(data, 2 * count, last)
+        self._uses.take(count, end, self._seq)
+        self._unheaded += 2 * count
+
+    def _drain_now(self) -> None:
+        with self._lock:
+            self._drain()
+
+    def _stir(self) -> None:
+        if not self._dirty.is_set():
+            self._dirty.set()
+
+    def _chain_left(self) -> None:
+        """Chain the uses that a killed process recorded and had not chained. Some may be in the log already."""
+        waiting, base = self._uses.waiting(), self._uses.base
+        damaged = self._uses.damaged
+        known = _bodies_after(segment_paths(self._folder)[-2:], base)
+        for body in waiting:
+            if known is None or body in known:
+                continue
+            line = b'{"seq":%d,"prev":"%b",%b' % (self._seq + 1, self._hash.hex().encode(), body)
+            damaged = read_record(line) is None
+            if damaged:
+                break
+            self._put(line + b"\n", 1, line_hash(line))
+            self._unheaded += 1
+        self._uses.take(self._uses.count, 0, self._seq)
+        self._left = False
+        if damaged:
+            text = "what was recorded of the last uses before a crash was changed or damaged"
+            log.error("the audit log was changed or damaged", reason=text)
+            self._opened.append((chain.BROKEN, text))
+            self.broken = self.broken or text
 
     def _put(self, data: bytes, lines: int, last_hash: bytes) -> None:
         """Write lines that are chained to what there is, the hash of the last of them being ``last_hash``."""
@@ -283,9 +342,14 @@ class AuditLog:
     def _keep(self, record: Record) -> None:
         self._kept[record.member] = msgspec.structs.replace(record, event=chain.PEER_HEAD, detail="known before")
 
+    def _refuse(self, problem: str) -> None:
+        """Take no record while there is a problem; the empty text is none."""
+        self._problem = problem
+        self._uses.refusal = self._unavailable if problem else None
+
     def _broke(self, error: OSError) -> None:
         """Note that the disk refuses, and cut off what it took of a line; under the lock."""
-        self._problem = error.strerror or str(error)
+        self._refuse(error.strerror or str(error))
         with suppress(OSError):  # the thread does it again before the log is used
             os.ftruncate(self._segment.descriptor, self._segment.size)
         self._dirty.set()
@@ -346,9 +410,14 @@ class AuditLog:
 
     def _sync(self) -> bool:
         """Bring what was written to the disk, and tell who waits for it."""
-        with self._lock:
-            reached, segment = (self._seq, self._hash), self._segment
-            size, writes = segment.size, len(segment.unsynced)
+        try:
+            with self._lock:
+                self._drain()
+                reached, segment = (self._seq, self._hash), self._segment
+                size, writes = segment.size, len(segment.unsynced)
+        except AuditUnavailable:
+            self._fail_waiters()
+            return False
         try:
             if segment.durable < size:
                 self._sync_file(segment.descriptor)
@@ -397,12 +466,15 @@ class AuditLog:
         try:
             segment = self._create(_number(self._segment.path) + 1)
             with self._lock:
+                self._drain()
                 old = self._segment
                 self._sync_file(old.descriptor)
                 self._durable = self._seq, self._hash
                 self._segment = segment
                 self._begin_segment()
             os.close(old.descriptor)
+        except AuditUnavailable:
+            return
         except OSError as error:
             with self._lock:
                 self._broke(error)
@@ -411,7 +483,7 @@ class AuditLog:
         """The first records of a segment; under the lock."""
         try:
             for record in self._head_of_segment():
-                self._append(record)
+                self._add(record)
         except AuditUnavailable:
             return
         self._head_wanted = True
@@ -434,16 +506,16 @@ class AuditLog:
             self._sync_file(segment.descriptor)
             with self._lock:
                 segment.noted_durable(segment.size, len(segment.unsynced))
-                self._problem = ""
+                self._refuse("")
                 for record in [] if segment.size else self._head_of_segment():
-                    self._append(record)
+                    self._add(record)
                 while self._owed:
                     self._append(self._owed[0])
                     del self._owed[0]
                 self._append(self._resumed(problem))
         except (OSError, AuditUnavailable):
             with self._lock:
-                self._problem = self._problem or problem
+                self._refuse(self._problem or problem)
                 self._dirty.clear()
             return
         if self._sync():
@@ -559,6 +631,23 @@ def _check_tail(tail: bytes, path: Path) -> tuple[int, bytes, str]:
             broken = broken or f"{path.name}: record {link[0]} is not chained to record {seq} before it"
         seq, digest = link[0], line_hash(line)
     return seq, digest, broken
+
+
+def _bodies_after(paths: list[Path], seq: int) -> set[bytes] | None:
+    """What stands behind number and hash in the lines after ``seq``; None if they are more than ``TAIL_BYTES``.
+
+    So much never waits: what was recorded then is in the log.
+    """
+    tail, cut = b"", False
+    for path in paths:
+        with path.open("rb") as stream:
+            begin = max(0, path.stat().st_size - TAIL_BYTES)
+            stream.seek(begin)
+            tail, cut = (b"" if begin else tail) + stream.read(), cut or begin > 0
+    found = [(link[0], line) for line in _lines(tail) if (link := read_link(line)) is not None]
+    if cut and (not found or found[0][0] > seq):
+        return None
+    return {line.split(b'",', 1)[1] for number, line in found if number > seq}
 
 
 def _lines(data: bytes) -> Iterator[bytes]:

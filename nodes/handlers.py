@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Final, Protocol
+from typing import Any, Final, NoReturn, Protocol
 
 import structlog
 
@@ -115,8 +115,6 @@ from engine.protocol.requests import (
 )
 from engine.protocol.signed import Signed, read_unverified
 from engine.protocol.wire import (
-    MAX_DATA,
-    MAX_MESSAGE,
     PROTOCOL_VERSION,
     ErrorBody,
     Load,
@@ -148,12 +146,12 @@ from nodes.latency import (
     Latencies,
 )
 from nodes.ledger import GrantLedger
-from nodes.operations import bound, check_operation, operate
+from nodes.operations import bound, check_operation, most_data
 from nodes.policy import check_key, check_verb
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
-from nodes.token import Lane, LoadedKey, Token, is_slow
+from nodes.token import Lane, LoadedKey, Token, Use, is_slow
 from nodes.tracing import NO_SPANS, Span, Tracer, child_of
 from nodes.witness import Heard, Witness
 from nodes.workers import Worker
@@ -384,6 +382,7 @@ class Handlers(FollowsCluster):
         self._conversation = conversation
         self._coordinator = coordinator
         self._audit = audit
+        self._record_use = audit.uses.record
         self._audit_strict = audit_strict
         self._audit_name = audit_name
         self._witness = witness
@@ -496,7 +495,7 @@ class Handlers(FollowsCluster):
 
     # --- the shortest way: uses of loaded keys that went well before ---
 
-    def _plan(self, call: _Call, body: Operate, loaded: _Loaded, version: int) -> None:
+    def _plan(self, call: _Call, body: Operate, loaded: _Loaded, use: Use) -> None:
         """Have such uses by this member served without being looked at anew, until something changes."""
         entry = call.entry
         if self._fast is None or entry is None or self._audit_strict or body.grant:
@@ -516,13 +515,14 @@ class Handlers(FollowsCluster):
             group=self._cluster.group_of(call.key),
             request_class=call.request_class,
             key_id=entry.row.key_id,
-            use=bound(self._lane, loaded.key, call.verb, version, digested=body.digested),
+            use=use,
             digested=body.digested,
             associated=algo.kind is KeyKind.AES,
             proves=call.verb in (RequestType.VERIFY, RequestType.VERIFY_MAC),
-            most=MAX_DATA if call.verb != RequestType.DECRYPT else MAX_MESSAGE,
+            most=most_data(algo, call.verb),
             lines=chain.use_lines(node=self._node, boot=self._boot_text, member=member.name, verb=call.verb, key=name),
             times=self._latencies.of(call.request_class),
+            worker=self._slow if loaded.slow else None,
         )
         self._fast.remember(member.curve_z85, plan)
 
@@ -560,28 +560,43 @@ class Handlers(FollowsCluster):
         plan.count.busy_us += busy_us
         self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + used - failed
 
-    def begin_planned(self, plan: Plan) -> bool:
-        """Begin a use that was leased, if all that its plan goes by still holds."""
+    def begin_planned(self, plan: Plan) -> int:
+        """Begin a use that was leased: how many requests are under way, or -1 if its plan does not hold."""
+        key = plan.loaded.key
         if (
-            plan.cluster is not self._source.cluster
-            or self._health.problem
+            self._health.problem
             or self._catalogue.by_name(plan.name) is not plan.entry
-            or not plan.loaded.key.lives
+            or key.generation != key.lane.generation  # as ``lives``, which costs a call
         ):
-            return False
+            return -1
         self.number += 1
-        return True
-
-    def end_planned(self, plan: Plan, elapsed_us: int) -> int:
-        """A use by its plan went well: record it. How many requests are under way; an error ends it badly."""
-        if plan.cluster is not self._source.cluster:  # another thread took a newer one meanwhile
-            self._check_plan(plan)
-        self._audit.write_use(plan.lines, self.number, elapsed_us)
         return self._admission.under_way
 
-    def _check_plan(self, plan: Plan) -> None:
+    def check_plan(self, plan: Plan) -> None:
         """Whether who asked by the manifest of before may still have the result."""
         self._check_still(plan.cluster.members[plan.member], plan.verb, plan.name)
+
+    def begin_aside(self, plan: Plan) -> bool:
+        """Count in a use that was leased and that a worker is to make; not if there are too many."""
+        if self._admission.full(plan.member):
+            return False
+        self._admission.resume(plan.member)
+        return True
+
+    def overdue(self) -> NoReturn:
+        """A worker had no time for a use before its client's deadline."""
+        raise DeadlineExceeded(f"{self._node}: the deadline passed while the request waited")
+
+    def end_aside(self, plan: Plan, number: int, elapsed_us: int, busy_us: int) -> int:
+        """A use by its plan that a worker made went well: record it. How many requests are under way."""
+        if plan.cluster is not self._source.cluster:
+            self.check_plan(plan)
+        self._record_use(plan.lines, number, elapsed_us)
+        self._admission.end(plan.member)
+        plan.count.requests += 1
+        plan.count.busy_us += busy_us
+        self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + 1
+        return self._admission.under_way
 
     def _check_still(self, before: Member, verb: str, name: str) -> None:
         """Whether a member of an earlier manifest may do this by the newest, with a key if it has a name."""
@@ -602,9 +617,15 @@ class Handlers(FollowsCluster):
     ) -> None:
         """A use by its plan failed: record and answer that as that of any other."""
         self._admission.resume(plan.member)
+        self.fail_aside(plan, request_id, self.number, connection, started_s, error)
+
+    def fail_aside(
+        self, plan: Plan, request_id: int, number: int, connection: Connection, started_s: float, error: Exception
+    ) -> None:
+        """As ``fail_planned``, of a use that was counted in."""
         request = Request(PROTOCOL_VERSION, request_id, plan.verb, 1, b"", {})
         incoming = Incoming(plan.cluster.members[plan.member], request, connection)
-        call = _Call(incoming, self.number, started_s, started_s, plan.verb, plan.cluster, plan.name)
+        call = _Call(incoming, number, started_s, started_s, plan.verb, plan.cluster, plan.name)
         call.request_class, call.entry, call.recording = plan.request_class, plan.entry, False
         self._fail(call, error)
 
@@ -754,7 +775,7 @@ class Handlers(FollowsCluster):
             begun_s = self._clock()
             call.spend(WAIT, begun_s - submitted_s)
             if begun_s >= call.deadline_s:
-                raise DeadlineExceeded(f"{self._node}: the deadline passed while the request waited")
+                self.overdue()
             try:
                 return work(state)
             finally:
@@ -984,21 +1005,25 @@ class Handlers(FollowsCluster):
     def _perform(self, call: _Call, body: Operate, loaded: _Loaded) -> None:
         version = call.entry.manifest.version if call.entry else 1
 
-        def timed(lane: Lane) -> Result:
+        def timed(lane: Lane) -> tuple[Result, Use]:
             with child_of(call.span, "token"):
                 begun = self._clock()
                 try:
-                    return Result(operate(lane, loaded.key, call.verb, body, version))
+                    use = bound(lane, loaded.key, call.verb, version, digested=body.digested)
+                    return Result(use(body.data, body.associated_data, body.proof)), use
                 finally:
                     call.spent_s[TOKEN] = self._clock() - begun
                     call.service_us = max(1, int(call.spent_s[TOKEN] * 1e6))
 
+        def planned(made: tuple[Result, Use]) -> Result:
+            result, use = made
+            self._plan(call, body, loaded, use)
+            return result
+
         if loaded.slow:
-            self._aside(call, self._slow, timed)
+            self._aside(call, self._slow, timed, planned)
         else:
-            result = timed(self._lane)
-            self._plan(call, body, loaded, version)
-            self._answer(call, result)
+            self._answer(call, planned(timed(self._lane)))
 
     def _unload(self, loaded: _Loaded) -> None:
         """Destroy a key's objects on the lane that made them, after what is queued there for it."""

@@ -73,6 +73,8 @@ class Keeper:
         self._fresh_command = list(fresh_command)
         self._renewed = renewed
         self._state = State()
+        self.problem = ""
+        """Why the token serves nothing; empty if it serves. Each request looks at it."""
         self._faults: deque[TokenFault] = deque(maxlen=MAX_FAULTS)
         self._wake = threading.Event()
         self._ending = False
@@ -98,12 +100,6 @@ class Keeper:
         self._wake.set()
         if self._thread.ident is not None:
             self._thread.join(timeout_s)
-
-    @property
-    def problem(self) -> str:
-        """Why the token serves nothing; empty if it serves."""
-        state = self._state
-        return "" if state.mode == "serving" else f"the token is {state.mode}: {state.reason}"[:MAX_REASON]
 
     def report(self, fault: TokenFault, generation: int) -> None:
         """Some lane met a fault."""
@@ -157,11 +153,11 @@ class Keeper:
 
     def _happened(self, event: Event) -> None:
         before = self.problem
-        self._state = decide(self._state, event, time.monotonic())
-        problem = self.problem
-        if problem != before:
-            if problem:
-                log.error("token out of service", mode=self._state.mode, reason=self._state.reason)
+        self._state = state = decide(self._state, event, time.monotonic())
+        self.problem = "" if state.mode == "serving" else f"the token is {state.mode}: {state.reason}"[:MAX_REASON]
+        if self.problem != before:
+            if self.problem:
+                log.error("token out of service", mode=state.mode, reason=state.reason)
             else:
                 log.info("token in service again")
 

@@ -7,10 +7,10 @@ from typing import Final
 
 from engine.keys import Algorithm, KeyKind, RequestType
 from engine.protocol.requests import Operate
-from engine.protocol.wire import MAX_DATA
+from engine.protocol.wire import MAX_DATA, MAX_MESSAGE
 from nodes.token import Lane, LoadedKey, Use
 
-__all__ = ["HEADER_BYTES", "bound", "check_operation", "operate"]
+__all__ = ["HEADER_BYTES", "bound", "check_operation", "most_data"]
 
 MAGIC: Final = b"KQ\x01"
 HEADER_BYTES: Final = len(MAGIC) + 4
@@ -28,15 +28,19 @@ def check_operation(algo: Algorithm, verb: str, body: Operate) -> None:
         raise ValueError(f"{len(body.data)} bytes of data, the limit of one request is {MAX_DATA}")
     if algo.kind is not KeyKind.AES and body.associated_data:
         raise ValueError(f"{algo.name} takes no associated data")
-    if algo.kind is KeyKind.RSA and verb == RequestType.ENCRYPT and len(body.data) > algo.bits // 8 - OAEP_OVERHEAD:
-        raise ValueError(f"{len(body.data)} bytes of data, {algo.name} takes {algo.bits // 8 - OAEP_OVERHEAD}")
+    if len(body.data) > most_data(algo, verb):
+        raise ValueError(f"{len(body.data)} bytes of data, {algo.name} takes {most_data(algo, verb)}")
     if body.digested and not algo.prehashed:
         raise ValueError(f"{algo.name} takes the message, not a digest")
 
 
-def operate(lane: Lane, key: LoadedKey, verb: str, body: Operate, version: int) -> bytes:
-    """Do it in the token. The result is empty where the answer is yes."""
-    return bound(lane, key, verb, version, digested=body.digested)(body.data, body.associated_data, body.proof)
+def most_data(algo: Algorithm, verb: str) -> int:
+    """Bytes of data that a use may come with; a ciphertext is as long as its message lets it be."""
+    if verb == RequestType.DECRYPT:
+        return MAX_MESSAGE
+    if algo.kind is KeyKind.RSA and verb == RequestType.ENCRYPT:
+        return algo.bits // 8 - OAEP_OVERHEAD
+    return MAX_DATA
 
 
 def bound(lane: Lane, key: LoadedKey, verb: str, version: int, *, digested: bool) -> Use:

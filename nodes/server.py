@@ -219,7 +219,7 @@ class Server:
             fast=None if armed() else self._fast,
             tracer=self._tracer,
         )
-        self._fast.serve(self._listener.open, self._listener.lost, self._handlers)
+        self._fast.serve(self._listener.open, self._listener.lost, self._handlers, self._audit.uses, self._audit.drain)
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))
         conversation.outdated = lambda: self._mailbox.post(self._handlers.look_again)
         self._metrics = None
@@ -230,7 +230,13 @@ class Server:
                 config.metrics,
                 lambda take: self._mailbox.post(lambda: take(self._handlers.snapshot(BOUNDS_S))),
             )
-        cluster.subscribe(lambda before, now: self._mailbox.post(lambda: self._manifest_taken(before, now)))
+        cluster.subscribe(self._taken)
+        self._fast.cluster = cluster.cluster
+
+    def _taken(self, before: Cluster, now: Cluster) -> None:
+        """By the thread that brought the manifest: no use is answered by the one of before from here on."""
+        self._fast.cluster = now
+        self._mailbox.post(lambda: self._manifest_taken(before, now))
 
     def _manifest_taken(self, before: Cluster, now: Cluster) -> None:
         """By the loop: who may do what is asked of the manifest each time, so only what was kept is looked after."""

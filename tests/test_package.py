@@ -79,6 +79,7 @@ EXTENSIONS = (
     "engine/protocol/_fastwire",
     "nodes/_fastpath",
     "nodes/_fasttoken",
+    "nodes/_usebuffer",
 )
 
 

@@ -32,11 +32,12 @@ NATIVE = (
     ("src/engine/client/", ("nodes", "balancer", "engine.cli", "engine.sharing")),
     ("src/", ("nodes", "balancer", "engine")),
     ("nodes/_fastpath", ("balancer", "engine.cli", "engine.sharing", "nodes")),
+    ("nodes/_usebuffer", ("balancer", "engine.cli", "engine.sharing", "nodes")),
     ("nodes/", ("balancer", "engine.client", "engine.cli")),
 )
 """Prefix of a native module's path -> what it must not import; the first that fits."""
-NATIVE_NEIGHBOURS = {"nodes/_fastpath": "nodes._fasttoken"}
-"""... and the one module of its room that it may, since it calls it in C."""
+NATIVE_NEIGHBOURS = {"nodes/_fastpath": ("nodes._fasttoken", "nodes._usebuffer")}
+"""... and the modules of its room that it may, since it calls them in C."""
 
 PURE = ("src/engine/sharing/", "src/engine/protocol/", "src/engine/keys.py", "src/engine/errors.py")
 IMPURE_MODULES = ("asyncio", "datetime", "selectors", "socket", "ssl", "subprocess", "time", "zmq")
@@ -175,10 +176,10 @@ def native_imports(sources: Sources) -> list[str]:
     found = []
     for path, text in sources.items():
         forbidden = next(rooms for prefix, rooms in NATIVE if path.startswith(prefix))
-        neighbour = NATIVE_NEIGHBOURS.get(path.partition(".")[0])
+        neighbours = NATIVE_NEIGHBOURS.get(path.partition(".")[0], ())
         for match in line.finditer(text):
             names = [match[1]] if match[1] else [part.split()[0] for part in match[2].split("#")[0].split(",")]
-            names = [name for name in names if name != neighbour]
+            names = [name for name in names if name not in neighbours]
             found += [f"{path} imports {name}" for name in names for room in forbidden if is_within(name, room)]
     return found
 

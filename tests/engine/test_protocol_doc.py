@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from msgspec import inspect
+from uses import operate
 
 from engine import errors
 from engine.client import config
@@ -56,7 +57,6 @@ from engine.protocol.requests import (
 from engine.protocol.signed import SigningKey, read_unverified, verify_envelope
 from engine.protocol.wire import Load, Status, reply_codec, request_codec
 from engine.sharing import Share, check_value, commitment, placement_group
-from nodes.operations import operate
 from nodes.policy import check_verb
 
 ROOT = Path(__file__).parents[2]

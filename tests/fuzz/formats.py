@@ -33,6 +33,7 @@ from documents import _head
 from mutate import change_blob, change_bytes, change_der, change_message, change_text
 from schema import MARK
 from targets import Target, kind_of, require
+from uses import operate
 from world import HOLDERS, NODES, NOW_MS, ec_key, is_signed_by, material, opened, private_key, rsa_key, the_world
 
 import engine.client.files as files
@@ -65,7 +66,7 @@ from engine.sharing.formats import (
 from nodes._fasttoken import ecdsa_from_der, rsa_from_der
 from nodes.audit import _check_tail, _kept_records, _log_id, _read_end
 from nodes.config import MODULE_PATHS, PinSource, TokenConfig, _pin_source, load_node_config, parse_uri
-from nodes.operations import check_operation, operate
+from nodes.operations import check_operation
 from nodes.store import Row, ShareStore, StoreCorrupt, seal_context, seal_share, unseal_share
 from nodes.token import Lane, Token, initialize_token
 
@@ -1374,7 +1375,7 @@ def format_targets() -> list[Target]:
         (InvalidTag,),
         0.1,
         "nodes.token.Lane.decrypt",
-        "nodes.operations.operate",
+        "nodes.operations.bound",
     )
     target(
         "token/seal",

@@ -31,6 +31,7 @@ from engine.protocol.audit import (
     open_head,
     use_lines,
 )
+from nodes._usebuffer import UseBuffer
 from nodes.audit import AuditLog, segment_paths
 
 Post = Callable[[], None]
@@ -39,6 +40,10 @@ Post = Callable[[], None]
 def a_record(number: int, **changes: Any) -> Record:
     fields: dict[str, Any] = {"time_ms": 1, "node": "node1", "boot": "boot", "request": number, "event": "request"}
     return Record(**(fields | {"member": "alice", "verb": "sign"} | changes))
+
+
+def a_buffer(folder: Path, now_ms: Callable[[], int] = lambda: 1) -> UseBuffer:
+    return UseBuffer(str(folder / "uses"), now_ms, lambda: None, lambda: None)
 
 
 class Open:
@@ -140,12 +145,16 @@ def test_lines_of_many_threads_never_mix(opens: Open) -> None:
 
 @pytest.mark.parametrize("elapsed_us", [0, 1, 123_456])
 @pytest.mark.parametrize("key", ["orders", 'a"b\\c', "schl\u00fcssel \u20ac"])
-def test_the_lines_of_a_use_are_those_of_its_two_records(key: str, elapsed_us: int) -> None:
+def test_the_lines_of_a_use_are_those_of_its_two_records(tmp_path: Path, key: str, elapsed_us: int) -> None:
     """``use_lines`` have to write byte by byte what the records would be, for the next chain check and every reader."""
     lines = use_lines(node="n1", boot="00ff", member="alice", verb="sign", key=key)
-    both, last = lines.chained(41, bytes(range(32)), 1_700_000_000_000, 7, elapsed_us)
+    bodies = lines.written(1_700_000_000_000, 7, elapsed_us)
+    uses = a_buffer(tmp_path, now_ms=lambda: 1_700_000_000_000)
+    uses.record(lines, 7, elapsed_us)
+    assert uses.waiting() == list(bodies)
+    both, last, count, _ = uses.chained(41, bytes(range(32)))
     first, second, rest = both.split(b"\n")
-    assert rest == b""
+    assert (rest, count) == (b"", 1)
     told = {"time_ms": 1_700_000_000_000, "node": "n1", "boot": "00ff", "request": 7}
     of = {"member": "alice", "verb": "sign", "key": key}
     assert first == chained_line(41, bytes(range(32)), Record(event="request", **told, **of))  # type: ignore[arg-type]
@@ -160,7 +169,9 @@ def test_the_uses_of_many_threads_are_two_lines_each_in_one_chain(opens: Open) -
 
     def write(thread: int) -> None:
         for number in range(100):
-            log.write_use(lines, thread * 1000 + number, number)
+            log.uses.record(lines, thread * 1000 + number, number)
+            if number % 7 == 0:
+                log.drain()
             log.write(a_record(thread * 1000 + 500 + number, verb="mac"))
 
     in_four_threads(write)
@@ -171,6 +182,84 @@ def test_the_uses_of_many_threads_are_two_lines_each_in_one_chain(opens: Open) -
     assert [each["event"] for each in uses] == ["request", "reply"] * 400
     assert [each["request"] for each in uses[::2]] == [each["request"] for each in uses[1::2]]
     assert sorted(each["request"] for each in uses[::2]) == sorted(t * 1000 + n for t in range(4) for n in range(100))
+
+
+def uses_of(opens: Open) -> list[tuple[str, int]]:
+    told = [json.loads(line) for line in opens.lines()]
+    return [(each["event"], each["request"]) for each in told if each.get("verb") == "sign"]
+
+
+def test_uses_that_a_killed_process_recorded_are_chained_by_the_next_start(opens: Open) -> None:
+    root = str(Path(__file__).parents[2])
+    script = CRASH[: CRASH.index("log = ")] + USES
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(opens.folder), root],
+        stdout=subprocess.PIPE,
+        cwd=root,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert process.stdout.split() == ["5"], "some were chained before the kill"
+    assert not uses_of(opens)
+    opens().close()
+    expected = [(event, number) for number in range(5) for event in ("request", "reply")]
+    assert uses_of(opens) == expected
+    opens().close()
+    assert uses_of(opens) == expected
+    assert {each.kind for each in opens.check()[0]} <= {"forgery"}
+
+
+@pytest.mark.parametrize(("written", "taken"), [*((lines, False) for lines in range(5)), (4, True)])
+def test_uses_are_chained_once_wherever_a_crash_cut_their_writing(opens: Open, written: int, *, taken: bool) -> None:
+    """Lines get into the log first, then leave the buffer; a crash in between, or within, doubles and loses none."""
+    log = opens()
+    log.close()
+    lines = use_lines(node="node1", boot="b", member="alice", verb="sign", key="orders")
+    buffer = a_buffer(opens.folder)
+    buffer.take(0, 0, len(opens.lines()))
+    for number in (7, 8):
+        buffer.record(lines, number, number)
+    seq, previous = len(opens.lines()), line_hash(opens.lines()[-1])
+    data, _, count, end = buffer.chained(seq + 1, previous)
+    path = segment_paths(opens.folder)[-1]
+    with path.open("ab") as stream:
+        stream.write(b"".join(data.splitlines(keepends=True)[:written]))
+    if taken:
+        buffer.take(count, end, seq + 4)
+    del buffer
+    opens().close()
+    assert uses_of(opens) == [("request", 7), ("reply", 7), ("request", 8), ("reply", 8)]
+    assert not opens.check()[0]
+
+
+@pytest.mark.parametrize("damage", ["magic", "length", "body"])
+def test_a_damaged_buffer_is_said_and_never_breaks_the_chain(opens: Open, damage: str) -> None:
+    opens().close()
+    buffer = a_buffer(opens.folder)
+    buffer.record(use_lines(node="node1", boot="b", member="alice", verb="sign", key="k"), 1, 1)
+    del buffer
+    path = opens.folder / "uses"
+    raw = bytearray(path.read_bytes())
+    at = raw.index(b'"time_ms":')
+    where = {"magic": 0, "length": at - 8, "body": at + 3}[damage]
+    raw[where] ^= 0xFF
+    path.write_bytes(raw)
+    log = opens()
+    log.close()
+    assert log.broken
+    assert not uses_of(opens)
+    assert [each.kind for each in opens.check()[0]] == ["alarm"]
+
+
+def test_a_full_buffer_is_chained_at_once(opens: Open) -> None:
+    log = opens()
+    lines = use_lines(node="node1", boot="b", member="alice", verb="sign", key="k" * 4000)
+    for number in range(200):
+        log.uses.record(lines, number, 1)
+    log.close()
+    assert [number for event, number in uses_of(opens) if event == "reply"] == list(range(200))
+    assert not opens.check()[0]
 
 
 # --- who waits for the disk ---
@@ -259,6 +348,19 @@ while True:
     number += 1
     log.write(Record(1, "node1", "crash", number, "request"), durable=True)
     print(number, flush=True)
+"""
+
+
+USES = """
+import nodes.audit, signal
+from engine.protocol.audit import use_lines
+nodes.audit.GROUP_DELAY_S = 60
+log = AuditLog(Path(sys.argv[1]), key, boot="crash", post=lambda call: None, now_ms=lambda: 1)
+lines = use_lines(node="node1", boot="crash", member="alice", verb="sign", key="orders")
+for number in range(5):
+    log.uses.record(lines, number, 1)
+print(log.uses.count, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 

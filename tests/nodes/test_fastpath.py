@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import zmq
@@ -19,13 +20,17 @@ from engine.client._router import Connection, Router
 from engine.client.config import Identity, create_identity
 from engine.client.listener import Incoming, Listener
 from engine.client.transport import connect_options
-from engine.errors import AccessDenied, InvalidTag
+from engine.errors import AccessDenied, AuditUnavailable, DeadlineExceeded, InvalidTag
+from engine.protocol.audit import use_lines
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, STAGES, Operate
 from engine.protocol.wire import MAX_DATA, PROTOCOL_VERSION, Request, Status, reply_codec, request_codec
 from nodes._fastpath import REQUESTS, FastPath, Plan
+from nodes._usebuffer import UseBuffer
+from nodes.workers import Mailbox, Worker
 
 KEY_ID = bytes(range(16))
+LINES = use_lines(node="n1", boot="boot", member="app", verb="encrypt", key="orders")
 
 
 class Hands:
@@ -38,11 +43,12 @@ class Hands:
         self.settled: list[tuple[int, int, int]] = []
         self.handled: list[Incoming] = []
         self.failed: list[tuple[int, Exception]] = []
-        self.recorded: list[tuple[Any, int]] = []
         self.lost = 0
         self.broke: list[Exception] = []
         self.refusal: Exception | None = None
         self.fault: Exception | None = None
+        self.under_way = 0
+        self.ended: list[int] = []
 
     def handle(self, incoming: Incoming) -> None:
         self.handled.append(incoming)
@@ -61,16 +67,32 @@ class Hands:
         self.settled.append((leased, used, failed))
         assert busy_us >= used - failed
 
-    def begin_planned(self, plan: Plan) -> bool:
+    def begin_planned(self, plan: Plan) -> int:
         self.number += self.holds
-        return self.holds
+        return 7 if self.holds else -1
 
-    def end_planned(self, plan: Plan, elapsed_us: int) -> int:
-        assert elapsed_us >= 0
+    def check_plan(self, plan: Plan) -> None:
         if self.refusal is not None:
             raise self.refusal
-        self.recorded.append((plan.lines, self.number))
+
+    def begin_aside(self, plan: Plan) -> bool:
+        self.under_way += self.holds
+        return self.holds
+
+    def end_aside(self, plan: Plan, number: int, elapsed_us: int, busy_us: int) -> int:
+        assert elapsed_us >= busy_us > 0
+        self.under_way -= 1
+        self.ended.append(number)
         return 7
+
+    def fail_aside(
+        self, plan: Plan, request: int, number: int, connection: Connection, started_s: float, error: Exception
+    ) -> None:
+        self.under_way -= 1
+        self.failed.append((request, error))
+
+    def overdue(self) -> NoReturn:
+        raise DeadlineExceeded("too late")
 
     def plan_broke(self, error: Exception) -> None:
         self.broke.append(error)
@@ -106,8 +128,22 @@ class Place:
         self.hands = Hands()
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
         self.fast = FastPath(self.listener.router, self.bell)
-        self.fast.serve(self.listener.open, self.hands.lose, self.hands)
+        self.uses = UseBuffer(str(folder / "uses"), lambda: 1, lambda: None, lambda: None)
+        self.drained = 0
+        self.fast.serve(self.listener.open, self.hands.lose, self.hands, self.uses, self.drain)
+        self.fast.cluster = self.cluster
         self.reconnect()
+
+    def drain(self) -> None:
+        """As the audit log does, but nobody keeps the lines."""
+        self.drained += self.uses.count
+        _, _, count, end = self.uses.chained(1, bytes(32))
+        self.uses.take(count, end, 0)
+
+    @property
+    def recorded(self) -> list[int]:
+        """The numbers of the uses that wait to be chained."""
+        return [json.loads(b"{" + body)["request"] for body in self.uses.waiting()[::2]]
 
     def reconnect(self) -> None:
         """The client goes on by another connection."""
@@ -128,7 +164,7 @@ class Place:
             "member": "app", "verb": "encrypt", "name": "orders", "cluster": self.cluster, "entry": None,
             "loaded": None, "cached_as": None, "count": None, "group": 1, "request_class": "encrypt/aes-256-gcm",
             "key_id": KEY_ID, "use": lambda data, associated, proof: b"<" + data + b"|" + associated + proof + b">",
-            "digested": False, "associated": True, "proves": False, "most": MAX_DATA, "lines": "lines",
+            "digested": False, "associated": True, "proves": False, "most": MAX_DATA, "lines": LINES,
         }  # fmt: skip
         plan = Plan(**(values | changes))
         self.fast.remember(self.client.member().curve_z85, plan)
@@ -174,7 +210,7 @@ def test_a_request_that_fits_is_served_recorded_and_answered(place: Place) -> No
     place.send(4, key_id=b"")
     place.take()
     assert place.answer() == (4, b"<data|>")
-    assert place.hands.recorded == [("lines", number) for number in range(1, 5)]
+    assert place.recorded == [1, 2, 3, 4]
     assert (place.fast.served, place.hands.handled) == (4, [])
     place.fast.settle()
     assert place.hands.settled == [(64, 4, 0)]
@@ -322,12 +358,78 @@ def test_a_use_that_fails_is_told_and_the_next_is_served(place: Place) -> None:
 
 def test_a_use_that_may_not_be_answered_any_more_brings_no_result(place: Place) -> None:
     """Where it can't be recorded, or its member was removed meanwhile: the error is answered in its place."""
-    place.plan()
+
+    def use(data: bytes, associated: bytes, proof: bytes) -> bytes:
+        place.fast.cluster = object()
+        return data
+
+    place.plan(use=use)
     place.hands.refusal = AccessDenied("no member any more")
     place.send(1)
     place.take()
-    assert [number for number, _ in place.hands.failed] == [1]
+    place.fast.cluster = place.cluster
+    place.plan()
+    place.uses.refusal = lambda: AuditUnavailable("the disk is full")
+    place.send(2)
+    place.take()
+    assert [(number, type(error)) for number, error in place.hands.failed] == [
+        (1, AccessDenied),
+        (2, AuditUnavailable),
+    ]
+    assert place.recorded == []
     assert not place.socket.poll(100)
+
+
+def test_no_plan_is_followed_under_another_manifest_than_its_own(place: Place) -> None:
+    place.plan()
+    place.fast.cluster = object()
+    place.send(1)
+    place.take()
+    assert [each.request.id for each in place.hands.handled] == [1]
+
+
+def test_uses_that_wait_to_be_chained_are_bounded(place: Place) -> None:
+    place.plan()
+    for number in range(100):
+        place.send(number)
+        place.take()
+        place.fast.wait(0)
+        assert place.uses.count < 32
+    assert place.drained + place.uses.count == 100
+
+
+def test_slow_uses_are_made_by_a_worker_and_answered_by_the_loop(place: Place) -> None:
+    loop, threads = threading.get_ident(), set()
+
+    def use(data: bytes, associated: bytes, proof: bytes) -> bytes:
+        threads.add(threading.get_ident())
+        if data == b"bad":
+            raise InvalidTag("changed")
+        time.sleep(0.0001)
+        return data + associated
+
+    mailbox = Mailbox()
+    worker: Worker[None] = Worker("slow", mailbox, lambda: None, lambda state: None)
+    try:
+        place.plan(use=use, worker=worker)
+        for number, data in enumerate((b"one", b"bad", bytes(MAX_DATA)), 1):
+            place.send(number, data=data, associated_data=b"+")
+            place.take()
+            assert select.select([mailbox], [], [], 20)[0]
+            assert place.hands.under_way == 1
+            mailbox.run()
+        assert place.hands.under_way == 0
+        assert threads
+        assert loop not in threads
+        assert [place.answer() for _ in range(2)] == [(1, b"one+"), (3, bytes(MAX_DATA) + b"+")]
+        assert [(number, str(error)) for number, error in place.hands.failed] == [(2, "changed")]
+        assert place.hands.ended == [1, 3]
+        place.fast.settle()
+        assert place.hands.settled == [(64, 3, 3)], "the lease counted what is counted when it is done"
+    finally:
+        worker.finish()
+        worker.join(20)
+        mailbox.close()
 
 
 def test_a_plan_that_breaks_costs_nothing_but_itself(place: Place) -> None:

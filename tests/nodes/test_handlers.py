@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from collections.abc import Callable
@@ -102,7 +101,8 @@ class FakeAudit:
 
     def __init__(self) -> None:
         self.records: list[Any] = []
-        self.uses: list[tuple[Any, int, int]] = []
+        self.recorded: list[tuple[Any, int, int]] = []
+        self.uses = SimpleNamespace(record=self._record)
         self.waiting: list[Callable[[AuditUnavailable | None], None]] = []
         self.held = False
 
@@ -112,11 +112,10 @@ class FakeAudit:
         self.records.append(record)
         return len(self.records)
 
-    def write_use(self, lines: Any, request: int, elapsed_us: int) -> int:
+    def _record(self, lines: Any, request: int, elapsed_us: int) -> None:
         if self.problem:
             raise AuditUnavailable(self.problem)
-        self.uses.append((lines, request, elapsed_us))
-        return len(self.records)
+        self.recorded.append((lines, request, elapsed_us))
 
     def when_durable(self, seq: int, then: Callable[[AuditUnavailable | None], None]) -> None:
         self.waiting.append(then)
@@ -821,9 +820,7 @@ def use_planned(scene: Scene, plan: Plan, spoil: Callable[[Scene], object] = lam
     assert 1 <= leased <= 64
     assert until_s <= time.monotonic() + 0.01
     spoil(scene)
-    used = handlers.begin_planned(plan)
-    if used:
-        handlers.end_planned(plan, 9)
+    used = handlers.begin_planned(plan) >= 0
     handlers.settle_planned(plan, leased, used, 0, 5 * used)
     return used
 
@@ -835,7 +832,6 @@ def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
     hits = scene.handlers._cache.statistics().hits
     assert use_planned(scene, plan)
     assert scene.handlers.number == number + 1
-    assert scene.audit.uses == [(plan.lines, number + 1, 9)]
     assert plan.count == dataclasses.replace(before, requests=before.requests + 1, busy_us=before.busy_us + 5)
     assert scene.handlers._cache.statistics().hits == hits + 1
     assert scene.handlers.pending == 0
@@ -846,11 +842,10 @@ def test_a_use_by_a_plan_is_counted_as_any_other(scene: Scene) -> None:
     "spoil",
     [
         lambda scene: setattr(scene.health, "problem", "the token hangs"),
-        lambda scene: setattr(scene.handlers, "_source", SimpleNamespace(cluster=copy.copy(scene.world.cluster))),
         lambda scene: scene.catalogue.put(scene.catalogue.by_id(scene.dealt.key_id).row),  # type: ignore[union-attr]
         lambda scene: setattr(scene.lane, "generation", scene.lane.generation + 1),
     ],
-    ids=["health", "manifest", "catalogue", "token"],
+    ids=["health", "catalogue", "token"],
 )
 def test_a_plan_is_not_followed_once_anything_changed(
     scene: Scene, spoil: Callable[[Scene], object], leased: bool
@@ -930,7 +925,7 @@ def test_a_use_with_a_grant_or_of_the_slow_lane_leaves_no_plan(scene: Scene, slo
 def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
     plan = planned(scene)
     count = len(scene.records)
-    assert scene.handlers.begin_planned(plan)
+    assert scene.handlers.begin_planned(plan) == 0
     scene.handlers.fail_planned(plan, 99, scene.connection, time.monotonic(), InvalidTag("changed"))
     assert scene.outcome(99) == "InvalidTag"
     assert [(each.event, each.member, each.outcome) for each in scene.records[count:]] == [
@@ -943,7 +938,7 @@ def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
 def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) -> None:
     """Another thread may take a newer manifest while the token works: nobody is answered by the one of before."""
     plan, world = planned(scene), scene.world
-    assert scene.handlers.begin_planned(plan)
+    assert scene.handlers.begin_planned(plan) == 0
     without = SimpleNamespace(
         by_curve={curve: each for curve, each in world.cluster.by_curve.items() if each.name != "alice"},
         members={name: each for name, each in world.cluster.members.items() if name != "alice"},
@@ -951,20 +946,38 @@ def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) ->
     )
     scene.handlers._source = SimpleNamespace(cluster=without)  # type: ignore[assignment]
     with pytest.raises(AccessDenied, match="'alice' is no member any more") as refused:
-        scene.handlers.end_planned(plan, 9)
+        scene.handlers.check_plan(plan)
     scene.handlers.fail_planned(plan, 99, scene.connection, time.monotonic(), refused.value)
     assert scene.outcome(99) == "AccessDenied"
-    assert not scene.audit.uses
+    assert not scene.audit.recorded
     assert [each.outcome for each in scene.records[-2:]] == ["", "access-denied"]
     assert scene.handlers.pending == 0
 
 
-def test_a_use_that_cannot_be_recorded_is_not_counted_as_good(scene: Scene) -> None:
+def test_a_use_that_a_worker_made_is_counted_when_it_is_done(scene: Scene) -> None:
     plan = planned(scene)
-    assert scene.handlers.begin_planned(plan)
+    before = dataclasses.replace(plan.count)
+    assert scene.handlers.begin_aside(plan)
+    assert scene.handlers.pending == 1
+    assert scene.handlers.end_aside(plan, 5, 900, 800) == 0
+    assert scene.audit.recorded == [(plan.lines, 5, 900)]
+    assert plan.count == dataclasses.replace(before, requests=before.requests + 1, busy_us=before.busy_us + 800)
+
+
+def test_no_more_uses_wait_for_a_worker_than_a_member_may_have_under_way(scene: Scene) -> None:
+    plan = planned(scene)
+    most = scene.handlers._admission._limits.member_requests
+    assert [scene.handlers.begin_aside(plan) for _ in range(most + 1)] == [True] * most + [False]
+
+
+def test_a_use_of_a_worker_that_cannot_be_recorded_is_not_counted_as_good(scene: Scene) -> None:
+    plan = planned(scene)
+    before = plan.count.requests, plan.count.errors
+    assert scene.handlers.begin_aside(plan)
     scene.audit.problem = "the disk is full"
-    with pytest.raises(AuditUnavailable):
-        scene.handlers.end_planned(plan, 9)
-    scene.handlers.fail_planned(plan, 98, scene.connection, time.monotonic(), AuditUnavailable("full"))
+    with pytest.raises(AuditUnavailable) as failure:
+        scene.handlers.end_aside(plan, 5, 900, 800)
+    scene.handlers.fail_aside(plan, 98, 5, scene.connection, time.monotonic(), failure.value)
     assert scene.outcome(98) == "AuditUnavailable"
+    assert (plan.count.requests, plan.count.errors) == (before[0] + 1, before[1] + 1)
     assert scene.handlers.pending == 0

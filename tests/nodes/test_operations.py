@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from uses import operate
 
 from engine.errors import InvalidSignature, InvalidTag
 from engine.keys import ALGORITHMS, OPERATIONS, generate_material
 from engine.protocol.requests import Operate
 from engine.protocol.wire import MAX_DATA
-from nodes.operations import HEADER_BYTES, check_operation, operate
+from nodes.operations import HEADER_BYTES, check_operation
 from nodes.token import Lane
 
 

@@ -169,9 +169,13 @@ class Admission:
 
         0 where ``begin`` would refuse one. What is not used is put back by ``give``.
         """
-        if self._under_way[member] >= self._limits.member_requests or self.under_way >= self._limits.requests:
+        if self.full(member):
             return 0
         return self._bucket(member, now_s).take_some(most, now_s)
+
+    def full(self, member: str) -> bool:
+        """Whether so many requests are under way that ``begin`` refuses one more of this member."""
+        return self._under_way[member] >= self._limits.member_requests or self.under_way >= self._limits.requests
 
     def give(self, member: str, count: int) -> None:
         """Put back what ``take`` admitted and nobody used."""

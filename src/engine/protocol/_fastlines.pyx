@@ -11,7 +11,6 @@ from libc.string cimport memcpy
 cimport cython
 
 cdef enum:
-    DIGEST = 32
     NUMBERS = 20  # digits of the longest number
 
 cdef const char *_HEX = b"0123456789abcdef"
@@ -43,46 +42,43 @@ cdef inline char *_put_hex(char *at, bytes digest) noexcept:
     return at + 2 * DIGEST
 
 
-cdef bytes _hash(char *start, char *end):
+cdef bytes line_digest(char *start, char *end):
+    """The SHA-256 of a line without its newline."""
     return _sha256(PyMemoryView_FromMemory(start, end - start, PyBUF_READ)).digest()
+
+
+cdef char *line_head(char *at, uint64_t seq, bytes previous) noexcept:
+    """Write what stands before a line's body, in at most LINE_HEAD bytes; ``previous`` has DIGEST."""
+    return _put(_put_hex(_put(_put_number(_put(at, b'{"seq":'), seq), b',"prev":"'), previous), b'",')
 
 
 @cython.final
 @cython.auto_pickle(False)
 cdef class UseLines:
-    """The lines of one member's uses of one key with one verb; see _fastlines.pyi."""
-
-    cdef bytes _source
-    cdef bytes _event
-    cdef bytes _outcome
-    cdef size_t _most
+    """The bodies of the lines of one member's uses of one key with one verb; see _fastlines.pyi."""
 
     def __cinit__(self, *, bytes source not None, bytes event not None, bytes outcome not None):
         self._source, self._event, self._outcome = source, event, outcome
-        self._most = 2 * (len(source) + 2 * DIGEST + 4 * NUMBERS + 80) + len(event) + len(outcome)
+        self.most = 2 * (len(source) + 3 * NUMBERS + 40) + len(event) + len(outcome)
 
-    def chained(self, uint64_t seq, bytes previous not None, uint64_t time_ms, uint64_t request, uint64_t elapsed_us):
-        """Both lines with their newlines, and the hash of the second; see _fastlines.pyi."""
-        cdef bytes room = PyBytes_FromStringAndSize(NULL, self._most)
+    def written(self, uint64_t time_ms, uint64_t request, uint64_t elapsed_us):
+        """Both bodies; see _fastlines.pyi."""
+        cdef bytes room = PyBytes_FromStringAndSize(NULL, self.most)
         cdef char *start = PyBytes_AS_STRING(room)
         cdef char *second
-        cdef char *at
-        if PyBytes_GET_SIZE(previous) != DIGEST:
-            raise ValueError(f"a hash of {len(previous)} bytes")
-        at = _put(self._begin(start, seq, previous, time_ms, request), self._event)
-        previous = _hash(start, at)
-        at[0] = c"\n"
-        second = at + 1
-        at = _put(self._begin(second, seq + 1, previous, time_ms, request), self._outcome)
+        cdef char *end = self.bodies(start, time_ms, request, elapsed_us, &second)
+        return room[:second - start], room[second - start:end - start]
+
+    cdef char *bodies(self, char *at, uint64_t time_ms, uint64_t request, uint64_t elapsed_us,
+                      char **second) noexcept:
+        """Write both, one behind the other, in at most ``most`` bytes; where they end."""
+        at = _put(self._begin(at, time_ms, request), self._event)
+        second[0] = at
+        at = _put(self._begin(at, time_ms, request), self._outcome)
         if elapsed_us:
             at = _put_number(_put(at, b',"elapsed_us":'), elapsed_us)
-        at[0] = c"}"
-        previous = _hash(second, at + 1)
-        at[1] = c"\n"
-        return room[:at + 2 - start], previous
+        return _put(at, b"}")
 
-    cdef char *_begin(self, char *at, uint64_t seq, bytes previous, uint64_t time_ms, uint64_t request) noexcept:
-        at = _put_number(_put(at, b'{"seq":'), seq)
-        at = _put(_put_hex(_put(at, b',"prev":"'), previous), b'","time_ms":')
-        at = _put(_put(_put_number(at, time_ms), b","), self._source)
+    cdef char *_begin(self, char *at, uint64_t time_ms, uint64_t request) noexcept:
+        at = _put(_put(_put_number(_put(at, b'"time_ms":'), time_ms), b","), self._source)
         return _put_number(at, request)
