@@ -25,10 +25,11 @@ from balancer.features import (
     counts_of,
     design,
     last_levels,
+    newest_volatility,
     roots_of,
 )
 
-__all__ = ["EMPTY", "Accuracy", "Bank", "Fit", "Outlook", "accuracy", "advance", "refitted", "spread"]
+__all__ = ["EMPTY", "Accuracy", "Bank", "Fit", "Outlook", "Spread", "accuracy", "advance", "refitted", "spread"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -40,6 +41,8 @@ NORMAL_SCORE = 1.2816
 NEW_ALPHA = 5
 """Index of the alpha of a series that was never fitted."""
 NEVER = -(2**62)
+SHIFT_ROWS = 50.0
+"""The median error counts in full where it is of many more rows than this."""
 MEMORY = 0.01
 """Weight of the newest step in what is told of the errors."""
 JUDGED_STEPS = 30
@@ -55,17 +58,17 @@ class Fit:
     """What was learnt of one series.
 
     ``ewma`` (A, H) has the weights of the levels of the EWMA alone; ``mix`` (A, H), ``coefficients`` (C, H) and
-    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. The spreads are
-    scores and variances (H,), as ``spread`` gives them; ``ceiling`` is the largest root seen.
+    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. ``ceiling`` is the
+    largest root seen.
     """
 
     step: int
     ewma: FloatArray
-    ewma_spread: tuple[FloatArray, FloatArray]
+    ewma_spread: Spread
     mix: FloatArray | None
     coefficients: FloatArray | None
     intercept: FloatArray | None
-    mix_spread: tuple[FloatArray, FloatArray]
+    mix_spread: Spread
     ceiling: float
 
 
@@ -120,6 +123,8 @@ class Bank:
     variance: FloatArray
     score_ewma: FloatArray
     variance_ewma: FloatArray
+    shift: FloatArray
+    shift_ewma: FloatArray
     ceiling: FloatArray
     drift: FloatArray
     """What the P90's score has been moved by, to keep its coverage."""
@@ -159,6 +164,8 @@ _BY_SERIES = (
     "variance",
     "score_ewma",
     "variance_ewma",
+    "shift",
+    "shift_ewma",
     "ceiling",
     "drift",
 )
@@ -191,19 +198,33 @@ class Accuracy:
     bias: FloatArray
 
 
-def spread(guess: FloatArray, said: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """From roots (rows, H) that were guessed, and that came: the P90's scores (H,), and the variances (H,).
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How what came lay about what was guessed, by horizon (H,).
 
-    The score is the split-conformal quantile of (y - guess) / sqrt(guess + 1), in counts.
+    ``score`` is the split-conformal quantile of (y - guess) / (sqrt(guess + 1) x volatility), in counts; ``shift`` the
+    median and ``variance`` the variance of the roots' errors.
     """
+
+    score: FloatArray
+    shift: FloatArray
+    variance: FloatArray
+
+
+def spread(guess: FloatArray, said: FloatArray, volatility: FloatArray) -> Spread:
+    """From roots (rows, H) that were guessed, and that came, and the volatility (rows,) at the origins."""
     rows = len(said)
+    if rows < 2:
+        return Spread(np.full(HORIZONS, NORMAL_SCORE), np.zeros(HORIZONS), np.zeros(HORIZONS))
+    errors = said - guess
+    shift = np.median(errors, axis=0) * (rows / (rows + SHIFT_ROWS))
     rank = math.ceil((rows + 1) * QUANTILE)
-    variance = (said - guess).var(axis=0) if rows > 1 else np.zeros(HORIZONS)
-    if rank > rows:
-        return np.full(HORIZONS, NORMAL_SCORE), variance
-    counts = counts_of(guess)
-    residuals = (counts_of(said) - counts) / np.sqrt(counts + 1.0)
-    return np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), variance
+    score = np.full(HORIZONS, NORMAL_SCORE)
+    if rank <= rows:
+        counts = counts_of(guess + shift)
+        residuals = (counts_of(said) - counts) / (np.sqrt(counts + 1.0) * volatility[:, None])
+        score = np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0)
+    return Spread(score, shift, errors.var(axis=0))
 
 
 def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
@@ -215,8 +236,10 @@ def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
         copies["fitted"][index] = fit.step
         copies["ridge"][index] = fit.mix is not None
         copies["ewma"][index] = fit.ewma
-        copies["score_ewma"][index], copies["variance_ewma"][index] = fit.ewma_spread
-        copies["score"][index], copies["variance"][index] = fit.mix_spread
+        for each, ending in ((fit.mix_spread, ""), (fit.ewma_spread, "_ewma")):
+            copies[f"score{ending}"][index] = each.score
+            copies[f"shift{ending}"][index] = each.shift
+            copies[f"variance{ending}"][index] = each.variance
         copies["ceiling"][index] = fit.ceiling
         if fit.mix is not None:
             copies["mix"][index] = fit.mix
@@ -253,11 +276,13 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     mixed, ewma = np.clip(mixed, 0.0, limit), np.clip(ewma, 0.0, limit)
     said = np.where(speaks[:, None], mixed, ewma)
     lives = (tail.max(axis=0) > 0)[:, None]
-    median = np.where(lives, counts_of(said), 0.0)
+    shift = np.where(speaks[:, None], bank.shift, bank.shift_ewma)
+    median = np.where(lives, counts_of(said + shift), 0.0)
     variance = np.where(speaks[:, None], bank.variance, bank.variance_ewma)
     mean = np.where(lives, counts_of(said, variance), 0.0)
     score = np.maximum(np.where(speaks[:, None], bank.score, bank.score_ewma) + bank.drift, 0.0)
-    p90 = np.where(lives, np.maximum(median + score * np.sqrt(median + 1.0), mean), 0.0)
+    unrest = newest_volatility(roots)[:, None]
+    p90 = np.where(lives, np.maximum(median + score * np.sqrt(median + 1.0) * unrest, mean), 0.0)
     median, mean, p90 = (np.minimum(each, COUNT_MAX) for each in (median, mean, p90))
     per_s = 1000.0 / bank.step_ms
     outlook = Outlook(
@@ -269,8 +294,8 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     said_ewma, said_p90 = tracks.said_ewma.copy(), tracks.said_p90.copy()
     steps[place] = bank.step
     # The mix is judged even while it rests: so it is known when it is better again.
-    said_mix[place] = np.where(lives, counts_of(mixed), 0.0)
-    said_ewma[place] = np.where(lives, counts_of(ewma), 0.0)
+    said_mix[place] = np.where(lives, counts_of(mixed + bank.shift), 0.0)
+    said_ewma[place] = np.where(lives, counts_of(ewma + bank.shift_ewma), 0.0)
     said_p90[place] = p90
     tracks = replace(tracks, steps=steps, said=said_mix, said_ewma=said_ewma, said_p90=said_p90)
     return replace(bank, tracks=tracks, outlook=outlook)
@@ -408,6 +433,8 @@ def _fresh(series: tuple[object, ...], step_ms: int) -> Bank:
         variance=zeros,
         score_ewma=np.full((many, HORIZONS), NORMAL_SCORE),
         variance_ewma=zeros,
+        shift=zeros,
+        shift_ewma=zeros,
         ceiling=none,
         drift=zeros,
         tracks=Tracks(

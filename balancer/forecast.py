@@ -42,6 +42,7 @@ from balancer.features import (
     penalties,
     period_steps,
     roots_of,
+    volatility,
 )
 from balancer.history import HistorySnapshot
 
@@ -66,9 +67,9 @@ REFIT_STEPS = 30
 """A series is fitted again after so many steps, when its turn comes."""
 STRENGTHS = (0.003, 0.05, 0.8)
 """The Ridge's alphas for a row and a column of variance 1, the best of which is taken."""
-PARTS = (0.25, 0.5, 0.75, 1.0)
+PARTS = (0.35, 0.7, 1.0)
 """Parts of the Ridge in the mix with the EWMA; 0 is the EWMA alone."""
-SMOOTHING = 0.25
+SMOOTHING = 0.5
 """How much the choice at one horizon goes by the mean over all."""
 CALIBRATION_PART = 0.3
 PERIODS_USED = 2
@@ -215,7 +216,7 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     """Fit one series (steps,)."""
     roots = roots_of(clean(counts[-ROWS_MAX - LAGS - HORIZONS :, None])[:, 0])
     steps = len(roots)
-    level = levels(roots)
+    level, unrest = levels(roots), volatility(roots)
     if known is not None:
         known = Known(known.past[-steps:], known.ahead)
     lengths = _waves(roots - level[:, 1], lengths)
@@ -231,7 +232,7 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     ewma[alphas, np.arange(HORIZONS)] = 1.0
     if len(rows) < ROWS_MIN:
         part = judged[-max(1, judged.size * 2 // 3) :]
-        apart = spread(level[part] @ ewma, targets[part])
+        apart = spread(level[part] @ ewma, targets[part], unrest[part])
         return Fit(step, ewma, apart, None, None, None, apart, float(roots.max(initial=0.0)))
     split = int(len(rows) * (1.0 - CALIBRATION_PART))
     early, late = rows[: split - HORIZONS], rows[split:]
@@ -272,11 +273,11 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     return Fit(
         step,
         ewma,
-        spread(by_ewma, said),
+        spread(by_ewma, said, unrest[late]),
         mix if some else None,
         coefficients if some else None,
         intercept if some else None,
-        spread(mixed, said),
+        spread(mixed, said, unrest[late]),
         float(roots.max()),
     )
 
