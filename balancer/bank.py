@@ -25,7 +25,6 @@ from balancer.features import (
     counts_of,
     design,
     last_levels,
-    newest_volatility,
     roots_of,
 )
 
@@ -41,8 +40,8 @@ NORMAL_SCORE = 1.2816
 NEW_ALPHA = 5
 """Index of the alpha of a series that was never fitted."""
 NEVER = -(2**62)
-SHIFT_ROWS = 50.0
-"""The median error counts in full where it is of many more rows than this."""
+SCORE_ROWS = 150.0
+"""A score of so many rows is drawn half-way to that of a wider sample."""
 MEMORY = 0.01
 """Weight of the newest step in what is told of the errors."""
 JUDGED_STEPS = 30
@@ -123,8 +122,6 @@ class Bank:
     variance: FloatArray
     score_ewma: FloatArray
     variance_ewma: FloatArray
-    shift: FloatArray
-    shift_ewma: FloatArray
     ceiling: FloatArray
     drift: FloatArray
     """What the P90's score has been moved by, to keep its coverage."""
@@ -164,8 +161,6 @@ _BY_SERIES = (
     "variance",
     "score_ewma",
     "variance_ewma",
-    "shift",
-    "shift_ewma",
     "ceiling",
     "drift",
 )
@@ -202,29 +197,30 @@ class Accuracy:
 class Spread:
     """How what came lay about what was guessed, by horizon (H,).
 
-    ``score`` is the split-conformal quantile of (y - guess) / (sqrt(guess + 1) x volatility), in counts; ``shift`` the
-    median and ``variance`` the variance of the roots' errors.
+    ``score`` is the split-conformal quantile of (y - guess) / sqrt(guess + 1), in counts; ``variance`` is that of the
+    roots' errors; ``rows`` is how many it is of.
     """
 
     score: FloatArray
-    shift: FloatArray
     variance: FloatArray
+    rows: int
+
+    def drawn_to(self, wide: Spread) -> Spread:
+        """With the score drawn to that of a wider sample, the more the fewer rows this one has."""
+        part = self.rows / (self.rows + SCORE_ROWS)
+        return replace(self, score=part * self.score + (1.0 - part) * wide.score)
 
 
-def spread(guess: FloatArray, said: FloatArray, volatility: FloatArray) -> Spread:
-    """From roots (rows, H) that were guessed, and that came, and the volatility (rows,) at the origins."""
+def spread(guess: FloatArray, said: FloatArray) -> Spread:
+    """From roots (rows, H) that were guessed, and that came."""
     rows = len(said)
-    if rows < 2:
-        return Spread(np.full(HORIZONS, NORMAL_SCORE), np.zeros(HORIZONS), np.zeros(HORIZONS))
-    errors = said - guess
-    shift = np.median(errors, axis=0) * (rows / (rows + SHIFT_ROWS))
     rank = math.ceil((rows + 1) * QUANTILE)
-    score = np.full(HORIZONS, NORMAL_SCORE)
-    if rank <= rows:
-        counts = counts_of(guess + shift)
-        residuals = (counts_of(said) - counts) / (np.sqrt(counts + 1.0) * volatility[:, None])
-        score = np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0)
-    return Spread(score, shift, errors.var(axis=0))
+    variance = (said - guess).var(axis=0) if rows > 1 else np.zeros(HORIZONS)
+    if rank > rows:
+        return Spread(np.full(HORIZONS, NORMAL_SCORE), variance, rows)
+    counts = counts_of(guess)
+    residuals = (counts_of(said) - counts) / np.sqrt(counts + 1.0)
+    return Spread(np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), variance, rows)
 
 
 def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
@@ -238,7 +234,6 @@ def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
         copies["ewma"][index] = fit.ewma
         for each, ending in ((fit.mix_spread, ""), (fit.ewma_spread, "_ewma")):
             copies[f"score{ending}"][index] = each.score
-            copies[f"shift{ending}"][index] = each.shift
             copies[f"variance{ending}"][index] = each.variance
         copies["ceiling"][index] = fit.ceiling
         if fit.mix is not None:
@@ -276,13 +271,11 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     mixed, ewma = np.clip(mixed, 0.0, limit), np.clip(ewma, 0.0, limit)
     said = np.where(speaks[:, None], mixed, ewma)
     lives = (tail.max(axis=0) > 0)[:, None]
-    shift = np.where(speaks[:, None], bank.shift, bank.shift_ewma)
-    median = np.where(lives, counts_of(said + shift), 0.0)
+    median = np.where(lives, counts_of(said), 0.0)
     variance = np.where(speaks[:, None], bank.variance, bank.variance_ewma)
     mean = np.where(lives, counts_of(said, variance), 0.0)
     score = np.maximum(np.where(speaks[:, None], bank.score, bank.score_ewma) + bank.drift, 0.0)
-    unrest = newest_volatility(roots)[:, None]
-    p90 = np.where(lives, np.maximum(median + score * np.sqrt(median + 1.0) * unrest, mean), 0.0)
+    p90 = np.where(lives, np.maximum(median + score * np.sqrt(median + 1.0), mean), 0.0)
     median, mean, p90 = (np.minimum(each, COUNT_MAX) for each in (median, mean, p90))
     per_s = 1000.0 / bank.step_ms
     outlook = Outlook(
@@ -294,8 +287,8 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     said_ewma, said_p90 = tracks.said_ewma.copy(), tracks.said_p90.copy()
     steps[place] = bank.step
     # The mix is judged even while it rests: so it is known when it is better again.
-    said_mix[place] = np.where(lives, counts_of(mixed + bank.shift), 0.0)
-    said_ewma[place] = np.where(lives, counts_of(ewma + bank.shift_ewma), 0.0)
+    said_mix[place] = np.where(lives, counts_of(mixed), 0.0)
+    said_ewma[place] = np.where(lives, counts_of(ewma), 0.0)
     said_p90[place] = p90
     tracks = replace(tracks, steps=steps, said=said_mix, said_ewma=said_ewma, said_p90=said_p90)
     return replace(bank, tracks=tracks, outlook=outlook)
@@ -433,8 +426,6 @@ def _fresh(series: tuple[object, ...], step_ms: int) -> Bank:
         variance=zeros,
         score_ewma=np.full((many, HORIZONS), NORMAL_SCORE),
         variance_ewma=zeros,
-        shift=zeros,
-        shift_ewma=zeros,
         ceiling=none,
         drift=zeros,
         tracks=Tracks(

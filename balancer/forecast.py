@@ -42,7 +42,6 @@ from balancer.features import (
     penalties,
     period_steps,
     roots_of,
-    volatility,
 )
 from balancer.history import HistorySnapshot
 
@@ -216,7 +215,7 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     """Fit one series (steps,)."""
     roots = roots_of(clean(counts[-ROWS_MAX - LAGS - HORIZONS :, None])[:, 0])
     steps = len(roots)
-    level, unrest = levels(roots), volatility(roots)
+    level = levels(roots)
     if known is not None:
         known = Known(known.past[-steps:], known.ahead)
     lengths = _waves(roots - level[:, 1], lengths)
@@ -230,10 +229,9 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     alphas = _best_alphas(level[judged], targets[judged]) if judged.size else np.full(HORIZONS, ALPHAS.size - 3)
     ewma = np.zeros((len(ALPHAS), HORIZONS))
     ewma[alphas, np.arange(HORIZONS)] = 1.0
+    wide = spread(level[judged] @ ewma, targets[judged])
     if len(rows) < ROWS_MIN:
-        part = judged[-max(1, judged.size * 2 // 3) :]
-        apart = spread(level[part] @ ewma, targets[part], unrest[part])
-        return Fit(step, ewma, apart, None, None, None, apart, float(roots.max(initial=0.0)))
+        return Fit(step, ewma, wide, None, None, None, wide, float(roots.max(initial=0.0)))
     split = int(len(rows) * (1.0 - CALIBRATION_PART))
     early, late = rows[: split - HORIZONS], rows[split:]
     if len(early) < ROWS_MIN // 2:
@@ -273,11 +271,11 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     return Fit(
         step,
         ewma,
-        spread(by_ewma, said, unrest[late]),
+        wide,
         mix if some else None,
         coefficients if some else None,
         intercept if some else None,
-        spread(mixed, said, unrest[late]),
+        spread(mixed, said).drawn_to(wide),
         float(roots.max()),
     )
 
