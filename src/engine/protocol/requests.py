@@ -247,16 +247,28 @@ class ClassCount(Message, frozen=True):
     busy_us: UInt
 
 
+PAIRS_TOLD: Final = 1024
+"""Most (class, placement group) counters in a node's statistics; those that moved most of late are told."""
+HOT_KEYS_TOLD: Final = 64
+"""Most keys in a node's statistics."""
+
+
 class NodeStats(Message, frozen=True):
-    """What a node tells a balancer: counters since ``boot`` (a random id of this start) and its state now."""
+    """What a node tells a balancer: counters since ``boot`` (a random id of this start) and its state now.
+
+    ``pairs`` are (index in ``classes``, placement group, requests). ``hot`` are the most used keys of the last whole
+    window of ``hot_window_ms``, as (key, index in ``classes``, requests), estimates that are never too low.
+    """
 
     boot: Identifier
     uptime_ms: UInt
     queue: UInt
     classes: Annotated[list[ClassCount], Meta(max_length=512)]
-    groups: Annotated[list[tuple[UInt, UInt]], Meta(max_length=2048)]
+    pairs: Annotated[list[tuple[UInt, UInt, UInt]], Meta(max_length=PAIRS_TOLD)]
     caches: Annotated[list[CacheCount], Meta(max_length=16)]
     cluster_serial: UInt
+    hot_window_ms: UInt
+    hot: Annotated[list[tuple[KeyName, UInt, UInt]], Meta(max_length=HOT_KEYS_TOLD)]
 
 
 class TokenHealth(Message, frozen=True):
@@ -557,8 +569,25 @@ class OutcomeReply(Message, frozen=True):
     document: Envelope
 
 
+class ForecastAccuracy(Message, frozen=True):
+    """How good a balancer's forecast of a class was of late, in 1/1000, for the next tick and for the tenth.
+
+    ``error`` is the mean absolute error over that of saying each time what was counted last (0 until something is
+    known); ``coverage`` is how often the load stayed below what 90 % should; ``bias`` is the mean error over the load.
+    """
+
+    request_class: Annotated[str, Meta(max_length=96)]
+    model: Annotated[str, Meta(max_length=16)]
+    error: UInt
+    error_tenth: UInt
+    coverage: UInt
+    coverage_tenth: UInt
+    bias: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
+    bias_tenth: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
+
+
 class BalancerStatus(Message, frozen=True):
-    """What a balancer tells an operator."""
+    """What a balancer tells an operator; ``series`` are the external series that are left out, and why."""
 
     balancer: Name
     software: Annotated[str, Meta(max_length=32)]
@@ -570,6 +599,8 @@ class BalancerStatus(Message, frozen=True):
     ticks: UInt
     last_error: Text
     service: ServiceCount
+    forecasts: Annotated[list[ForecastAccuracy], Meta(max_length=128)]
+    series: Annotated[list[Text], Meta(max_length=16)]
 
 
 class Table(Message, frozen=True):
