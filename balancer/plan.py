@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from balancer.forecast import Forecast
 from balancer.history import HistorySnapshot
-from balancer.optimizer import Assignment, AssignmentProblem
+from balancer.routing import Assignment, AssignmentProblem, every_node
 from engine.keys import ALGORITHMS, RequestType
 from engine.protocol.routing import RoutingTable
 
@@ -62,7 +62,7 @@ def _prior_us(request_class: str) -> float:
 def assignment_problem(history: HistorySnapshot, forecast: Forecast) -> AssignmentProblem:
     """What the optimiser has to split: the mean forecast (the P90 in its place makes prices worse: measured)."""
     nodes = len(history.nodes)
-    return AssignmentProblem(
+    return every_node(
         demand=forecast.mean,
         service_us=service_times(history),
         up=np.array(history.up, dtype=bool),
