@@ -1,32 +1,26 @@
-"""Routing tables: only newer, true and unexpired ones count; and the router's ranking of the combiners."""
+"""The router's ranking of the combiners."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from random import Random
 from typing import Any
 
 import msgspec
-import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import ManifestError, ProtocolError
-from engine.protocol.manifest import CLOCK_SKEW_MS, Member, chain_pin, issue_cluster_manifest, open_chain
+from engine.protocol.manifest import Member, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.routing import (
     COLD_CHARGE_US,
     DOWN_S,
     SNAPSHOT_MAX_AGE_S,
     Router,
-    RoutingTable,
-    open_table,
-    seal_table,
-    table_codec,
 )
-from engine.protocol.signed import SigningKey, sign_envelope
+from engine.protocol.signed import SigningKey
+from engine.protocol.table import RoutingTable, pack_service
 from engine.protocol.wire import Load
 
 NOW = 1_800_000_000_000
@@ -55,7 +49,6 @@ def table(
     fencing: int = 1,
     *,
     nodes: Sequence[str] = NODES,
-    weights: Sequence[int] = (250, 250, 250, 250),
     service: Sequence[int] = (100, 100, 100, 100),
     price: Sequence[int] = (0, 0, 0, 0),
     **changes: Any,
@@ -67,102 +60,14 @@ def table(
         expires_ms=NOW + 5_000,
         nodes=list(nodes),
         classes=[CLASS],
-        service_us=[list(service)],
-        weights=[list(weights)],
-        price_us=list(price),
+        service=pack_service([service]),
+        price=list(price),
+        caps=[1000],
         groups=[],
+        hints=[],
         forecast=[(0, 0)],
     )
     return msgspec.structs.replace(made, **changes)
-
-
-# --- tables ---
-
-
-def test_a_sealed_table_opens_as_it_was() -> None:
-    assert open_table(seal_table(table(), signing("bal")), CLUSTER, NOW) == table()
-
-
-@pytest.mark.parametrize("signer", ["alice", "n1", "op", "stranger"])
-def test_a_table_of_no_balancer_is_refused(signer: str) -> None:
-    with pytest.raises(ManifestError, match=f"'{signer}' may not sign this"):
-        open_table(seal_table(table(), signing(signer)), CLUSTER, NOW)
-
-
-def test_a_forged_or_changed_table_is_refused() -> None:
-    forged = seal_table(table(), SigningKey("bal", signing("alice")._private))
-    with pytest.raises(ManifestError, match="is wrong"):
-        open_table(forged, CLUSTER, NOW)
-    raw = seal_table(table(), signing("bal"))
-    for position in range(len(raw)):
-        wrong = bytearray(raw)
-        wrong[position] ^= 1 << position % 8
-        with pytest.raises((ManifestError, ProtocolError)):
-            open_table(bytes(wrong), CLUSTER, NOW)
-    with pytest.raises(ManifestError, match="came where a 'table' was expected"):
-        open_table(sign_envelope("grant", 1, table_codec.encode(table()), signing("bal")), CLUSTER, NOW)
-
-
-def test_an_expired_table_is_refused() -> None:
-    raw = seal_table(table(), signing("bal"))
-    open_table(raw, CLUSTER, NOW + 5_000 + CLOCK_SKEW_MS)
-    with pytest.raises(ManifestError, match="expired"):
-        open_table(raw, CLUSTER, NOW + 5_000 + CLOCK_SKEW_MS + 1)
-
-
-@pytest.mark.parametrize(
-    ("newest", "offered", "good"),
-    [
-        ((1, 5), (1, 6), True),
-        ((1, 5), (2, 1), True),
-        ((1, 5), (1, 5), False),
-        ((1, 5), (1, 4), False),
-        ((2, 1), (1, 900), False),
-    ],
-)
-def test_only_a_newer_table_counts(newest: tuple[int, int], offered: tuple[int, int], good: bool) -> None:
-    raw = seal_table(table(offered[1], offered[0]), signing("bal"))
-    held = table(newest[1], newest[0])
-    router = Router(CLUSTER, Random(1))  # a seed
-    assert router.install(held)
-    assert router.install(table(offered[1], offered[0])) is good
-    assert router.table is not None
-    assert router.table.order == max(newest, offered)
-    if good:
-        assert open_table(raw, CLUSTER, NOW, held).order == offered
-        return
-    with pytest.raises(ManifestError, match="is in force"):
-        open_table(raw, CLUSTER, NOW, held)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"service_us": []},
-        {"service_us": [[1, 2, 3]]},
-        {"service_us": [[1, 2, 3, 4], [1, 2, 3, 4]]},
-        {"weights": [[1, 2, 3, 4, 5]]},
-        {"weights": []},
-        {"price_us": [0, 0, 0]},
-        {"price_us": []},
-        {"classes": []},
-        {"nodes": ["n1"]},
-        {"forecast": []},
-        {"forecast": [(0, 0), (0, 0)]},
-        {"groups": [(1, [4])]},
-        {"groups": [(1, [0]), (2, [0, 9])]},
-    ],
-)
-def test_a_table_whose_parts_do_not_fit_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ManifestError, match="match"):
-        open_table(seal_table(msgspec.structs.replace(table(), **changes), signing("bal")), CLUSTER, NOW)
-
-
-def test_random_numbers_out_of_range_are_refused() -> None:
-    for changes in ({"counter": -1}, {"price_us": [-1, 0, 0, 0]}, {"nodes": ["n 1", "n2", "n3", "n4"]}):
-        payload = msgspec.msgpack.encode(msgspec.structs.replace(table(), **changes))
-        with pytest.raises(ProtocolError):
-            open_table(sign_envelope("table", 1, payload, signing("bal")), CLUSTER, NOW)
 
 
 # --- the router ---
@@ -189,7 +94,7 @@ def best(router: Router, now: float = 0.0, eligible: Sequence[str] = NODES) -> s
 @given(st.lists(st.sampled_from([*NODES, "gone"]), unique=True), st.integers(0, 99), st.booleans(), st.booleans())
 @settings(deadline=None)
 def test_the_order_has_every_eligible_node_once(eligible: list[str], seed: int, tabled: bool, down: bool) -> None:
-    router = a_router(table(weights=(1000, 0, 0, 0)) if tabled else None, seed)
+    router = a_router(table(price=(0, 9, 9, 9)) if tabled else None, seed)
     if down:
         router.failed("n2", 0.0)
     order = router.rank(CLASS, "k", eligible, 0.0)
@@ -205,9 +110,9 @@ def test_a_warm_node_goes_first_whatever_was_sampled() -> None:
 
 
 def test_a_warm_node_with_a_long_queue_loses_to_a_cold_one() -> None:
-    router = a_router(table(weights=(0, 0, 500, 500)))
+    router = a_router(table())
     answered(router, "n3", queue=COLD_CHARGE_US // 100 + 10)
-    assert best(router) == "n4"
+    assert best(router) != "n3"
 
 
 def test_a_node_that_lost_the_key_is_cold_again() -> None:
@@ -263,65 +168,50 @@ def test_an_answer_ends_the_time_of_a_failure() -> None:
     assert best(router, 10.1) == "n1"
 
 
+TWO = NODES[:2]
+
+
 def test_a_fresh_queue_counts_and_an_old_one_does_not() -> None:
-    router = a_router(table(weights=(500, 500, 0, 0)))
+    router = a_router(table())
     for node, queue in (("n1", 50), ("n2", 0)):
         answered(router, node, queue=queue, now=5.0)
-    assert best(router, 4.99 + SNAPSHOT_MAX_AGE_S) == "n2"
-    router = a_router(table(weights=(500, 500, 0, 0), price=(0, 40, 0, 0)))
+    assert best(router, 4.99 + SNAPSHOT_MAX_AGE_S, TWO) == "n2"
+    router = a_router(table(price=(0, 400, 0, 0)))
     for node, queue in (("n1", 50), ("n2", 0)):
         answered(router, node, queue=queue, now=5.0)
-    assert best(router, 4.99 + SNAPSHOT_MAX_AGE_S) == "n2"
-    assert best(router, 5.01 + SNAPSHOT_MAX_AGE_S) == "n1"  # its queue is unknown by then, so the price decides
+    assert best(router, 4.99 + SNAPSHOT_MAX_AGE_S, TWO) == "n2"
+    assert best(router, 5.01 + SNAPSHOT_MAX_AGE_S, TWO) == "n1"  # its queue is unknown by then, so the price decides
 
 
 def test_own_requests_under_way_count() -> None:
-    router = a_router(table(weights=(500, 500, 0, 0)))
-    assert {best(router) for _ in range(5)} <= {"n1", "n2"}
+    router = a_router(table())
     for _ in range(5):
         router.sent("n1")
-    assert best(router) == "n2"
+    assert best(router, eligible=TWO) == "n2"
     for _ in range(9):
         router.sent("n2")
-    assert best(router) == "n1"
+    assert best(router, eligible=TWO) == "n1"
 
 
 def test_the_price_and_the_service_time_of_the_table_count() -> None:
-    assert best(a_router(table(weights=(500, 500, 0, 0), price=(50, 0, 0, 0)))) == "n2"
-    assert best(a_router(table(weights=(500, 500, 0, 0), service=(100, 150, 1, 1)))) == "n1"
+    assert best(a_router(table(price=(500, 0, 0, 0))), eligible=TWO) == "n2"
+    assert best(a_router(table(service=(100, 150, 1, 1))), eligible=TWO) == "n1"
+    # A price is paid for each second of service.
+    assert best(a_router(table(service=(100, 40, 1, 1), price=(0, 1000, 0, 0))), eligible=TWO) == "n2"
+    assert best(a_router(table(service=(100, 60, 1, 1), price=(0, 1000, 0, 0))), eligible=TWO) == "n1"
 
 
 def test_measured_service_times_beat_the_tables() -> None:
-    router = a_router(table(weights=(500, 500, 0, 0), service=(100, 200, 1, 1)))
+    router = a_router(table(service=(100, 200, 1, 1)))
     for _ in range(3):
         answered(router, "n1", service=900)
         answered(router, "n2", service=200)
-    assert best(router, 100.0) == "n2"
+    assert best(router, 100.0, TWO) == "n2"
 
 
-def test_the_two_that_compete_are_drawn_by_the_tables_weights() -> None:
-    first: Counter[str] = Counter()
-    prices = (3, 2, 1, 0)  # a later node wins whenever it was drawn
-    for seed in range(600):
-        first[best(a_router(table(weights=(0, 900, 90, 10), price=prices), seed))] += 1
-    assert first["n1"] == 0
-    # n4 is drawn among the two seldom, n3 often: the second draw is between n3 and n4, nearly always.
-    assert first["n3"] > first["n4"] > 0
-    assert first["n2"] == 0
-    even: Counter[str] = Counter()
-    for seed in range(600):
-        router = a_router(None, seed)
-        for number, name in enumerate(("n3", "n2", "n1"), start=1):
-            for _ in range(number):
-                router.sent(name)  # so that again a later node wins whenever it was drawn
-        even[best(router)] += 1
-    assert even["n1"] == 0
-    assert even["n4"] > even["n3"] > even["n2"] > 0
-
-
-def test_without_weights_the_best_score_decides() -> None:
+def test_the_least_score_decides() -> None:
     for seed in range(20):
-        assert best(a_router(table(weights=(0, 0, 0, 0), price=(9, 9, 0, 9)), seed)) == "n3"
+        assert best(a_router(table(price=(9, 9, 0, 9)), seed)) == "n3"
 
 
 def test_a_class_the_table_does_not_know_is_routed_by_first_guesses() -> None:
@@ -332,7 +222,7 @@ def test_a_class_the_table_does_not_know_is_routed_by_first_guesses() -> None:
 
 
 def test_a_node_the_table_does_not_know_is_still_there_for_failover() -> None:
-    router = a_router(table(nodes=NODES[:2], weights=(500, 500), service=(1, 1), price=(0, 0)))
+    router = a_router(table(nodes=NODES[:2], service=(1, 1), price=(0, 0)))
     order = router.rank(CLASS, "k", NODES, 0.0)
     assert sorted(order) == list(NODES)
     assert set(order[:2]) == {"n1", "n2"}
@@ -354,8 +244,8 @@ def test_a_table_can_not_bring_in_a_node_that_is_no_member() -> None:
 
 
 def test_more_answers_than_requests_leave_no_credit() -> None:
-    router = a_router(table(weights=(500, 500, 0, 0)))
+    router = a_router(table())
     for _ in range(5):
         router.answered("n1", "k", CLASS, Load(0, 0, False), 300.0, -9.0)
     router.sent("n1")
-    assert best(router) == "n2"
+    assert best(router, eligible=TWO) == "n2"

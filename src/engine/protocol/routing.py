@@ -1,8 +1,7 @@
-"""The routing table and the client's choice of a combiner. Time and randomness are arguments; no socket.
+"""The client's choice of a combiner. Time and randomness are arguments; no socket.
 
-A combiner is ranked by least expected completion plus its node price: (queue + own requests under way + 1) x service
-time + network round trip + price, with a charge where the key is cold. The two combiners sampled by the table's
-weights, and those that have the key loaded, compete first; the others follow for failover.
+A combiner is ranked by least expected completion plus its node price: (queue + own requests under way + 1 + price) x
+service time + network round trip, with a charge where the key is cold.
 """
 
 from __future__ import annotations
@@ -12,17 +11,13 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Annotated
 
-from msgspec import Meta, Struct
-
-from engine.errors import ManifestError
 from engine.keys import ALGORITHMS
-from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster, ClusterSource, FollowsCluster
-from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
-from engine.protocol.wire import Codec, Load, Name, UInt
+from engine.protocol.manifest import ClusterSource, FollowsCluster
+from engine.protocol.table import RoutingTable
+from engine.protocol.wire import Load
 
-__all__ = ["Router", "RoutingTable", "open_table", "seal_table"]
+__all__ = ["Router"]
 
 SNAPSHOT_MAX_AGE_S = 0.2
 """A snapshot older than this says little about a queue (measured), so the queue is then taken as unknown: 0."""
@@ -30,8 +25,6 @@ COLD_CHARGE_US = 3_000
 """What gathering the shares of a cold key is taken to cost."""
 MAX_LOADED = 65_536
 """How many (key, node) pairs the router remembers as loaded."""
-TABLE_LIFETIME_MAX_MS = 3_600_000
-"""The longest time a routing table may be good for."""
 DOWN_S = 1.0
 DOWN_MAX_S = 4.0
 """How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
@@ -48,66 +41,6 @@ PROBE_PATIENCE_MIN_S = 0.005
 PROBE_PATIENCE_S = 0.05
 """The bounds for a node that failed and is tried again: most often it is still away, and who finds that out has lost so
 much. A stopped node accepts, and says nothing."""
-
-
-class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the balancer publishes, ordered by (fencing epoch, counter).
-
-    ``service_us`` and ``weights`` are rows by class, columns by node: service time in microseconds, share of the
-    class's requests in 1/1000. ``price_us`` is one node price a node. ``groups`` lists only the placement groups whose
-    holders differ from ``Cluster.group_holders``, as (group, node indexes). ``forecast`` is one row a class: the mean
-    and P90 of the next tick in 1/1000 requests per second. ``cluster_serial`` is that of the balancer's manifest.
-    """
-
-    fencing_epoch: UInt
-    counter: UInt
-    issued_ms: UInt
-    expires_ms: UInt
-    nodes: Annotated[list[Name], Meta(max_length=4096)]
-    classes: Annotated[list[Annotated[str, Meta(max_length=96)]], Meta(max_length=512)]
-    service_us: list[list[UInt]]
-    weights: list[list[UInt]]
-    price_us: list[UInt]
-    groups: list[tuple[UInt, list[UInt]]]
-    forecast: list[tuple[UInt, UInt]]
-    cluster_serial: UInt = 0
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """What makes one table newer than another."""
-        return self.fencing_epoch, self.counter
-
-
-table_codec = Codec(RoutingTable, "routing table", 1024 * 1024)
-
-
-def seal_table(table: RoutingTable, key: SigningKey) -> bytes:
-    """The table as a signed envelope."""
-    return sign_envelope("table", table.counter, table_codec.encode(table), key)
-
-
-def open_table(raw: bytes, cluster: Cluster, now_ms: int, newest: RoutingTable | None = None) -> RoutingTable:
-    """A table signed by a balancer of the cluster.
-
-    ``ManifestError`` if it is forged, malformed, expired or not newer than ``newest``.
-    """
-    table = table_codec.decode(verify_envelope(raw, "table", cluster.sign_key("balancer")).payload)
-    if table.expires_ms + CLOCK_SKEW_MS < now_ms:
-        raise ManifestError(f"routing table {table.order}: expired {now_ms - table.expires_ms} ms ago")
-    if table.expires_ms > now_ms + TABLE_LIFETIME_MAX_MS + CLOCK_SKEW_MS:
-        raise ManifestError(
-            f"routing table {table.order}: expires in {table.expires_ms - now_ms} ms, "
-            f"the limit is {TABLE_LIFETIME_MAX_MS}"
-        )
-    if newest is not None and table.order <= newest.order:
-        raise ManifestError(f"routing table {table.order}: {newest.order} is in force")
-    rows, columns = len(table.classes), len(table.nodes)
-    matrices = (table.service_us, table.weights)
-    if any(len(m) != rows or any(len(row) != columns for row in m) for m in matrices) or len(table.price_us) != columns:
-        raise ManifestError(f"routing table {table.order}: its rows do not match {rows} classes and {columns} nodes")
-    if len(table.forecast) != rows or any(max(indexes, default=0) >= columns for _, indexes in table.groups):
-        raise ManifestError(f"routing table {table.order}: forecast or groups do not match its classes and nodes")
-    return table
 
 
 @dataclass(slots=True)
@@ -153,11 +86,12 @@ class _Nodes(dict[str, NodeState]):
 
 @dataclass(frozen=True, slots=True)
 class _Indexed:
-    """A table with its rows and columns by name."""
+    """A table with its rows and columns by name, and its groups by number."""
 
     table: RoutingTable
     rows: Mapping[str, int]
     columns: Mapping[str, int]
+    groups: Mapping[int, Sequence[int]]
 
 
 class Router(FollowsCluster):
@@ -189,6 +123,7 @@ class Router(FollowsCluster):
             table,
             {name: index for index, name in enumerate(table.classes)},
             {name: index for index, name in enumerate(table.nodes)},
+            dict(table.groups),
         )
         with self._lock:
             if self._indexed is not None and table.order <= self._indexed.table.order:
@@ -202,9 +137,9 @@ class Router(FollowsCluster):
         group = self._cluster.group_of(key_name)
         indexed = self._indexed
         if indexed is not None:
-            for number, indexes in indexed.table.groups:
-                if number == group:
-                    return tuple(name for i in indexes if (name := indexed.table.nodes[i]) in self._cluster.nodes)
+            indexes = indexed.groups.get(group, ())
+            if indexes:
+                return tuple(name for i in indexes if (name := indexed.table.nodes[i]) in self._cluster.nodes)
         return self._cluster.group_holders(group)
 
     def sent(self, node: str) -> None:
@@ -368,9 +303,7 @@ class Router(FollowsCluster):
             return names
         scores = {name: self._score(request_class, key_name, name, now_s) for name in names}
         up = [name for name in names if self._nodes[name].down_until_s <= now_s]
-        first = self._sample(request_class, up)
-        first |= {name for name in up if (key_name, name) in self._loaded}
-        return sorted(names, key=lambda name: (name not in up, name not in first, scores[name]))
+        return sorted(names, key=lambda name: (name not in up, scores[name]))
 
     def order(self, names: Sequence[str], now_s: float) -> tuple[str, ...]:
         """The names as given, but those last that are down."""
@@ -389,33 +322,18 @@ class Router(FollowsCluster):
         state = self._nodes[name]
         service = state.service_us.get(request_class) or self._table_service(request_class, name)
         queue = state.queue if now_s - state.seen_s <= SNAPSHOT_MAX_AGE_S else 0
-        price = 0
+        price = 0.0
         indexed = self._indexed
         if indexed is not None and (column := indexed.columns.get(name)) is not None:
-            price = indexed.table.price_us[column]
+            price = indexed.table.price[column] / 1000
         cold = 0 if (key_name, name) in self._loaded else COLD_CHARGE_US
-        return (queue + state.outstanding + 1) * service + state.round_trip_us + price + cold
+        return (queue + state.outstanding + 1 + price) * service + state.round_trip_us + cold
 
     def _table_service(self, request_class: str, name: str) -> float:
         indexed = self._indexed
         if indexed is not None:
             row, column = indexed.rows.get(request_class), indexed.columns.get(name)
-            if row is not None and column is not None and (known := indexed.table.service_us[row][column]):
-                return float(known)
+            if row is not None and column is not None and (known := indexed.table.service_us(row, column)):
+                return known
         algo = ALGORITHMS.get(request_class.partition("/")[2])
         return float(algo.prior_us) if algo else 100.0
-
-    def _sample(self, request_class: str, names: Sequence[str]) -> set[str]:
-        """Two of the names, drawn without replacement by the table's weights (evenly where it has none)."""
-        weights = [1000] * len(names)
-        indexed = self._indexed
-        if indexed is not None and (row := indexed.rows.get(request_class)) is not None:
-            line = indexed.table.weights[row]
-            weights = [line[column] if (column := indexed.columns.get(name)) is not None else 0 for name in names]
-        chosen: set[str] = set()
-        pool = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight]
-        while pool and len(chosen) < 2:
-            pick = self._random.choices(pool, [weight for _, weight in pool])[0]
-            chosen.add(pick[0])
-            pool.remove(pick)
-        return chosen
