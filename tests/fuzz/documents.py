@@ -531,7 +531,7 @@ def _take_table(raw: bytes) -> str:
     columns = {len(row) for matrix in (service, weights) for row in matrix} | {len(prices)}
     require(columns <= {len(names)} and len(service) == len(weights) == len(classes) == len(forecast), "table: shape")
     require(all(index < len(names) for _, indexes in groups for index in indexes), "table: a group names no node")
-    router = Router(world.cluster, Random(1))
+    router = Router(world.cluster)
     router.install(table)
     for key in ("orders", "tls"):
         require(all(each in NODES for each in router.holders(key)), "a holder that is no node")
