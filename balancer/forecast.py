@@ -1,14 +1,20 @@
-"""The forecast of the load by request class. It alone imports scikit-learn; it knows no node, socket or clock.
+"""The forecast of the load by class and by the warmest (class, group) pairs. It alone imports scikit-learn.
 
-Counts are stabilised as z = sqrt(y + 3/8) (Anscombe 1948) and taken relative to an EWMA level; one multi-output Ridge a
-class maps 30 lags and rolling means to the coming ticks. The P90 is split-conformal: the quantile of the residuals on
-the newest part of the history, scaled by sqrt(y + 1). Where there is little data, or where the Ridge did worse than the
-tuned EWMA on that part, the EWMA answers. No input makes it fail: NaN is filled, the rest is clipped.
+One multi-output Ridge a series maps its lags, rolling means, levels, waves and external series (``balancer.features``)
+to the next ten steps, at two cadences: ticks and minutes. It is mixed with the best EWMA, horizon by horizon, in the
+part that would have been best on the newest 30 % of the history, which it had not seen; there the EWMA alone may win,
+and it answers where there is little data or where what was really said of late was worse than its. The P90 is
+split-conformal (Lei et al. 2018) on that same part, scaled by sqrt(y + 1), and then tracks its own coverage
+(Angelopoulos et al. 2023). Fitting takes milliseconds, so a tick fits few series; in between one product of matrices
+predicts all.
+
+``predict_load`` is a pure function: snapshot and state in, forecast and next state out. It knows no node, socket or
+clock. No input makes it fail: NaN is filled, the rest is clipped.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,85 +23,148 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped] # comes with scikit-learn
 
+from balancer.bank import EMPTY, Bank, Fit, Outlook, advance, refitted, spread
+from balancer.features import (
+    ALPHAS,
+    COLUMNS,
+    HORIZONS,
+    LAGS,
+    LEVEL,
+    PERIODS_MS,
+    Known,
+    clean,
+    columns_of,
+    counts_of,
+    design,
+    levels,
+    penalties,
+    period_steps,
+    roots_of,
+)
 from balancer.history import HistorySnapshot
 
-__all__ = ["Forecast", "predict_load"]
+__all__ = ["Forecast", "ForecastState", "predict_load"]
 
 FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
-LAGS = 30
-ROLLING = (3, 10, LAGS)
-HORIZON_TICKS = 1
 ROWS_MIN = 60
 """Fewer rows than this to learn from, and the EWMA answers."""
 ROWS_MAX = 5_000
-RIDGE_CLASSES_MAX = 32
-"""The busiest classes get a Ridge, a few milliseconds each, the others the EWMA: a tick has an end."""
-RIDGE_ALPHA = 10.0
+EWMA_ROWS_MAX = 1_500
+"""The EWMA's alpha is the best of so many of the newest steps."""
+FITS_AT_ONCE = 32
+"""Without a state so many of the busiest classes get a Ridge at once, and no pair does."""
+ROWS_PER_TICK = 6_000
+"""With one, as many series are fitted in a tick as have so many rows together, at least one a cadence."""
+REFIT_STEPS = 30
+"""A series is fitted again after so many steps, when its turn comes."""
+STRENGTHS = (0.03, 0.3, 3.0)
+"""The Ridge's alphas for a row and a column of variance 1, the best of which is taken."""
+PARTS = (0.25, 0.5, 0.75, 1.0)
+"""Parts of the Ridge in the mix with the EWMA; 0 is the EWMA alone."""
+SMOOTHING = 0.25
+"""How much the choice at one horizon goes by the mean over all."""
 CALIBRATION_PART = 0.3
-QUANTILE = 0.9
-COUNT_MAX = 1e12
-"""Counts per tick are clipped here."""
-SHIFT = 0.375
-EWMA_ALPHAS = np.array([0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0])
-LEVEL = 2
-"""Index of the alpha whose level the Ridge works relative to."""
+PERIODS_USED = 2
+ACF_MIN = 0.1
+"""A wave is looked for where the load resembles that of one wave ago at least so much."""
+SD_MIN = 1e-6
+"""A column that varies less says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastState:
+    """What is carried from tick to tick: what was fitted, and how good it was."""
+
+    classes: Bank = EMPTY
+    pairs: Bank = EMPTY
+    slow_classes: Bank = EMPTY
+    slow_pairs: Bank = EMPTY
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """The next tick by class: mean and P90 in requests per second, and the model that said so (``ridge``, ``ewma``)."""
+    """The load to come.
+
+    ``mean`` and ``p90`` are the next tick's by class, ``pair_mean`` and ``pair_p90`` by pair, in requests per second;
+    ``models`` says which model answered for each class (``ridge``, ``ewma``). The outlooks have all horizons:
+    ``HORIZONS`` ticks, and minutes where there is a slow history. ``state`` is to be passed to the next call.
+    """
 
     classes: tuple[str, ...]
     mean: FloatArray
     p90: FloatArray
     models: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    pair_mean: FloatArray
+    pair_p90: FloatArray
+    outlook: Outlook
+    pair_outlook: Outlook
+    slow: Outlook | None
+    slow_pairs: Outlook | None
+    state: ForecastState
 
 
-@dataclass(frozen=True, slots=True)
-class _Guess:
-    """A model's next count, and what it would have said (predicted, actual) on the calibration part."""
+def predict_load(history: HistorySnapshot, state: ForecastState | None = None) -> Forecast:
+    """The load of the coming ticks and minutes, a pure function of the snapshot and of what the call before left.
 
-    model: str
-    count: float
-    predicted: FloatArray
-    actual: FloatArray
-
-    @property
-    def error(self) -> float:
-        return float(np.mean(np.abs(self.predicted - self.actual))) if self.actual.size else math.inf
-
-    @property
-    def p90(self) -> float:
-        """Split-conformal upper bound; with too few residuals the normal quantile of a Poisson count."""
-        residuals = np.sort((self.actual - self.predicted) / np.sqrt(self.predicted + 1))
-        rank = math.ceil((residuals.size + 1) * QUANTILE)
-        score = float(residuals[rank - 1]) if rank <= residuals.size else 1.2816
-        return self.count + max(0.0, score) * math.sqrt(self.count + 1)
-
-
-def predict_load(history: HistorySnapshot) -> Forecast:
-    """The load of the next tick by class, in requests per second.
-
-    A pure function of the snapshot. Classes without a request in it are forecast as 0.
+    Classes without a request are forecast as 0. Without a state the busiest classes are fitted at once.
     """
-    counts = _clean(history.counts)[-ROWS_MAX:]
-    per_s = 1000.0 / history.tick_ms
-    roots = np.sqrt(counts + SHIFT)
-    levels = _levels(roots)
-    busiest = set(np.argsort(-counts.sum(axis=0), kind="stable")[:RIDGE_CLASSES_MAX].tolist())
+    before = state or ForecastState()
+    pairs = tuple((history.classes[index], group) for index, group in history.pairs)
+    known, slow = history.known, history.slow
     # These matrices are small: more BLAS threads only wait for each other, seven times longer on a busy machine.
     with _thread_pools().limit(limits=1, user_api="blas"):
-        guesses = [
-            _class_guess(roots[:, column], levels[:, :, column], ridge=column in busiest)
-            for column in range(counts.shape[1])
-        ]
+        at_once = FITS_AT_ONCE if state is None else 0
+        classes = _step(before.classes, history.classes, history.counts, history.tick_ms, history.tick, known, at_once)
+        of_pairs = _step(before.pairs, pairs, history.pair_counts, history.tick_ms, history.tick, known, 0)
+        slow_classes, slow_pairs = before.slow_classes, before.slow_pairs
+        if slow is not None:
+            slow_classes = _step(
+                slow_classes, history.classes, slow.counts, slow.step_ms, slow.step, history.slow_known, at_once
+            )
+            slow_pairs = _step(slow_pairs, pairs, slow.pair_counts, slow.step_ms, slow.step, history.slow_known, 0)
+    after = ForecastState(classes, of_pairs, slow_classes, slow_pairs)
     return Forecast(
         classes=history.classes,
-        mean=np.array([guess.count * per_s for guess in guesses], dtype=np.float64),
-        p90=np.array([guess.p90 * per_s if guess.count else 0.0 for guess in guesses], dtype=np.float64),
-        models=tuple(guess.model for guess in guesses),
+        mean=classes.outlook.mean[:, 0],
+        p90=classes.outlook.p90[:, 0],
+        models=classes.outlook.models,
+        pairs=history.pairs,
+        pair_mean=of_pairs.outlook.mean[:, 0],
+        pair_p90=of_pairs.outlook.p90[:, 0],
+        outlook=classes.outlook,
+        pair_outlook=of_pairs.outlook,
+        slow=None if slow is None else slow_classes.outlook,
+        slow_pairs=None if slow is None else slow_pairs.outlook,
+        state=after,
     )
+
+
+def _step(
+    bank: Bank, series: Sequence[object], counts: FloatArray, step_ms: int, step: int, known: Known | None, at_once: int
+) -> Bank:
+    """Fit whose turn it is, and predict all."""
+    lengths = period_steps(step_ms, len(counts))
+    bank, same = bank.follow(tuple(series), step, step_ms)
+    due = _due(bank, counts, at_once)
+    if same and not due:
+        return bank
+    fits = {index: _fit(counts[:, index], lengths, step, known) for index in due}
+    return advance(refitted(bank, fits), counts, lengths, known)
+
+
+def _due(bank: Bank, counts: FloatArray, at_once: int) -> list[int]:
+    """Whose turn it is: who never was fitted, the busiest first, then who was longest ago."""
+    if not counts.size:
+        return []
+    load = np.nan_to_num(counts[-LAGS:], nan=0.0, posinf=0.0, neginf=0.0).sum(axis=0)
+    rows = max(1, min(len(counts), ROWS_MAX))
+    waited = bank.step - bank.fitted
+    most = at_once or max(1, ROWS_PER_TICK // rows)
+    order = np.lexsort((-load, bank.fitted))
+    return [int(index) for index in order if waited[index] >= REFIT_STEPS][:most]
 
 
 @cache
@@ -111,79 +180,139 @@ def _thread_pools() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _clean(counts: FloatArray) -> FloatArray:
-    """The counts with gaps filled by the value before (or after, at the start), and nothing negative or endless."""
-    known = ~np.isnan(counts)
-    index = np.where(known, np.arange(len(counts))[:, None], -1)
-    filled = np.maximum.accumulate(index, axis=0) if len(counts) else index
-    if len(counts):
-        filled = np.where(filled < 0, np.argmax(known, axis=0)[None, :], filled)
-    values = np.take_along_axis(counts, filled, axis=0)
-    return np.clip(np.nan_to_num(values, nan=0.0, posinf=COUNT_MAX, neginf=0.0), 0.0, COUNT_MAX)
+# --- one series ---
 
 
-def _levels(roots: FloatArray) -> FloatArray:
-    """EWMA levels (ticks, alphas, classes), each after its tick was seen."""
-    levels = np.empty((len(roots), len(EWMA_ALPHAS), roots.shape[1]))
-    alphas = EWMA_ALPHAS[:, None]
-    level = np.repeat(roots[:1], len(EWMA_ALPHAS), axis=0)
-    for tick, row in enumerate(roots):
-        level = level + alphas * (row[None, :] - level)
-        levels[tick] = level
-    return levels
-
-
-def _counts(roots: FloatArray, variance: float = 0.0) -> FloatArray:
-    """Back from roots: E[y] = E[z]^2 + Var z - 3/8."""
-    return np.maximum(np.square(np.maximum(roots, 0.0)) + variance - SHIFT, 0.0)
-
-
-def _class_guess(roots: FloatArray, levels: FloatArray, *, ridge: bool) -> _Guess:
-    if not roots.size or roots.max() ** 2 <= SHIFT:
-        return _Guess("ewma", 0.0, np.empty(0), np.empty(0))
-    rows = len(roots) - LAGS - HORIZON_TICKS + 1
-    calibration = int(rows * CALIBRATION_PART) if rows >= ROWS_MIN else max(0, len(roots) - 5)
-    ewma = _ewma_guess(roots, levels, calibration)
-    if not ridge or rows < ROWS_MIN:
-        return ewma
-    learned = _ridge_guess(roots, levels[:, LEVEL], calibration)
-    return learned if math.isfinite(learned.count) and learned.error <= ewma.error else ewma
-
-
-def _ewma_guess(roots: FloatArray, levels: FloatArray, calibration: int) -> _Guess:
-    errors = np.abs(roots[1:, None] - levels[:-1])
-    judged = errors[: len(errors) - calibration] if len(errors) - calibration >= ROWS_MIN else errors
-    best = int(np.argmin(judged.mean(axis=0))) if len(judged) else len(EWMA_ALPHAS) - 1
-    before, after = levels[:-1, best][len(errors) - calibration :], roots[1:][len(errors) - calibration :]
-    variance = _variance(after - before)
-    return _Guess("ewma", float(_counts(levels[-1:, best], variance)[0]), _counts(before, variance), _counts(after))
-
-
-def _ridge_guess(roots: FloatArray, level: FloatArray, calibration: int) -> _Guess:
-    features = _features(roots, level)
-    rows = len(features) - HORIZON_TICKS
-    base = level[LAGS - 1 : LAGS - 1 + rows, None]
-    ahead = np.lib.stride_tricks.sliding_window_view(roots[LAGS:], HORIZON_TICKS)
-    targets = ahead - base
-    split = rows - calibration
-    ceiling = 2.0 * float(roots.max())
-    early = _ridge()(alpha=RIDGE_ALPHA).fit(features[:split], targets[:split])
-    told = np.reshape(early.predict(features[split:rows]), (calibration, HORIZON_TICKS))
-    tested = np.clip(told + base[split:], 0.0, ceiling)[:, 0]
-    variance = _variance(ahead[split:, 0] - tested)
-    full = _ridge()(alpha=RIDGE_ALPHA).fit(features[:rows], targets)
-    newest = np.clip(np.ravel(full.predict(features[-1:]))[:1] + level[-1], 0.0, ceiling)
-    return _Guess(
-        "ridge", float(_counts(newest, variance)[0]), _counts(tested, variance), _counts(np.asarray(ahead[split:, 0]))
+def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known | None) -> Fit:
+    """Fit one series (steps,)."""
+    roots = roots_of(clean(counts[-ROWS_MAX - LAGS - HORIZONS :, None])[:, 0])
+    steps = len(roots)
+    level = levels(roots)
+    if known is not None:
+        known = Known(known.past[-steps:], known.ahead)
+    lengths = _waves(roots - level[:, 1], lengths)
+    first = max(LAGS - 1, max(lengths, default=0))
+    rows = np.arange(first, steps - HORIZONS)[-ROWS_MAX:]
+    # Row t has what came after t.
+    targets = (
+        np.lib.stride_tricks.sliding_window_view(roots[1:], HORIZONS) if steps > HORIZONS else np.zeros((0, HORIZONS))
+    )
+    judged = np.arange(min(5, steps - 1), steps - HORIZONS)[-EWMA_ROWS_MAX:] if steps > HORIZONS + 1 else rows[:0]
+    alphas = _best_alphas(level[judged], targets[judged]) if judged.size else np.full(HORIZONS, ALPHAS.size - 3)
+    ewma = np.zeros((len(ALPHAS), HORIZONS))
+    ewma[alphas, np.arange(HORIZONS)] = 1.0
+    if len(rows) < ROWS_MIN:
+        part = judged[-max(1, judged.size * 2 // 3) :]
+        apart = spread(level[part] @ ewma, targets[part])
+        return Fit(step, ewma, apart, None, None, None, apart, float(roots.max(initial=0.0)))
+    split = int(len(rows) * (1.0 - CALIBRATION_PART))
+    early, late = rows[: split - HORIZONS], rows[split:]
+    if len(early) < ROWS_MIN // 2:
+        early = rows[:split]
+    told = design(roots[:, None], level[rows][:, None, :], rows, lengths, step, known)[:, 0]
+    base = level[rows, LEVEL][:, None]
+    wanted = targets[rows] - base
+    groups = [columns_of(), *(columns_of(index) for index, length in enumerate(lengths) if length)]
+    used = np.zeros(COLUMNS, dtype=bool)
+    for group in groups:
+        used[group] = True
+    sets = [used]
+    if known is not None:
+        sets.append(used | (np.arange(COLUMNS) >= columns_of(regressors=True).start))
+    said = targets[late]
+    by_ewma = level[late] @ ewma
+    guesses: list[tuple[tuple[NDArray[np.bool_], float], FloatArray]] = []
+    for columns in sets:
+        for strength, (coefficients, intercept) in zip(
+            STRENGTHS, _solve(told[: len(early)], wanted[: len(early)], columns, STRENGTHS), strict=True
+        ):
+            guesses.append(((columns, strength), told[split:] @ coefficients + intercept + base[split:]))
+    choice, parts, mixed = _mix([guess for _, guess in guesses], by_ewma, said)
+    full: dict[int, tuple[FloatArray, FloatArray]] = {}
+    coefficients, intercept = np.zeros((COLUMNS, HORIZONS)), np.zeros(HORIZONS)
+    mix = ewma * (1.0 - parts)
+    mix[LEVEL] += parts
+    for horizon in np.flatnonzero(parts):
+        which = int(choice[horizon])
+        if which not in full:
+            columns, strength = guesses[which][0]
+            ((matrix, constant),) = _solve(told, wanted, columns, (strength,))
+            full[which] = matrix, constant
+        coefficients[:, horizon] = parts[horizon] * full[which][0][:, horizon]
+        intercept[horizon] = parts[horizon] * full[which][1][horizon]
+    some = bool(parts.any())
+    return Fit(
+        step,
+        ewma,
+        spread(by_ewma, said),
+        mix if some else None,
+        coefficients if some else None,
+        intercept if some else None,
+        spread(mixed, said),
+        float(roots.max()),
     )
 
 
-def _variance(residuals: FloatArray) -> float:
-    return float(residuals.var()) if residuals.size > 1 else 0.0
+def _waves(detrended: FloatArray, lengths: tuple[int, ...]) -> tuple[int, ...]:
+    """The lengths of those waves that the series has, the strongest ``PERIODS_USED``; 0 for the others."""
+    centred = detrended - detrended.mean()
+    power = float(centred @ centred)
+    strength = np.zeros(len(PERIODS_MS))
+    for index, length in enumerate(lengths):
+        if length and power > 0 and len(centred) > 2 * length:
+            strength[index] = float(centred[length:] @ centred[:-length]) / power
+    best = np.argsort(-strength, kind="stable")[:PERIODS_USED]
+    return tuple(length if index in best and strength[index] > ACF_MIN else 0 for index, length in enumerate(lengths))
 
 
-def _features(roots: FloatArray, level: FloatArray) -> FloatArray:
-    """One row for each tick that has LAGS ticks up to it: the lags and rolling means, relative to the level then."""
-    windows = np.lib.stride_tricks.sliding_window_view(roots, LAGS)
-    means = np.stack([windows[:, -length:].mean(axis=1) for length in ROLLING], axis=1)
-    return np.asarray(np.concatenate([windows, means], axis=1) - level[LAGS - 1 :, None])
+def _solve(
+    told: FloatArray, wanted: FloatArray, columns: NDArray[np.bool_], strengths: Sequence[float]
+) -> list[tuple[FloatArray, FloatArray]]:
+    """Coefficients (COLUMNS, HORIZONS) and intercepts by strength, of a Ridge on these columns."""
+    spread = told.std(axis=0)
+    chosen = np.flatnonzero(columns & (spread > SD_MIN))
+    solved = []
+    if not chosen.size:
+        return [(np.zeros((COLUMNS, HORIZONS)), wanted.mean(axis=0)) for _ in strengths]
+    scale = spread[chosen] * np.sqrt(penalties()[chosen])
+    middle = told[:, chosen].mean(axis=0)
+    scaled = (told[:, chosen] - middle) / scale
+    constant = wanted.mean(axis=0)
+    for strength in strengths:
+        model = _ridge()(alpha=strength * len(told), fit_intercept=False, solver="cholesky")
+        model.fit(scaled, wanted - constant)
+        part = np.atleast_2d(model.coef_).T / scale[:, None]
+        coefficients = np.zeros((COLUMNS, HORIZONS))
+        coefficients[chosen] = part
+        solved.append((coefficients, constant - middle @ part))
+    return solved
+
+
+def _errors(guess: FloatArray, said: FloatArray) -> FloatArray:
+    """Mean absolute errors in counts, by horizon."""
+    return np.asarray(np.abs(counts_of(guess) - counts_of(said)).mean(axis=0))
+
+
+def _smoothed(errors: FloatArray) -> FloatArray:
+    """Errors (candidates, horizons) relative to the least, each drawn to its candidate's mean over the horizons."""
+    relative = errors / np.maximum(errors.min(axis=0), 1e-12)
+    return np.asarray((1.0 - SMOOTHING) * relative + SMOOTHING * relative.mean(axis=1, keepdims=True))
+
+
+def _best_alphas(level: FloatArray, said: FloatArray) -> IntArray:
+    errors = np.stack([_errors(level[:, [index]], said) for index in range(len(ALPHAS))])
+    return np.asarray(_smoothed(errors).argmin(axis=0))
+
+
+def _mix(guesses: Sequence[FloatArray], ewma: FloatArray, said: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
+    """By horizon: which guess is mixed in, in which part, and what the mix says."""
+    options = [(0, 0.0), *((index, part) for index in range(len(guesses)) for part in PARTS)]
+    mixes = [part * guesses[index] + (1.0 - part) * ewma for index, part in options]
+    best = _smoothed(np.stack([_errors(mix, said) for mix in mixes])).argmin(axis=0)
+    horizons = np.arange(HORIZONS)
+    mixed = np.stack(mixes)[best, :, horizons].T
+    return (
+        np.array([options[index][0] for index in best]),
+        np.array([options[index][1] for index in best]),
+        mixed,
+    )

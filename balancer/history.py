@@ -1,21 +1,25 @@
-"""The bounded ring of request counts per class and tick, from the nodes' counters. It knows no socket and no clock.
+"""The bounded history of requests per class and per (class, placement group), from the nodes' counters.
 
-The nodes count since their start (``boot``); here the differences are kept. A report that cannot be true (a counter
-that fell, a rate beyond all hardware, a class twice) is dropped and the node starts anew from its next one.
+It knows no socket and no clock. Two cadences: the tick, and the minute. The nodes count since their start (``boot``);
+here the differences are kept. A report that cannot be true (a counter that fell, a rate beyond all hardware, a class
+twice) is dropped and the node starts anew from its next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from balancer.features import Known
+from balancer.rings import PAIRS_MAX, PairPlaces, Ring
 from engine.keys import ALGORITHMS, RequestType, request_class
-from engine.protocol.requests import NodeStats
+from engine.protocol.requests import PAIRS_TOLD, NodeStats
 
-__all__ = ["CLASSES", "History", "HistorySnapshot"]
+__all__ = ["CLASSES", "History", "HistorySnapshot", "HotKey", "SlowHistory", "Stored"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -36,7 +40,42 @@ WINDOW_REQUESTS = 2_000
 DEAD_TICKS = 2
 """A node that was not heard for so many ticks counts as down: one lost report is no death."""
 
+SLOW_MS = 60_000
+"""The slower of the two cadences."""
+SLOW_STEPS = 10_080
+"""A week of minutes."""
+PAIR_TICKS_MAX = 600
+PAIR_SLOW_STEPS = 1_440
+"""Series of pairs are shorter: they are many."""
+HOT_KEYS_MAX = 64
+GROUPS_MAX = 65_536
+"""More placement groups than any cluster has; a pair's number is its class's times this, and its group's."""
+
 _COLUMNS = {name: index for index, name in enumerate(CLASSES)}
+_CLASS_COLUMNS = np.arange(len(CLASSES))
+
+
+@dataclass(frozen=True, slots=True)
+class HotKey:
+    """A key among the most used of the cluster. Its name is for decisions, never for a log or a metric's label."""
+
+    name: str
+    request_class: str
+    requests_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SlowHistory:
+    """The counts of whole minutes, as in ``HistorySnapshot``; ``step`` is the newest one's number since the epoch."""
+
+    step_ms: int
+    step: int
+    counts: FloatArray
+    pair_counts: FloatArray
+
+
+def _no_counts() -> FloatArray:
+    return np.zeros((0, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +83,9 @@ class HistorySnapshot:
     """What is known at the end of a tick; the arrays are read-only.
 
     ``counts`` is (ticks, classes), requests in each tick, oldest first, NaN where no node was heard. ``requests`` and
-    ``busy_us`` are (classes, nodes) over each node's newest requests. ``up`` and ``queue`` are by node.
+    ``busy_us`` are (classes, nodes) over each node's newest requests. ``up`` and ``queue`` are by node. ``tick`` is the
+    newest tick's number. ``pairs`` are (index of the class, placement group), the counts of which are also in their
+    class's; ``pair_counts`` is (ticks, pairs), of fewer ticks than ``counts`` where that is long.
     """
 
     tick_ms: int
@@ -55,6 +96,26 @@ class HistorySnapshot:
     busy_us: FloatArray
     up: tuple[bool, ...]
     queue: tuple[int, ...]
+    tick: int = 0
+    pairs: tuple[tuple[int, int], ...] = ()
+    pair_counts: FloatArray = field(default_factory=_no_counts)
+    slow: SlowHistory | None = None
+    known: Known | None = None
+    slow_known: Known | None = None
+    hot: tuple[HotKey, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Steps of one cadence as they are kept on the disk: (steps,) numbers, (steps, classes) and (steps, pairs) counts.
+
+    ``pairs`` are numbers of pairs (class index * ``GROUPS_MAX`` + group) with the indexes of ``CLASSES``.
+    """
+
+    steps: IntArray
+    counts: FloatArray
+    pairs: IntArray
+    pair_counts: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +125,45 @@ class _Seen:
     requests: IntArray
     busy_us: IntArray
     queue: int
+    pairs: IntArray
+    """Numbers of the pairs told, in order, and how often each was counted."""
+    pair_requests: IntArray
+    complete: bool
+    """All pairs were told: one that was not had counted nothing."""
+    hot: tuple[HotKey, ...]
+
+
+class _Cadence:
+    """The rings of one cadence: classes, and the pairs that have a place."""
+
+    def __init__(self, steps: int, pair_steps: int) -> None:
+        self.classes = Ring(steps, len(CLASSES))
+        self.pairs = Ring(pair_steps, PAIRS_MAX)
+
+    def advance(self, step: int) -> None:
+        self.classes.advance(step)
+        self.pairs.advance(step)
+
+    def stored(self, first: int, places: IntArray, numbers: IntArray) -> Stored:
+        """The steps from ``first`` on in which somebody was heard."""
+        newest = -1 if self.classes.step is None else self.classes.step
+        last = max(0, min(newest - first + 1, self.pairs.length))
+        counts = self.classes.read(_CLASS_COLUMNS, last)
+        steps = np.arange(newest - len(counts) + 1, newest + 1)
+        known = ~np.isnan(counts).all(axis=1)
+        return Stored(steps[known], counts[known], numbers, self.pairs.read(places, last)[known])
+
+    def restore(self, stored: Stored, places: IntArray) -> None:
+        kept = places >= 0
+        for row, step in enumerate(stored.steps.tolist()):
+            self.classes.put(step, stored.counts[row])
+            pairs = np.zeros(PAIRS_MAX)
+            pairs[places[kept]] = stored.pair_counts[row, kept]
+            self.pairs.put(step, pairs)
 
 
 class History:
-    """The ring itself; one thread owns it and hands out snapshots."""
+    """The history itself; one thread owns it and hands out snapshots."""
 
     def __init__(self, nodes: Sequence[str], *, tick_ms: int, ticks: int) -> None:
         if not 2 <= ticks <= HISTORY_TICKS_MAX:
@@ -76,13 +172,19 @@ class History:
             raise ValueError(f"a tick of {tick_ms} ms; at least 1 ms is needed")
         self._nodes = tuple(nodes)
         self._tick_ms = tick_ms
-        self._ring: FloatArray = np.full((ticks, len(CLASSES)), np.nan)
-        self._length = 0
+        self._fast = _Cadence(ticks, min(ticks, PAIR_TICKS_MAX))
+        self._slow = _Cadence(SLOW_STEPS, PAIR_SLOW_STEPS) if tick_ms < SLOW_MS else None
+        self._minute: int | None = None
+        self._minute_counts: FloatArray = np.zeros(len(CLASSES))
+        self._minute_pairs: FloatArray = np.zeros(PAIRS_MAX)
+        self._minute_heard = False
+        self._places = PairPlaces()
         self._tick: int | None = None
         self._seen: dict[str, _Seen] = {}
         self._used = np.zeros(len(CLASSES), dtype=bool)
         self._requests: FloatArray = np.zeros((len(CLASSES), len(nodes)))
         self._busy_us: FloatArray = np.zeros((len(CLASSES), len(nodes)))
+        self._slow_read: tuple[tuple[object, ...], SlowHistory] | None = None
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -107,50 +209,133 @@ class History:
             raise ValueError(f"tick {tick} does not follow tick {self._tick}")
         self._advance(tick)
         dropped = []
+        counted: dict[int, list[tuple[IntArray, IntArray]]] = {}
         for column, node in enumerate(self._nodes):
             report = reports.get(node)
-            if report is not None and not self._enter(tick, column, node, report):
+            if report is not None and not self._enter(tick, column, node, report, counted):
                 dropped.append(node)
                 self._seen.pop(node, None)
+        for gap, parts in counted.items():
+            self._add_pairs(tick, gap, parts)
         return tuple(dropped)
 
     def snapshot(self) -> HistorySnapshot:
         """The newest state, independent of what is observed later."""
         tick = -1 if self._tick is None else self._tick
         used = np.flatnonzero(self._used)
-        order = np.arange(tick - self._length + 1, tick + 1) % len(self._ring)
+        places, pairs = self._taken(used)
         seen = [self._seen.get(node) for node in self._nodes]
+        up = tuple(state is not None and tick - state.tick < DEAD_TICKS for state in seen)
         return HistorySnapshot(
             tick_ms=self._tick_ms,
             classes=tuple(CLASSES[index] for index in used),
             nodes=self._nodes,
-            counts=_frozen(self._ring[np.ix_(order, used)]),
+            counts=self._fast.classes.read(used),
             requests=_frozen(self._requests[used]),
             busy_us=_frozen(self._busy_us[used]),
-            up=tuple(state is not None and tick - state.tick < DEAD_TICKS for state in seen),
+            up=up,
             queue=tuple(0 if state is None else state.queue for state in seen),
+            tick=max(tick, 0),
+            pairs=pairs,
+            pair_counts=self._fast.pairs.read(places),
+            slow=self._slow_snapshot(used, places),
+            hot=_hottest(state.hot for state, lives in zip(seen, up, strict=True) if state is not None and lives),
         )
 
+    def stored(self, tick: int, minute: int) -> tuple[Stored, Stored]:
+        """What is to be kept on the disk of the ticks from ``tick`` and the minutes from ``minute`` on."""
+        places = np.flatnonzero(self._places.pairs >= 0)
+        numbers = self._places.pairs[places]
+        fast = self._fast.stored(tick, places, numbers)
+        return fast, (self._slow or self._fast).stored(minute if self._slow else 2**62, places, numbers)
+
+    def restore(self, tick: int, fast: Stored, slow: Stored) -> None:
+        """Begin with what an earlier process knew; ``tick`` is the one before the first that will be observed."""
+        if self._tick is not None:
+            raise ValueError("a history that was begun takes nothing in")
+        self._advance(tick)
+        self._minute_heard = False
+        numbers = np.union1d(fast.pairs, slow.pairs)
+        heat = np.zeros(len(numbers))
+        for stored in (fast, slow):
+            recent = np.nan_to_num(stored.pair_counts[-PAIR_TICKS_MAX:])
+            np.add.at(heat, np.searchsorted(numbers, stored.pairs), recent.mean(axis=0) if len(recent) else 0.0)
+        places = self._places.restore(numbers, heat)
+        self._used[np.unique(numbers // GROUPS_MAX)] = True
+        for cadence, stored in ((self._fast, fast), (self._slow, slow)):
+            if cadence is not None and len(stored.steps):
+                cadence.restore(stored, places[np.searchsorted(numbers, stored.pairs)])
+                self._used |= np.nansum(stored.counts, axis=0) > 0
+
+    def _taken(self, used: IntArray) -> tuple[IntArray, tuple[tuple[int, int], ...]]:
+        """The places of pairs in use, and the pairs by index of their class among those used."""
+        places = np.flatnonzero(self._places.pairs >= 0)
+        columns, groups = np.divmod(self._places.pairs[places], GROUPS_MAX)
+        indexes = np.searchsorted(used, columns)
+        return places, tuple(zip(indexes.tolist(), groups.tolist(), strict=True))
+
+    def _slow_snapshot(self, used: IntArray, places: IntArray) -> SlowHistory | None:
+        """Read anew only when a minute has ended or other series are kept: it is long."""
+        if self._slow is None:
+            return None
+        state = (self._slow.classes.step, used.tobytes(), self._places.pairs.tobytes())
+        if self._slow_read is None or self._slow_read[0] != state:
+            step = self._slow.classes.step
+            told = SlowHistory(
+                SLOW_MS, 0 if step is None else step, self._slow.classes.read(used), self._slow.pairs.read(places)
+            )
+            self._slow_read = (state, told)
+        return self._slow_read[1]
+
     def _advance(self, tick: int) -> None:
-        passed = 1 if self._tick is None else min(tick - self._tick, len(self._ring))
-        self._ring[np.arange(tick - passed + 1, tick + 1) % len(self._ring)] = np.nan
-        self._length = min(self._length + passed, len(self._ring))
+        if self._slow is not None:
+            minute = tick * self._tick_ms // SLOW_MS
+            if self._minute is not None and minute > self._minute:
+                self._end_minute(self._slow, minute)
+            elif self._minute is None:
+                self._slow.advance(minute - 1)
+            self._minute = minute
+        self._fast.advance(tick)
         self._tick = tick
 
-    def _enter(self, tick: int, column: int, node: str, report: NodeStats) -> bool:
+    def _end_minute(self, slow: _Cadence, minute: int) -> None:
+        ended = minute - 1 if self._minute is None else self._minute
+        slow.advance(ended)
+        if self._minute_heard:
+            slow.classes.put(ended, self._minute_counts)
+            slow.pairs.put(ended, self._minute_pairs)
+        if minute - 1 > ended:
+            slow.advance(minute - 1)
+        self._minute_counts = np.zeros(len(CLASSES))
+        self._minute_pairs = np.zeros(PAIRS_MAX)
+        self._minute_heard = False
+
+    def _enter(
+        self,
+        tick: int,
+        column: int,
+        node: str,
+        report: NodeStats,
+        counted: dict[int, list[tuple[IntArray, IntArray]]],
+    ) -> bool:
         counters = _counters(report)
-        if counters is None:
+        told = _pairs(report)
+        if counters is None or told is None:
             return False
         requests, busy_us = counters
         before = self._seen.get(node)
-        self._seen[node] = _Seen(report.boot, tick, requests, busy_us, report.queue)
+        hot = _hot_keys(report)
+        self._seen[node] = _Seen(
+            report.boot, tick, requests, busy_us, report.queue, *told, len(report.pairs) < PAIRS_TOLD, hot
+        )
         self._used |= requests > 0
         if before is None:
             # Nobody knows when these were counted: they are the base line, and the tick was heard.
             self._add(tick, 1, np.zeros(len(CLASSES)))
             return True
         gap = tick - before.tick
-        if before.boot == report.boot:
+        same = before.boot == report.boot
+        if same:
             requests, busy_us = requests - before.requests, busy_us - before.busy_us
         else:
             gap = min(gap, 1 + report.uptime_ms // self._tick_ms)
@@ -159,14 +344,36 @@ class History:
             return False
         if busy_us.sum(dtype=np.float64) > WORKERS_MAX * 1e6 * (seconds + 1):
             return False
+        pairs, more = _more(told, before if same else None)
+        if more.sum(dtype=np.float64) > requests.sum(dtype=np.float64):
+            return False
         self._add(tick, gap, requests.astype(np.float64))
         self._measure(column, requests, busy_us)
+        counted.setdefault(gap, []).append((pairs, more))
         return True
 
     def _add(self, tick: int, gap: int, requests: FloatArray) -> None:
-        """Spread what was counted over the ticks since the last report: when in them it came is not known."""
-        rows = np.arange(tick - min(gap, self._length) + 1, tick + 1) % len(self._ring)
-        self._ring[rows] = np.nan_to_num(self._ring[rows], nan=0.0) + requests / gap
+        self._fast.classes.add(tick, gap, requests)
+        self._fast.pairs.heard(tick)
+        self._minute_counts += requests
+        self._minute_heard = True
+
+    def _add_pairs(self, tick: int, gap: int, parts: list[tuple[IntArray, IntArray]]) -> None:
+        pairs, inverse = np.unique(np.concatenate([part for part, _ in parts]), return_inverse=True)
+        counts = np.bincount(inverse, weights=np.concatenate([more for _, more in parts]), minlength=len(pairs))
+        if not len(pairs):
+            return
+        self._used[np.unique(pairs // GROUPS_MAX)] = True
+        places, changed = self._places.settle(pairs, counts)
+        if changed.size:
+            for cadence in (self._fast, self._slow):
+                if cadence is not None:
+                    cadence.pairs.clear(changed)
+            self._minute_pairs[changed] = 0.0
+        row = np.zeros(PAIRS_MAX)
+        row[places[places >= 0]] = counts[places >= 0]
+        self._fast.pairs.add(tick, gap, row)
+        self._minute_pairs += row
 
     def _measure(self, column: int, requests: IntArray, busy_us: IntArray) -> None:
         self._requests[:, column] += requests
@@ -186,6 +393,56 @@ def _counters(report: NodeStats) -> tuple[IntArray, IntArray] | None:
         if column is not None:
             requests[column], busy_us[column] = each.requests, each.busy_us
     return requests, busy_us
+
+
+def _pairs(report: NodeStats) -> tuple[IntArray, IntArray] | None:
+    """Numbers, in order, and counters of the pairs of a report; None if it names one twice or a class it has not."""
+    flat = np.fromiter(itertools.chain.from_iterable(report.pairs), dtype=np.int64, count=3 * len(report.pairs))
+    classes, groups, requests = flat.reshape(-1, 3).T
+    if classes.size and (int(classes.max()) >= len(report.classes) or int(groups.max()) >= GROUPS_MAX):
+        return None
+    columns = np.array([_COLUMNS.get(each.request_class, -1) for each in report.classes], dtype=np.int64)[classes]
+    numbers = (columns * GROUPS_MAX + groups)[columns >= 0]
+    order = np.argsort(numbers, kind="stable")
+    numbers = numbers[order]
+    if (numbers[1:] == numbers[:-1]).any():
+        return None
+    return numbers, requests[columns >= 0][order]
+
+
+def _more(told: tuple[IntArray, IntArray], before: _Seen | None) -> tuple[IntArray, IntArray]:
+    """How much more each pair was counted than before.
+
+    A pair that was not told before had counted nothing, if all were told; else nobody knows, and it begins now.
+    """
+    pairs, requests = told
+    if before is None or not pairs.size:
+        return pairs, requests
+    if not before.pairs.size:
+        return pairs, requests if before.complete else np.zeros_like(requests)
+    at = np.minimum(np.searchsorted(before.pairs, pairs), before.pairs.size - 1)
+    known = before.pairs[at] == pairs
+    base = np.where(known, before.pair_requests[at], 0 if before.complete else requests)
+    # A node that had no room for a pair counts it anew from 0.
+    return pairs, requests - np.where(base > requests, 0, base)
+
+
+def _hot_keys(report: NodeStats) -> tuple[HotKey, ...]:
+    classes = [each.request_class for each in report.classes]
+    return tuple(
+        HotKey(name, classes[index], requests * 1000.0 / report.hot_window_ms)
+        for name, index, requests in report.hot
+        if index < len(classes) and classes[index] in _COLUMNS and report.hot_window_ms
+    )
+
+
+def _hottest(told: Iterable[tuple[HotKey, ...]]) -> tuple[HotKey, ...]:
+    """The nodes' hottest keys together: summaries of space-saving add up (Agarwal et al. 2012)."""
+    rates: dict[tuple[str, str], float] = {}
+    for key in itertools.chain.from_iterable(told):
+        rates[key.name, key.request_class] = rates.get((key.name, key.request_class), 0.0) + key.requests_per_s
+    hottest = sorted(rates.items(), key=lambda item: (-item[1], item[0]))[:HOT_KEYS_MAX]
+    return tuple(HotKey(name, request_class, rate) for (name, request_class), rate in hottest)
 
 
 def _frozen(array: FloatArray) -> FloatArray:

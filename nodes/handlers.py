@@ -131,6 +131,7 @@ from nodes.cache import Cache, CacheLimits, CacheStatistics
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
 from nodes.health import Kind, TokenFault
+from nodes.heavy import WINDOW_S, HeavyHitters, PairCounts
 from nodes.holder import ShareHolder
 from nodes.latency import (
     AUDIT,
@@ -160,7 +161,6 @@ from nodes.workers import Worker
 
 __all__ = ["Handlers", "Moved", "Replier", "Snapshot"]
 
-MAX_GROUPS_TOLD: Final = 2048
 MOVED_MAX: Final = 8
 """How many combiners a ``moved`` reply names."""
 LEASE_USES: Final = 64
@@ -413,7 +413,9 @@ class Handlers(FollowsCluster):
         self._counts: dict[str, _Count] = {}
         self._latencies = Latencies()
         self._tracer = tracer
-        self._group_counts: dict[int, int] = {}
+        self._pairs = PairCounts()
+        self._hot = HeavyHitters()
+        self._window_s = self._started_s
         self.number = 0
         self._admission = Admission(limits)
         self._cursor = Cursor()
@@ -558,7 +560,9 @@ class Handlers(FollowsCluster):
         self._cache.settle(plan.cached_as, plan.loaded, used, leased - used)
         plan.count.requests += used - failed
         plan.count.busy_us += busy_us
-        self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + used - failed
+        if used > failed:
+            self._pairs.count(plan.request_class, plan.group, used - failed)
+            self._hot.count(plan.name, plan.request_class, used - failed)
 
     def begin_planned(self, plan: Plan) -> bool:
         """Begin a use that was leased, if all that its plan goes by still holds."""
@@ -685,8 +689,8 @@ class Handlers(FollowsCluster):
             count.requests += 1
             count.errors += outcome != "ok"
             count.busy_us += call.service_us
-            group = self._cluster.group_of(call.key)
-            self._group_counts[group] = self._group_counts.get(group, 0) + 1
+            self._pairs.count(call.request_class, self._cluster.group_of(call.key))
+            self._hot.count(call.key, call.request_class)
         if not call.recording and outcome == "ok":
             answer(None)
             return
@@ -1137,11 +1141,28 @@ class Handlers(FollowsCluster):
         return self._node in self._cluster.nodes
 
     def _stats(self, call: _Call, body: Empty) -> None:
-        busiest = sorted(self._group_counts.items(), key=lambda item: -item[1])[:MAX_GROUPS_TOLD]
-        counts = [ClassCount(name, count.requests, count.errors, count.busy_us) for name, count in self._counts.items()]
-        uptime_ms = int((self._clock() - self._started_s) * 1000)
+        now_s = self._clock()
+        if now_s - self._window_s >= WINDOW_S:
+            self._hot.end_window(now_s - self._window_s)
+            self._pairs.end_window()
+            self._window_s = now_s
+        places = {name: index for index, name in enumerate(self._counts)}
         self._answer(
-            call, NodeStats(self._boot, uptime_ms, self.pending, counts, busiest, self._caches(), self._cluster.serial)
+            call,
+            NodeStats(
+                boot=self._boot,
+                uptime_ms=int((now_s - self._started_s) * 1000),
+                queue=self.pending,
+                classes=[
+                    ClassCount(name, count.requests, count.errors, count.busy_us)
+                    for name, count in self._counts.items()
+                ],
+                pairs=self._pairs.told(places),
+                caches=self._caches(),
+                cluster_serial=self._cluster.serial,
+                hot_window_ms=int(self._hot.told_s * 1000),
+                hot=[(key, places[name], count) for key, name, count in self._hot.told if name in places],
+            ),
         )
 
     def _latency(self, call: _Call, body: Empty) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from balancer.forecast import RIDGE_CLASSES_MAX, Forecast, predict_load
+from balancer.forecast import FITS_AT_ONCE, Forecast, predict_load
 from balancer.history import CLASSES, HistorySnapshot
 
 
@@ -113,7 +113,7 @@ def test_it_is_a_pure_function_and_bounded() -> None:
     counts = random.poisson(60 + 50 * np.sin(2 * np.pi * ticks / 12) + np.arange(40)[None, :]).astype(float)
     first, second = predict_load(snapshot(counts)), predict_load(snapshot(counts))
     assert np.array_equal(first.mean, second.mean)
-    assert first.models.count("ridge") == RIDGE_CLASSES_MAX
+    assert first.models.count("ridge") == FITS_AT_ONCE
     assert set(first.models[:8]) == {"ewma"}
 
 

@@ -18,7 +18,7 @@ def report(boot: bytes = BOOT, *, uptime_ms: int = 10**9, queue: int = 0, **coun
     """Counters ``sign=(requests, busy_us)`` and ``encrypt=...``."""
     names = {"sign": SIGN, "encrypt": ENCRYPT, "new": "sign/of-tomorrow"}
     classes = [ClassCount(names[name], requests, 0, busy_us) for name, (requests, busy_us) in counts.items()]
-    return NodeStats(boot, uptime_ms, queue, classes, [], [], 1)
+    return NodeStats(boot, uptime_ms, queue, classes, [], [], 1, 0, [])
 
 
 def make(nodes: tuple[str, ...] = ("a", "b"), ticks: int = 10) -> History:
@@ -86,7 +86,7 @@ def test_a_tick_without_any_report_is_unknown() -> None:
         report(sign=(20, 5)),
         report(sign=(10**12, 20)),
         report(sign=(20, 10**13)),
-        NodeStats(BOOT, 0, 0, [ClassCount(SIGN, 20, 0, 20), ClassCount(SIGN, 30, 0, 30)], [], [], 1),
+        NodeStats(BOOT, 0, 0, [ClassCount(SIGN, 20, 0, 20), ClassCount(SIGN, 30, 0, 30)], [], [], 1, 0, []),
     ],
     ids=["requests fell", "busy fell", "exploding", "too busy", "twice"],
 )

@@ -186,7 +186,7 @@ class CountingNode:
                     continue
                 assert incoming.request.verb == STATS
                 served += 50
-                stats = NodeStats(boot, served, 0, [ClassCount(SIGN, served, 0, served * 200)], [], [], 1)
+                stats = NodeStats(boot, served, 0, [ClassCount(SIGN, served, 0, served * 200)], [], [], 1, 0, [])
                 self._listener.reply(incoming, Status.OK, REPLY_CODECS[STATS].encode(stats))
 
     def close(self) -> None:

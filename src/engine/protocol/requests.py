@@ -247,16 +247,28 @@ class ClassCount(Message, frozen=True):
     busy_us: UInt
 
 
+PAIRS_TOLD: Final = 1024
+"""Most (class, placement group) counters in a node's statistics; those that moved most of late are told."""
+HOT_KEYS_TOLD: Final = 64
+"""Most keys in a node's statistics."""
+
+
 class NodeStats(Message, frozen=True):
-    """What a node tells a balancer: counters since ``boot`` (a random id of this start) and its state now."""
+    """What a node tells a balancer: counters since ``boot`` (a random id of this start) and its state now.
+
+    ``pairs`` are (index in ``classes``, placement group, requests). ``hot`` are the most used keys of the last whole
+    window of ``hot_window_ms``, as (key, index in ``classes``, requests), estimates that are never too low.
+    """
 
     boot: Identifier
     uptime_ms: UInt
     queue: UInt
     classes: Annotated[list[ClassCount], Meta(max_length=512)]
-    groups: Annotated[list[tuple[UInt, UInt]], Meta(max_length=2048)]
+    pairs: Annotated[list[tuple[UInt, UInt, UInt]], Meta(max_length=PAIRS_TOLD)]
     caches: Annotated[list[CacheCount], Meta(max_length=16)]
     cluster_serial: UInt
+    hot_window_ms: UInt
+    hot: Annotated[list[tuple[KeyName, UInt, UInt]], Meta(max_length=HOT_KEYS_TOLD)]
 
 
 class TokenHealth(Message, frozen=True):

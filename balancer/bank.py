@@ -1,0 +1,421 @@
+"""Fitted series side by side: predicting all at once, and how good what was said turned out to be. Plain numpy.
+
+A bank is immutable; each function gives a new one. Shapes: S series, H = ``HORIZONS``, A = ``ALPHAS``, C = ``COLUMNS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from balancer.features import (
+    ALPHAS,
+    COLUMNS,
+    COUNT_MAX,
+    CYCLES,
+    HORIZONS,
+    LAGS,
+    WINDOW,
+    Known,
+    clean,
+    counts_of,
+    design,
+    last_levels,
+    roots_of,
+)
+
+__all__ = ["EMPTY", "Accuracy", "Bank", "Fit", "Outlook", "accuracy", "advance", "refitted", "spread"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+QUANTILE = 0.9
+NORMAL_SCORE = 1.2816
+"""The normal quantile: for a Poisson count with too few residuals to know better."""
+NEW_ALPHA = 5
+"""Index of the alpha of a series that was never fitted."""
+NEVER = -(2**62)
+MEMORY = 0.01
+"""Weight of the newest step in what is told of the errors."""
+JUDGED_STEPS = 30
+WORSE = 1.05
+"""The Ridge of a series rests while its recent errors are so many times the EWMA's, over at least the steps above."""
+TRACKING = 0.03
+"""How far the P90's score goes with each step, as a part of itself (at least of 1)."""
+REGRESSOR_WINDOW = WINDOW
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What was learnt of one series.
+
+    ``ewma`` (A, H) has the weights of the levels of the EWMA alone; ``mix`` (A, H), ``coefficients`` (C, H) and
+    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. The spreads are
+    scores and variances (H,), as ``spread`` gives them; ``ceiling`` is the largest root seen.
+    """
+
+    step: int
+    ewma: FloatArray
+    ewma_spread: tuple[FloatArray, FloatArray]
+    mix: FloatArray | None
+    coefficients: FloatArray | None
+    intercept: FloatArray | None
+    mix_spread: tuple[FloatArray, FloatArray]
+    ceiling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What is to come: (S, H) requests per second, step by step; ``models`` says who spoke for each series.
+
+    The median is what has the least absolute error, the mean what a capacity is planned by.
+    """
+
+    step_ms: int
+    median: FloatArray
+    mean: FloatArray
+    p90: FloatArray
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tracks:
+    """What was said in the last H steps, (H, S, H) by step, and how good it was (S, H), recent steps counting most."""
+
+    steps: IntArray
+    said: FloatArray
+    said_ewma: FloatArray
+    said_p90: FloatArray
+    judged: FloatArray
+    error: FloatArray
+    error_ewma: FloatArray
+    bias: FloatArray
+    covered: FloatArray
+    naive: FloatArray
+    """(S,): what the step before would have been wrong by."""
+    load: FloatArray
+    """(S,): the mean count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """All of one cadence's classes, or pairs."""
+
+    series: tuple[object, ...]
+    step: int
+    step_ms: int
+    fitted: IntArray
+    """The step at which each was fitted."""
+    ridge: BoolArray
+    ewma: FloatArray
+    mix: FloatArray
+    coefficients: FloatArray
+    intercept: FloatArray
+    score: FloatArray
+    variance: FloatArray
+    score_ewma: FloatArray
+    variance_ewma: FloatArray
+    ceiling: FloatArray
+    drift: FloatArray
+    """What the P90's score has been moved by, to keep its coverage."""
+    tracks: Tracks
+    scored: int
+    """The step up to which what was said is judged."""
+    outlook: Outlook
+
+    def follow(self, series: tuple[object, ...], step: int, step_ms: int) -> tuple[Bank, bool]:
+        """Go on with these series at this step, and whether these were all there are and the step is no new one."""
+        if step_ms != self.step_ms:
+            return replace(_fresh(series, step_ms), step=step), False
+        if series == self.series:
+            return replace(self, step=step), step == self.step
+        places = {name: index for index, name in enumerate(self.series)}
+        old = np.array([places.get(name, -1) for name in series], dtype=np.int64)
+        fresh = _fresh(series, step_ms)
+        here = np.flatnonzero(old >= 0)
+        values = {"series": series, "step": step, "step_ms": step_ms, "scored": self.scored, "outlook": fresh.outlook}
+        for name in _BY_SERIES:
+            values[name] = _moved(getattr(fresh, name), getattr(self, name), here, old, axis=0)
+        tracks: dict[str, NDArray[np.generic]] = {"steps": self.tracks.steps}
+        for name in _TRACKS:
+            axis = 1 if name.startswith("said") else 0
+            tracks[name] = _moved(getattr(fresh.tracks, name), getattr(self.tracks, name), here, old, axis=axis)
+        return Bank(**values, tracks=Tracks(**tracks)), False  # type: ignore[arg-type]
+
+
+_BY_SERIES = (
+    "fitted",
+    "ridge",
+    "ewma",
+    "mix",
+    "coefficients",
+    "intercept",
+    "score",
+    "variance",
+    "score_ewma",
+    "variance_ewma",
+    "ceiling",
+    "drift",
+)
+_TRACKS = (
+    "said",
+    "said_ewma",
+    "said_p90",
+    "judged",
+    "error",
+    "error_ewma",
+    "bias",
+    "covered",
+    "naive",
+    "load",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How good the forecasts of a bank were of late: (S, H), NaN where nothing was judged yet.
+
+    ``mase`` is the mean absolute error over that of the step before said again for the next; ``bias`` is the mean error
+    over the mean load, above 0 where too much was said; ``coverage`` is how often the P90 held.
+    """
+
+    series: tuple[object, ...]
+    models: tuple[str, ...]
+    mase: FloatArray
+    coverage: FloatArray
+    bias: FloatArray
+
+
+def spread(guess: FloatArray, said: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """From roots (rows, H) that were guessed, and that came: the P90's scores (H,), and the variances (H,).
+
+    The score is the split-conformal quantile of (y - guess) / sqrt(guess + 1), in counts.
+    """
+    rows = len(said)
+    rank = math.ceil((rows + 1) * QUANTILE)
+    variance = (said - guess).var(axis=0) if rows > 1 else np.zeros(HORIZONS)
+    if rank > rows:
+        return np.full(HORIZONS, NORMAL_SCORE), variance
+    counts = counts_of(guess)
+    residuals = (counts_of(said) - counts) / np.sqrt(counts + 1.0)
+    return np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), variance
+
+
+def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
+    """The bank with these series learnt anew."""
+    if not fits:
+        return bank
+    copies = {name: getattr(bank, name).copy() for name in _BY_SERIES if name != "drift"}
+    for index, fit in fits.items():
+        copies["fitted"][index] = fit.step
+        copies["ridge"][index] = fit.mix is not None
+        copies["ewma"][index] = fit.ewma
+        copies["score_ewma"][index], copies["variance_ewma"][index] = fit.ewma_spread
+        copies["score"][index], copies["variance"][index] = fit.mix_spread
+        copies["ceiling"][index] = fit.ceiling
+        if fit.mix is not None:
+            copies["mix"][index] = fit.mix
+            copies["coefficients"][index] = fit.coefficients
+            copies["intercept"][index] = fit.intercept
+    return replace(bank, **copies)
+
+
+def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Known | None) -> Bank:
+    """Judge what was said of the newest step, and say what comes after it. ``counts`` is (steps, S)."""
+    series = len(bank.series)
+    if not series or not len(counts):
+        return replace(bank, outlook=_silence(bank.series, bank.step_ms))
+    if bank.scored < bank.step:
+        bank = _judged(bank, counts)
+    tail = clean(counts[-WINDOW:])
+    roots = roots_of(tail)
+    level = last_levels(roots)
+    limit = (2.0 * np.maximum(bank.ceiling, roots.max(axis=0)))[:, None]
+    ewma = np.einsum("sa,sah->sh", level, bank.ewma)
+    rests = _rests(bank)
+    speaks = bank.ridge & ~rests & (len(counts) >= LAGS)
+    said = ewma.copy()
+    here = np.flatnonzero(bank.ridge) if len(counts) >= LAGS else np.zeros(0, dtype=np.int64)
+    mixed = ewma.copy()
+    if here.size:
+        columns = _newest(counts[:, here], roots[:, here], level[here], lengths, bank.step, known)
+        mixed[here] = (
+            np.einsum("sc,sch->sh", columns, bank.coefficients[here])
+            + bank.intercept[here]
+            + np.einsum("sa,sah->sh", level[here], bank.mix[here])
+        )
+        mixed = np.where(np.isfinite(mixed), mixed, ewma)
+    mixed, ewma = np.clip(mixed, 0.0, limit), np.clip(ewma, 0.0, limit)
+    said = np.where(speaks[:, None], mixed, ewma)
+    lives = (tail.max(axis=0) > 0)[:, None]
+    median = np.where(lives, counts_of(said), 0.0)
+    variance = np.where(speaks[:, None], bank.variance, bank.variance_ewma)
+    mean = np.where(lives, counts_of(said, variance), 0.0)
+    score = np.maximum(np.where(speaks[:, None], bank.score, bank.score_ewma) + bank.drift, 0.0)
+    p90 = np.where(lives, np.maximum(median + score * np.sqrt(median + 1.0), mean), 0.0)
+    median, mean, p90 = (np.minimum(each, COUNT_MAX) for each in (median, mean, p90))
+    per_s = 1000.0 / bank.step_ms
+    outlook = Outlook(
+        bank.step_ms, median * per_s, mean * per_s, p90 * per_s, tuple("ridge" if each else "ewma" for each in speaks)
+    )
+    place = bank.step % HORIZONS
+    tracks = bank.tracks
+    steps, said_mix = tracks.steps.copy(), tracks.said.copy()
+    said_ewma, said_p90 = tracks.said_ewma.copy(), tracks.said_p90.copy()
+    steps[place] = bank.step
+    # The mix is judged even while it rests: so it is known when it is better again.
+    said_mix[place] = np.where(lives, counts_of(mixed), 0.0)
+    said_ewma[place] = np.where(lives, counts_of(ewma), 0.0)
+    said_p90[place] = p90
+    tracks = replace(tracks, steps=steps, said=said_mix, said_ewma=said_ewma, said_p90=said_p90)
+    return replace(bank, tracks=tracks, outlook=outlook)
+
+
+def accuracy(bank: Bank) -> Accuracy:
+    """What is known of a bank's errors."""
+    tracks = bank.tracks
+    unknown = tracks.judged < 1
+    error = np.where(_rests(bank)[:, None] | ~bank.ridge[:, None], tracks.error_ewma, tracks.error)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mase = error / tracks.naive[:, None]
+        bias = tracks.bias / tracks.load[:, None]
+    return Accuracy(
+        bank.series,
+        bank.outlook.models,
+        np.where(unknown | ~np.isfinite(mase), np.nan, mase),
+        np.where(unknown, np.nan, tracks.covered),
+        np.where(unknown | ~np.isfinite(bias), np.nan, bias),
+    )
+
+
+def _rests(bank: Bank) -> BoolArray:
+    tracks = bank.tracks
+    enough = tracks.judged.min(axis=1) >= JUDGED_STEPS
+    scale = np.maximum(tracks.error_ewma, 1e-9)
+    return np.asarray(enough & ((tracks.error / scale).mean(axis=1) > WORSE))
+
+
+def _judged(bank: Bank, counts: FloatArray) -> Bank:
+    """The newest step against what was said of it 1..H steps ago."""
+    tracks, newest = bank.tracks, counts[-1]
+    known = np.isfinite(newest) & (newest >= 0) & (newest <= COUNT_MAX)
+    if not known.any():
+        return replace(bank, scored=bank.step)
+    actual = np.where(known, newest, 0.0)
+    horizons = np.arange(HORIZONS)
+    places = (bank.step - 1 - horizons) % HORIZONS
+    there = tracks.steps[places] == bank.step - 1 - horizons
+    said, by_ewma, p90 = (each[places, :, horizons].T for each in (tracks.said, tracks.said_ewma, tracks.said_p90))
+    valid = there[None, :] & known[:, None]
+    judged = np.where(valid, tracks.judged + 1, tracks.judged)
+    weight = np.where(valid, np.maximum(MEMORY, 1.0 / np.maximum(judged, 1)), 0.0)
+    above = actual[:, None] > p90
+    before = counts[-2] if len(counts) > 1 else newest
+    stepped = known & np.isfinite(before)
+    of_series = np.where(stepped, np.maximum(MEMORY, 1.0 / np.maximum(judged[:, 0], 1)), 0.0)
+    pull = TRACKING * np.maximum(np.where(bank.ridge[:, None], bank.score, bank.score_ewma), 1.0)
+    drift = bank.drift + np.where(valid, pull * (above - (1.0 - QUANTILE)), 0.0)
+
+    def mean(old: FloatArray, new: FloatArray, weights: FloatArray) -> FloatArray:
+        return np.asarray(old + weights * (new - old))
+
+    tracks = replace(
+        tracks,
+        judged=judged,
+        error=mean(tracks.error, np.abs(said - actual[:, None]), weight),
+        error_ewma=mean(tracks.error_ewma, np.abs(by_ewma - actual[:, None]), weight),
+        bias=mean(tracks.bias, np.where(bank.ridge[:, None], said, by_ewma) - actual[:, None], weight),
+        covered=mean(tracks.covered, 1.0 - above, weight),
+        naive=mean(tracks.naive, np.where(stepped, np.abs(actual - before), 0.0), of_series),
+        load=mean(tracks.load, actual, of_series),
+    )
+    return replace(bank, tracks=tracks, drift=drift, scored=bank.step)
+
+
+def _newest(
+    counts: FloatArray,
+    roots: FloatArray,
+    level: FloatArray,
+    lengths: tuple[int, ...],
+    step: int,
+    known: Known | None,
+) -> FloatArray:
+    """The columns (series, C) of the newest step. Of what is older than the window only the waves' rows are made."""
+    steps, tail = len(counts), len(roots)
+    long = max(lengths, default=0) * CYCLES
+    if long > tail:
+        rows = np.unique(
+            np.concatenate(
+                [
+                    np.arange(steps - cycle * length, steps - cycle * length + HORIZONS)
+                    for length in lengths
+                    if length
+                    for cycle in range(1, CYCLES + 1)
+                ]
+            )
+        )
+        rows = rows[(rows >= 0) & (rows < steps - tail)]
+        whole = np.empty((steps, counts.shape[1]))
+        whole[rows] = roots_of(clean(counts[rows]))
+        whole[steps - tail :] = roots
+        roots = whole
+    near = None
+    if known is not None:
+        near = Known(known.past[-REGRESSOR_WINDOW:], known.ahead)
+    at = np.array([len(roots) - 1])
+    return design(roots, level[None], at, lengths, step, near)[0]
+
+
+def _moved(
+    fresh: NDArray[np.generic], old: NDArray[np.generic], here: IntArray, places: IntArray, *, axis: int
+) -> NDArray[np.generic]:
+    told = fresh.copy()
+    if axis:
+        told[:, here] = old[:, places[here]]
+    else:
+        told[here] = old[places[here]]
+    return told
+
+
+def _silence(series: tuple[object, ...], step_ms: int) -> Outlook:
+    nothing = np.zeros((len(series), HORIZONS))
+    return Outlook(step_ms, nothing, nothing, nothing, ("ewma",) * len(series))
+
+
+def _fresh(series: tuple[object, ...], step_ms: int) -> Bank:
+    many, levels = len(series), len(ALPHAS)
+    ewma = np.zeros((many, levels, HORIZONS))
+    ewma[:, NEW_ALPHA] = 1.0
+    zeros = np.zeros((many, HORIZONS))
+    said = np.zeros((HORIZONS, many, HORIZONS))
+    none = np.zeros(many)
+    return Bank(
+        series=series,
+        step=0,
+        step_ms=step_ms,
+        fitted=np.full(many, NEVER, dtype=np.int64),
+        ridge=np.zeros(many, dtype=bool),
+        ewma=ewma,
+        mix=np.zeros((many, levels, HORIZONS)),
+        coefficients=np.zeros((many, COLUMNS, HORIZONS)),
+        intercept=zeros,
+        score=np.full((many, HORIZONS), NORMAL_SCORE),
+        variance=zeros,
+        score_ewma=np.full((many, HORIZONS), NORMAL_SCORE),
+        variance_ewma=zeros,
+        ceiling=none,
+        drift=zeros,
+        tracks=Tracks(
+            np.full(HORIZONS, NEVER, dtype=np.int64), said, said, said, zeros, zeros, zeros, zeros, zeros, none, none
+        ),
+        scored=NEVER,
+        outlook=_silence(series, step_ms),
+    )
+
+
+EMPTY = _fresh((), 0)

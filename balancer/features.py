@@ -1,0 +1,200 @@
+"""What a forecast goes by: cleaned counts, their roots, EWMA levels, and the regression's columns. Plain numpy.
+
+Counts are stabilised as z = sqrt(y + 3/8) (Anscombe 1948). All columns are relative to an EWMA level, so that a row of
+zeros says "as the level is". Shapes: (steps, series) in, (rows, series, COLUMNS) out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "ALPHAS",
+    "COLUMNS",
+    "COUNT_MAX",
+    "HORIZONS",
+    "LEVEL",
+    "REGRESSORS_MAX",
+    "Known",
+    "clean",
+    "columns_of",
+    "counts_of",
+    "design",
+    "last_levels",
+    "levels",
+    "penalties",
+    "period_steps",
+    "roots_of",
+]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+HORIZONS = 10
+LAGS = 30
+ROLLING = (3, 10, LAGS)
+COUNT_MAX = 1e12
+"""Counts per step are clipped here."""
+SHIFT = 0.375
+ALPHAS = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 1.0])
+LEVEL = 3
+"""Index of the alpha whose level the columns are relative to."""
+LEVEL_COLUMNS = (0, 1, 2, 4, 5)
+"""Indexes of the alphas whose levels are columns."""
+PERIODS_MS = (60_000, 300_000, 900_000, 3_600_000, 86_400_000, 604_800_000)
+"""The waves that loads have: by the clock."""
+HARMONICS = 3
+CYCLES = 3
+"""A seasonal column is the mean of so many past waves, as far as they are known; as many are needed at all."""
+REGRESSORS_MAX = 4
+"""External series that enter the forecast."""
+WINDOW = 600
+"""Steps from which the newest level is made: what is older weighs less than 1e-5 of it."""
+BLOCK = 64
+
+_PERIOD_COLUMNS = HORIZONS + 2 * HARMONICS
+_FIRST_PERIOD = LAGS + len(ROLLING) + len(LEVEL_COLUMNS)
+_FIRST_REGRESSOR = _FIRST_PERIOD + len(PERIODS_MS) * _PERIOD_COLUMNS
+COLUMNS = _FIRST_REGRESSOR + REGRESSORS_MAX * HORIZONS
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """External series by step: ``past`` (steps, REGRESSORS_MAX) as the counts', ``ahead`` (HORIZONS, ...) to come.
+
+    Scaled to about 1; 0 where nothing is known.
+    """
+
+    past: FloatArray
+    ahead: FloatArray
+
+
+def clean(counts: FloatArray) -> FloatArray:
+    """The counts with gaps filled by the value before (or after, at the start), and nothing negative or endless."""
+    unknown = np.isnan(counts)
+    values = counts
+    if unknown.any():
+        index = np.where(unknown, -1, np.arange(len(counts))[:, None])
+        filled = np.maximum.accumulate(index, axis=0)
+        filled = np.where(filled < 0, np.argmin(unknown, axis=0)[None, :], filled)
+        values = np.take_along_axis(counts, filled, axis=0)
+    return np.clip(np.nan_to_num(values, nan=0.0, posinf=COUNT_MAX, neginf=0.0), 0.0, COUNT_MAX)
+
+
+def roots_of(counts: FloatArray) -> FloatArray:
+    """z = sqrt(y + 3/8)."""
+    return np.asarray(np.sqrt(counts + SHIFT))
+
+
+def counts_of(roots: FloatArray, variance: FloatArray | float = 0.0) -> FloatArray:
+    """Back from roots: the median, or with the variance of z the mean, as E[y] = E[z]^2 + Var z - 3/8."""
+    return np.maximum(np.square(np.maximum(roots, 0.0)) + variance - SHIFT, 0.0)
+
+
+def levels(roots: FloatArray) -> FloatArray:
+    """EWMA levels (steps, alphas) of one series (steps,), each after its step was seen; they begin at the first."""
+    told = np.empty((len(roots), len(ALPHAS)))
+    fade = (1.0 - ALPHAS)[None, :]
+    age = np.arange(BLOCK)
+    lag = age[:, None] - age[None, :]
+    weights = np.where(lag[None] >= 0, ALPHAS[:, None, None] * fade[0][:, None, None] ** np.maximum(lag, 0)[None], 0.0)
+    level = np.full(len(ALPHAS), roots[0] if len(roots) else 0.0)
+    for first in range(0, len(roots), BLOCK):
+        block = roots[first : first + BLOCK]
+        size = len(block)
+        told[first : first + size] = (weights[:, :size, :size] @ block).T + fade ** (age[:size, None] + 1) * level
+        level = told[first + size - 1]
+    return told
+
+
+def last_levels(roots: FloatArray) -> FloatArray:
+    """The newest EWMA levels (series, alphas) of series (steps, series) with at least one step."""
+    tail = roots[-WINDOW:]
+    age = np.arange(len(tail) - 1, -1, -1)
+    weights = ALPHAS[None, :] * (1.0 - ALPHAS)[None, :] ** age[:, None]
+    weights[0] = (1.0 - ALPHAS) ** age[0]
+    return np.asarray(tail.T @ weights)
+
+
+def period_steps(step_ms: int, steps: int) -> tuple[int, ...]:
+    """The waves' lengths in steps; 0 for one too short for a column of its own or too long for this history."""
+    told = []
+    for period in PERIODS_MS:
+        length = period // step_ms if period % step_ms == 0 else 0
+        told.append(length if length > LAGS // 2 and length * CYCLES <= steps else 0)
+    return tuple(told)
+
+
+def columns_of(period: int | None = None, *, regressors: bool = False) -> slice:
+    """Where the columns of a wave (its index), of the external series, or of everything else are."""
+    if regressors:
+        return slice(_FIRST_REGRESSOR, COLUMNS)
+    if period is None:
+        return slice(0, _FIRST_PERIOD)
+    return slice(_FIRST_PERIOD + period * _PERIOD_COLUMNS, _FIRST_PERIOD + (period + 1) * _PERIOD_COLUMNS)
+
+
+def penalties() -> FloatArray:
+    """How much more a column's coefficient is shrunk than others': old lags more (Litterman 1986)."""
+    told = np.ones(COLUMNS)
+    told[:LAGS] = np.arange(1.0, LAGS + 1.0) ** 2
+    return told
+
+
+def design(
+    roots: FloatArray, level: FloatArray, at: IntArray, lengths: tuple[int, ...], step: int, known: Known | None
+) -> FloatArray:
+    """The columns (rows, series, COLUMNS) at these indexes into ``roots`` (steps, series), each at least LAGS - 1.
+
+    ``level`` is (rows, series, alphas) there; ``lengths`` the waves' in steps, 0 for none; ``step`` the number of the
+    last step of ``roots`` since the epoch, which gives the phase.
+    """
+    rows, series = len(at), roots.shape[1]
+    told = np.zeros((rows, series, COLUMNS))
+    base = level[:, :, LEVEL]
+    for lag in range(LAGS):
+        told[:, :, lag] = roots[at - lag] - base
+    mean = np.zeros((rows, series))
+    for lag in range(LAGS):
+        mean += told[:, :, lag]
+        if lag + 1 in ROLLING:
+            told[:, :, LAGS + ROLLING.index(lag + 1)] = mean / (lag + 1)
+    for place, index in enumerate(LEVEL_COLUMNS):
+        told[:, :, LAGS + len(ROLLING) + place] = level[:, :, index] - base
+    for index, length in enumerate(lengths):
+        if length:
+            part = told[:, :, columns_of(index)]
+            _seasonal(roots, base, at, length, part)
+            phase = 2 * np.pi * ((step - (len(roots) - 1 - at)) % length) / length
+            for harmonic in range(1, HARMONICS + 1):
+                part[:, :, HORIZONS + 2 * harmonic - 2] = np.sin(harmonic * phase)[:, None]
+                part[:, :, HORIZONS + 2 * harmonic - 1] = np.cos(harmonic * phase)[:, None]
+    if known is not None:
+        told[:, :, columns_of(regressors=True)] = _regressors(known, at, len(roots))[:, None, :]
+    return told
+
+
+def _seasonal(roots: FloatArray, base: FloatArray, at: IntArray, length: int, part: FloatArray) -> None:
+    """What came after this point of the last waves, each of the horizons; where none is known, the level."""
+    for horizon in range(HORIZONS):
+        total, found = np.zeros_like(base), np.zeros(len(at))
+        for cycle in range(1, CYCLES + 1):
+            index = at + 1 + horizon - cycle * length
+            known = (index >= 0) & (index < len(roots))
+            total[known] += roots[index[known]] - base[known]
+            found += known
+        part[:, :, horizon] = total / np.maximum(found, 1.0)[:, None]
+
+
+def _regressors(known: Known, at: IntArray, steps: int) -> FloatArray:
+    """(rows, REGRESSORS_MAX * HORIZONS): how each external series will differ from its level as of now."""
+    past = known.past[-steps:]
+    if len(past) < steps:
+        past = np.concatenate([np.repeat(past[:1], steps - len(past), axis=0), past]) if len(past) else past
+    whole = np.concatenate([past, known.ahead])
+    level = np.stack([levels(past[:, column])[:, LEVEL] for column in range(past.shape[1])], axis=1)
+    told = np.stack([whole[at + 1 + horizon] - level[at] for horizon in range(HORIZONS)], axis=2)
+    return told.reshape(len(at), -1)
