@@ -9,14 +9,17 @@ from __future__ import annotations
 import highspy
 import numpy as np
 
+from balancer.placement import Infeasible, Placement, PlacementModel, PlacementProblem, explain
 from balancer.program import FloatArray, Program, Solution
+from balancer.rounding import plan_moves
 from balancer.routing import Assignment, AssignmentProblem, RoutingModel
 from engine.errors import EngineError
 
-__all__ = ["RoutingSolver", "SolverError", "WarmSolver", "optimize_assignment"]
+__all__ = ["PlacementSolver", "RoutingSolver", "SolverError", "WarmSolver", "optimize_assignment", "optimize_placement"]
 
 ROUTING_S = 0.5
-"""How long the routing program may take where nothing else is said."""
+PLACEMENT_S = 5.0
+"""How long the programs may take where nothing else is said."""
 
 
 class SolverError(EngineError):
@@ -142,3 +145,28 @@ def optimize_assignment(
     ``solver`` of earlier ticks makes it quick, and of several optima may find another one.
     """
     return (solver or RoutingSolver()).solve(problem, time_limit_s)
+
+
+class PlacementSolver:
+    """The placement program, kept from one plan to the next for its basis. One thread uses it."""
+
+    def __init__(self) -> None:
+        self._solver = WarmSolver("placement")
+
+    def solve(self, problem: PlacementProblem, time_limit_s: float = PLACEMENT_S) -> Placement:
+        """The plan; ``Infeasible`` says what cannot be kept, ``SolverError`` that the solver failed."""
+        reason = explain(problem)
+        if reason:
+            raise Infeasible(reason)
+        model = PlacementModel(problem)
+        if not len(model.active):
+            return plan_moves(model, None)
+        self._solver.load(model.program())
+        return plan_moves(model, self._solver.solve(time_limit_s))
+
+
+def optimize_placement(
+    problem: PlacementProblem, *, time_limit_s: float = PLACEMENT_S, solver: PlacementSolver | None = None
+) -> Placement:
+    """Which nodes hold which groups, and the moves there. ``Infeasible`` or ``SolverError`` if there is no answer."""
+    return (solver or PlacementSolver()).solve(problem, time_limit_s)

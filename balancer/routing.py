@@ -14,13 +14,14 @@ waiting that one more second of work per second costs all.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from balancer.program import FloatArray, IndexArray, Program, Solution
 
-__all__ = ["Assignment", "AssignmentProblem", "RoutingModel", "every_node"]
+__all__ = ["Assignment", "AssignmentProblem", "RoutingModel", "every_node", "segments"]
 
 BREAKPOINTS = np.array([0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98])
 """Utilisations between which the waiting is taken as linear."""
@@ -151,14 +152,18 @@ class Assignment:
     unserved: float
 
 
-def _segments() -> tuple[FloatArray, FloatArray]:
+@cache
+def segments() -> tuple[FloatArray, FloatArray]:
     """Widths and slopes of the waiting's segments, for a capacity of 1; the last is endless."""
     waiting = BREAKPOINTS**2 / (1.0 - BREAKPOINTS)
     widths = np.diff(BREAKPOINTS)
     slopes = np.diff(waiting) / widths
     # Without load there is no waiting to be had: the first segment is free, as the derivative at 0 is.
     slopes[0] = 0.0
-    return np.append(widths, np.inf), np.append(slopes, slopes[-1] * OVERLOAD_STEEPER)
+    both = np.append(widths, np.inf), np.append(slopes, slopes[-1] * OVERLOAD_STEEPER)
+    for each in both:
+        each.setflags(write=False)
+    return both
 
 
 class RoutingModel:
@@ -174,7 +179,7 @@ class RoutingModel:
         self._work = service * 1e-6 / self._reference_s[self._entry_row]
         self._second = np.flatnonzero(problem.fair < problem.most)
         self._capped = np.append(problem.capped, False)[by_entry]
-        self._widths, self._slopes = _segments()
+        self._widths, self._slopes = segments()
 
     def fits(self, problem: AssignmentProblem) -> bool:
         """Whether the problem differs from the model's in bounds alone, or in service times by very little."""

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balancer.optimizer import RoutingSolver, SolverError, optimize_assignment
-from balancer.routing import BREAKPOINTS, UNEVEN_COST, Assignment, AssignmentProblem, _segments, every_node
+from balancer.routing import BREAKPOINTS, UNEVEN_COST, Assignment, AssignmentProblem, every_node, segments
 
 
 def problem(
@@ -240,7 +240,7 @@ def check_optimal(problem: AssignmentProblem, answer: Assignment) -> None:
     no capped class is near its cap is the latter known, so others are left out.
     """
     service = problem.service_us * 1e-6
-    _, slopes = _segments()
+    _, slopes = segments()
     for row, demand in enumerate(problem.demand):
         entries = np.arange(problem.indptr[row], problem.indptr[row + 1])
         entries = entries[problem.up[problem.nodes[entries]]]
@@ -261,7 +261,7 @@ def check_optimal(problem: AssignmentProblem, answer: Assignment) -> None:
 
 def check_prices(problem: AssignmentProblem, answer: Assignment) -> None:
     """Each node's price is a slope of the waiting where the node stands, and the work adds up."""
-    _, slopes = _segments()
+    _, slopes = segments()
     work = np.zeros(len(problem.up))
     per_entry = (problem.demand * problem.service_us[problem.row_class].T).T * 1e-6
     rows = problem.entry_row
