@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from random import Random
 from typing import Any
 
 import msgspec
@@ -60,7 +59,7 @@ def test_a_table_is_accepted_by_clients(world: Any) -> None:
     assert opened == made
     assert (tuple(opened.classes), tuple(opened.nodes)) == (CLASSES, tuple(world.cluster.nodes))
     assert opened.caps == [1000, 1000, 250]
-    router = Router(world.cluster, Random(1))
+    router = Router(world.cluster)
     assert router.install(opened)
     assert set(router.rank(CLASSES[0], "k", world.nodes, 0.0)) == set(world.nodes)
 

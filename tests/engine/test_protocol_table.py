@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Sequence
-from random import Random
 from typing import Any
 
 import msgspec
@@ -123,7 +122,7 @@ def test_an_expired_table_is_refused() -> None:
 def test_only_a_newer_table_counts(newest: tuple[int, int], offered: tuple[int, int], good: bool) -> None:
     raw = seal_table(table(offered[1], offered[0]), signing("bal"))
     held = table(newest[1], newest[0])
-    router = Router(CLUSTER, Random(1))  # a seed
+    router = Router(CLUSTER)
     assert router.install(held)
     assert router.install(table(offered[1], offered[0])) is good
     assert router.table is not None
@@ -144,6 +143,7 @@ def test_only_a_newer_table_counts(newest: tuple[int, int], offered: tuple[int, 
         {"price": [0, 0, 0]},
         {"price": []},
         {"caps": []},
+        {"lanes": [4]},
         {"caps": [1000, 1000]},
         {"classes": []},
         {"nodes": ["n1"]},
@@ -298,7 +298,14 @@ def test_a_difference_of_no_balancer_is_refused(signer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"nodes": ["n1", "n2", "n3", "n9"]}, {"classes": ["mac/x"]}, {"caps": [500]}, {"fencing_epoch": 2}]
+    "changes",
+    [
+        {"lanes": [1, 2, 1, 1]},
+        {"nodes": ["n1", "n2", "n3", "n9"]},
+        {"classes": ["mac/x"]},
+        {"caps": [500]},
+        {"fencing_epoch": 2},
+    ],
 )
 def test_other_rows_or_columns_need_a_whole_table(changes: dict[str, Any]) -> None:
     assert table_delta(table(1), msgspec.structs.replace(table(2), **changes)) is None

@@ -580,7 +580,7 @@ def _take_delta(raw: bytes) -> str:
 
 def _use_table(table: RoutingTable, world: Any) -> str:
     names, classes = table.nodes, table.classes
-    router = Router(world.cluster, Random(1))
+    router = Router(world.cluster)
     router.install(table)
     for key in ("orders", "tls"):
         require(all(each in NODES for each in router.holders(key)), "a holder that is no node")

@@ -141,7 +141,7 @@ def make_calls(settings: ClientSettings) -> Calls:
     return Calls(
         settings.source,
         settings.identity.signing,
-        Router(settings.source, random.Random(os.urandom(16))),  # noqa: S311 - spreads load, guards nothing
+        Router(settings.source),
         clock=time.monotonic,
         now_ms=lambda: time.time_ns() // 1_000_000,
         random_bytes=os.urandom,

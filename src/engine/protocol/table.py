@@ -52,7 +52,8 @@ class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     that each class may take there. ``groups`` lists only the placement groups whose holders differ from
     ``Cluster.group_holders``, and ``hints`` the nodes that are about to need a group's keys, both as (group, node
     indexes). ``forecast`` is one row a class: the mean and P90 of the next tick in 1/1000 requests per second.
-    ``cluster_serial`` is that of the balancer's manifest.
+    ``cluster_serial`` is that of the balancer's manifest. ``lanes`` is how many operations each node does at a time, or
+    empty where that is one.
     """
 
     fencing_epoch: UInt
@@ -68,6 +69,7 @@ class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     hints: list[tuple[UInt, Nodes]]
     forecast: list[tuple[UInt, UInt]]
     cluster_serial: UInt = 0
+    lanes: list[UInt] = []
 
     @property
     def order(self) -> tuple[int, int]:
@@ -83,7 +85,7 @@ class TableDelta(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     """A table as what differs from the whole table ``base`` (a counter of the same fencing epoch).
 
     ``service`` has (class, node, byte); a group of ``groups`` without nodes is again as the manifest has it. ``price``,
-    ``hints`` and ``forecast`` are whole; nodes, classes and caps are those of the base.
+    ``hints`` and ``forecast`` are whole; nodes, classes, caps and lanes are those of the base.
     """
 
     fencing_epoch: UInt
@@ -167,13 +169,9 @@ def table_delta(base: RoutingTable, table: RoutingTable) -> TableDelta | None:
 
     A service time that differs by one step is no difference: it would come and go.
     """
-    if (base.fencing_epoch, base.nodes, base.classes, base.caps) != (
-        table.fencing_epoch,
-        table.nodes,
-        table.classes,
-        table.caps,
-    ):
-        return None
+    for same in ("fencing_epoch", "nodes", "classes", "caps", "lanes"):
+        if getattr(base, same) != getattr(table, same):
+            return None
     columns = len(table.nodes)
     before, now = dict(base.groups), dict(table.groups)
     return TableDelta(
@@ -279,6 +277,8 @@ def _check_shape(table: RoutingTable) -> None:
     rows, columns = len(table.classes), len(table.nodes)
     if len(table.service) != rows * columns or len(table.price) != columns:
         raise ManifestError(f"routing table {table.order}: its rows do not match {rows} classes and {columns} nodes")
+    if table.lanes and len(table.lanes) != columns:
+        raise ManifestError(f"routing table {table.order}: {len(table.lanes)} lanes do not match {columns} nodes")
     places = (max(indexes, default=0) for lines in (table.groups, table.hints) for _, indexes in lines)
     if len(table.forecast) != rows or len(table.caps) != rows or any(place >= columns for place in places):
         raise ManifestError(
