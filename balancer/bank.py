@@ -28,7 +28,7 @@ from balancer.features import (
     roots_of,
 )
 
-__all__ = ["EMPTY", "Accuracy", "Bank", "Fit", "Outlook", "accuracy", "advance", "refitted", "spread"]
+__all__ = ["EMPTY", "Accuracy", "Bank", "Fit", "Outlook", "Spread", "accuracy", "advance", "refitted", "spread"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -40,6 +40,8 @@ NORMAL_SCORE = 1.2816
 NEW_ALPHA = 5
 """Index of the alpha of a series that was never fitted."""
 NEVER = -(2**62)
+SCORE_ROWS = 150.0
+"""A score of so many rows is drawn half-way to that of a wider sample."""
 MEMORY = 0.01
 """Weight of the newest step in what is told of the errors."""
 JUDGED_STEPS = 30
@@ -55,17 +57,17 @@ class Fit:
     """What was learnt of one series.
 
     ``ewma`` (A, H) has the weights of the levels of the EWMA alone; ``mix`` (A, H), ``coefficients`` (C, H) and
-    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. The spreads are
-    scores and variances (H,), as ``spread`` gives them; ``ceiling`` is the largest root seen.
+    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. ``ceiling`` is the
+    largest root seen.
     """
 
     step: int
     ewma: FloatArray
-    ewma_spread: tuple[FloatArray, FloatArray]
+    ewma_spread: Spread
     mix: FloatArray | None
     coefficients: FloatArray | None
     intercept: FloatArray | None
-    mix_spread: tuple[FloatArray, FloatArray]
+    mix_spread: Spread
     ceiling: float
 
 
@@ -191,19 +193,34 @@ class Accuracy:
     bias: FloatArray
 
 
-def spread(guess: FloatArray, said: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """From roots (rows, H) that were guessed, and that came: the P90's scores (H,), and the variances (H,).
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How what came lay about what was guessed, by horizon (H,).
 
-    The score is the split-conformal quantile of (y - guess) / sqrt(guess + 1), in counts.
+    ``score`` is the split-conformal quantile of (y - guess) / sqrt(guess + 1), in counts; ``variance`` is that of the
+    roots' errors; ``rows`` is how many it is of.
     """
+
+    score: FloatArray
+    variance: FloatArray
+    rows: int
+
+    def drawn_to(self, wide: Spread) -> Spread:
+        """With the score drawn to that of a wider sample, the more the fewer rows this one has."""
+        part = self.rows / (self.rows + SCORE_ROWS)
+        return replace(self, score=part * self.score + (1.0 - part) * wide.score)
+
+
+def spread(guess: FloatArray, said: FloatArray) -> Spread:
+    """From roots (rows, H) that were guessed, and that came."""
     rows = len(said)
     rank = math.ceil((rows + 1) * QUANTILE)
     variance = (said - guess).var(axis=0) if rows > 1 else np.zeros(HORIZONS)
     if rank > rows:
-        return np.full(HORIZONS, NORMAL_SCORE), variance
+        return Spread(np.full(HORIZONS, NORMAL_SCORE), variance, rows)
     counts = counts_of(guess)
     residuals = (counts_of(said) - counts) / np.sqrt(counts + 1.0)
-    return np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), variance
+    return Spread(np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), variance, rows)
 
 
 def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
@@ -215,8 +232,9 @@ def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
         copies["fitted"][index] = fit.step
         copies["ridge"][index] = fit.mix is not None
         copies["ewma"][index] = fit.ewma
-        copies["score_ewma"][index], copies["variance_ewma"][index] = fit.ewma_spread
-        copies["score"][index], copies["variance"][index] = fit.mix_spread
+        for each, ending in ((fit.mix_spread, ""), (fit.ewma_spread, "_ewma")):
+            copies[f"score{ending}"][index] = each.score
+            copies[f"variance{ending}"][index] = each.variance
         copies["ceiling"][index] = fit.ceiling
         if fit.mix is not None:
             copies["mix"][index] = fit.mix

@@ -66,9 +66,9 @@ REFIT_STEPS = 30
 """A series is fitted again after so many steps, when its turn comes."""
 STRENGTHS = (0.003, 0.05, 0.8)
 """The Ridge's alphas for a row and a column of variance 1, the best of which is taken."""
-PARTS = (0.25, 0.5, 0.75, 1.0)
+PARTS = (0.35, 0.7, 1.0)
 """Parts of the Ridge in the mix with the EWMA; 0 is the EWMA alone."""
-SMOOTHING = 0.25
+SMOOTHING = 0.5
 """How much the choice at one horizon goes by the mean over all."""
 CALIBRATION_PART = 0.3
 PERIODS_USED = 2
@@ -229,10 +229,9 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     alphas = _best_alphas(level[judged], targets[judged]) if judged.size else np.full(HORIZONS, ALPHAS.size - 3)
     ewma = np.zeros((len(ALPHAS), HORIZONS))
     ewma[alphas, np.arange(HORIZONS)] = 1.0
+    wide = spread(level[judged] @ ewma, targets[judged])
     if len(rows) < ROWS_MIN:
-        part = judged[-max(1, judged.size * 2 // 3) :]
-        apart = spread(level[part] @ ewma, targets[part])
-        return Fit(step, ewma, apart, None, None, None, apart, float(roots.max(initial=0.0)))
+        return Fit(step, ewma, wide, None, None, None, wide, float(roots.max(initial=0.0)))
     split = int(len(rows) * (1.0 - CALIBRATION_PART))
     early, late = rows[: split - HORIZONS], rows[split:]
     if len(early) < ROWS_MIN // 2:
@@ -272,11 +271,11 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     return Fit(
         step,
         ewma,
-        spread(by_ewma, said),
+        wide,
         mix if some else None,
         coefficients if some else None,
         intercept if some else None,
-        spread(mixed, said),
+        spread(mixed, said).drawn_to(wide),
         float(roots.max()),
     )
 

@@ -155,6 +155,8 @@ class _Cadence:
 
     def restore(self, stored: Stored, places: IntArray) -> None:
         kept = places >= 0
+        self.classes.reach(int(stored.steps[0]))
+        self.pairs.reach(int(stored.steps[0]))
         for row, step in enumerate(stored.steps.tolist()):
             self.classes.put(step, stored.counts[row])
             pairs = np.zeros(PAIRS_MAX)
@@ -178,6 +180,7 @@ class History:
         self._minute_counts: FloatArray = np.zeros(len(CLASSES))
         self._minute_pairs: FloatArray = np.zeros(PAIRS_MAX)
         self._minute_heard = False
+        self._minute_whole = False
         self._places = PairPlaces()
         self._tick: int | None = None
         self._seen: dict[str, _Seen] = {}
@@ -301,7 +304,7 @@ class History:
     def _end_minute(self, slow: _Cadence, minute: int) -> None:
         ended = minute - 1 if self._minute is None else self._minute
         slow.advance(ended)
-        if self._minute_heard:
+        if self._minute_heard and self._minute_whole:
             slow.classes.put(ended, self._minute_counts)
             slow.pairs.put(ended, self._minute_pairs)
         if minute - 1 > ended:
@@ -309,6 +312,7 @@ class History:
         self._minute_counts = np.zeros(len(CLASSES))
         self._minute_pairs = np.zeros(PAIRS_MAX)
         self._minute_heard = False
+        self._minute_whole = True
 
     def _enter(
         self,
