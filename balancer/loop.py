@@ -10,7 +10,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +20,12 @@ import zmq
 from balancer.bank import Bank, accuracy
 from balancer.features import HORIZONS
 from balancer.forecast import Forecast, ForecastState, predict_load
+from balancer.groups import GroupPlaces
 from balancer.history import SLOW_MS, History, HistorySnapshot
-from balancer.optimizer import optimize_assignment
-from balancer.plan import TableStamp, assignment_problem, generate_routing_table, reissue_table
+from balancer.issue import TableIssuer
+from balancer.optimizer import RoutingSolver, optimize_assignment
+from balancer.plan import TableStamp, assignment_problem, generate_routing_table, pair_load, reissue_table
+from balancer.planner import Planner
 from balancer.publisher import Publisher
 from balancer.registry import Registry
 from balancer.series import ExternalSeries
@@ -76,8 +79,8 @@ from engine.protocol.requests import (
     Welcome,
     balancer_status_codec,
 )
-from engine.protocol.routing import RoutingTable, seal_table
-from engine.protocol.wire import MAX_MESSAGE, Status
+from engine.protocol.table import TABLE_MAX, RoutingTable
+from engine.protocol.wire import Status
 
 __all__ = ["ControlLoop", "Service", "Standing", "decide"]
 
@@ -97,7 +100,9 @@ SAVE_S = 5.0
 RESAVED_STEPS = 10
 """So many steps before those that are new are written again: late reports may have added to them."""
 FORECASTS_TOLD = 128
-TABLE_MAX = MAX_MESSAGE - 1024
+SHAPE_S = 30.0
+USUAL_SHAPE = (2, 3)
+"""Threshold and shares that keys are taken to have while there are none."""
 
 log = structlog.get_logger()
 
@@ -109,7 +114,7 @@ def now_ms() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where the control loop stands: the table in force (and sealed), ticks done, what is wrong now (or nothing)."""
+    """Where the control loop stands: the table in force, the sealed whole one, ticks done, what is wrong now if any."""
 
     table: RoutingTable | None = None
     sealed: bytes = b""
@@ -120,11 +125,21 @@ class Standing:
 
 
 def decide(
-    snapshot: HistorySnapshot, stamp: TableStamp, time_limit_s: float, forecast: Forecast | None = None
+    snapshot: HistorySnapshot,
+    stamp: TableStamp,
+    time_limit_s: float,
+    forecast: Forecast | None = None,
+    *,
+    solver: RoutingSolver | None = None,
+    places: Mapping[int, Sequence[int]] | None = None,
 ) -> RoutingTable:
-    """One decision, a pure function of the snapshot: forecast (if none is given), assignment, table."""
+    """One decision, a pure function of the snapshot: forecast (if none is given), assignment, table.
+
+    ``solver`` only makes it quicker; ``places`` are the nodes that hold the warm groups.
+    """
     forecast = forecast or predict_load(snapshot)
-    assignment = optimize_assignment(assignment_problem(snapshot, forecast), time_limit_s=time_limit_s)
+    problem = assignment_problem(snapshot, forecast, pair_load(snapshot, forecast, places or {}))
+    assignment = optimize_assignment(problem, time_limit_s=time_limit_s, solver=solver)
     return generate_routing_table(snapshot, forecast, assignment, stamp)
 
 
@@ -162,6 +177,12 @@ class ControlLoop(FollowsCluster):
         self._heard: frozenset[str] = frozenset()
         self._ahead = ""
         self._tried_s: dict[str, float] = {}
+        self._solver = RoutingSolver()
+        self._issuer = TableIssuer(identity.signing)
+        self._places = GroupPlaces()
+        self._planner = Planner()
+        self.shape = USUAL_SHAPE
+        """Threshold and shares of most keys."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
         self.standing = Standing()
@@ -174,9 +195,15 @@ class ControlLoop(FollowsCluster):
         """End after the tick under way, and wait for that."""
         self._stop.set()
         self._thread.join()
+        self._planner.stop()
         self._series.stop()
         if self._store is not None:
             self._store.close()
+
+    @property
+    def plan(self) -> str:
+        """What the planner of placements has to tell."""
+        return self._planner.plan.text
 
     @property
     def series_problems(self) -> dict[str, str]:
@@ -207,26 +234,29 @@ class ControlLoop(FollowsCluster):
         if dropped:
             log.warning("statistics dropped", nodes=dropped, reason="they can't be true")
         before = self.standing
-        issued = now_ms()
-        stamp = TableStamp(
-            self._fencing_epoch, before.counter + 1, issued, issued + self._lifetime_ms, self._cluster.serial
-        )
+        now = now_ms()
+        stamp = TableStamp(self._fencing_epoch, before.counter + 1, now, now + self._lifetime_ms, self._cluster.serial)
         try:
             snapshot = self._with_series(self._history.snapshot())
             forecast = predict_load(snapshot, self._learned)
             self._learned = forecast.state
-            table = decide(snapshot, stamp, SOLVER_PART * self._tick_s, forecast)
-            sealed, error = seal_table(table, self._identity.signing), ""
+            warm = [group for _, group in snapshot.pairs]
+            places = self._places.of(self._cluster, snapshot.nodes, warm, self.shape[1])
+            limit_s = SOLVER_PART * self._tick_s
+            table = decide(snapshot, stamp, limit_s, forecast, solver=self._solver, places=places)
+            self._planner.offer(snapshot, forecast, self._cluster, places, self.shape)
+            error = ""
         except Exception as failure:  # whatever it is, the last good table stays
             error = self._failed("decision", failure)
             if before.table is None:
                 return
             table = reissue_table(before.table, stamp)
-            sealed = seal_table(table, self._identity.signing)
-        self.standing = Standing(
-            table, sealed, before.ticks + 1, stamp.counter, error, self._learned or ForecastState()
-        )
-        self._publisher.publish(sealed, self._cluster)
+        issued = self._issuer.issue(table)
+        if issued.remark:
+            log.warning(issued.remark)
+        learned = self._learned or ForecastState()
+        self.standing = Standing(issued.table, issued.whole, before.ticks + 1, stamp.counter, error, learned)
+        self._publisher.publish(issued.message, self._cluster)
         if self._saved is None or (tick - self._saved[0]) * self._tick_s >= SAVE_S:
             self._save(tick)
 
@@ -360,6 +390,7 @@ class Service(FollowsCluster):
         self._now_ms = now_ms
         self._begun = time.monotonic()
         self._next_told_s = 0.0
+        self._next_shape_s = 0.0
         self._verbs: dict[str, Callable[[str, Any], Any]] = {
             REGISTRY_RESERVE: self._reserve,
             REGISTRY_CHANGE: self._change,
@@ -412,8 +443,18 @@ class Service(FollowsCluster):
         now = time.monotonic()
         if now >= self._next_told_s:
             self._next_told_s = now + 1.0
+            self._look_at_keys(now)
             for each in self._admission.refusals():
                 log.warning("requests refused", member=each.member, count=each.count, reason=each.reason)
+
+    def _look_at_keys(self, now_s: float) -> None:
+        if now_s < self._next_shape_s:
+            return
+        self._next_shape_s = now_s + SHAPE_S
+        try:
+            self._loop.shape = self._registry.usual_shape() or self._loop.shape
+        except EngineError as error:
+            log.warning("the keys' shape is not known", reason=str(error))
 
     def _answer(self, incoming: Incoming) -> None:
         verb, member = incoming.request.verb, incoming.member
@@ -472,7 +513,7 @@ class Service(FollowsCluster):
         return self._desk.offer(member, body)
 
     def _table(self, member: str, body: Empty) -> Table:
-        """The table in force; empty too where it is longer than a message: then it comes by subscription alone."""
+        """The newest whole table; empty too where it is longer than a message: then it comes by subscription alone."""
         sealed = self._loop.standing.sealed
         return Table(sealed if len(sealed) <= TABLE_MAX else b"")
 
@@ -491,6 +532,7 @@ class Service(FollowsCluster):
             service=self._listener.counts(self._admission),
             forecasts=_accuracies(standing.learned.classes),
             series=[f"{name}: {problem}" for name, problem in self._loop.series_problems.items()],
+            placement=self._loop.plan[:ERROR_MAX],
         )
 
 

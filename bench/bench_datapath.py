@@ -9,7 +9,6 @@ in other placements are in ``datapath.py``, creations and batches in ``bench_clu
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,13 +181,13 @@ def test_cache(benchmark: BenchmarkFixture) -> None:
 def test_route(benchmark: BenchmarkFixture, rig: Rig) -> None:
     """The choice among five combiners, and what is learnt from the reply."""
     _floors(benchmark, "test_floor_python")
-    router, holders = Router(rig.kq.cluster, random.Random(1)), rig.cluster.nodes
+    router, holders = Router(rig.kq.cluster), rig.cluster.nodes
     load = Load(0, 10, True)
 
     def route() -> str:
         best = router.rank(REQUEST_CLASS, NAME, holders, 1.0)[0]
         router.is_loaded(NAME, best)
-        router.sent(best)
+        router.sent(best, 1.0)
         router.answered(best, NAME, REQUEST_CLASS, load, 100.0, 1.0)
         return best
 

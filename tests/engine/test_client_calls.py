@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from random import Random
 from typing import Any
 
 import pytest
@@ -162,7 +161,7 @@ class Play:
     cost_s: float = 0.001
 
     def __post_init__(self) -> None:
-        self.router = Router(self.world.cluster, Random(7))
+        self.router = Router(self.world.cluster)
         self.calls = Calls(
             self.world.cluster,
             self.world.keys["app"],
@@ -882,14 +881,14 @@ def test_a_node_that_failed_is_probed_by_one_call_with_little_patience(world: Wo
     play = Play(world, {})
     router = play.router
     for name in NODES[1:]:
-        router.sent(name)
+        router.sent(name, play.now_s)
         router.failed(name, play.now_s)
     first = NODES[0]
-    router.sent(first)
+    router.sent(first, play.now_s)
     router.failed(first, play.now_s - 2.0)
     assert router.order((first,), play.now_s) == (first,)  # which makes this call the probe
     assert router.patience_s(first, "", False) == pytest.approx(0.05)
-    router.sent(first)
+    router.sent(first, play.now_s)
     router.failed(first, play.now_s)
     assert router.order(NODES, play.now_s + 1.5)[-1] == first  # twice as long as the others
     router.came_up(first)

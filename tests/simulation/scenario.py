@@ -467,7 +467,7 @@ class Client:
         channel: Any = SimChannel(world.net, f"client-{name}", CURVE[name])
         self.channel = channel
         channel.arrived = self._arrived
-        router = Router(CLUSTER, Random(self.sim.random.random()))
+        router = Router(CLUSTER)
         self.calls = Calls(
             CLUSTER,
             KEYS[name],

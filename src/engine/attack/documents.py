@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from random import Random
 from typing import Final
 
 import msgspec
@@ -16,8 +15,9 @@ from engine.attack.stage import Answer, Stage, now_ms
 from engine.errors import EngineError
 from engine.protocol.manifest import CLOCK_SKEW_MS, open_certificate, open_chain, open_key_manifest
 from engine.protocol.requests import REPLY_CODECS, TABLE, Empty
-from engine.protocol.routing import Router, open_table, table_codec
+from engine.protocol.routing import Router
 from engine.protocol.signed import SigningKey, read_unverified, sign_envelope
+from engine.protocol.table import open_table, table_codec
 
 __all__ = ["ATTACKS"]
 
@@ -63,7 +63,7 @@ def tables(stage: Stage, trial: Trial) -> None:
     if not raw:
         raise NotRun(f"{name} has no routing table yet, or one that is too long for a message")
     table = open_table(raw, stage.cluster, now_ms())
-    router = Router(stage.cluster, Random(1))  # noqa: S311 - routes nothing
+    router = Router(stage.cluster)
     trial.control(router.install(table), "the table in force is taken by a fresh client's router")
     where = "a client's router"
     cluster = stage.cluster

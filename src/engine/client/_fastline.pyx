@@ -646,7 +646,7 @@ cdef class Shortcuts:
                 line._until_s = now_s + patience_s
                 # It counts as one request by itself, with the way as it is known: many were on it.
                 took_s = 1e-6 * (reply.load.service_us + state.round_trip_us)
-                self._router.sent(node)
+                self._router.sent(node, now_s)
                 try:
                     self._calls.direct_outcome(node, cut.verb, reply, now_s - took_s, cut.name, cut.request_class)
                 except Exception as error:

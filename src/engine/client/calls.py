@@ -1063,7 +1063,7 @@ class Calls:
         body = REQUEST_CODECS[verb].encode(message)
         started_s = self.clock()
         if counted:
-            self.router.sent(peer)
+            self.router.sent(peer, started_s)
         try:
             reply = yield Exchange(peer, verb, body, timeout_s, cold=cold)
         except EngineError as error:
@@ -1146,7 +1146,7 @@ class _Race:
         body = REQUEST_CODECS[verb].encode(message)
         exchange = Exchange(peer, verb, body, timeout_s, patience_s, fresh, request_class, cold)
         asked = _Asked(exchange, self._calls.clock(), key_name, request_class, cold)
-        router.sent(peer)
+        router.sent(peer, asked.started_s)
         self.waiting[peer] = asked
         try:
             answer = yield exchange

@@ -587,7 +587,10 @@ class ForecastAccuracy(Message, frozen=True):
 
 
 class BalancerStatus(Message, frozen=True):
-    """What a balancer tells an operator; ``series`` are the external series that are left out, and why."""
+    """What a balancer tells an operator.
+
+    ``series`` are the external series that are left out, and why; ``placement`` is what the newest plan says.
+    """
 
     balancer: Name
     software: Annotated[str, Meta(max_length=32)]
@@ -601,6 +604,7 @@ class BalancerStatus(Message, frozen=True):
     service: ServiceCount
     forecasts: Annotated[list[ForecastAccuracy], Meta(max_length=128)]
     series: Annotated[list[Text], Meta(max_length=16)]
+    placement: Text
 
 
 class Table(Message, frozen=True):

@@ -1,37 +1,41 @@
-"""The routing table and the client's choice of a combiner. Time and randomness are arguments; no socket.
+"""The client's choice of a combiner. Time is an argument; no socket.
 
-A combiner is ranked by least expected completion plus its node price: (queue + own requests under way + 1) x service
-time + network round trip + price, with a charge where the key is cold. The two combiners sampled by the table's
-weights, and those that have the key loaded, compete first; the others follow for failover.
+A combiner is ranked by least expected completion plus its node price: the wait for what its newest snapshot tells of
+its queue, and for the own requests sent since; the request's own service, with what that costs others by the price;
+the network's round trip; and a charge where the key is cold. ``bench/simulator.py`` measures it beside other ways.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from random import Random
-from typing import Annotated
 
-from msgspec import Meta, Struct
-
-from engine.errors import ManifestError
 from engine.keys import ALGORITHMS
-from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster, ClusterSource, FollowsCluster
-from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
-from engine.protocol.wire import Codec, Load, Name, UInt
+from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster
+from engine.protocol.table import RoutingTable
+from engine.protocol.wire import Load
 
-__all__ = ["Router", "RoutingTable", "open_table", "seal_table"]
+__all__ = ["Router"]
 
 SNAPSHOT_MAX_AGE_S = 0.2
-"""A snapshot older than this says little about a queue (measured), so the queue is then taken as unknown: 0."""
-COLD_CHARGE_US = 3_000
-"""What gathering the shares of a cold key is taken to cost."""
-MAX_LOADED = 65_536
-"""How many (key, node) pairs the router remembers as loaded."""
-TABLE_LIFETIME_MAX_MS = 3_600_000
-"""The longest time a routing table may be good for."""
+"""A snapshot older than this says nothing about a queue (measured): it is then taken to be as it is on average."""
+SETTLE_TIMES = 2.0
+"""After so many mean times of service a queue is half way from what it was told to be to what it is on average."""
+PRICE_PART = 0.1
+"""A table's price is the dual of a split that does not look at queues. The router does, and needs this part of it."""
+COLD_CHARGE_US = 3_000.0
+COLD_CHARGE_MAX_US = 100_000.0
+"""What a cold key is taken to cost until that is measured, and at most."""
+COLD_PART = 0.25
+"""Loading a key pays at each later use: so much of one is set against the charge for each use until now."""
+MAX_KEYS = 65_536
+"""How many keys the router remembers as loaded somewhere."""
+MAX_VIEWS = 8_192
+MAX_SENT = 256
+RELEARN_S = 10.0
+"""What a node was measured to do is forgotten so long after its last answer, or it might be avoided for ever."""
 DOWN_S = 1.0
 DOWN_MAX_S = 4.0
 """How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
@@ -50,76 +54,32 @@ PROBE_PATIENCE_S = 0.05
 much. A stopped node accepts, and says nothing."""
 
 
-class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the balancer publishes, ordered by (fencing epoch, counter).
-
-    ``service_us`` and ``weights`` are rows by class, columns by node: service time in microseconds, share of the
-    class's requests in 1/1000. ``price_us`` is one node price a node. ``groups`` lists only the placement groups whose
-    holders differ from ``Cluster.group_holders``, as (group, node indexes). ``forecast`` is one row a class: the mean
-    and P90 of the next tick in 1/1000 requests per second. ``cluster_serial`` is that of the balancer's manifest.
-    """
-
-    fencing_epoch: UInt
-    counter: UInt
-    issued_ms: UInt
-    expires_ms: UInt
-    nodes: Annotated[list[Name], Meta(max_length=4096)]
-    classes: Annotated[list[Annotated[str, Meta(max_length=96)]], Meta(max_length=512)]
-    service_us: list[list[UInt]]
-    weights: list[list[UInt]]
-    price_us: list[UInt]
-    groups: list[tuple[UInt, list[UInt]]]
-    forecast: list[tuple[UInt, UInt]]
-    cluster_serial: UInt = 0
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """What makes one table newer than another."""
-        return self.fencing_epoch, self.counter
-
-
-table_codec = Codec(RoutingTable, "routing table", 1024 * 1024)
-
-
-def seal_table(table: RoutingTable, key: SigningKey) -> bytes:
-    """The table as a signed envelope."""
-    return sign_envelope("table", table.counter, table_codec.encode(table), key)
-
-
-def open_table(raw: bytes, cluster: Cluster, now_ms: int, newest: RoutingTable | None = None) -> RoutingTable:
-    """A table signed by a balancer of the cluster.
-
-    ``ManifestError`` if it is forged, malformed, expired or not newer than ``newest``.
-    """
-    table = table_codec.decode(verify_envelope(raw, "table", cluster.sign_key("balancer")).payload)
-    if table.expires_ms + CLOCK_SKEW_MS < now_ms:
-        raise ManifestError(f"routing table {table.order}: expired {now_ms - table.expires_ms} ms ago")
-    if table.expires_ms > now_ms + TABLE_LIFETIME_MAX_MS + CLOCK_SKEW_MS:
-        raise ManifestError(
-            f"routing table {table.order}: expires in {table.expires_ms - now_ms} ms, "
-            f"the limit is {TABLE_LIFETIME_MAX_MS}"
-        )
-    if newest is not None and table.order <= newest.order:
-        raise ManifestError(f"routing table {table.order}: {newest.order} is in force")
-    rows, columns = len(table.classes), len(table.nodes)
-    matrices = (table.service_us, table.weights)
-    if any(len(m) != rows or any(len(row) != columns for row in m) for m in matrices) or len(table.price_us) != columns:
-        raise ManifestError(f"routing table {table.order}: its rows do not match {rows} classes and {columns} nodes")
-    if len(table.forecast) != rows or any(max(indexes, default=0) >= columns for _, indexes in table.groups):
-        raise ManifestError(f"routing table {table.order}: forecast or groups do not match its classes and nodes")
-    return table
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class NodeState:
+    """What one client knows of a node."""
+
+    name: str
     outstanding: int = 0
-    queue: int = 0
+    sent_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SENT))
+    """When the requests were sent that the newest snapshot does not know of."""
     seen_s: float = float("-inf")
+    excess: float = 0.0
+    """The newest snapshot's queue, beyond the mean of them."""
+    mean_queue: float = 0.0
+    settle_s: float = 0.0
+    others: float = 0.0
+    """How many others a request does not wait for: the node's lanes but one."""
+    lanes: float = 1.0
+    usual_us: float = 0.0
+    """The mean service of all classes, and by ``wait_us`` what one request more adds to the wait."""
+    wait_us: float = 0.0
+    cost: float = 1.0
+    """A request's own service and what it costs others, per time of service."""
+    round_trip_us: float = 300.0
+    service_us: dict[str, float] = field(default_factory=dict)
     down_for_s: float = 0.0
     down_until_s: float = float("-inf")
     probing: bool = False
-    round_trip_us: float = 300.0
-    service_us: dict[str, float] = field(default_factory=dict)
 
     def down(self, now_s: float) -> None:
         if self.probing or self.down_until_s <= now_s:  # of many requests that fail together one counts
@@ -143,21 +103,26 @@ class _Pace:
         self.mean_s += (seconds - self.mean_s) / 8
 
 
-class _Nodes(dict[str, NodeState]):
-    """What is known of each node; of one that nobody asked yet, nothing."""
+@dataclass(slots=True, eq=False)
+class _Known:
+    """A key that was used: where it is loaded, and how often it was used here."""
 
-    def __missing__(self, name: str) -> NodeState:
-        made = self[name] = NodeState()
-        return made
+    nodes: set[NodeState] = field(default_factory=set)
+    uses: int = 0
+
+
+_NOWHERE = _Known()
+_FAR = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
 class _Indexed:
-    """A table with its rows and columns by name."""
+    """A table with its rows and columns by name, and its groups by number."""
 
     table: RoutingTable
     rows: Mapping[str, int]
     columns: Mapping[str, int]
+    groups: Mapping[int, Sequence[int]]
 
 
 class Router(FollowsCluster):
@@ -166,12 +131,15 @@ class Router(FollowsCluster):
     The invariant: a table only ever replaces an older one, whole.
     """
 
-    def __init__(self, cluster: ClusterSource, random: Random) -> None:
+    def __init__(self, cluster: ClusterSource) -> None:
         self._source = cluster
-        self._random = random
         self._lock = threading.Lock()
-        self._nodes = _Nodes()
-        self._loaded: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._nodes: dict[str, NodeState] = {}
+        self._keys: OrderedDict[str, _Known] = OrderedDict()
+        self._views: dict[tuple[str, ...], tuple[NodeState, ...]] = {}
+        self._viewed: Cluster | None = None
+        # What requests took beyond service and way, where the key was known to be loaded and where it was not.
+        self._warm_us, self._cold_us = 0.0, COLD_CHARGE_US
         self._paces: dict[tuple[str, bool], _Pace] = {}
         self._indexed: _Indexed | None = None
         self.changes = 0
@@ -189,11 +157,14 @@ class Router(FollowsCluster):
             table,
             {name: index for index, name in enumerate(table.classes)},
             {name: index for index, name in enumerate(table.nodes)},
+            dict(table.groups),
         )
         with self._lock:
             if self._indexed is not None and table.order <= self._indexed.table.order:
                 return False
             self._indexed = indexed
+            for state in self._nodes.values():
+                self._rate(state)
             self.changes += 1
             return True
 
@@ -202,15 +173,19 @@ class Router(FollowsCluster):
         group = self._cluster.group_of(key_name)
         indexed = self._indexed
         if indexed is not None:
-            for number, indexes in indexed.table.groups:
-                if number == group:
-                    return tuple(name for i in indexes if (name := indexed.table.nodes[i]) in self._cluster.nodes)
+            indexes = indexed.groups.get(group, ())
+            if indexes:
+                return tuple(name for i in indexes if (name := indexed.table.nodes[i]) in self._cluster.nodes)
         return self._cluster.group_holders(group)
 
-    def sent(self, node: str) -> None:
+    def sent(self, node: str, now_s: float) -> None:
         """A request went to the node."""
         with self._lock:
-            self._nodes[node].outstanding += 1
+            self._sent(self._state(node), now_s)
+
+    def _sent(self, state: NodeState, now_s: float) -> None:
+        state.outstanding += 1
+        state.sent_s.append(now_s)
 
     def begin_direct(
         self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float
@@ -220,15 +195,12 @@ class Router(FollowsCluster):
         None where another way is to be taken: no such node is best, or one that failed is due to be tried again.
         """
         with self._lock:
-            states = [self._nodes[name] for name in eligible]
-            if any(state.down_for_s and state.down_until_s <= now_s for state in states):
+            known = self._keys.get(key_name, _NOWHERE)
+            best = self._best(self._view(eligible), request_class, known, now_s) if known.nodes else None
+            if best is None or best not in known.nodes:
                 return None
-            order = self._rank(request_class, key_name, eligible, now_s)
-            if not order or (key_name, order[0]) not in self._loaded or self._nodes[order[0]].down_for_s:
-                return None
-            state = self._nodes[order[0]]
-            state.outstanding += 1
-            return order[0], self._patience_s(state, request_class, False), state
+            self._sent(best, now_s)
+            return best.name, self._patience_s(best, request_class, False), best
 
     def answered_direct(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
@@ -247,8 +219,9 @@ class Router(FollowsCluster):
         """
         with self._lock:
             self._took(request_class, False, elapsed_s)
-            known = key_name if (key_name, node) in self._loaded else ""
-            self._learned(node, known, request_class, load, elapsed_s * 1e6, now_s)
+            state, known = self._state(node), self._keys.get(key_name, _NOWHERE)
+            still = key_name if state in known.nodes else ""
+            self._learned(state, still, request_class, load, elapsed_s * 1e6, now_s)
 
     def answered(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
@@ -260,54 +233,92 @@ class Router(FollowsCluster):
     def _answered(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
     ) -> None:
-        state = self._nodes[node]
+        state = self._state(node)
         if state.outstanding:
             state.outstanding -= 1
-        self._learned(node, key_name, request_class, load, elapsed_us, now_s)
+        self._learned(state, key_name, request_class, load, elapsed_us, now_s)
 
     def _learned(
-        self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
+        self, state: NodeState, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
     ) -> None:
-        state = self._nodes[node]
-        state.queue, state.seen_s = load.queue, now_s
+        anew = now_s - state.seen_s > RELEARN_S
         if state.down_for_s or state.probing:
             state.up()
-        network_us = elapsed_us - load.service_us
-        network_us = 0.0 if network_us < 0.0 else 1e6 if network_us > 1e6 else network_us
-        state.round_trip_us += 0.1 * (network_us - state.round_trip_us)
-        if load.service_us and request_class:
-            before = state.service_us.get(request_class, float(load.service_us))
-            state.service_us[request_class] = before + 0.1 * (load.service_us - before)
+        service_us = load.service_us
+        beside_us = min(max(elapsed_us - service_us, 0.0), 1e6)
+        # What a reply took beside its service is the way, and waiting; the least of it, of late, is the way.
+        way_us = state.round_trip_us
+        way_us += (0.25 if beside_us < way_us else 0.002) * (beside_us - way_us)
+        state.round_trip_us = way_us
+        if service_us and request_class:
+            before = None if anew else state.service_us.get(request_class)
+            state.service_us[request_class] = (
+                float(service_us) if before is None else before + 0.1 * (service_us - before)
+            )
+            if anew or not state.usual_us:
+                state.usual_us = float(service_us)
+            else:
+                state.usual_us += 0.05 * (service_us - state.usual_us)
+            state.settle_s = SETTLE_TIMES * 1e-6 * state.usual_us
+            state.wait_us = state.usual_us / state.lanes
+        self._told(state, load.queue, now_s)
         if key_name:
-            if load.loaded:
-                self._loaded[key_name, node] = None
-                self._loaded.move_to_end((key_name, node))
-                if len(self._loaded) > MAX_LOADED:
-                    self._loaded.popitem(last=False)
-            elif (key_name, node) in self._loaded:
-                del self._loaded[key_name, node]
+            self._learned_key(state, key_name, load.loaded, beside_us - way_us)
+
+    def _learned_key(self, state: NodeState, key_name: str, loaded: bool, more_us: float) -> None:
+        known = self._keys.get(key_name)
+        if known is not None and state in known.nodes:
+            self._warm_us += 0.05 * (more_us - self._warm_us)
+            known.uses += 1
+            if not loaded:
+                known.nodes.remove(state)
                 self.changes += 1
+        elif loaded:
+            self._cold_us += 0.05 * (more_us - self._cold_us)
+            if known is None:
+                known = self._keys[key_name] = _Known()
+                if len(self._keys) > MAX_KEYS:
+                    self._keys.popitem(last=False)
+            known.nodes.add(state)
+            known.uses += 1
+        else:
+            return
+        self._keys.move_to_end(key_name)
+
+    def heard(self, node: str, queue: int, now_s: float) -> None:
+        """A node told its queue without being asked."""
+        with self._lock:
+            self._told(self._state(node), queue, now_s)
+
+    def _told(self, state: NodeState, queue: float, now_s: float) -> None:
+        """Take in a snapshot: it is as old as half the way, and what was sent on the other half it does not know."""
+        state.mean_queue += 0.02 * (queue - state.mean_queue)
+        state.excess, state.seen_s = queue - state.mean_queue, now_s
+        sent_s, known_s = state.sent_s, now_s - 1e-6 * state.round_trip_us
+        while sent_s and sent_s[0] < known_s:
+            sent_s.popleft()
 
     def dropped(self, node: str) -> None:
         """A request's answer is no longer waited for, and the node is not to blame."""
         with self._lock:
-            state = self._nodes[node]
+            state = self._state(node)
             state.outstanding = max(0, state.outstanding - 1)
 
     def failed(self, node: str, now_s: float) -> None:
         """No reply came; the node is tried last for a while, and what it had loaded is forgotten."""
         with self._lock:
-            state = self._nodes[node]
+            state = self._state(node)
             state.outstanding = max(0, state.outstanding - 1)
+            state.sent_s.clear()
             state.down(now_s)
             self.changes += 1
-            for pair in [pair for pair in self._loaded if pair[1] == node]:
-                del self._loaded[pair]
+            for known in self._keys.values():
+                known.nodes.discard(state)
 
     def late(self, node: str, now_s: float) -> None:
         """A request's patience is over: the node is tried last for a while, unless the answer still comes."""
         with self._lock:
-            self._nodes[node].down(now_s)
+            self._state(node).down(now_s)
             self.changes += 1
 
     def came_up(self, node: str) -> None:
@@ -332,7 +343,7 @@ class Router(FollowsCluster):
     def patience_s(self, node: str, request_class: str, cold: bool) -> float:
         """How long to wait for a node before another is asked beside."""
         with self._lock:
-            return self._patience_s(self._nodes[node], request_class, cold)
+            return self._patience_s(self._state(node), request_class, cold)
 
     def _patience_s(self, state: NodeState, request_class: str, cold: bool) -> float:
         pace = self._paces.get((request_class, cold))
@@ -345,77 +356,126 @@ class Router(FollowsCluster):
 
     def is_loaded(self, key_name: str, node: str) -> bool:
         """Whether the node's last reply said that it has the key loaded."""
-        return (key_name, node) in self._loaded
+        return self._nodes.get(node) in self._keys.get(key_name, _NOWHERE).nodes
 
     def forget_loaded(self, key_name: str = "") -> None:
         """Forget what is loaded, of one key or of all: after a flush."""
         with self._lock:
-            for pair in [pair for pair in self._loaded if key_name in ("", pair[0])]:
-                del self._loaded[pair]
+            if key_name:
+                self._keys.pop(key_name, None)
+            else:
+                self._keys.clear()
             self.changes += 1
 
     def rank(self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float) -> tuple[str, ...]:
         """The eligible combiners, best first."""
         with self._lock:
-            order = self._rank(request_class, key_name, eligible, now_s)
-            if len(order) > 1:
-                self._probe(order[0], now_s)
-            return tuple(order)
-
-    def _rank(self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float) -> list[str]:
-        names = [name for name in eligible if name in self._cluster.nodes]
-        if len(names) < 2:
-            return names
-        scores = {name: self._score(request_class, key_name, name, now_s) for name in names}
-        up = [name for name in names if self._nodes[name].down_until_s <= now_s]
-        first = self._sample(request_class, up)
-        first |= {name for name in up if (key_name, name) in self._loaded}
-        return sorted(names, key=lambda name: (name not in up, name not in first, scores[name]))
+            states = self._view(eligible)
+            if len(states) < 2:
+                return tuple(state.name for state in states)
+            known = self._keys.get(key_name, _NOWHERE)
+            scored = sorted(
+                (state.down_until_s > now_s, self._score(state, request_class, known, now_s), at)
+                for at, state in enumerate(states)
+            )
+            self._probe(states[scored[0][2]], now_s)
+            return tuple(states[at].name for _, _, at in scored)
 
     def order(self, names: Sequence[str], now_s: float) -> tuple[str, ...]:
         """The names as given, but those last that are down."""
         with self._lock:
-            order = sorted(names, key=lambda name: self._nodes[name].down_until_s > now_s)
-            self._probe(order[0], now_s)
-            return tuple(order)
+            states = sorted(map(self._state, names), key=lambda state: state.down_until_s > now_s)
+            self._probe(states[0], now_s)
+            return tuple(state.name for state in states)
 
-    def _probe(self, name: str, now_s: float) -> None:
+    def _probe(self, state: NodeState, now_s: float) -> None:
         """If this node's time as down is over, one request finds out how it is; the others go elsewhere meanwhile."""
-        state = self._nodes[name]
         if state.down_for_s and state.down_until_s <= now_s:
             state.probing, state.down_until_s = True, now_s + PROBE_S
 
-    def _score(self, request_class: str, key_name: str, name: str, now_s: float) -> float:
-        state = self._nodes[name]
-        service = state.service_us.get(request_class) or self._table_service(request_class, name)
-        queue = state.queue if now_s - state.seen_s <= SNAPSHOT_MAX_AGE_S else 0
-        price = 0
-        indexed = self._indexed
-        if indexed is not None and (column := indexed.columns.get(name)) is not None:
-            price = indexed.table.price_us[column]
-        cold = 0 if (key_name, name) in self._loaded else COLD_CHARGE_US
-        return (queue + state.outstanding + 1) * service + state.round_trip_us + price + cold
+    def _state(self, name: str) -> NodeState:
+        """What is known of a node; of one that nobody asked yet, nothing."""
+        state = self._nodes.get(name)
+        if state is None:
+            state = self._nodes[name] = NodeState(name)
+            self._rate(state)
+        return state
 
-    def _table_service(self, request_class: str, name: str) -> float:
+    def _view(self, eligible: Sequence[str]) -> tuple[NodeState, ...]:
+        """The states of those that are members."""
+        cluster, names = self._cluster, tuple(eligible)
+        if self._viewed is not cluster or len(self._views) > MAX_VIEWS:
+            self._views.clear()
+            self._viewed = cluster
+        view = self._views.get(names)
+        if view is None:
+            view = self._views[names] = tuple(self._state(name) for name in names if name in cluster.nodes)
+        return view
+
+    def _best(self, states: Sequence[NodeState], request_class: str, known: _Known, now_s: float) -> NodeState | None:
+        """The one that ``rank`` puts first; None if one that failed is due to be tried again, or none is up.
+
+        ``_score`` in line: this is all that a warm use asks of the router.
+        """
+        best, least, loaded, cold_us = None, _FAR, known.nodes, -1.0
+        for state in states:
+            if state.down_for_s:
+                if state.down_until_s <= now_s:
+                    return None
+                continue
+            service_us, age_s = state.service_us.get(request_class), now_s - state.seen_s
+            if service_us is None or age_s > SNAPSHOT_MAX_AGE_S:
+                score = self._score(state, request_class, known, now_s)
+            else:
+                score = service_us * state.cost + state.round_trip_us
+                waiting = state.mean_queue + len(state.sent_s) - state.others
+                waiting += state.excess * state.settle_s / (state.settle_s + age_s)
+                if waiting > 0.0:
+                    score += waiting * state.wait_us
+                if state not in loaded:
+                    if cold_us < 0.0:
+                        cold_us = self._cold_charge_us(known)
+                    score += cold_us
+            if score < least:
+                best, least = state, score
+        return best
+
+    def _score(self, state: NodeState, request_class: str, known: _Known, now_s: float) -> float:
+        """Microseconds until a request that is sent now is answered, and what that costs others."""
+        age_s = now_s - state.seen_s
+        service_us = state.service_us.get(request_class) if age_s <= RELEARN_S else None
+        if service_us is None:
+            service_us = self._told_us(state, request_class)
+        score = service_us * state.cost + state.round_trip_us
+        if age_s <= SNAPSHOT_MAX_AGE_S:
+            waiting = state.mean_queue + len(state.sent_s) - state.others
+            waiting += state.excess * state.settle_s / (state.settle_s + age_s) if state.settle_s else state.excess
+        else:
+            waiting = max(state.mean_queue if age_s <= RELEARN_S else 0.0, float(state.outstanding)) - state.others
+        if waiting > 0.0:
+            score += waiting * (state.wait_us or service_us / state.lanes)
+        return score if state in known.nodes else score + self._cold_charge_us(known)
+
+    def _cold_charge_us(self, known: _Known) -> float:
+        charge = min(max(self._cold_us - self._warm_us, 0.0), COLD_CHARGE_MAX_US)
+        return charge / (1.0 + COLD_PART * known.uses)
+
+    def _told_us(self, state: NodeState, request_class: str) -> float:
+        """A class's service time by the table, or else a first guess."""
         indexed = self._indexed
         if indexed is not None:
-            row, column = indexed.rows.get(request_class), indexed.columns.get(name)
-            if row is not None and column is not None and (known := indexed.table.service_us[row][column]):
-                return float(known)
+            row, column = indexed.rows.get(request_class), indexed.columns.get(state.name)
+            if row is not None and column is not None and (known := indexed.table.service_us(row, column)):
+                return known
         algo = ALGORITHMS.get(request_class.partition("/")[2])
         return float(algo.prior_us) if algo else 100.0
 
-    def _sample(self, request_class: str, names: Sequence[str]) -> set[str]:
-        """Two of the names, drawn without replacement by the table's weights (evenly where it has none)."""
-        weights = [1000] * len(names)
+    def _rate(self, state: NodeState) -> None:
+        """Take from the table what it says of a node as such."""
+        state.cost, state.lanes = 1.0, 1.0
         indexed = self._indexed
-        if indexed is not None and (row := indexed.rows.get(request_class)) is not None:
-            line = indexed.table.weights[row]
-            weights = [line[column] if (column := indexed.columns.get(name)) is not None else 0 for name in names]
-        chosen: set[str] = set()
-        pool = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight]
-        while pool and len(chosen) < 2:
-            pick = self._random.choices(pool, [weight for _, weight in pool])[0]
-            chosen.add(pick[0])
-            pool.remove(pick)
-        return chosen
+        if indexed is not None and (column := indexed.columns.get(state.name)) is not None:
+            table = indexed.table
+            state.cost += PRICE_PART * table.price[column] / 1000
+            state.lanes = float(table.lanes[column] or 1) if table.lanes else 1.0
+        state.others, state.wait_us = state.lanes - 1.0, state.usual_us / state.lanes

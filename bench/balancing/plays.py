@@ -1,0 +1,43 @@
+"""The scenarios that are played, by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from balancing.scenarios import Crowd, Death, NodeSpec, Scenario, Site, Traffic
+
+__all__ = ["COMP", "REL", "death", "steady"]
+
+RSA = ("sign/rsa-2048-pss-sha256", "sign/rsa-3072-pss-sha256")
+EC = ("sign/ecdsa-p256-sha256", "sign/ecdsa-p384-sha384", "sign/ed25519")
+ZONES = ("a", "b", "c")
+
+REL = Site(
+    tuple(
+        NodeSpec(f"n{at}", ZONES[at % 3], speed, workers=4) for at, speed in enumerate((2, 2, 1, 1, 1, 0.5, 0.5, 0.5))
+    )
+)
+"""Eight nodes that differ in speed."""
+COMP = Site(
+    tuple(
+        NodeSpec(f"n{at}", ZONES[at % 3], 0.4, dict.fromkeys(RSA if at < 3 else EC if at < 6 else (), 4.0), workers=4)
+        for at in range(8)
+    )
+)
+"""Eight nodes of which three are quick with RSA, three with elliptic curves, and two with nothing."""
+EIGHT = Crowd(ZONES + ZONES + ("a", "b"))
+
+
+def steady(layout: str, seconds: int) -> Scenario:
+    """The load of the trace, second by second."""
+    return Scenario(f"steady, {layout}", {"rel": REL, "comp": COMP}[layout], EIGHT, Traffic(), seconds)
+
+
+def death(seconds: int) -> Scenario:
+    """A fast node dies while the load is the trace's mean."""
+    return replace(
+        steady("rel", seconds),
+        name="node death",
+        deaths=(Death(0, seconds / 2),),
+        traffic=Traffic(load=0.55, constant=True),
+    )
