@@ -7,6 +7,7 @@ zeros says "as the level is". Shapes: (steps, series) in, (rows, series, COLUMNS
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -96,18 +97,25 @@ def counts_of(roots: FloatArray, variance: FloatArray | float = 0.0) -> FloatArr
 
 def levels(roots: FloatArray) -> FloatArray:
     """EWMA levels (steps, alphas) of one series (steps,), each after its step was seen; they begin at the first."""
-    told = np.empty((len(roots), len(ALPHAS)))
-    fade = (1.0 - ALPHAS)[None, :]
-    age = np.arange(BLOCK)
-    lag = age[:, None] - age[None, :]
-    weights = np.where(lag[None] >= 0, ALPHAS[:, None, None] * fade[0][:, None, None] ** np.maximum(lag, 0)[None], 0.0)
+    blocks = -(-len(roots) // BLOCK)
+    padded = np.zeros(blocks * BLOCK)
+    padded[: len(roots)] = roots
+    weights, fades = _block()
+    told = (padded.reshape(blocks, BLOCK) @ weights).reshape(blocks, BLOCK, len(ALPHAS))
     level = np.full(len(ALPHAS), roots[0] if len(roots) else 0.0)
-    for first in range(0, len(roots), BLOCK):
-        block = roots[first : first + BLOCK]
-        size = len(block)
-        told[first : first + size] = (weights[:, :size, :size] @ block).T + fade ** (age[:size, None] + 1) * level
-        level = told[first + size - 1]
-    return told
+    for block in told:
+        block += fades * level
+        level = block[-1]
+    return told.reshape(-1, len(ALPHAS))[: len(roots)]
+
+
+@cache
+def _block() -> tuple[FloatArray, FloatArray]:
+    """What a step of a block adds to each later level in it, (BLOCK, BLOCK * alphas), and what is left of the level."""
+    age = np.arange(BLOCK)
+    lag = (age[None, :] - age[:, None])[:, :, None]
+    weights = np.where(lag >= 0, ALPHAS * (1.0 - ALPHAS) ** np.maximum(lag, 0), 0.0)
+    return weights.reshape(BLOCK, -1), (1.0 - ALPHAS) ** (age[:, None] + 1)
 
 
 def last_levels(roots: FloatArray) -> FloatArray:
@@ -137,6 +145,7 @@ def columns_of(period: int | None = None, *, regressors: bool = False) -> slice:
     return slice(_FIRST_PERIOD + period * _PERIOD_COLUMNS, _FIRST_PERIOD + (period + 1) * _PERIOD_COLUMNS)
 
 
+@cache
 def penalties() -> FloatArray:
     """How much more a column's coefficient is shrunk than others': old lags more (Litterman 1986)."""
     told = np.ones(COLUMNS)
@@ -179,14 +188,14 @@ def design(
 
 def _seasonal(roots: FloatArray, base: FloatArray, at: IntArray, length: int, part: FloatArray) -> None:
     """What came after this point of the last waves, each of the horizons; where none is known, the level."""
-    for horizon in range(HORIZONS):
-        total, found = np.zeros_like(base), np.zeros(len(at))
-        for cycle in range(1, CYCLES + 1):
-            index = at + 1 + horizon - cycle * length
-            known = (index >= 0) & (index < len(roots))
-            total[known] += roots[index[known]] - base[known]
-            found += known
-        part[:, :, horizon] = total / np.maximum(found, 1.0)[:, None]
+    total, found = np.zeros((len(at), roots.shape[1], HORIZONS)), np.zeros(len(at))
+    for cycle in range(1, CYCLES + 1):
+        index = at + 1 - cycle * length
+        known = index >= 0
+        ahead = index[known, None] + np.arange(HORIZONS)
+        total[known] += roots[ahead].transpose(0, 2, 1) - base[known, :, None]
+        found += known
+    part[:, :, :HORIZONS] = total / np.maximum(found, 1.0)[:, None, None]
 
 
 def _regressors(known: Known, at: IntArray, steps: int) -> FloatArray:

@@ -31,6 +31,7 @@ from balancer.features import (
     LAGS,
     LEVEL,
     PERIODS_MS,
+    WINDOW,
     Known,
     clean,
     columns_of,
@@ -55,11 +56,14 @@ EWMA_ROWS_MAX = 1_500
 """The EWMA's alpha is the best of so many of the newest steps."""
 FITS_AT_ONCE = 32
 """Without a state so many of the busiest classes get a Ridge at once, and no pair does."""
-ROWS_PER_TICK = 6_000
-"""With one, as many series are fitted in a tick as have so many rows together, at least one a cadence."""
+ROWS_PER_TICK = 4_000
+"""With one, a tick fits series of classes or of pairs, of ticks or of minutes, by turns: as many as have so many rows
+together, at least one. That is one class with a long history, or two pairs."""
+ROWS_EACH = 2_000
+"""A fit costs as if it had at least so many rows."""
 REFIT_STEPS = 30
 """A series is fitted again after so many steps, when its turn comes."""
-STRENGTHS = (0.03, 0.3, 3.0)
+STRENGTHS = (0.003, 0.05, 0.8)
 """The Ridge's alphas for a row and a column of variance 1, the best of which is taken."""
 PARTS = (0.25, 0.5, 0.75, 1.0)
 """Parts of the Ridge in the mix with the EWMA; 0 is the EWMA alone."""
@@ -69,8 +73,12 @@ CALIBRATION_PART = 0.3
 PERIODS_USED = 2
 ACF_MIN = 0.1
 """A wave is looked for where the load resembles that of one wave ago at least so much."""
+JITTER = 1e-7
+"""Columns that say the same make X'X singular; this is far below any strength."""
 SD_MIN = 1e-6
 """A column that varies less says nothing."""
+
+_NONE: FloatArray = np.zeros((0, 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +89,11 @@ class ForecastState:
     pairs: Bank = EMPTY
     slow_classes: Bank = EMPTY
     slow_pairs: Bank = EMPTY
+
+    @property
+    def banks(self) -> tuple[Bank, ...]:
+        """All of them."""
+        return self.classes, self.pairs, self.slow_classes, self.slow_pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +126,27 @@ def predict_load(history: HistorySnapshot, state: ForecastState | None = None) -
     """
     before = state or ForecastState()
     pairs = tuple((history.classes[index], group) for index, group in history.pairs)
-    known, slow = history.known, history.slow
+    tick, minute = _Cadence(history.tick_ms, history.tick, history.known), None
+    if history.slow is not None:
+        minute = _Cadence(history.slow.step_ms, history.slow.step, history.slow_known)
+    banks: list[tuple[Bank, tuple[object, ...], FloatArray, _Cadence | None]] = [
+        (before.classes, history.classes, history.counts, tick),
+        (before.pairs, pairs, history.pair_counts, tick),
+        (before.slow_classes, history.classes, history.slow.counts if history.slow else _NONE, minute),
+        (before.slow_pairs, pairs, history.slow.pair_counts if history.slow else _NONE, minute),
+    ]
+    at_once = FITS_AT_ONCE if state is None else 0
     # These matrices are small: more BLAS threads only wait for each other, seven times longer on a busy machine.
     with _thread_pools().limit(limits=1, user_api="blas"):
-        at_once = FITS_AT_ONCE if state is None else 0
-        classes = _step(before.classes, history.classes, history.counts, history.tick_ms, history.tick, known, at_once)
-        of_pairs = _step(before.pairs, pairs, history.pair_counts, history.tick_ms, history.tick, known, 0)
-        slow_classes, slow_pairs = before.slow_classes, before.slow_pairs
-        if slow is not None:
-            slow_classes = _step(
-                slow_classes, history.classes, slow.counts, slow.step_ms, slow.step, history.slow_known, at_once
-            )
-            slow_pairs = _step(slow_pairs, pairs, slow.pair_counts, slow.step_ms, slow.step, history.slow_known, 0)
-    after = ForecastState(classes, of_pairs, slow_classes, slow_pairs)
+        after, fitted = list(before.banks), False
+        for turn in range(len(banks)):
+            place = (history.tick + turn) % len(banks)
+            bank, series, counts, cadence = banks[place]
+            if cadence is not None:
+                many = at_once if place % 2 == 0 else 0
+                after[place], fits = _step(bank, series, counts, cadence, many, rests=fitted and not many)
+                fitted = fitted or fits
+    classes, of_pairs, slow_classes, slow_pairs = after
     return Forecast(
         classes=history.classes,
         mean=classes.outlook.mean[:, 0],
@@ -136,43 +157,49 @@ def predict_load(history: HistorySnapshot, state: ForecastState | None = None) -
         pair_p90=of_pairs.outlook.p90[:, 0],
         outlook=classes.outlook,
         pair_outlook=of_pairs.outlook,
-        slow=None if slow is None else slow_classes.outlook,
-        slow_pairs=None if slow is None else slow_pairs.outlook,
-        state=after,
+        slow=None if minute is None else slow_classes.outlook,
+        slow_pairs=None if minute is None else slow_pairs.outlook,
+        state=ForecastState(*after),
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Cadence:
+    step_ms: int
+    step: int
+    known: Known | None
+
+
 def _step(
-    bank: Bank, series: Sequence[object], counts: FloatArray, step_ms: int, step: int, known: Known | None, at_once: int
-) -> Bank:
-    """Fit whose turn it is, and predict all."""
-    lengths = period_steps(step_ms, len(counts))
-    bank, same = bank.follow(tuple(series), step, step_ms)
-    due = _due(bank, counts, at_once)
+    bank: Bank, series: tuple[object, ...], counts: FloatArray, cadence: _Cadence, at_once: int, *, rests: bool
+) -> tuple[Bank, bool]:
+    """Fit whose turn it is, nobody if it ``rests``, and predict all; whether there was something to fit."""
+    lengths = period_steps(cadence.step_ms, len(counts))
+    bank, same = bank.follow(series, cadence.step, cadence.step_ms)
+    due = [] if rests else _due(bank, counts, at_once)
     if same and not due:
-        return bank
-    fits = {index: _fit(counts[:, index], lengths, step, known) for index in due}
-    return advance(refitted(bank, fits), counts, lengths, known)
+        return bank, False
+    fits = {index: _fit(counts[:, index], lengths, cadence.step, cadence.known) for index in due}
+    return advance(refitted(bank, fits), counts, lengths, cadence.known), bool(fits)
 
 
 def _due(bank: Bank, counts: FloatArray, at_once: int) -> list[int]:
     """Whose turn it is: who never was fitted, the busiest first, then who was longest ago."""
     if not counts.size:
         return []
-    load = np.nan_to_num(counts[-LAGS:], nan=0.0, posinf=0.0, neginf=0.0).sum(axis=0)
-    rows = max(1, min(len(counts), ROWS_MAX))
-    waited = bank.step - bank.fitted
-    most = at_once or max(1, ROWS_PER_TICK // rows)
+    load = np.nan_to_num(counts[-WINDOW:], nan=0.0, posinf=0.0, neginf=0.0).sum(axis=0)
+    most = at_once or max(1, ROWS_PER_TICK // max(ROWS_EACH, min(len(counts), ROWS_MAX)))
     order = np.lexsort((-load, bank.fitted))
-    return [int(index) for index in order if waited[index] >= REFIT_STEPS][:most]
+    return [int(index) for index in order if bank.step - bank.fitted[index] >= REFIT_STEPS][:most]
 
 
 @cache
 def _ridge() -> Any:
     """scikit-learn's Ridge, loaded when there is enough to learn from: a start need not wait a second for that."""
+    from sklearn import config_context
     from sklearn.linear_model import Ridge
 
-    return Ridge
+    return Ridge, config_context
 
 
 @cache
@@ -221,25 +248,25 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
         sets.append(used | (np.arange(COLUMNS) >= columns_of(regressors=True).start))
     said = targets[late]
     by_ewma = level[late] @ ewma
-    guesses: list[tuple[tuple[NDArray[np.bool_], float], FloatArray]] = []
+    guesses, origins = [], []
     for columns in sets:
-        for strength, (coefficients, intercept) in zip(
-            STRENGTHS, _solve(told[: len(early)], wanted[: len(early)], columns, STRENGTHS), strict=True
-        ):
-            guesses.append(((columns, strength), told[split:] @ coefficients + intercept + base[split:]))
-    choice, parts, mixed = _mix([guess for _, guess in guesses], by_ewma, said)
-    full: dict[int, tuple[FloatArray, FloatArray]] = {}
+        learnt = _Rows(told[: len(early)], wanted[: len(early)], columns)
+        for strength in STRENGTHS:
+            matrix, constant = learnt.solve(strength)
+            guesses.append(told[split:] @ matrix + constant + base[split:])
+            origins.append((columns, strength))
+    choice, parts, mixed = _mix(guesses, by_ewma, said)
     coefficients, intercept = np.zeros((COLUMNS, HORIZONS)), np.zeros(HORIZONS)
     mix = ewma * (1.0 - parts)
     mix[LEVEL] += parts
-    for horizon in np.flatnonzero(parts):
-        which = int(choice[horizon])
-        if which not in full:
-            columns, strength = guesses[which][0]
-            ((matrix, constant),) = _solve(told, wanted, columns, (strength,))
-            full[which] = matrix, constant
-        coefficients[:, horizon] = parts[horizon] * full[which][0][:, horizon]
-        intercept[horizon] = parts[horizon] * full[which][1][horizon]
+    for columns in sets:
+        mine = (parts > 0) & np.array([origins[index][0] is columns for index in choice])
+        if mine.any():
+            learnt = _Rows(told, wanted, columns)
+            for index in np.unique(choice[mine]):
+                matrix, constant = learnt.solve(origins[index][1])
+                here = mine & (choice == index)
+                coefficients[:, here], intercept[here] = parts[here] * matrix[:, here], parts[here] * constant[here]
     some = bool(parts.any())
     return Fit(
         step,
@@ -265,32 +292,39 @@ def _waves(detrended: FloatArray, lengths: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(length if index in best and strength[index] > ACF_MIN else 0 for index, length in enumerate(lengths))
 
 
-def _solve(
-    told: FloatArray, wanted: FloatArray, columns: NDArray[np.bool_], strengths: Sequence[float]
-) -> list[tuple[FloatArray, FloatArray]]:
-    """Coefficients (COLUMNS, HORIZONS) and intercepts by strength, of a Ridge on these columns."""
-    spread = told.std(axis=0)
-    chosen = np.flatnonzero(columns & (spread > SD_MIN))
-    solved = []
-    if not chosen.size:
-        return [(np.zeros((COLUMNS, HORIZONS)), wanted.mean(axis=0)) for _ in strengths]
-    scale = spread[chosen] * np.sqrt(penalties()[chosen])
-    middle = told[:, chosen].mean(axis=0)
-    scaled = (told[:, chosen] - middle) / scale
-    constant = wanted.mean(axis=0)
-    for strength in strengths:
-        model = _ridge()(alpha=strength * len(told), fit_intercept=False, solver="cholesky")
-        model.fit(scaled, wanted - constant)
-        part = np.atleast_2d(model.coef_).T / scale[:, None]
-        coefficients = np.zeros((COLUMNS, HORIZONS))
-        coefficients[chosen] = part
-        solved.append((coefficients, constant - middle @ part))
-    return solved
+class _Rows:
+    """Rows to learn from, brought down to as many as there are columns.
 
+    A Ridge is a matter of X'X and X'Y alone. With R'R = X'X the rows R and R'^-1 X'Y have the same, so that one pass
+    over the history serves every strength.
+    """
 
-def _errors(guess: FloatArray, said: FloatArray) -> FloatArray:
-    """Mean absolute errors in counts, by horizon."""
-    return np.asarray(np.abs(counts_of(guess) - counts_of(said)).mean(axis=0))
+    def __init__(self, told: FloatArray, wanted: FloatArray, columns: NDArray[np.bool_]) -> None:
+        self._rows = len(told)
+        self._constant = wanted.mean(axis=0)
+        mean = told.mean(axis=0)
+        spread = np.sqrt(np.maximum(np.einsum("rc,rc->c", told, told) / len(told) - mean**2, 0.0))
+        self._chosen = np.flatnonzero(columns & (spread > SD_MIN))
+        self._scale = spread[self._chosen] * np.sqrt(penalties()[self._chosen])
+        self._mean = mean[self._chosen]
+        scaled = (told[:, self._chosen] - self._mean) / self._scale
+        gram = scaled.T @ scaled
+        gram[np.diag_indices_from(gram)] += JITTER * self._rows
+        self._root = np.linalg.cholesky(gram).T
+        self._right = np.linalg.solve(self._root.T, scaled.T @ (wanted - self._constant))
+
+    def solve(self, strength: float) -> tuple[FloatArray, FloatArray]:
+        """Coefficients (COLUMNS, targets) and intercepts of a Ridge."""
+        coefficients = np.zeros((COLUMNS, self._right.shape[1]))
+        if not self._chosen.size:
+            return coefficients, self._constant
+        regression, configured = _ridge()
+        with configured(assume_finite=True, skip_parameter_validation=True):
+            model = regression(alpha=strength * self._rows, fit_intercept=False, solver="cholesky")
+            model.fit(self._root, self._right)
+        part = np.reshape(model.coef_, (-1, self._chosen.size)).T / self._scale[:, None]
+        coefficients[self._chosen] = part
+        return coefficients, self._constant - self._mean @ part
 
 
 def _smoothed(errors: FloatArray) -> FloatArray:
@@ -300,19 +334,16 @@ def _smoothed(errors: FloatArray) -> FloatArray:
 
 
 def _best_alphas(level: FloatArray, said: FloatArray) -> IntArray:
-    errors = np.stack([_errors(level[:, [index]], said) for index in range(len(ALPHAS))])
-    return np.asarray(_smoothed(errors).argmin(axis=0))
+    counts, guesses = counts_of(said), counts_of(level)
+    errors = [np.abs(guesses[:, [index]] - counts).mean(axis=0) for index in range(len(ALPHAS))]
+    return np.asarray(_smoothed(np.stack(errors)).argmin(axis=0))
 
 
 def _mix(guesses: Sequence[FloatArray], ewma: FloatArray, said: FloatArray) -> tuple[IntArray, FloatArray, FloatArray]:
     """By horizon: which guess is mixed in, in which part, and what the mix says."""
     options = [(0, 0.0), *((index, part) for index in range(len(guesses)) for part in PARTS)]
+    counts = counts_of(said)
     mixes = [part * guesses[index] + (1.0 - part) * ewma for index, part in options]
-    best = _smoothed(np.stack([_errors(mix, said) for mix in mixes])).argmin(axis=0)
-    horizons = np.arange(HORIZONS)
-    mixed = np.stack(mixes)[best, :, horizons].T
-    return (
-        np.array([options[index][0] for index in best]),
-        np.array([options[index][1] for index in best]),
-        mixed,
-    )
+    best = _smoothed(np.stack([np.abs(counts_of(mix) - counts).mean(axis=0) for mix in mixes])).argmin(axis=0)
+    mixed = np.stack([mixes[option][:, horizon] for horizon, option in enumerate(best)], axis=1)
+    return np.array([options[option][0] for option in best]), np.array([options[option][1] for option in best]), mixed

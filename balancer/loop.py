@@ -18,7 +18,8 @@ import zmq
 
 from balancer.forecast import predict_load
 from balancer.history import History, HistorySnapshot
-from balancer.optimizer import optimize_assignment
+from balancer.issue import TableIssuer
+from balancer.optimizer import RoutingSolver, optimize_assignment
 from balancer.plan import TableStamp, assignment_problem, generate_routing_table, reissue_table
 from balancer.publisher import Publisher
 from balancer.registry import Registry
@@ -70,8 +71,8 @@ from engine.protocol.requests import (
     Welcome,
     balancer_status_codec,
 )
-from engine.protocol.routing import RoutingTable, seal_table
-from engine.protocol.wire import MAX_MESSAGE, Status
+from engine.protocol.table import TABLE_MAX, RoutingTable
+from engine.protocol.wire import Status
 
 __all__ = ["ControlLoop", "Service", "Standing", "decide"]
 
@@ -86,7 +87,6 @@ LIFETIME_MS_MIN = 10_000
 BURST = 256
 """How many requests are answered before the service looks at its other events."""
 ERROR_MAX = 500
-TABLE_MAX = MAX_MESSAGE - 1024
 
 log = structlog.get_logger()
 
@@ -98,7 +98,7 @@ def now_ms() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where the control loop stands: the table in force (and sealed), ticks done, what is wrong now (or nothing)."""
+    """Where the control loop stands: the table in force, the sealed whole one, ticks done, what is wrong now if any."""
 
     table: RoutingTable | None = None
     sealed: bytes = b""
@@ -107,10 +107,12 @@ class Standing:
     last_error: str = ""
 
 
-def decide(snapshot: HistorySnapshot, stamp: TableStamp, time_limit_s: float) -> RoutingTable:
-    """One decision, a pure function of the snapshot: forecast, assignment, table."""
+def decide(
+    snapshot: HistorySnapshot, stamp: TableStamp, time_limit_s: float, solver: RoutingSolver | None = None
+) -> RoutingTable:
+    """One decision, a pure function of the snapshot: forecast, assignment, table. The solver only makes it quicker."""
     forecast = predict_load(snapshot)
-    assignment = optimize_assignment(assignment_problem(snapshot, forecast), time_limit_s=time_limit_s)
+    assignment = optimize_assignment(assignment_problem(snapshot, forecast), time_limit_s=time_limit_s, solver=solver)
     return generate_routing_table(snapshot, forecast, assignment, stamp)
 
 
@@ -141,6 +143,8 @@ class ControlLoop(FollowsCluster):
         self._heard: frozenset[str] = frozenset()
         self._ahead = ""
         self._tried_s: dict[str, float] = {}
+        self._solver = RoutingSolver()
+        self._issuer = TableIssuer(identity.signing)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
         self.standing = Standing()
@@ -172,21 +176,21 @@ class ControlLoop(FollowsCluster):
         if dropped:
             log.warning("statistics dropped", nodes=dropped, reason="they can't be true")
         before = self.standing
-        issued = now_ms()
-        stamp = TableStamp(
-            self._fencing_epoch, before.counter + 1, issued, issued + self._lifetime_ms, self._cluster.serial
-        )
+        now = now_ms()
+        stamp = TableStamp(self._fencing_epoch, before.counter + 1, now, now + self._lifetime_ms, self._cluster.serial)
         try:
-            table = decide(self._history.snapshot(), stamp, SOLVER_PART * self._tick_s)
-            sealed, error = seal_table(table, self._identity.signing), ""
+            table = decide(self._history.snapshot(), stamp, SOLVER_PART * self._tick_s, self._solver)
+            error = ""
         except Exception as failure:  # whatever it is, the last good table stays
             error = self._failed("decision", failure)
             if before.table is None:
                 return
             table = reissue_table(before.table, stamp)
-            sealed = seal_table(table, self._identity.signing)
-        self.standing = Standing(table, sealed, before.ticks + 1, stamp.counter, error)
-        self._publisher.publish(sealed, self._cluster)
+        issued = self._issuer.issue(table)
+        if issued.remark:
+            log.warning(issued.remark)
+        self.standing = Standing(issued.table, issued.whole, before.ticks + 1, stamp.counter, error)
+        self._publisher.publish(issued.message, self._cluster)
 
     def _follow_members(self, channel: Channel) -> None:
         """Take a manifest that a node has and this process not, and go on with the members of the newest."""
@@ -403,7 +407,7 @@ class Service(FollowsCluster):
         return self._desk.offer(member, body)
 
     def _table(self, member: str, body: Empty) -> Table:
-        """The table in force; empty too where it is longer than a message: then it comes by subscription alone."""
+        """The newest whole table; empty too where it is longer than a message: then it comes by subscription alone."""
         sealed = self._loop.standing.sealed
         return Table(sealed if len(sealed) <= TABLE_MAX else b"")
 

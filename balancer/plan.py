@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from balancer.forecast import Forecast
 from balancer.history import HistorySnapshot
+from balancer.program import FloatArray, IndexArray
 from balancer.routing import Assignment, AssignmentProblem, every_node
 from engine.keys import ALGORITHMS, RequestType
-from engine.protocol.routing import RoutingTable
+from engine.protocol.table import RoutingTable, pack_service
 
-__all__ = ["TableStamp", "assignment_problem", "generate_routing_table", "reissue_table", "service_times"]
-
-FloatArray = NDArray[np.float64]
+__all__ = ["PairLoad", "TableStamp", "assignment_problem", "generate_routing_table", "reissue_table", "service_times"]
 
 PRIOR_REQUESTS = 20.0
 """A prior service time counts as much as so many measured requests."""
@@ -26,6 +25,11 @@ CAPACITY = 1.0
 """Seconds of work that a node does in a second: its token is one."""
 LARGEST = 2**62
 PERMILLE = 1000
+CAPPED = (RequestType.GENERATE.value,)
+CAP = 0.25
+"""Slow requests take no more than this part of a node: capping them beats predicting them (measured)."""
+DOWN_PRICE = 1_000.0
+"""What a node that is down costs: seconds of waiting for each second of its work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +63,66 @@ def _prior_us(request_class: str) -> float:
     return PRIOR_US.get(kind) or float(ALGORITHMS[algorithm].prior_us)
 
 
-def assignment_problem(history: HistorySnapshot, forecast: Forecast) -> AssignmentProblem:
-    """What the optimiser has to split: the mean forecast (the P90 in its place makes prices worse: measured)."""
+@dataclass(frozen=True, slots=True)
+class PairLoad:
+    """The load of the warmest (class, placement group) pairs, and which nodes hold their groups.
+
+    ``row_class`` (pairs,) are indexes of the history's classes, ``demand`` (pairs,) requests per second; the holders of
+    pair g are ``nodes[indptr[g]:indptr[g + 1]]``.
+    """
+
+    row_class: IndexArray
+    demand: FloatArray
+    indptr: IndexArray
+    nodes: IndexArray
+
+
+def assignment_problem(
+    history: HistorySnapshot, forecast: Forecast, pairs: PairLoad | None = None
+) -> AssignmentProblem:
+    """What the optimiser has to split: the mean forecast (the P90 in its place makes prices worse: measured).
+
+    A row for each pair, and one for what is left of each class, which any node may serve.
+    """
     nodes = len(history.nodes)
-    return every_node(
-        demand=forecast.mean,
-        service_us=service_times(history),
-        up=np.array(history.up, dtype=bool),
-        capacity=np.full(nodes, CAPACITY),
-        background=np.zeros(nodes),
+    capped = np.array([each.partition("/")[0] in CAPPED for each in history.classes], dtype=bool)
+    whole = every_node(
+        forecast.mean,
+        service_times(history),
+        np.array(history.up, dtype=bool),
+        np.full(nodes, CAPACITY),
+        np.zeros(nodes),
+        capped=capped,
+        cap=CAP,
+    )
+    if pairs is None or not len(pairs.demand):
+        return whole
+    known = np.bincount(pairs.row_class, pairs.demand, minlength=len(history.classes))
+    entries = len(pairs.nodes)
+    return replace(
+        whole,
+        demand=np.concatenate([pairs.demand, np.maximum(forecast.mean - known, 0.0)]),
+        row_class=np.concatenate([pairs.row_class, whole.row_class]),
+        indptr=np.concatenate([pairs.indptr, entries + whole.indptr[1:]]).astype(np.int32),
+        nodes=np.concatenate([pairs.nodes, whole.nodes]),
+        network_us=np.concatenate([np.zeros(entries), whole.network_us]),
+        most=np.concatenate([np.ones(entries), whole.most]),
+        fair=np.concatenate([np.ones(entries), whole.fair]),
     )
 
 
 def generate_routing_table(
-    history: HistorySnapshot, forecast: Forecast, assignment: Assignment, stamp: TableStamp
+    history: HistorySnapshot,
+    forecast: Forecast,
+    assignment: Assignment,
+    stamp: TableStamp,
+    *,
+    groups: Sequence[tuple[int, Sequence[int]]] = (),
+    hints: Sequence[tuple[int, Sequence[int]]] = (),
 ) -> RoutingTable:
-    """The table: weights in 1/1000 (rows sum to 1000; 0 for a node that is down), service times and node prices.
+    """The table: service times, node prices and class caps in 1/1000, and the groups that are not where they would be.
 
+    ``groups`` and ``hints`` are (group, node indexes), the hottest first. A node that is down is told as dear.
     ``ValueError`` if the parts do not speak of the same classes and nodes.
     """
     shape = (len(history.classes), len(history.nodes))
@@ -89,10 +136,11 @@ def generate_routing_table(
         expires_ms=stamp.expires_ms,
         nodes=list(history.nodes),
         classes=list(history.classes),
-        service_us=[_integers(row) for row in service_times(history)],
-        weights=[_permille(np.where(up, row, 0.0)) for row in assignment.weights],
-        price_us=_integers(assignment.price_us),
-        groups=[],
+        service=pack_service(service_times(history).tolist()),
+        price=_integers(np.where(up, assignment.price, DOWN_PRICE) * PERMILLE),
+        caps=_integers(assignment.caps * PERMILLE),
+        groups=[(group, list(nodes)) for group, nodes in groups],
+        hints=[(group, list(nodes)) for group, nodes in hints],
         forecast=[
             (mean, p90)
             for mean, p90 in zip(_integers(forecast.mean * 1000), _integers(forecast.p90 * 1000), strict=True)
@@ -115,15 +163,3 @@ def reissue_table(table: RoutingTable, stamp: TableStamp) -> RoutingTable:
 
 def _integers(values: FloatArray) -> list[int]:
     return [round(value) for value in np.clip(values, 0.0, float(LARGEST)).tolist()]
-
-
-def _permille(row: FloatArray) -> list[int]:
-    """The row in 1/1000 by largest remainders: the sum is kept, and 0 stays 0."""
-    total = float(row.sum())
-    if total <= 0:
-        return [0] * len(row)
-    exact = row / total * PERMILLE
-    floor = np.floor(exact).astype(np.int64)
-    missing = PERMILLE - int(floor.sum())
-    floor[np.argsort(-(exact - floor), kind="stable")[:missing]] += 1
-    return [int(value) for value in floor]

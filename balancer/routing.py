@@ -29,7 +29,6 @@ OVERLOAD_STEEPER = 10.0
 """How many times steeper than the last true segment the endless one is, and how dear work beyond a cap is."""
 UNEVEN_COST = 0.05
 """What is served beyond the fair part is charged this part of its service time, so that noise moves nothing."""
-PRICE_MAX_US = 1e7
 IDLE = 1e-9
 """Seconds of work per second that are none: the solver's own tolerance."""
 SERVICE_TOLERANCE = 0.05
@@ -135,8 +134,7 @@ class Assignment:
 
     ``split`` (entries of the problem,) is the part of its row's demand that an entry serves: 1 over each row, or what
     its nodes that are up can serve at most. ``weights`` (classes, nodes) is the same by class. ``price`` (nodes,) is
-    the dual in seconds of waiting per second of work; ``price_us`` (nodes,) the same for one mean request of the mix,
-    in microseconds, as the routing table carries it. ``utilisation`` is (nodes,), ``cost`` the optimum in requests in
+    the dual in seconds of waiting per second of work. ``utilisation`` is (nodes,), ``cost`` the optimum in requests in
     the system, ``overload`` the work in seconds per second beyond the last breakpoint, ``over_cap`` (nodes,) that of
     capped classes beyond their cap, ``unserved`` the requests per second that no node is there for.
     """
@@ -144,10 +142,10 @@ class Assignment:
     split: FloatArray
     weights: FloatArray
     price: FloatArray
-    price_us: FloatArray
     utilisation: FloatArray
     cost: float
     overload: float
+    caps: FloatArray
     over_cap: FloatArray
     unserved: float
 
@@ -288,15 +286,14 @@ class RoutingModel:
         np.add.at(by_class, (problem.row_class[self._entry_row], problem.nodes), split * scale)
         sums = by_class.sum(axis=1, keepdims=True)
         price = np.where(problem.up, np.maximum(solution.duals[self._rows : self._rows + nodes], 0.0), 0.0)
-        mean_service_us = demand @ problem.service_us / demand.sum() if demand.sum() > 0 else np.zeros(nodes)
         return Assignment(
             split=split,
             weights=by_class / np.where(sums > 0, sums, 1.0),
             price=price,
-            price_us=np.clip(price * mean_service_us, 0.0, PRICE_MAX_US),
             utilisation=np.where(problem.up, pooled.sum(axis=1) / problem.capacity, 0.0),
             cost=solution.objective,
             overload=float(pooled[problem.up, -1].sum()),
+            caps=np.where(problem.capped, problem.cap, 1.0),
             over_cap=over_cap if over_cap.size else np.zeros(nodes),
             unserved=float(problem.demand @ (1.0 - room)),
         )

@@ -62,7 +62,7 @@ def test_the_demo_shows_everything_and_cleans_up(tmp_path: Path) -> None:
         "missing node1, node2, node3",
         "node1, node2, node3 restarted: every share is there",
         "warm p99",
-        "forecast per second and routing weights in force",
+        "forecast per second and service times in force",
     ):
         assert shown in text, f"{shown!r} is missing in: {text}"
     assert not place.exists()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from balancing.scenarios import Crowd, Death, NodeSpec, Scenario, Site, Traffic
+from balancing.scenarios import Crowd, Death, Hot, NodeSpec, Scenario, Site, Traffic
 
-__all__ = ["COMP", "REL", "death", "steady"]
+__all__ = ["COMP", "REL", "death", "shift", "steady"]
 
 RSA = ("sign/rsa-2048-pss-sha256", "sign/rsa-3072-pss-sha256")
 EC = ("sign/ecdsa-p256-sha256", "sign/ecdsa-p384-sha384", "sign/ed25519")
@@ -40,4 +40,15 @@ def death(seconds: int) -> Scenario:
         name="node death",
         deaths=(Death(0, seconds / 2),),
         traffic=Traffic(load=0.55, constant=True),
+    )
+
+
+def shift(seconds: int) -> Scenario:
+    """Two tenants whose jobs run in every minute: a group is hot for 18 s, then another one."""
+    return replace(
+        steady("rel", seconds),
+        name="hot-group shift",
+        hot=(Hot(0, 0.3, 20.0, 14.0, 60.0, 2.0), Hot(1, 0.3, 40.0, 14.0, 60.0, 2.0)),
+        traffic=Traffic(load=0.55, constant=True, token_factor=8 * 5.6),
+        warmup_s=10.0,
     )

@@ -12,7 +12,8 @@ from msgspec.structs import replace
 
 from balancing.events import Simulation
 from engine.protocol.manifest import Cluster
-from engine.protocol.routing import Router, RoutingTable
+from engine.protocol.routing import Router
+from engine.protocol.table import RoutingTable
 from engine.protocol.wire import Load
 
 __all__ = ["POLICIES", "Own", "Rival"]
@@ -75,7 +76,7 @@ class Own:
     def install(self, client: int, table: RoutingTable) -> None:
         """A table."""
         if not self._priced:
-            table = replace(table, price_us=[0] * len(table.nodes))
+            table = replace(table, price=[0] * len(table.nodes))
         self.routers[client].install(table)
 
 
@@ -262,23 +263,19 @@ class Weighted(Rival):
 
     def __init__(self, simulation: Simulation) -> None:
         super().__init__(simulation)
-        self._weights: list[list[int]] = []
-        self._drawn: dict[tuple[int, tuple[int, ...]], list[int]] = {}
+        self._drawn: dict[tuple[int, tuple[int, ...]], list[float]] = {}
 
     def install(self, client: int, table: RoutingTable) -> None:
-        """The table's weights by class and node."""
-        rows = dict(zip(table.classes, table.weights, strict=True))
-        even = [1] * len(self._nodes)
-        self._weights = [rows.get(name, even) for name in self._simulation.arrivals.classes]
+        """There is a new split."""
         self._drawn = {}
 
     def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         sums = self._drawn.get((kind, up))
         if sums is None:
-            weights = self._weights[kind] if self._weights else [1] * len(self._nodes)
+            weights = self._simulation.weights[kind]
             sums = list(accumulate(weights[at] for at in up))
             if not sums[-1]:
-                sums = list(range(1, len(up) + 1))
+                sums = [float(at + 1) for at in range(len(up))]
             self._drawn[kind, up] = sums
         return up[bisect(sums, self._random.random() * sums[-1])]
 

@@ -107,10 +107,10 @@ class Hot:
     """A placement group that gets a share of all requests beyond its keys' own, again and again.
 
     It begins at ``begin_s`` and every ``period_s`` after, grows over ``ramp_s``, stays for ``hold_s``, falls over
-    ``ramp_s``. ``group`` is the group's rank by the order of the keys' popularity, so that a seed chooses which it is.
+    ``ramp_s``. ``rank`` is the group's by how little its holders can do: at 0 it is one that overloads them most.
     """
 
-    group: int
+    rank: int
     share: float
     begin_s: float
     hold_s: float

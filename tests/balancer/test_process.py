@@ -73,8 +73,8 @@ from engine.protocol.requests import (
     Sync,
     balancer_status_codec,
 )
-from engine.protocol.routing import RoutingTable, open_table
 from engine.protocol.signed import read_unverified, sign_envelope
+from engine.protocol.table import RoutingTable, open_table
 from engine.protocol.wire import Status
 
 PATIENCE_S = 30.0
@@ -284,15 +284,14 @@ def test_tables_are_published_from_the_nodes_counts(site: Site) -> None:
         def loaded() -> RoutingTable | None:
             nonlocal table
             table = next_table(site, subscriber, table)
-            measured = bool(table.classes) and min(table.service_us[0][:2]) > 190
+            measured = bool(table.classes) and min(table.service_us(0, 0), table.service_us(0, 1)) > 185
             return table if measured and table.forecast[0][0] > 0 else None
 
         table = until(loaded)
         row = table.classes.index(SIGN)
-        weights = dict(zip(table.nodes, table.weights[row], strict=True))
-        assert weights["node-2"] == 0
-        assert sum(weights.values()) == 1000
-        assert table.service_us[row][:2] == pytest.approx([200, 200], rel=0.1)
+        prices = dict(zip(table.nodes, table.price, strict=True))
+        assert prices["node-2"] > 100_000 > prices["node-0"]  # nobody is there
+        assert [table.service_us(row, node) for node in (0, 1)] == pytest.approx([200, 200], rel=0.1)
         assert table.nodes[:2] == ["node-0", "node-1"]
         channel = stack.enter_context(connected(site, "alice"))
         asked = open_table(call(channel, TABLE, Empty()).table, site.cluster, int(time.time() * 1000))
@@ -542,7 +541,8 @@ def test_the_last_good_table_stays_when_the_solver_fails(site: Site, monkeypatch
         assert "SolverError: routing program" in failed.last_error
         later = until(lambda: loop.standing.counter >= failed.counter + 3 and loop.standing)
         assert later.last_error
-        assert (later.table.nodes, later.table.weights) == (failed.table.nodes, failed.table.weights)
+        assert (later.table.nodes, later.table.service) == (failed.table.nodes, failed.table.service)
+        assert later.table.price == failed.table.price
         opened = open_table(later.sealed, site.cluster, int(time.time() * 1000), failed.table)
         assert opened.expires_ms >= failed.table.expires_ms
         monkeypatch.setattr(loop_module, "decide", decide)

@@ -58,14 +58,16 @@ from engine.protocol.requests import (
     MANIFEST_FETCH,
     REPLY_CODECS,
     REQUEST_CODECS,
+    TABLE,
     Flushed,
     KeyDescription,
     KeyEntry,
     KeyList,
     Result,
+    Table,
 )
-from engine.protocol.routing import RoutingTable, seal_table
 from engine.protocol.signed import SigningKey, sign_envelope
+from engine.protocol.table import RoutingTable, pack_service, seal_delta, seal_table, table_delta
 from engine.protocol.wire import Load, Status
 
 NODES = ("n1", "n2", "n3")
@@ -123,9 +125,10 @@ class World:
             now_ms + 60_000,
             nodes,
             ["encrypt/aes-256-gcm"],
-            [[9] * 3],
-            [[333] * 3],
+            pack_service([[9] * 3]),
             [0] * 3,
+            [1000],
+            [],
             [],
             [(0, 0)],
         )
@@ -147,6 +150,7 @@ class Nodes:
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._out: list[bytes] = []
+        self.whole = b""
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         assert self._ready.wait(10)
@@ -164,16 +168,22 @@ class Nodes:
         gate = Gate(context, cluster)
         listeners = {}
         poller = zmq.Poller()
-        for name in NODES:
+
+        def listen(name: str) -> None:
             identity = self.world.identities[name].transport
             listeners[name] = Listener(identity, cluster.members[name].endpoint, cluster)
             poller.register(listeners[name].router.fileno(), zmq.POLLIN)
+
+        for name in NODES:
+            listen(name)
         publisher = context.socket(zmq.PUB)
         curve_server(publisher, self.world.identities["bal"].transport)
         publisher.bind(cluster.members["bal"].publish_endpoint)
         self._ready.set()
         while not self._stop.is_set():
             poller.poll(5)
+            if self.whole and "bal" not in listeners:
+                listen("bal")
             while self._out:
                 publisher.send(self._out.pop(0))
             for name, listener in listeners.items():
@@ -206,6 +216,8 @@ class Nodes:
             listener.fail(incoming, InvalidTag("tag"), load)
         elif verb == "decrypt":
             listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Result(body.data[3:])), load)
+        elif verb == TABLE:
+            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Table(self.whole)))
         elif verb == "flush":
             listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Flushed(2, 0)))
         elif verb == "list":
@@ -543,7 +555,7 @@ class TestTables:
             "in force": seal_table(world.table(4), signing),
             "may not sign": seal_table(world.table(9), world.identities["n1"].signing),
             "expired": seal_table(world.table(9, expires_ms=1_000), signing),
-            "do not match": seal_table(world.table(9, price_us=[1]), signing),
+            "do not match": seal_table(world.table(9, price=[1]), signing),
             "is wrong": seal_table(world.table(9), SigningKey("bal", world.identities["n1"].signing._private)),
             "(0, 9): (1, 5) is in force": seal_table(world.table(9, fencing_epoch=0), signing),
             "envelope": b"garbage",
@@ -558,6 +570,28 @@ class TestTables:
         assert table is not None
         assert table.order == (1, 6)
         assert kq.encrypt("k", b"x") == b"ct:x"
+
+    def test_differences_are_followed_and_a_missing_base_is_asked_for(
+        self, nodes: Nodes, kq: Engine, world: World
+    ) -> None:
+        self.follow(nodes, kq, world)
+        signing = world.identities["bal"].signing
+        first = kq.routing_table
+        assert first is not None
+        delta = table_delta(first, world.table(6, price=[7, 8, 9]))
+        assert delta is not None
+        nodes.publish(seal_delta(delta, signing))
+        wait_for(lambda: kq.routing_table is not None and kq.routing_table.price == [7, 8, 9])
+        unheard = world.table(7)
+        delta = table_delta(unheard, world.table(8, price=[1, 1, 1]))
+        assert delta is not None
+        refused = kq.table_stats.refused
+        nodes.whole = seal_table(unheard, signing)
+        nodes.publish(seal_delta(delta, signing))
+        wait_for(lambda: kq.routing_table is not None and kq.routing_table.counter == 7)
+        nodes.publish(seal_delta(delta, signing))
+        wait_for(lambda: kq.routing_table is not None and kq.routing_table.price == [1, 1, 1])
+        assert kq.table_stats.refused == refused
 
 
 class TestManifests:

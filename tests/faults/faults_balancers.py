@@ -11,7 +11,7 @@ from course import NO_BALANCER, Fault, Run
 from harness import BALANCER
 from liar import Liar, garbage, lies, stale_books, stranger, table
 
-from engine.protocol.routing import RoutingTable
+from engine.protocol.table import RoutingTable
 
 CLASSES_MAX = 512
 
@@ -74,11 +74,13 @@ def absurd_tables(run: Run) -> None:
         key = liar.identity.signing
         kind = run.rng.randrange(5)
         if kind == 0:
-            return table(key, nodes, classes, order=order, weight=lambda row, column: 1000 * (column == one))
+            return table(key, nodes, classes, order=order, price=lambda column: 0 if column == one else 10**9)
         if kind == 1:
-            return table(key, nodes, classes, order=order, weight=lambda row, column: 0)
+            return table(key, nodes, classes, order=order, service_us=lambda row, column: 0)
         if kind == 2:
-            return table(key, nodes, classes, order=order, service_us=lambda row, column: most, price_us=most)
+            return table(
+                key, nodes, classes, order=order, service_us=lambda row, column: most, price=lambda column: most
+            )
         if kind == 3:
             return table(key, ["nowhere", "elsewhere"], classes, order=order)
         return table(key, nodes, classes, order=order, groups=[(group, [one]) for group in range(64)])

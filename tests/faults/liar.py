@@ -36,8 +36,8 @@ from engine.protocol.requests import (
     SyncPage,
     Table,
 )
-from engine.protocol.routing import RoutingTable, seal_table
 from engine.protocol.signed import SigningKey, sign_envelope
+from engine.protocol.table import RoutingTable, pack_service, seal_table
 from engine.protocol.wire import Status
 
 TICK_S = 0.1
@@ -137,8 +137,7 @@ def table(
     order: tuple[int, int],
     lifetime_ms: int = 10_000,
     service_us: Callable[[int, int], int] = lambda row, column: 100,
-    weight: Callable[[int, int], int] = lambda row, column: 200,
-    price_us: int = 0,
+    price: Callable[[int], int] = lambda column: 0,
     groups: list[tuple[int, list[int]]] | None = None,
 ) -> bytes:
     """A routing table with such values, signed."""
@@ -151,10 +150,11 @@ def table(
         expires_ms=max(0, now_ms + lifetime_ms),
         nodes=nodes,
         classes=classes,
-        service_us=[[service_us(row, column) for column in columns] for row in rows],
-        weights=[[weight(row, column) for column in columns] for row in rows],
-        price_us=[price_us for _ in columns],
+        service=pack_service([[service_us(row, column) for column in columns] for row in rows]),
+        price=[price(column) for column in columns],
+        caps=[1000 for _ in rows],
         groups=groups or [],
+        hints=[],
         forecast=[(0, 0) for _ in rows],
     )
     return seal_table(made, liar_key)

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any, Final
 
 import msgpack
+import msgspec
 from mutate import change_message, head, spans
 from schema import Reference
 from targets import Target, kind_of, require
@@ -35,8 +36,8 @@ import engine.protocol.audit
 import engine.protocol.grant
 import engine.protocol.manifest as documents
 import engine.protocol.refresh as refresh
-import engine.protocol.routing as routing
 import engine.protocol.signed as envelopes
+import engine.protocol.table as tables
 from engine._fastshamir import interpolate
 from engine.cli.chains import view_chain
 from engine.client.membership import Membership
@@ -63,8 +64,17 @@ from engine.protocol.manifest import (
     read_key_manifest,
 )
 from engine.protocol.refresh import Terms, check_parts, deal_parts, new_share, open_deals, open_part_statement
-from engine.protocol.routing import Router, RoutingTable, open_table, seal_table
+from engine.protocol.routing import Router
 from engine.protocol.signed import add_signature, read_unverified
+from engine.protocol.table import (
+    RoutingTable,
+    TableReader,
+    open_table,
+    pack_service,
+    seal_delta,
+    seal_table,
+    table_delta,
+)
 from engine.protocol.wire import Load
 from engine.sharing import Share
 from nodes.witness import Witness
@@ -74,7 +84,7 @@ QUARTER_MS: Final = 15 * 60_000
 NAMES: Final = (*ROLES, "stranger", "nobody")
 _KINDS: Final = (
     "grant", "receipt", "certificate", "abort", "key", "order.create", "order.destroy", "order.refresh", "cluster",
-    "card", "table", "audit.head", "refresh.deal", "refresh.part", "x", "",
+    "card", "table", "table.delta", "audit.head", "refresh.deal", "refresh.part", "x", "",
 )  # fmt: skip
 
 
@@ -510,27 +520,66 @@ def _take_offer(raw: bytes) -> str:
     return "known"
 
 
-def _table() -> bytes:
+def _whole_table() -> RoutingTable:
     classes = ["encrypt/aes-256-gcm", "sign/ed25519"]
-    rows = [[10, 20, 30, 40, 50], [100, 200, 0, 400, 500]]
-    table = RoutingTable(
-        3, 7, NOW_MS, NOW_MS + 10_000, list(NODES), classes, rows, [[1000, 0, 0, 0, 0], [200] * 5],
-        [1, 2, 3, 4, 5], [(1, [0, 1, 2]), (1023, [4, 3])], [(1000, 2000), (0, 0)],
+    service = pack_service([[10, 20, 30, 40, 50], [100, 200, 0, 400, 500]])
+    return RoutingTable(
+        3, 7, NOW_MS, NOW_MS + 10_000, list(NODES), classes, service, [1, 2, 3, 4, 5], [1000, 250],
+        [(1, [0, 1, 2]), (1023, [4, 3])], [(1, [4])], [(1000, 2000), (0, 0)],
     )  # fmt: skip
-    return seal_table(table, the_world().keys["balancer"])
+
+
+def _table() -> bytes:
+    return seal_table(_whole_table(), the_world().keys["balancer"])
+
+
+def _delta() -> bytes:
+    base = _whole_table()
+    later = msgspec.structs.replace(
+        base, counter=8, service=pack_service([[90, 20, 30, 0, 50], [100] * 5]), price=[0] * 5, groups=[(1, [2])]
+    )
+    delta = table_delta(base, later)
+    require(delta is not None, "no difference where one is wanted")
+    return seal_delta(delta, the_world().keys["balancer"])
 
 
 def _take_table(raw: bytes) -> str:
     world = the_world()
-    newest = RoutingTable(2, 9, NOW_MS, NOW_MS, [], [], [], [], [], [], [])
+    newest = RoutingTable(2, 9, NOW_MS, NOW_MS, [], [], b"", [], [], [], [], [])
     table = open_table(raw, world.cluster, NOW_MS, newest)
-    _, _, tree = verified(raw, "table", keys_of("balancer"), routing.table_codec)
-    epoch, counter, _, expires_ms, names, classes, service, weights, prices, groups, forecast = tree[:11]
+    _, _, tree = verified(raw, "table", keys_of("balancer"), tables.table_codec)
+    epoch, counter, _, expires_ms, names, classes, service, prices, caps, groups, hints, forecast = tree[:12]
     require((epoch, counter) > (2, 9), "a table that is older than the one in force")
     require(NOW_MS - SKEW_MS <= expires_ms <= NOW_MS + 3_600_000 + SKEW_MS, "a table that expired, or never does")
-    columns = {len(row) for matrix in (service, weights) for row in matrix} | {len(prices)}
-    require(columns <= {len(names)} and len(service) == len(weights) == len(classes) == len(forecast), "table: shape")
-    require(all(index < len(names) for _, indexes in groups for index in indexes), "table: a group names no node")
+    require(len(service) == len(names) * len(classes) and len(prices) == len(names), "table: shape")
+    require(len(caps) == len(classes) == len(forecast), "table: shape")
+    lines = [*groups, *hints]
+    require(all(index < len(names) for _, indexes in lines for index in indexes), "table: a group names no node")
+    return _use_table(table, world)
+
+
+def _take_delta(raw: bytes) -> str:
+    world, reader, base = the_world(), TableReader(), _whole_table()
+    reader.read(_table(), world.cluster, NOW_MS)
+    table = reader.read(raw, world.cluster, NOW_MS, base)
+    if read_unverified(raw).kind == "table":
+        return _take_table(raw)
+    _, _, tree = verified(raw, "table.delta", keys_of("balancer"), tables.delta_codec)
+    epoch, counter, _, expires_ms, number, service, prices, groups, hints, forecast = tree[:10]
+    require(epoch == 3 and number == 7 and counter > 7, "a difference to another table")
+    require(NOW_MS - SKEW_MS <= expires_ms <= NOW_MS + 3_600_000 + SKEW_MS, "a table that expired, or never does")
+    require(len(prices) == 5 and len(forecast) == 2, "table: shape")
+    require(all(index < 5 for _, indexes in [*groups, *hints] for index in indexes), "table: a group names no node")
+    expected = list(base.service)
+    for row, column, code in service:
+        require(row < 2 and column < 5, "table: a service time of no node or class")
+        expected[5 * row + column] = code
+    require(list(table.service) == expected and table.price == prices, "a difference is not what it says")
+    return _use_table(table, world)
+
+
+def _use_table(table: RoutingTable, world: Any) -> str:
+    names, classes = table.nodes, table.classes
     router = Router(world.cluster)
     router.install(table)
     for key in ("orders", "tls"):
@@ -852,7 +901,8 @@ def document_targets() -> list[Target]:
             change=change_chain,
             cpu_s=1.0,
         ),
-        target("table", lambda: [_table()], _take_table, 1, base + "routing.open_table"),
+        target("table", lambda: [_table()], _take_table, 1, base + "table.open_table"),
+        target("table.delta", lambda: [_delta(), _table()], _take_delta, 1, base + "table.TableReader.read"),
         target(
             "audit.head",
             lambda: [_head(), _head(6)],

@@ -24,8 +24,8 @@ import engine.protocol.audit
 import engine.protocol.grant
 import engine.protocol.manifest
 import engine.protocol.refresh
-import engine.protocol.routing
 import engine.protocol.signed
+import engine.protocol.table
 import engine.protocol.wire
 import engine.sharing.formats
 import engine.sharing.share
@@ -175,7 +175,7 @@ _verify_envelope = engine.protocol.signed.verify_envelope
 def _everywhere(verify: Callable[..., Any]) -> Patch:
     def plant(stack: ExitStack) -> None:
         for module in (
-            engine.protocol.manifest, engine.protocol.grant, engine.protocol.routing, engine.protocol.audit,
+            engine.protocol.manifest, engine.protocol.grant, engine.protocol.table, engine.protocol.audit,
             engine.protocol.refresh,
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(module, "verify_envelope", verify))
@@ -234,7 +234,7 @@ def _first_only(raw: bytes, kind: str, keys: Any, **more: Any) -> Signed:
 # --- documents ---
 
 _open_receipt = engine.protocol.manifest.open_receipt
-_open_table = engine.protocol.routing.open_table
+_open_table = engine.protocol.table.open_table
 
 
 def _any_manifests_receipt(raw: bytes, record: Any, cluster: Any) -> str:
@@ -318,7 +318,7 @@ def _shapeless_table(raw: bytes, cluster: Any, now_ms: int, newest: Any = None) 
     except ManifestError as error:
         if "do not match" not in str(error):
             raise
-    return engine.protocol.routing.table_codec.decode(engine.protocol.signed.read_unverified(raw).payload)
+    return engine.protocol.table.table_codec.decode(engine.protocol.signed.read_unverified(raw).payload)
 
 
 def _gap_in_chain(stack: ExitStack) -> None:

@@ -15,8 +15,9 @@ from engine.attack.stage import Answer, Stage, now_ms
 from engine.errors import EngineError
 from engine.protocol.manifest import CLOCK_SKEW_MS, open_certificate, open_chain, open_key_manifest
 from engine.protocol.requests import REPLY_CODECS, TABLE, Empty
-from engine.protocol.routing import Router, open_table, table_codec
+from engine.protocol.routing import Router
 from engine.protocol.signed import SigningKey, read_unverified, sign_envelope
+from engine.protocol.table import open_table, table_codec
 
 __all__ = ["ATTACKS"]
 

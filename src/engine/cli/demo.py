@@ -247,15 +247,16 @@ def _placement(kq: Engine, cluster: LocalCluster) -> Table:
 
 
 def _routing(routes: Any) -> Table:
-    table = Table(title="forecast per second and routing weights in force", title_justify="left", title_style="bold")
+    table = Table(title="forecast per second and service times in force", title_justify="left", title_style="bold")
     table.add_column("request class", overflow="fold")
     table.add_column("per s (P90)", justify="right", no_wrap=True)
     for node in routes.nodes:
         table.add_column(node, justify="right")
-    for name, (mean, high), weights in zip(routes.classes, routes.forecast, routes.weights, strict=True):
+    for row, (name, (mean, high)) in enumerate(zip(routes.classes, routes.forecast, strict=True)):
         if not name.startswith(("generate/", "import/")):
-            table.add_row(name, f"{mean / 1000:.1f} ({high / 1000:.1f})", *(f"{w / 10:.0f} %" for w in weights))
-    table.add_row("[dim]node price, µs[/dim]", "", *(f"[dim]{price}[/dim]" for price in routes.price_us))
+            times = (f"{routes.service_us(row, column):.0f} µs" for column in range(len(routes.nodes)))
+            table.add_row(name, f"{mean / 1000:.1f} ({high / 1000:.1f})", *times)
+    table.add_row("[dim]node price[/dim]", "", *(f"[dim]{price / 1000:.2f}[/dim]" for price in routes.price))
     return table
 
 

@@ -61,7 +61,7 @@ from engine.client.transport import (
 from engine.errors import AccessDenied, DeadlineExceeded, EngineError, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, Member
 from engine.protocol.requests import Welcome
-from engine.protocol.routing import RoutingTable
+from engine.protocol.table import RoutingTable
 from engine.protocol.wire import Reply
 
 __all__ = ["AsyncEngine", "connect"]

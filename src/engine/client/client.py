@@ -50,13 +50,14 @@ from engine.client.config import ClientConfig, Identity, load_config, load_ident
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
 from engine.client.spreading import pull
 from engine.client.tracing import active_trace
-from engine.client.transport import Arrival, Channel, check_zmq_version, connect_options, open_line
+from engine.client.transport import Arrival, Channel, ask, check_zmq_version, connect_options, open_line
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
 from engine.keys import RequestType
 from engine.protocol.manifest import Cluster, ClusterSource, Member
-from engine.protocol.requests import Welcome
-from engine.protocol.routing import Router, RoutingTable, open_table
+from engine.protocol.requests import TABLE, Empty, Welcome
+from engine.protocol.routing import Router
 from engine.protocol.signed import MAX_ENVELOPE
+from engine.protocol.table import RoutingTable, TableBaseMissing, TableReader
 
 __all__ = ["ClientSettings", "Engine", "TableFollower", "TableStats", "connect", "load_settings"]
 
@@ -499,6 +500,8 @@ class TableFollower:
         self._installed = 0
         self._refused = 0
         self._last_refusal = ""
+        self._reader = TableReader()
+        self._next_fetch_s = 0.0
         self._own = settings.own_curve()
         self._told_serial = 0
         self._next_pull_s = 0.0
@@ -548,7 +551,8 @@ class TableFollower:
                         subscribe(each)
                 for socket, _ in poller.poll(int(REAP_EVERY_S * 1000)) if balancers else self._sleep():
                     heard_s[socket] = time.monotonic()
-                    self._received(socket.recv_multipart())
+                    if not self._received(socket.recv_multipart()):
+                        self._fetch(balancers[socket].name)
                 for socket in [each for each, since in heard_s.items() if time.monotonic() - since > QUIET_MAX_S]:
                     subscribe(leave(socket))
                 self._look_for_manifest()
@@ -607,19 +611,38 @@ class TableFollower:
         socket.connect(balancer.publish_endpoint)
         return socket
 
-    def _received(self, frames: list[bytes]) -> None:
+    def _received(self, frames: list[bytes]) -> bool:
+        """Take a table in; False where the whole one has to be asked for first."""
         try:
             if len(frames) != 1:
                 raise ProtocolError(f"a routing table of {len(frames)} frames, not 1")
             now_ms = time.time_ns() // 1_000_000
-            table = open_table(frames[0], self._settings.cluster, now_ms, self._router.table)
+            table = self._reader.read(frames[0], self._settings.cluster, now_ms, self._router.table)
+        except TableBaseMissing:
+            return False
         except (ManifestError, ProtocolError) as error:
             self._refused += 1
             self._last_refusal = str(error)
-            return
+            return True
         self._heard_s = time.monotonic()
         self._told_serial = max(self._told_serial, table.cluster_serial)
         self._installed += self._router.install(table)
+        return True
+
+    def _fetch(self, balancer: str) -> None:
+        """Ask for the whole table that differences go by, at most once a while: one is published now and then too."""
+        now = time.monotonic()
+        if now < self._next_fetch_s:
+            return
+        self._next_fetch_s = now + PULL_EVERY_S
+        with Channel(self._own, Servers(self._settings.source), self._context) as channel:
+            try:
+                sealed: bytes = ask(channel, balancer, TABLE, Empty(), PULL_TIMEOUT_S).table
+            except EngineError as error:
+                log.debug("no routing table", balancer=balancer, reason=str(error))
+                return
+        if sealed:
+            self._received([sealed])
 
 
 # --- the engine ---

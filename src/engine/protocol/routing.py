@@ -1,4 +1,4 @@
-"""The routing table and the client's choice of a combiner. Time is an argument; no socket.
+"""The client's choice of a combiner. Time is an argument; no socket.
 
 A combiner is ranked by least expected completion plus its node price: the wait for what its newest snapshot tells of
 its queue, and for the own requests sent since; the request's own service, with what that costs others by the price;
@@ -11,17 +11,13 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
 
-from msgspec import Meta, Struct
-
-from engine.errors import ManifestError
 from engine.keys import ALGORITHMS
-from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster, ClusterSource, FollowsCluster
-from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
-from engine.protocol.wire import Codec, Load, Name, UInt
+from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster
+from engine.protocol.table import RoutingTable
+from engine.protocol.wire import Load
 
-__all__ = ["Router", "RoutingTable", "open_table", "seal_table"]
+__all__ = ["Router"]
 
 SNAPSHOT_MAX_AGE_S = 0.2
 """A snapshot older than this says nothing about a queue (measured): it is then taken to be as it is on average."""
@@ -40,8 +36,6 @@ MAX_VIEWS = 8_192
 MAX_SENT = 256
 RELEARN_S = 10.0
 """What a node was measured to do is forgotten so long after its last answer, or it might be avoided for ever."""
-TABLE_LIFETIME_MAX_MS = 3_600_000
-"""The longest time a routing table may be good for."""
 DOWN_S = 1.0
 DOWN_MAX_S = 4.0
 """How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
@@ -58,70 +52,6 @@ PROBE_PATIENCE_MIN_S = 0.005
 PROBE_PATIENCE_S = 0.05
 """The bounds for a node that failed and is tried again: most often it is still away, and who finds that out has lost so
 much. A stopped node accepts, and says nothing."""
-
-
-class RoutingTable(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What the balancer publishes, ordered by (fencing epoch, counter).
-
-    ``service_us`` and ``weights`` are rows by class, columns by node: service time in microseconds, share of the
-    class's requests in 1/1000. ``price_us`` is one node price a node. ``groups`` lists only the placement groups whose
-    holders differ from ``Cluster.group_holders``, as (group, node indexes). ``forecast`` is one row a class: the mean
-    and P90 of the next tick in 1/1000 requests per second. ``cluster_serial`` is that of the balancer's manifest.
-    ``lanes`` is how many operations each node does at a time, or empty where that is one.
-    """
-
-    fencing_epoch: UInt
-    counter: UInt
-    issued_ms: UInt
-    expires_ms: UInt
-    nodes: Annotated[list[Name], Meta(max_length=4096)]
-    classes: Annotated[list[Annotated[str, Meta(max_length=96)]], Meta(max_length=512)]
-    service_us: list[list[UInt]]
-    weights: list[list[UInt]]
-    price_us: list[UInt]
-    groups: list[tuple[UInt, list[UInt]]]
-    forecast: list[tuple[UInt, UInt]]
-    cluster_serial: UInt = 0
-    lanes: list[UInt] = []
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """What makes one table newer than another."""
-        return self.fencing_epoch, self.counter
-
-
-table_codec = Codec(RoutingTable, "routing table", 1024 * 1024)
-
-
-def seal_table(table: RoutingTable, key: SigningKey) -> bytes:
-    """The table as a signed envelope."""
-    return sign_envelope("table", table.counter, table_codec.encode(table), key)
-
-
-def open_table(raw: bytes, cluster: Cluster, now_ms: int, newest: RoutingTable | None = None) -> RoutingTable:
-    """A table signed by a balancer of the cluster.
-
-    ``ManifestError`` if it is forged, malformed, expired or not newer than ``newest``.
-    """
-    table = table_codec.decode(verify_envelope(raw, "table", cluster.sign_key("balancer")).payload)
-    if table.expires_ms + CLOCK_SKEW_MS < now_ms:
-        raise ManifestError(f"routing table {table.order}: expired {now_ms - table.expires_ms} ms ago")
-    if table.expires_ms > now_ms + TABLE_LIFETIME_MAX_MS + CLOCK_SKEW_MS:
-        raise ManifestError(
-            f"routing table {table.order}: expires in {table.expires_ms - now_ms} ms, "
-            f"the limit is {TABLE_LIFETIME_MAX_MS}"
-        )
-    if newest is not None and table.order <= newest.order:
-        raise ManifestError(f"routing table {table.order}: {newest.order} is in force")
-    rows, columns = len(table.classes), len(table.nodes)
-    matrices = (table.service_us, table.weights)
-    if any(len(m) != rows or any(len(row) != columns for row in m) for m in matrices) or len(table.price_us) != columns:
-        raise ManifestError(f"routing table {table.order}: its rows do not match {rows} classes and {columns} nodes")
-    if table.lanes and len(table.lanes) != columns:
-        raise ManifestError(f"routing table {table.order}: {len(table.lanes)} lanes do not match {columns} nodes")
-    if len(table.forecast) != rows or any(max(indexes, default=0) >= columns for _, indexes in table.groups):
-        raise ManifestError(f"routing table {table.order}: forecast or groups do not match its classes and nodes")
-    return table
 
 
 @dataclass(slots=True, eq=False)
@@ -187,11 +117,12 @@ _FAR = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class _Indexed:
-    """A table with its rows and columns by name."""
+    """A table with its rows and columns by name, and its groups by number."""
 
     table: RoutingTable
     rows: Mapping[str, int]
     columns: Mapping[str, int]
+    groups: Mapping[int, Sequence[int]]
 
 
 class Router(FollowsCluster):
@@ -226,6 +157,7 @@ class Router(FollowsCluster):
             table,
             {name: index for index, name in enumerate(table.classes)},
             {name: index for index, name in enumerate(table.nodes)},
+            dict(table.groups),
         )
         with self._lock:
             if self._indexed is not None and table.order <= self._indexed.table.order:
@@ -241,9 +173,9 @@ class Router(FollowsCluster):
         group = self._cluster.group_of(key_name)
         indexed = self._indexed
         if indexed is not None:
-            for number, indexes in indexed.table.groups:
-                if number == group:
-                    return tuple(name for i in indexes if (name := indexed.table.nodes[i]) in self._cluster.nodes)
+            indexes = indexed.groups.get(group, ())
+            if indexes:
+                return tuple(name for i in indexes if (name := indexed.table.nodes[i]) in self._cluster.nodes)
         return self._cluster.group_holders(group)
 
     def sent(self, node: str, now_s: float) -> None:
@@ -533,26 +465,17 @@ class Router(FollowsCluster):
         indexed = self._indexed
         if indexed is not None:
             row, column = indexed.rows.get(request_class), indexed.columns.get(state.name)
-            if row is not None and column is not None and (known := indexed.table.service_us[row][column]):
-                return float(known)
+            if row is not None and column is not None and (known := indexed.table.service_us(row, column)):
+                return known
         algo = ALGORITHMS.get(request_class.partition("/")[2])
         return float(algo.prior_us) if algo else 100.0
 
     def _rate(self, state: NodeState) -> None:
-        """Take from the table what it says of a node as such. Its price is for one mean request of the forecast mix."""
+        """Take from the table what it says of a node as such."""
         state.cost, state.lanes = 1.0, 1.0
         indexed = self._indexed
         if indexed is not None and (column := indexed.columns.get(state.name)) is not None:
             table = indexed.table
-            rates = [mean for mean, _ in table.forecast] if any(mean for mean, _ in table.forecast) else None
-            column_us = [row[column] for row in table.service_us]
-            mean_us = _mean(column_us, rates or [1] * len(column_us))
-            if mean_us:
-                state.cost += PRICE_PART * table.price_us[column] / mean_us
+            state.cost += PRICE_PART * table.price[column] / 1000
             state.lanes = float(table.lanes[column] or 1) if table.lanes else 1.0
         state.others, state.wait_us = state.lanes - 1.0, state.usual_us / state.lanes
-
-
-def _mean(values: Sequence[int], weights: Sequence[int]) -> float:
-    total = sum(weights)
-    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else 0.0
