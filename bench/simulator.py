@@ -1,10 +1,10 @@
-"""Plays the project's own routing, forecast, programs and tables beside their rivals, in simulated time; it opens no socket.
+"""Plays the project's own routing, forecast, programs and tables beside their rivals, in simulated time.
 
 Every policy of a scenario and a seed gets the same requests at the same times (common random numbers), and the same
 seed gives the same figures, byte for byte. Constants of the router were chosen on the first 70 % of the trace
 (``--part validation``); the figures are of the rest. The exit code is 0 whatever they say.
 
-``--play NAME`` prints one scenario, policy by policy. Without it all rows are written to ``build/bench/simulator.json``.
+``--play NAME`` prints one scenario, policy by policy. Without it all rows go to ``build/bench/simulator.json``.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Scale:
     seeds: int
 
 
-FULL: Final = Scale(15, 10, 62, 3600, 5)
-QUICK: Final = Scale(4, 6, 42, 60, 1)
+FULL: Final = Scale(10, 8, 60, 3600, 5)
+QUICK: Final = Scale(4, 6, 28, 60, 1)
 FIRST_SEED: Final = 101
 
 Teller = Callable[[str], None]

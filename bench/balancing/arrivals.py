@@ -76,15 +76,17 @@ def draw(scenario: Scenario, cluster: Cluster, seed: int) -> Arrivals:
     workers = np.array([float(node.workers) for node in scenario.site.nodes])
     mix = counts.mean(axis=0)
     scale = traffic.load * capacity_of(service_s, mix, workers) / mix.sum()
-    past_bins = int(scenario.past_s / scenario.tick_s)
+    bins = round(scenario.tick_s)
+    past_ticks = scenario.past_s // bins
     split = int(len(counts) * TEST_PART)
-    first, last = (min(past_bins, split), split) if scenario.validation else (split, len(counts))
+    first, last = (min(scenario.past_s, split), split) if scenario.validation else (split, len(counts))
     spare = last - first - scenario.seconds
     begin = first + int(random.integers(0, max(1, spare)))
     played = counts[np.arange(begin, begin + scenario.seconds) % len(counts)]
-    before = counts[np.arange(begin - past_bins, begin) % len(counts)]
+    before = counts[np.arange(begin - past_ticks * bins, begin) % len(counts)]
     if traffic.constant:
         played, before = np.broadcast_to(mix, played.shape), np.broadcast_to(mix, before.shape)
+    before = before.reshape(past_ticks, bins, -1).sum(axis=1)
     number = random.poisson(played * scale)
     kind = np.concatenate([np.repeat(np.arange(len(kinds)), row) for row in number])
     time_s = np.repeat(np.arange(scenario.seconds, dtype=float), number.sum(axis=1)) + random.random(len(kind))
@@ -106,12 +108,12 @@ def draw(scenario: Scenario, cluster: Cluster, seed: int) -> Arrivals:
         key[moved] = random.choice(members, size=int(moved.sum()), p=weights)
     past = random.poisson(before * scale)
     warm = tuple(dict.fromkeys([*hot_groups, *np.argsort(-by_group, kind="stable")[:WARM].tolist()]))
-    past_warm = np.zeros((past_bins, len(kinds), len(warm)), dtype=np.int64)
+    past_warm = np.zeros((past_ticks, len(kinds), len(warm)), dtype=np.int64)
     if scenario.hot:
-        for tick in range(past_bins):
+        for tick in range(past_ticks):
             shares = by_group[list(warm)]
             for at, hot in enumerate(scenario.hot):
-                share = float(hot.at(np.array((tick - past_bins + 0.5) * scenario.tick_s)))
+                share = float(hot.at(np.array((tick - past_ticks + 0.5) * scenario.tick_s)))
                 shares = shares * (1 - share)
                 shares[at] += share
             past_warm[tick] = random.multinomial(past[tick], [*shares, max(0.0, 1 - shares.sum())])[:, :-1]

@@ -29,7 +29,9 @@ TABLE_MS = 60_000
 SOLVER_S = 5.0
 WARM_UP_TICKS = 30
 """Ticks before the start in which the forecasts are fitted, few at a time as ever."""
-BUDGET = 64
+COUNTED = 2
+"""Ticks that reactive moves go by: one alone is noisy, more are late."""
+BUDGET = 8
 """New holders in one plan."""
 
 
@@ -169,8 +171,8 @@ class Loop:
             pairs = forecast.pair_outlook.mean[:, self._ahead]
             total = forecast.outlook.mean[:, self._ahead]
         else:
-            pairs = snapshot.pair_counts[-1] * per_s
-            total = snapshot.counts[-1] * per_s
+            pairs = snapshot.pair_counts[-COUNTED:].mean(axis=0) * per_s
+            total = snapshot.counts[-COUNTED:].mean(axis=0) * per_s
         load = np.zeros((groups, len(snapshot.classes)))
         told = np.zeros(len(snapshot.classes))
         known = np.zeros(load.shape, dtype=bool)

@@ -10,7 +10,7 @@ from balancing.scenarios import Crowd, Death, Flush, Hot, NodeSpec, Scenario, Si
 
 __all__ = ["COMP", "PLAYS", "REL", "death", "flush", "hour", "shift", "steady"]
 
-RSA = ("sign/rsa-2048-pss-sha256", "sign/rsa-3072-pss-sha256")
+RSA = ("sign/rsa-2048-pss-sha256", "decrypt/rsa-2048-oaep-sha256")
 EC = ("sign/ecdsa-p256-sha256", "sign/ecdsa-p384-sha384", "sign/ed25519")
 ZONES = ("a", "b", "c")
 
@@ -46,12 +46,12 @@ def death(seconds: int) -> Scenario:
 
 
 def shift(seconds: int) -> Scenario:
-    """Two tenants whose jobs run in every minute: a group is hot for 18 s, then another one."""
+    """Three tenants whose jobs run in every minute: a group is hot for 14 s, then another one."""
     return replace(
         steady("rel", seconds),
         name="hot-group shift",
-        hot=(Hot(0, 0.35, 20.0, 14.0, 60.0, 2.0), Hot(1, 0.35, 40.0, 14.0, 60.0, 2.0)),
-        traffic=Traffic(load=0.55, constant=True, token_factor=8 * 5.6),
+        hot=tuple(Hot(rank, 0.4, 12.0 + 16.0 * rank, 10.0, 60.0, 2.0) for rank in range(3)),
+        traffic=Traffic(load=0.55, constant=True, token_factor=8 * 6.8),
         warmup_s=10.0,
     )
 
@@ -70,7 +70,12 @@ def hour(seconds: int) -> Scenario:
     """The trace as it is, request by request, on tokens that are so slow that it keeps them busy."""
     slow = replace(REL, near_s=0.000_2, far_s=0.001)
     return replace(
-        steady("rel", seconds), name="an hour on slow tokens", site=slow, traffic=Traffic(load=0.6, token_factor=480.0)
+        steady("rel", seconds),
+        name="an hour on slow tokens",
+        site=slow,
+        traffic=Traffic(load=0.6, token_factor=600.0),
+        tick_s=5.0,
+        warmup_s=30.0,
     )
 
 
@@ -78,7 +83,7 @@ PLAYS: Mapping[str, Callable[[], Scenario]] = MappingProxyType(
     {
         "rel": lambda: steady("rel", 10),
         "comp": lambda: steady("comp", 10),
-        "shift": lambda: shift(62),
+        "shift": lambda: shift(60),
         "death": lambda: death(10),
         "flush": lambda: flush(10),
         "hour": lambda: hour(600),

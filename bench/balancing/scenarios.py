@@ -45,8 +45,8 @@ CLASSES: Final[Mapping[str, str]] = MappingProxyType(
         "small": "sign/ecdsa-p256-sha256",
         "mid": "sign/ed25519",
         "large": "sign/ecdsa-p384-sha384",
-        "image": "sign/rsa-3072-pss-sha256",
-        "reason": "sign/rsa-2048-pss-sha256",
+        "image": "sign/rsa-2048-pss-sha256",
+        "reason": "decrypt/rsa-2048-oaep-sha256",
     }
 )
 """The types of the trace ``servegen_synth_1s``, and the request classes that they stand for."""
@@ -153,7 +153,7 @@ class Traffic:
     load: float = 0.65
     keys: int = 8192
     zipf: float = 0.9
-    token_factor: float = 5.6
+    token_factor: float = 6.8
     variation: float = 0.25
     constant: bool = False
     """The trace's means instead of its seconds."""

@@ -232,17 +232,15 @@ def test_an_answer_ends_the_time_of_a_failure() -> None:
 TWO = NODES[:2]
 
 
-def test_a_fresh_queue_counts_and_an_old_one_does_not() -> None:
+def test_without_an_answer_own_requests_count_however_many_are_told_to_be_there() -> None:
     router = a_router(table())
-    for node, queue in (("n1", 50), ("n2", 0)):
-        answered(router, node, queue=queue, now=5.0)
-    assert best(router, 4.99 + SNAPSHOT_MAX_AGE_S) == "n2"
-    # Later its queue is taken to be as it is on average, here 1; the other's is 0, but 2 other nodes are dearer.
-    router = a_router(table(price=(0, 20_000, 90_000, 90_000)))
-    for node, queue in (("n1", 50), ("n2", 0)):
-        answered(router, node, queue=queue, now=5.0)
-    assert best(router, 4.99 + SNAPSHOT_MAX_AGE_S) == "n2"
-    assert best(router, 5.01 + SNAPSHOT_MAX_AGE_S) == "n1"
+    for node in ("n1", "n2"):
+        answered(router, node, now=5.0)
+    for _ in range(5):
+        router.sent("n1", 5.0)
+    router.heard("n1", 0, 5.1)  # what was sent is there, and the node says that nothing is
+    assert router.rank(CLASS, "k", ("n1", "n2"), 5.1)[0] == "n1"
+    assert router.rank(CLASS, "k", ("n1", "n2"), 5.11 + SNAPSHOT_MAX_AGE_S)[0] == "n2"
 
 
 def test_a_snapshot_counts_for_less_as_it_gets_older() -> None:
