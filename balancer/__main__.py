@@ -19,6 +19,7 @@ from balancer.config import Settings, load_settings, prepare_data
 from balancer.loop import ControlLoop, Service, now_ms
 from balancer.publisher import Publisher
 from balancer.registry import SqliteRegistry
+from balancer.store import HistoryStore
 from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Gate, Listener
@@ -104,6 +105,8 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             fencing_epoch=registry.fencing_epoch,
             tick_ms=settings.tick_ms,
             history_ticks=settings.history_ticks,
+            series=settings.sources(),
+            store=HistoryStore(settings.data / "history.db", tick_ms=settings.tick_ms, ticks=settings.history_ticks),
         )
         loop.start()
         stack.callback(loop.stop)

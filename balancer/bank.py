@@ -313,7 +313,7 @@ def _judged(bank: Bank, counts: FloatArray) -> Bank:
     said, by_ewma, p90 = (each[places, :, horizons].T for each in (tracks.said, tracks.said_ewma, tracks.said_p90))
     valid = there[None, :] & known[:, None]
     judged = np.where(valid, tracks.judged + 1, tracks.judged)
-    weight = np.where(valid, np.maximum(MEMORY, 1.0 / np.maximum(judged, 1)), 0.0)
+    weight: FloatArray = np.where(valid, np.maximum(MEMORY, 1.0 / np.maximum(judged, 1)), 0.0)
     above = actual[:, None] > p90
     before = counts[-2] if len(counts) > 1 else newest
     stepped = known & np.isfinite(before)
@@ -330,7 +330,7 @@ def _judged(bank: Bank, counts: FloatArray) -> Bank:
         error=mean(tracks.error, np.abs(said - actual[:, None]), weight),
         error_ewma=mean(tracks.error_ewma, np.abs(by_ewma - actual[:, None]), weight),
         bias=mean(tracks.bias, np.where(bank.ridge[:, None], said, by_ewma) - actual[:, None], weight),
-        covered=mean(tracks.covered, 1.0 - above, weight),
+        covered=mean(tracks.covered, np.where(above, 0.0, 1.0), weight),
         naive=mean(tracks.naive, np.where(stepped, np.abs(actual - before), 0.0), of_series),
         load=mean(tracks.load, actual, of_series),
     )
@@ -368,7 +368,7 @@ def _newest(
     if known is not None:
         near = Known(known.past[-REGRESSOR_WINDOW:], known.ahead)
     at = np.array([len(roots) - 1])
-    return design(roots, level[None], at, lengths, step, near)[0]
+    return np.asarray(design(roots, level[None], at, lengths, step, near)[0])
 
 
 def _moved(

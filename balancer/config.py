@@ -11,6 +11,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from balancer.history import HISTORY_TICKS_MAX
+from balancer.series import ExternalSeries, SeriesTable, Source, check_series
 from engine.client.admission import LimitsTable, ServiceLimits
 from engine.client.config import Identity, load_config, load_identity, resolve
 from engine.client.membership import Membership, OwnCurve, open_membership
@@ -32,8 +33,9 @@ class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     bind: Endpoint = ""
     publish_bind: Endpoint = ""
     tick_ms: Annotated[int, Meta(ge=50, le=60_000)] = 1_000
-    history_ticks: Annotated[int, Meta(ge=100, le=HISTORY_TICKS_MAX)] = 600
+    history_ticks: Annotated[int, Meta(ge=100, le=HISTORY_TICKS_MAX)] = 3_600
     limits: LimitsTable = LimitsTable()
+    series: Annotated[list[SeriesTable], Meta(max_length=16)] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,11 @@ class Settings:
     tick_ms: int
     history_ticks: int
     limits: ServiceLimits
+    series: tuple[tuple[SeriesTable, Path], ...]
+
+    def sources(self) -> ExternalSeries:
+        """The external series, not yet begun."""
+        return ExternalSeries([Source(table, path) for table, path in self.series])
 
 
 def load_settings(path: str | os.PathLike[str]) -> Settings:
@@ -62,6 +69,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     config = load_config(path, BalancerConfig)
     identity = load_identity(resolve(path, config.identity))
     membership = open_membership(resolve(path, config.manifest), config.manifest_pin)
+    check_series(config.series, str(path))
     cluster = membership.cluster
     member = cluster.members.get(identity.name)
     if identity.role != "balancer" or member is None or member.role != "balancer":
@@ -83,6 +91,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         tick_ms=config.tick_ms,
         history_ticks=config.history_ticks,
         limits=config.limits.service(),
+        series=tuple((table, resolve(path, table.file or ".")) for table in config.series),
     )
 
 

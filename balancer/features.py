@@ -66,7 +66,7 @@ COLUMNS = _FIRST_REGRESSOR + REGRESSORS_MAX * HORIZONS
 class Known:
     """External series by step: ``past`` (steps, REGRESSORS_MAX) as the counts', ``ahead`` (HORIZONS, ...) to come.
 
-    Scaled to about 1; 0 where nothing is known.
+    0 where nothing is known.
     """
 
     past: FloatArray

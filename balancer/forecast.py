@@ -27,6 +27,7 @@ from balancer.bank import EMPTY, Bank, Fit, Outlook, advance, refitted, spread
 from balancer.features import (
     ALPHAS,
     COLUMNS,
+    COUNT_MAX,
     HORIZONS,
     LAGS,
     LEVEL,
@@ -187,7 +188,7 @@ def _due(bank: Bank, counts: FloatArray, at_once: int) -> list[int]:
     """Whose turn it is: who never was fitted, the busiest first, then who was longest ago."""
     if not counts.size:
         return []
-    load = np.nan_to_num(counts[-WINDOW:], nan=0.0, posinf=0.0, neginf=0.0).sum(axis=0)
+    load = np.clip(np.nan_to_num(counts[-WINDOW:], nan=0.0), 0.0, COUNT_MAX).sum(axis=0)
     most = at_once or max(1, ROWS_PER_TICK // max(ROWS_EACH, min(len(counts), ROWS_MAX)))
     order = np.lexsort((-load, bank.fitted))
     return [int(index) for index in order if bank.step - bank.fitted[index] >= REFIT_STEPS][:most]

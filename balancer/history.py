@@ -360,7 +360,8 @@ class History:
 
     def _add_pairs(self, tick: int, gap: int, parts: list[tuple[IntArray, IntArray]]) -> None:
         pairs, inverse = np.unique(np.concatenate([part for part, _ in parts]), return_inverse=True)
-        counts = np.bincount(inverse, weights=np.concatenate([more for _, more in parts]), minlength=len(pairs))
+        counts = np.zeros(len(pairs))
+        np.add.at(counts, inverse, np.concatenate([more for _, more in parts]).astype(np.float64))
         if not len(pairs):
             return
         self._used[np.unique(pairs // GROUPS_MAX)] = True

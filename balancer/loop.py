@@ -6,23 +6,30 @@ registry. What is decided is decided elsewhere, in pure functions; here are the 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import structlog
 import zmq
 
-from balancer.forecast import predict_load
-from balancer.history import History, HistorySnapshot
+from balancer.bank import Bank, accuracy
+from balancer.features import HORIZONS
+from balancer.forecast import Forecast, ForecastState, predict_load
+from balancer.groups import GroupPlaces
+from balancer.history import SLOW_MS, History, HistorySnapshot
 from balancer.issue import TableIssuer
 from balancer.optimizer import RoutingSolver, optimize_assignment
-from balancer.plan import TableStamp, assignment_problem, generate_routing_table, reissue_table
+from balancer.plan import TableStamp, assignment_problem, generate_routing_table, pair_load, reissue_table
+from balancer.planner import Planner
 from balancer.publisher import Publisher
 from balancer.registry import Registry
+from balancer.series import ExternalSeries
+from balancer.store import HistoryStore
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, Turns, welcome
 from engine.client.config import CurveSource, Identity
@@ -55,6 +62,7 @@ from engine.protocol.requests import (
     Committed,
     Destroy,
     Empty,
+    ForecastAccuracy,
     Hello,
     ManifestFetch,
     ManifestOffer,
@@ -87,6 +95,14 @@ LIFETIME_MS_MIN = 10_000
 BURST = 256
 """How many requests are answered before the service looks at its other events."""
 ERROR_MAX = 500
+SAVE_S = 5.0
+"""So often what was counted goes to the disk; a balancer that is killed loses no more."""
+RESAVED_STEPS = 10
+"""So many steps before those that are new are written again: late reports may have added to them."""
+FORECASTS_TOLD = 128
+SHAPE_S = 30.0
+USUAL_SHAPE = (2, 3)
+"""Threshold and shares that keys are taken to have while there are none."""
 
 log = structlog.get_logger()
 
@@ -105,14 +121,25 @@ class Standing:
     ticks: int = 0
     counter: int = 0
     last_error: str = ""
+    learned: ForecastState = field(default_factory=ForecastState)
 
 
 def decide(
-    snapshot: HistorySnapshot, stamp: TableStamp, time_limit_s: float, solver: RoutingSolver | None = None
+    snapshot: HistorySnapshot,
+    stamp: TableStamp,
+    time_limit_s: float,
+    forecast: Forecast | None = None,
+    *,
+    solver: RoutingSolver | None = None,
+    places: Mapping[int, Sequence[int]] | None = None,
 ) -> RoutingTable:
-    """One decision, a pure function of the snapshot: forecast, assignment, table. The solver only makes it quicker."""
-    forecast = predict_load(snapshot)
-    assignment = optimize_assignment(assignment_problem(snapshot, forecast), time_limit_s=time_limit_s, solver=solver)
+    """One decision, a pure function of the snapshot: forecast (if none is given), assignment, table.
+
+    ``solver`` only makes it quicker; ``places`` are the nodes that hold the warm groups.
+    """
+    forecast = forecast or predict_load(snapshot)
+    problem = assignment_problem(snapshot, forecast, pair_load(snapshot, forecast, places or {}))
+    assignment = optimize_assignment(problem, time_limit_s=time_limit_s, solver=solver)
     return generate_routing_table(snapshot, forecast, assignment, stamp)
 
 
@@ -130,6 +157,8 @@ class ControlLoop(FollowsCluster):
         fencing_epoch: int,
         tick_ms: int,
         history_ticks: int,
+        series: ExternalSeries | None = None,
+        store: HistoryStore | None = None,
     ) -> None:
         self._context = context
         self._identity = identity
@@ -137,14 +166,23 @@ class ControlLoop(FollowsCluster):
         self._source = cluster
         self._publisher = publisher
         self._fencing_epoch = fencing_epoch
+        self._tick_ms = tick_ms
         self._tick_s = tick_ms / 1000
         self._lifetime_ms = max(LIFETIME_MS_MIN, LIFETIME_TICKS * tick_ms)
         self._history = History(tuple(cluster.cluster.nodes), tick_ms=tick_ms, ticks=history_ticks)
+        self._series = series or ExternalSeries(())
+        self._store = store
+        self._saved: tuple[int, int] | None = None
+        self._learned: ForecastState | None = None
         self._heard: frozenset[str] = frozenset()
         self._ahead = ""
         self._tried_s: dict[str, float] = {}
         self._solver = RoutingSolver()
         self._issuer = TableIssuer(identity.signing)
+        self._places = GroupPlaces()
+        self._planner = Planner()
+        self.shape = USUAL_SHAPE
+        """Threshold and shares of most keys."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
         self.standing = Standing()
@@ -157,18 +195,38 @@ class ControlLoop(FollowsCluster):
         """End after the tick under way, and wait for that."""
         self._stop.set()
         self._thread.join()
+        self._planner.stop()
+        self._series.stop()
+        if self._store is not None:
+            self._store.close()
+
+    @property
+    def plan(self) -> str:
+        """What the planner of placements has to tell."""
+        return self._planner.plan.text
+
+    @property
+    def series_problems(self) -> dict[str, str]:
+        """The external series that are left out now, and why."""
+        return self._series.problems
 
     def _run(self) -> None:
+        # Steps are numbered since the epoch, so that what was counted before a restart has its place; from here on by
+        # the monotonic clock.
+        first = now_ms() // self._tick_ms
+        self._restore(first - 1)
+        self._series.start()
         begun, tick = time.monotonic(), 0
         with Channel(self._own, Servers(self._source), self._context, heartbeats=True) as channel:
             channel.dial(self._cluster.nodes)
             while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
                 try:
-                    self._tick(channel, tick)
+                    self._tick(channel, first + tick)
                 except Exception as error:  # the loop outlives every failure; the data path does not need this tick
                     self._failed("tick", error)
                 # Ticks are numbered by the clock, so that a late one counts for those it missed.
                 tick = max(tick + 1, int((time.monotonic() - begun) / self._tick_s))
+        self._save(first + tick)
 
     def _tick(self, channel: Channel, tick: int) -> None:
         self._follow_members(channel)
@@ -179,7 +237,14 @@ class ControlLoop(FollowsCluster):
         now = now_ms()
         stamp = TableStamp(self._fencing_epoch, before.counter + 1, now, now + self._lifetime_ms, self._cluster.serial)
         try:
-            table = decide(self._history.snapshot(), stamp, SOLVER_PART * self._tick_s, self._solver)
+            snapshot = self._with_series(self._history.snapshot())
+            forecast = predict_load(snapshot, self._learned)
+            self._learned = forecast.state
+            warm = [group for _, group in snapshot.pairs]
+            places = self._places.of(self._cluster, snapshot.nodes, warm, self.shape[1])
+            limit_s = SOLVER_PART * self._tick_s
+            table = decide(snapshot, stamp, limit_s, forecast, solver=self._solver, places=places)
+            self._planner.offer(snapshot, forecast, self._cluster, places, self.shape)
             error = ""
         except Exception as failure:  # whatever it is, the last good table stays
             error = self._failed("decision", failure)
@@ -189,8 +254,38 @@ class ControlLoop(FollowsCluster):
         issued = self._issuer.issue(table)
         if issued.remark:
             log.warning(issued.remark)
-        self.standing = Standing(issued.table, issued.whole, before.ticks + 1, stamp.counter, error)
+        learned = self._learned or ForecastState()
+        self.standing = Standing(issued.table, issued.whole, before.ticks + 1, stamp.counter, error, learned)
         self._publisher.publish(issued.message, self._cluster)
+        if self._saved is None or (tick - self._saved[0]) * self._tick_s >= SAVE_S:
+            self._save(tick)
+
+    def _with_series(self, snapshot: HistorySnapshot) -> HistorySnapshot:
+        known = self._series.known(snapshot.tick, len(snapshot.counts), snapshot.tick_ms)
+        if known is None:
+            return snapshot
+        slow = snapshot.slow
+        of_slow = None if slow is None else self._series.known(slow.step, len(slow.counts), slow.step_ms)
+        return replace(snapshot, known=known, slow_known=of_slow)
+
+    def _restore(self, tick: int) -> None:
+        """Begin with what an earlier process counted; without it if anything is wrong with that."""
+        if self._store is None:
+            return
+        try:
+            fast, slow = self._store.load(tick, tick * self._tick_ms // SLOW_MS - 1)
+            self._history.restore(tick, fast, slow)
+            log.info("history read", ticks=len(fast.steps), minutes=len(slow.steps), pairs=len(fast.pairs))
+        except Exception as error:
+            self._failed("history", error)
+
+    def _save(self, tick: int) -> None:
+        if self._store is None:
+            return
+        minute = tick * self._tick_ms // SLOW_MS
+        saved = self._saved or (tick - RESAVED_STEPS, minute - RESAVED_STEPS)
+        self._store.save(*self._history.stored(saved[0] - RESAVED_STEPS, saved[1] - 1))
+        self._saved = tick, minute
 
     def _follow_members(self, channel: Channel) -> None:
         """Take a manifest that a node has and this process not, and go on with the members of the newest."""
@@ -295,6 +390,7 @@ class Service(FollowsCluster):
         self._now_ms = now_ms
         self._begun = time.monotonic()
         self._next_told_s = 0.0
+        self._next_shape_s = 0.0
         self._verbs: dict[str, Callable[[str, Any], Any]] = {
             REGISTRY_RESERVE: self._reserve,
             REGISTRY_CHANGE: self._change,
@@ -347,8 +443,18 @@ class Service(FollowsCluster):
         now = time.monotonic()
         if now >= self._next_told_s:
             self._next_told_s = now + 1.0
+            self._look_at_keys(now)
             for each in self._admission.refusals():
                 log.warning("requests refused", member=each.member, count=each.count, reason=each.reason)
+
+    def _look_at_keys(self, now_s: float) -> None:
+        if now_s < self._next_shape_s:
+            return
+        self._next_shape_s = now_s + SHAPE_S
+        try:
+            self._loop.shape = self._registry.usual_shape() or self._loop.shape
+        except EngineError as error:
+            log.warning("the keys' shape is not known", reason=str(error))
 
     def _answer(self, incoming: Incoming) -> None:
         verb, member = incoming.request.verb, incoming.member
@@ -424,4 +530,29 @@ class Service(FollowsCluster):
             ticks=standing.ticks,
             last_error=standing.last_error,
             service=self._listener.counts(self._admission),
+            forecasts=_accuracies(standing.learned.classes),
+            series=[f"{name}: {problem}" for name, problem in self._loop.series_problems.items()],
+            placement=self._loop.plan[:ERROR_MAX],
         )
+
+
+def _accuracies(bank: Bank) -> list[ForecastAccuracy]:
+    told = accuracy(bank)
+    last = HORIZONS - 1
+
+    def permille(value: float, least: int = 0) -> int:
+        return 0 if math.isnan(value) else round(max(least, min(1_000_000, 1000 * value)))
+
+    return [
+        ForecastAccuracy(
+            str(name),
+            told.models[row],
+            permille(told.mase[row, 0]),
+            permille(told.mase[row, last]),
+            permille(told.coverage[row, 0]),
+            permille(told.coverage[row, last]),
+            permille(told.bias[row, 0], -1_000_000),
+            permille(told.bias[row, last], -1_000_000),
+        )
+        for row, name in enumerate(told.series[:FORECASTS_TOLD])
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -15,7 +15,15 @@ from balancer.routing import Assignment, AssignmentProblem, every_node
 from engine.keys import ALGORITHMS, RequestType
 from engine.protocol.table import RoutingTable, pack_service
 
-__all__ = ["PairLoad", "TableStamp", "assignment_problem", "generate_routing_table", "reissue_table", "service_times"]
+__all__ = [
+    "PairLoad",
+    "TableStamp",
+    "assignment_problem",
+    "generate_routing_table",
+    "pair_load",
+    "reissue_table",
+    "service_times",
+]
 
 PRIOR_REQUESTS = 20.0
 """A prior service time counts as much as so many measured requests."""
@@ -75,6 +83,18 @@ class PairLoad:
     demand: FloatArray
     indptr: IndexArray
     nodes: IndexArray
+
+
+def pair_load(history: HistorySnapshot, forecast: Forecast, places: Mapping[int, Sequence[int]]) -> PairLoad:
+    """The forecast load of the pairs whose group's holders are known (``places``: node indexes by group)."""
+    rows = [at for at, (_, group) in enumerate(history.pairs) if group in places]
+    holders = [places[history.pairs[at][1]] for at in rows]
+    return PairLoad(
+        row_class=np.array([history.pairs[at][0] for at in rows], dtype=np.int32),
+        demand=np.asarray(forecast.pair_mean[rows], dtype=np.float64),
+        indptr=np.cumsum([0, *map(len, holders)]).astype(np.int32),
+        nodes=np.array([node for row in holders for node in row], dtype=np.int32),
+    )
 
 
 def assignment_problem(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -64,6 +65,7 @@ from engine.protocol.signed import SigningKey, sign_envelope
 __all__ = ["Registry", "SqliteRegistry"]
 
 MAX_ATTEMPT = 2**31 - 1
+SHAPE_SAMPLE = 200
 UNKNOWN_ATTEMPT_MAX = 1_000
 """Attempts above this of a reservation that is not known here are told as pending, so that nobody uses them all up."""
 ABORTS_MAX = 16
@@ -115,6 +117,9 @@ class Registry(Protocol):
 
     def count(self) -> int:
         """How many keys are committed."""
+
+    def usual_shape(self) -> tuple[int, int] | None:
+        """Threshold and shares of most committed keys, by a sample of them; None without any."""
 
     def close(self) -> None:
         """Close the store."""
@@ -274,6 +279,13 @@ class SqliteRegistry(FollowsCluster):
         """How many keys are committed."""
         with self._reading():
             return int(self._store.execute("SELECT COUNT(*) FROM keys WHERE state = 2").fetchone()[0])
+
+    def usual_shape(self) -> tuple[int, int] | None:
+        """Threshold and shares of most of the first so many committed keys."""
+        with self._reading():
+            found = self._store.execute("SELECT manifest FROM keys WHERE state = 2 LIMIT ?", (SHAPE_SAMPLE,)).fetchall()
+        told = Counter((each.threshold, each.shares) for (raw,) in found for each in [read_key_manifest(raw).manifest])
+        return told.most_common(1)[0][0] if told else None
 
     # --- the verbs ---
 

@@ -37,13 +37,11 @@ IntArray = NDArray[np.int64]
 
 HERE: Final = Path(__file__).parent
 OUTPUT: Final = HERE.parent / "build" / "bench" / "forecasting.json"
-TRACES: Final = {
-    "azure_llm2023_1s.csv": (1, 3, 10),
-    "servegen_synth_1s.csv": (1, 3, 10),
-    "nab_elb_300s.csv": (300, 600),
-    "servegen_600s.csv": (600,),
-}
-"""Files, and the steps in seconds to which their counts are added up."""
+FINE_STEPS_S: Final = (1, 3, 10)
+"""Steps to which counts by the second or so are added up; longer ones are judged as they are, and two together."""
+LONG_S: Final = 60
+LONGEST_S: Final = 600
+STEPS_MIN: Final = 120
 TEST_PART: Final = 0.3
 VALIDATION_PART: Final = 0.2
 """The part before the test, on which peers are picked and models chosen."""
@@ -107,25 +105,30 @@ class Told:
 
 
 def load_series(folder: Path) -> list[Series]:
-    """All series of the traces; seconds without a line count 0."""
+    """All series of the folder's CSV files (timestamp in seconds, type, count); steps without a line count 0."""
     found = []
-    for file, steps in TRACES.items():
+    for file in sorted(folder.glob("*.csv")):
         by_type: dict[str, dict[int, float]] = {}
-        with (folder / file).open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8") as lines:
             for line in csv.DictReader(lines):
                 by_type.setdefault(line["type"], {})[int(float(line["timestamp"]))] = float(line["count"])
         for kind, at in by_type.items():
-            begin, end = min(at), max(at)
-            counts = np.zeros((end - begin) // steps[0] + 1)
-            for when, count in at.items():
-                counts[(when - begin) // steps[0]] = count
-            for step in steps:
-                many = step // steps[0]
+            when = np.array(sorted(at))
+            step = int(np.diff(when).min())
+            counts = np.zeros((when[-1] - when[0]) // step + 1)
+            counts[(when - when[0]) // step] = [at[each] for each in when.tolist()]
+            for longer in _steps(step):
+                many = longer // step
                 summed = counts[: len(counts) // many * many].reshape(-1, many).sum(axis=1)
-                found.append(
-                    Series(f"{file.partition('_1s')[0].partition('_600')[0]}:{kind}/{step}s", file, step, summed)
-                )
+                if len(summed) >= STEPS_MIN:
+                    found.append(Series(f"{file.stem}:{kind}/{longer}s", file.name, longer, summed))
     return found
+
+
+def _steps(step_s: int) -> list[int]:
+    if step_s >= LONG_S:
+        return [step_s, 2 * step_s] if 2 * step_s <= LONGEST_S else [step_s]
+    return [longer for longer in FINE_STEPS_S if longer % step_s == 0] or [step_s]
 
 
 # --- the models -------------------------------------------------------------------------------------------------------

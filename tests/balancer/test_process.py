@@ -533,7 +533,7 @@ def test_the_last_good_table_stays_when_the_solver_fails(site: Site, monkeypatch
     with control_loop(site) as loop:
         until(lambda: loop.standing.table)
 
-        def failing(*_: object) -> RoutingTable:
+        def failing(*_: object, **__: object) -> RoutingTable:
             raise SolverError("routing program: Time limit reached")
 
         monkeypatch.setattr(loop_module, "decide", failing)
@@ -586,7 +586,7 @@ def test_subscribers_that_go_keep_no_table_from_the_others(site: Site) -> None:
 def test_without_a_good_table_none_is_published(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A loop whose very first decisions fail goes on, and publishes nothing that was never decided."""
 
-    def broken(*_: object) -> RoutingTable:
+    def broken(*_: object, **__: object) -> RoutingTable:
         raise ZeroDivisionError("a mistake in the program")
 
     monkeypatch.setattr(loop_module, "decide", broken)

@@ -7,6 +7,7 @@ import sqlite3
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -615,3 +616,13 @@ def test_against_a_model(make_world: Callable[..., Any]) -> None:
     run_state_machine_as_test(
         machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
     )
+
+
+def test_the_usual_shape_is_that_of_most_keys(world: Any, tmp_path: Path) -> None:
+    """Threshold and shares of most committed keys, for the planner; nothing without a key."""
+    with closing(world.open(tmp_path / "registry.db")) as registry:
+        assert registry.usual_shape() is None
+        world.commit(registry, world.order("a", threshold=2, shares=4))
+        for name in ("b", "c"):
+            world.commit(registry, world.order(name, threshold=3, shares=5))
+        assert registry.usual_shape() == (3, 5)

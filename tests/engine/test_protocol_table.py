@@ -143,6 +143,7 @@ def test_only_a_newer_table_counts(newest: tuple[int, int], offered: tuple[int, 
         {"price": [0, 0, 0]},
         {"price": []},
         {"caps": []},
+        {"lanes": [4]},
         {"caps": [1000, 1000]},
         {"classes": []},
         {"nodes": ["n1"]},
@@ -298,7 +299,14 @@ def test_a_difference_of_no_balancer_is_refused(signer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"nodes": ["n1", "n2", "n3", "n9"]}, {"classes": ["mac/x"]}, {"caps": [500]}, {"fencing_epoch": 2}]
+    "changes",
+    [
+        {"lanes": [1, 2, 1, 1]},
+        {"nodes": ["n1", "n2", "n3", "n9"]},
+        {"classes": ["mac/x"]},
+        {"caps": [500]},
+        {"fencing_epoch": 2},
+    ],
 )
 def test_other_rows_or_columns_need_a_whole_table(changes: dict[str, Any]) -> None:
     assert table_delta(table(1), msgspec.structs.replace(table(2), **changes)) is None

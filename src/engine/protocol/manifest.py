@@ -255,6 +255,12 @@ class Cluster:
             self._holders[group] = holders
         return holders
 
+    def first_holders(self, group: int, count: int) -> tuple[str, ...]:
+        """The first of ``group_holders``, without working out the others, which takes long in a large cluster."""
+        known = self._holders.get(group)
+        seed = self.name.encode() + group.to_bytes(4, "big")
+        return (known or order_holders(self.locations, seed, domain_level=self.domain_level, count=count))[:count]
+
     @cached_property
     def _holders(self) -> dict[int, tuple[str, ...]]:
         return {}

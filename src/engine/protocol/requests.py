@@ -569,8 +569,28 @@ class OutcomeReply(Message, frozen=True):
     document: Envelope
 
 
+class ForecastAccuracy(Message, frozen=True):
+    """How good a balancer's forecast of a class was of late, in 1/1000, for the next tick and for the tenth.
+
+    ``error`` is the mean absolute error over that of saying each time what was counted last (0 until something is
+    known); ``coverage`` is how often the load stayed below what 90 % should; ``bias`` is the mean error over the load.
+    """
+
+    request_class: Annotated[str, Meta(max_length=96)]
+    model: Annotated[str, Meta(max_length=16)]
+    error: UInt
+    error_tenth: UInt
+    coverage: UInt
+    coverage_tenth: UInt
+    bias: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
+    bias_tenth: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
+
+
 class BalancerStatus(Message, frozen=True):
-    """What a balancer tells an operator."""
+    """What a balancer tells an operator.
+
+    ``series`` are the external series that are left out, and why; ``placement`` is what the newest plan says.
+    """
 
     balancer: Name
     software: Annotated[str, Meta(max_length=32)]
@@ -582,6 +602,9 @@ class BalancerStatus(Message, frozen=True):
     ticks: UInt
     last_error: Text
     service: ServiceCount
+    forecasts: Annotated[list[ForecastAccuracy], Meta(max_length=128)]
+    series: Annotated[list[Text], Meta(max_length=16)]
+    placement: Text
 
 
 class Table(Message, frozen=True):

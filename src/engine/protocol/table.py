@@ -85,7 +85,7 @@ class TableDelta(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     """A table as what differs from the whole table ``base`` (a counter of the same fencing epoch).
 
     ``service`` has (class, node, byte); a group of ``groups`` without nodes is again as the manifest has it. ``price``,
-    ``hints`` and ``forecast`` are whole; nodes, lanes, classes and caps are those of the base.
+    ``hints`` and ``forecast`` are whole; nodes, classes, caps and lanes are those of the base.
     """
 
     fencing_epoch: UInt
@@ -169,9 +169,9 @@ def table_delta(base: RoutingTable, table: RoutingTable) -> TableDelta | None:
 
     A service time that differs by one step is no difference: it would come and go.
     """
-    same = ("fencing_epoch", "nodes", "lanes", "classes", "caps")
-    if any(getattr(base, name) != getattr(table, name) for name in same):
-        return None
+    for same in ("fencing_epoch", "nodes", "classes", "caps", "lanes"):
+        if getattr(base, same) != getattr(table, same):
+            return None
     columns = len(table.nodes)
     before, now = dict(base.groups), dict(table.groups)
     return TableDelta(

@@ -1,0 +1,166 @@
+"""Plans placements beside the control loop, in a thread of its own. What it plans is told and not carried out yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+
+from balancer.forecast import Forecast
+from balancer.history import HistorySnapshot
+from balancer.optimizer import PlacementSolver, SolverError
+from balancer.placement import Infeasible, Placement, PlacementProblem, holders_wanted
+from balancer.plan import CAPACITY, service_times
+from balancer.program import FloatArray
+from engine.protocol.manifest import Cluster
+
+__all__ = ["Plan", "Planner", "placement_problem"]
+
+PLAN_S = 30.0
+"""From one plan to the next."""
+SOLVER_S = 5.0
+MOVED_PART = 0.05
+"""The part of the shares that one plan may move."""
+
+log = structlog.get_logger()
+
+
+def placement_problem(
+    history: HistorySnapshot,
+    forecast: Forecast,
+    cluster: Cluster,
+    places: Mapping[int, Sequence[int]],
+    shape: tuple[int, int],
+) -> tuple[PlacementProblem, tuple[int, ...]] | None:
+    """What is to be placed, and the groups by row; None where no warm group is known.
+
+    The load is the highest P90 within both horizons: a move takes time, and is for what is to come. Groups that are not
+    warm stay where they are; what they need is evenly spread.
+    """
+    of_pair = [(row, at, group) for at, (row, group) in enumerate(history.pairs) if group in places]
+    groups = tuple(sorted({group for _, _, group in of_pair}))
+    if not groups:
+        return None
+    number = {group: index for index, group in enumerate(groups)}
+    high = _highest(forecast.pair_outlook.p90, None if forecast.slow_pairs is None else forecast.slow_pairs.p90)
+    whole = _highest(forecast.outlook.p90, None if forecast.slow is None else forecast.slow.p90)
+    load = np.zeros((len(groups), len(history.classes)))
+    for row, at, group in of_pair:
+        load[number[group], row] += high[at]
+    service, up = service_times(history), np.array(history.up, dtype=bool)
+    nodes = len(up)
+    rest = np.maximum(whole - load.sum(axis=0), 0.0) @ service * 1e-6 / max(1, int(up.sum()))
+    threshold, shares = shape
+    today = np.array([places[group] for group in groups], dtype=np.int32)
+    thresholds = np.full(len(groups), threshold, dtype=np.int32)
+    paths = [location.path for location in cluster.locations]
+    depth = max(len(path) for path in paths)
+    level = cluster.domain_level
+    domain = _numbers([path[:level] for path in paths])
+    capacity = np.full(nodes, CAPACITY)
+    return (
+        PlacementProblem(
+            load=load,
+            service_us=service,
+            capacity=capacity,
+            background=rest,
+            network_us=np.zeros(nodes),
+            price=np.zeros(nodes),
+            up=up,
+            domain=domain,
+            near=[_numbers([path[:each] for path in paths]) for each in (depth, depth - 1) if each > level],
+            threshold=thresholds,
+            wanted=holders_wanted(
+                load, service, capacity, up, domain, thresholds, np.full(len(groups), shares, np.int32), today
+            ),
+            today=today,
+            budget=max(1, int(MOVED_PART * len(groups) * shares)),
+        ),
+        groups,
+    )
+
+
+def _highest(ticks: FloatArray, minutes: FloatArray | None) -> FloatArray:
+    both = ticks if minutes is None else np.concatenate([ticks, minutes], axis=1)
+    return np.asarray(both.max(axis=1, initial=0.0))
+
+
+def _numbers(labels: Sequence[tuple[str, ...]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+    known = {label: index for index, label in enumerate(dict.fromkeys(labels))}
+    return np.array([known[label] for label in labels], dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The last good plan: its groups by row, and what was decided. ``text`` tells an operator, errors included."""
+
+    groups: tuple[int, ...] = ()
+    placement: Placement | None = None
+    text: str = "no plan yet"
+
+
+class Planner:
+    """Takes what the control loop knows now and then; ``plan`` is the newest answer."""
+
+    def __init__(self, every_s: float = PLAN_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every_s = every_s
+        self._clock = clock
+        self._next_s = clock() + every_s
+        self._solver = PlacementSolver()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="placement")
+        self._running: Future[None] | None = None
+        self.plan = Plan()
+
+    def offer(
+        self,
+        history: HistorySnapshot,
+        forecast: Forecast,
+        cluster: Cluster,
+        places: Mapping[int, Sequence[int]],
+        shape: tuple[int, int],
+    ) -> None:
+        """Begin a plan from this, if it is time for one and none is being made."""
+        if self._clock() < self._next_s or (self._running is not None and not self._running.done()):
+            return
+        self._next_s = self._clock() + self._every_s
+        self._running = self._pool.submit(self._make, history, forecast, cluster, dict(places), shape)
+
+    def stop(self) -> None:
+        """End, after the plan under way."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _make(
+        self,
+        history: HistorySnapshot,
+        forecast: Forecast,
+        cluster: Cluster,
+        places: Mapping[int, Sequence[int]],
+        shape: tuple[int, int],
+    ) -> None:
+        last = self.plan
+        try:
+            asked = placement_problem(history, forecast, cluster, places, shape)
+            if asked is None:
+                self.plan = Plan(text="no warm placement group")
+                return
+            problem, groups = asked
+            made = self._solver.solve(problem, SOLVER_S)
+            self.plan = Plan(groups, made, _told(made, len(groups)))
+        except (Infeasible, SolverError) as error:
+            self.plan = Plan(last.groups, last.placement, str(error))
+        except Exception as error:  # whatever it is, the last good plan stays
+            log.error("no placement", exc_info=True)
+            self.plan = Plan(last.groups, last.placement, f"{type(error).__name__}: {error}")
+        if self.plan.text != last.text:
+            log.info("placement", plan=self.plan.text)
+
+
+def _told(made: Placement, groups: int) -> str:
+    new = sum(step.add for step in made.steps)
+    saved = 1.0 - made.cost / made.cost_today if made.cost_today > 0 else 0.0
+    parts = [f"{groups} warm placement groups", f"{new} new holders would save {max(0.0, saved):.0%}"]
+    return "; ".join([*(parts if new else [*parts[:1], "nothing to move"]), *made.remarks])

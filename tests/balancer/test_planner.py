@@ -1,0 +1,142 @@
+"""The planner: from what the control loop knows to a plan that is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from balancer.forecast import predict_load
+from balancer.groups import GroupPlaces
+from balancer.history import HistorySnapshot
+from balancer.plan import assignment_problem, pair_load
+from balancer.planner import Planner, placement_problem
+
+CLASSES = ("sign/ed25519", "encrypt/aes-256-gcm")
+
+
+def snapshot(world: Any, *, rate: float = 2_000.0, groups: int = 24) -> HistorySnapshot:
+    """One class is used evenly, the other in a few groups far more than in others."""
+    requests, busy_us = np.full((2, 6), 1000.0), np.full((2, 6), 100_000.0)
+    pairs = tuple((0, group) for group in range(groups))
+    hot = rate / np.arange(1, groups + 1)
+    pair_counts = np.tile(hot, (120, 1))
+    counts = np.column_stack([pair_counts.sum(axis=1), np.full(120, 50.0)])
+    return HistorySnapshot(
+        1000,
+        CLASSES,
+        tuple(world.cluster.nodes),
+        counts,
+        requests,
+        busy_us,
+        (True,) * 6,
+        (0,) * 6,
+        tick=120,
+        pairs=pairs,
+        pair_counts=pair_counts,
+    )
+
+
+def places(world: Any, state: HistorySnapshot, shares: int = 3) -> dict[int, Any]:
+    groups = [group for _, group in state.pairs]
+    return dict(GroupPlaces().of(world.cluster, state.nodes, groups, shares))
+
+
+@pytest.fixture
+def planner() -> Iterator[Planner]:
+    planner = Planner(0.0)
+    yield planner
+    planner.stop()
+
+
+def told(planner: Planner, *offered: Any) -> str:
+    before = planner.plan
+    planner.offer(*offered)
+    until = time.monotonic() + 30
+    while planner.plan is before:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    return planner.plan.text
+
+
+def test_places_are_those_of_the_manifest_and_come_little_by_little(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first holders of the computed order; a call works out so many, and keeps them."""
+    monkeypatch.setattr("balancer.groups.WORK", 12)
+    known, nodes = GroupPlaces(), tuple(world.cluster.nodes)
+    assert list(known.of(world.cluster, nodes, range(9), 3)) == [0, 1]
+    assert list(known.of(world.cluster, nodes, range(9), 3)) == [0, 1, 2, 3]
+    for group, holders in known.of(world.cluster, nodes, range(9), 3).items():
+        assert tuple(nodes[index] for index in holders) == world.cluster.group_holders(group)[:3]
+    assert list(known.of(world.cluster, nodes, range(9), 2)) == [0, 1]
+    assert dict(known.of(world.cluster, ("node-0",), range(9), 3)) == {}
+
+
+def test_the_load_of_warm_groups_goes_to_their_holders(world: Any) -> None:
+    """Rows of known groups alone; what is left of the class is everybody's; nothing is counted twice."""
+    state = snapshot(world)
+    forecast = predict_load(state)
+    known = places(world, state)
+    del known[3]
+    pairs = pair_load(state, forecast, known)
+    assert len(pairs.demand) == 23
+    problem = assignment_problem(state, forecast, pairs)
+    assert problem.demand.sum() == pytest.approx(forecast.mean.sum(), rel=0.01)
+    assert problem.nodes[:3].tolist() == list(known[0])
+
+
+def test_a_plan_is_made_from_the_highest_forecast(world: Any) -> None:
+    """Loads are P90s over the horizon, today's holders are the manifest's, what is not warm is background."""
+    state = snapshot(world)
+    forecast = predict_load(state)
+    made = placement_problem(state, forecast, world.cluster, places(world, state), (2, 3))
+    assert made is not None
+    problem, groups = made
+    assert groups == tuple(range(24))
+    assert problem.load[:, 0] == pytest.approx(forecast.pair_outlook.p90.max(axis=1))
+    assert (problem.background > 0).all()
+    assert len(set(problem.domain.tolist())) == 3
+    assert problem.budget == 3
+    assert placement_problem(state, forecast, world.cluster, {}, (2, 3)) is None
+
+
+def test_plans_are_told(world: Any, planner: Planner) -> None:
+    """A hot cluster gets moves, one that cannot be placed a sentence, and the last good plan stays."""
+    state = snapshot(world)
+    forecast = predict_load(state)
+    first = told(planner, state, forecast, world.cluster, places(world, state), (2, 3))
+    assert first.startswith("24 warm placement groups; ")
+    assert planner.plan.placement is not None
+    good = planner.plan.placement
+    assert (
+        told(planner, state, forecast, world.cluster, places(world, state, 5), (2, 5))
+        == "3 failure domains with 6 nodes up cannot keep 2-of-5 below the threshold"
+    )
+    assert planner.plan.placement is good
+    broken = replace(state, up=(True,))
+    assert "Error" in told(planner, broken, forecast, world.cluster, places(world, state), (2, 3))
+    assert planner.plan.placement is good
+    assert told(planner, state, forecast, world.cluster, {}, (2, 3)) == "no warm placement group"
+
+
+def test_one_plan_at_a_time_and_not_too_often(world: Any) -> None:
+    """What is offered too early is not looked at."""
+    now = [0.0]
+    planner = Planner(30.0, lambda: now[0])
+    state = snapshot(world)
+    offered = (state, predict_load(state), world.cluster, places(world, state), (2, 3))
+    planner.offer(*offered)
+    assert planner._running is None
+    now[0] = 31.0
+    planner.offer(*offered)
+    running = planner._running
+    assert running is not None
+    running.result(30)
+    planner.offer(*offered)
+    assert planner._running is running
+    planner.stop()
