@@ -73,7 +73,7 @@ def hour(seconds: int) -> Scenario:
         steady("rel", seconds),
         name="an hour on slow tokens",
         site=slow,
-        traffic=Traffic(load=0.6, token_factor=600.0),
+        traffic=Traffic(load=0.6, token_factor=620.0),
         tick_s=5.0,
         warmup_s=30.0,
     )

@@ -152,7 +152,6 @@ def test_only_a_newer_table_counts(newest: tuple[int, int], offered: tuple[int, 
         {"groups": [(1, [4])]},
         {"groups": [(1, [0]), (2, [0, 9])]},
         {"hints": [(1, [4])]},
-        {"lanes": [4]},
     ],
 )
 def test_a_table_whose_parts_do_not_fit_is_refused(changes: dict[str, Any]) -> None:
