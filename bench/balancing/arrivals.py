@@ -18,6 +18,8 @@ __all__ = ["Arrivals", "cluster_of", "draw"]
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
+WARM = 24
+
 
 @dataclass(frozen=True, slots=True)
 class Arrivals:
@@ -33,10 +35,12 @@ class Arrivals:
     classes: tuple[str, ...]
     names: tuple[str, ...]
     group: IntArray
-    past: FloatArray
+    past: IntArray
     """Requests per tick before the start (ticks, classes)."""
-    past_groups: FloatArray
-    """The same by placement group (ticks, groups), over all classes."""
+    warm: tuple[int, ...]
+    """The placement groups that got most, or are to be hot: those whose past the balancer knows by class."""
+    past_warm: IntArray
+    """The part of ``past`` that was for these (ticks, classes, groups)."""
     service_s: FloatArray
     """Mean times of service (classes, nodes) in seconds."""
     hot_groups: tuple[int, ...]
@@ -72,15 +76,17 @@ def draw(scenario: Scenario, cluster: Cluster, seed: int) -> Arrivals:
     workers = np.array([float(node.workers) for node in scenario.site.nodes])
     mix = counts.mean(axis=0)
     scale = traffic.load * capacity_of(service_s, mix, workers) / mix.sum()
-    past_bins = int(scenario.past_s / scenario.tick_s)
+    bins = round(scenario.tick_s)
+    past_ticks = scenario.past_s // bins
     split = int(len(counts) * TEST_PART)
-    first, last = (min(past_bins, split), split) if scenario.validation else (split, len(counts))
+    first, last = (min(scenario.past_s, split), split) if scenario.validation else (split, len(counts))
     spare = last - first - scenario.seconds
     begin = first + int(random.integers(0, max(1, spare)))
     played = counts[np.arange(begin, begin + scenario.seconds) % len(counts)]
-    before = counts[np.arange(begin - past_bins, begin) % len(counts)]
+    before = counts[np.arange(begin - past_ticks * bins, begin) % len(counts)]
     if traffic.constant:
         played, before = np.broadcast_to(mix, played.shape), np.broadcast_to(mix, before.shape)
+    before = before.reshape(past_ticks, bins, -1).sum(axis=1)
     number = random.poisson(played * scale)
     kind = np.concatenate([np.repeat(np.arange(len(kinds)), row) for row in number])
     time_s = np.repeat(np.arange(scenario.seconds, dtype=float), number.sum(axis=1)) + random.random(len(kind))
@@ -92,23 +98,40 @@ def draw(scenario: Scenario, cluster: Cluster, seed: int) -> Arrivals:
     popularity /= popularity.sum()
     key = random.choice(traffic.keys, size=len(time_s), p=popularity)
     by_group = np.bincount(group, weights=popularity, minlength=cluster.groups)
-    past_groups = random.poisson(before.sum(axis=1, keepdims=True) * scale * by_group[None, :]).astype(float)
-    past = random.poisson(before * scale).astype(float)
-    hot_groups = []
+    hot_groups: list[int] = []
     for hot in scenario.hot:
-        # A group of middling popularity, so that its own load plays no part.
-        chosen = int(np.argsort(-by_group, kind="stable")[len(by_group) // 4 + hot.group])
+        chosen = _hot_group(scenario, cluster, by_group, hot_groups, hot.rank)
         hot_groups.append(chosen)
         members = np.flatnonzero(group == chosen)
         weights = popularity[members] / popularity[members].sum()
         moved = random.random(len(time_s)) < hot.at(time_s)
         key[moved] = random.choice(members, size=int(moved.sum()), p=weights)
-        ticks = np.arange(-past_bins, 0) * scenario.tick_s
-        past_groups *= 1 - hot.at(ticks)[:, None]
-        past_groups[:, chosen] += random.poisson(hot.at(ticks) * before.sum(axis=1) * scale)
+    past = random.poisson(before * scale)
+    warm = tuple(dict.fromkeys([*hot_groups, *np.argsort(-by_group, kind="stable")[:WARM].tolist()]))
+    past_warm = np.zeros((past_ticks, len(kinds), len(warm)), dtype=np.int64)
+    if scenario.hot:
+        for tick in range(past_ticks):
+            shares = by_group[list(warm)]
+            for at, hot in enumerate(scenario.hot):
+                share = float(hot.at(np.array((tick - past_ticks + 0.5) * scenario.tick_s)))
+                shares = shares * (1 - share)
+                shares[at] += share
+            past_warm[tick] = random.multinomial(past[tick], [*shares, max(0.0, 1 - shares.sum())])[:, :-1]
     shape = 1 / traffic.variation**2 if traffic.variation else 0.0
     noise = random.gamma(shape, 1 / shape, len(time_s)) if shape else np.ones(len(time_s))
     client = random.integers(0, len(scenario.crowd.zones), len(time_s))
     return Arrivals(
-        time_s, client, kind, key, noise, classes, names, group, past, past_groups, service_s, tuple(hot_groups)
+        time_s, client, kind, key, noise, classes, names, group, past, warm, past_warm, service_s, tuple(hot_groups)
     )
+
+
+def _hot_group(scenario: Scenario, cluster: Cluster, by_group: FloatArray, taken: list[int], rank: int) -> int:
+    """The group of that rank by how little its holders can do together, among those of middling popularity."""
+    site = scenario.site
+    speed = {node.name: node.speed * node.workers for node in site.nodes}
+    middling = np.argsort(-by_group, kind="stable")[site.groups // 8 : site.groups // 2].tolist()
+
+    def ability(at: int) -> tuple[float, int]:
+        return sum(speed[name] for name in cluster.group_holders(at)[: site.shares]), at
+
+    return sorted((at for at in middling if at not in taken), key=ability)[rank]

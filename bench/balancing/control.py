@@ -1,93 +1,184 @@
 """The balancer of a simulation: the project's history, forecast, programs and table, no model of them.
 
-The nodes' counters come to it as their statistics do, once a tick.
+The nodes' counters come to it as their statistics do, once a tick. Moves of placement groups are planned each tick too:
+by the forecast (``"predictive"``), by what was counted last (``"reactive"``), or never.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
-from balancer.forecast import predict_load
-from balancer.history import History
-from balancer.optimizer import optimize_assignment
-from balancer.plan import TableStamp, assignment_problem, generate_routing_table
-from balancing.events import Simulation
-from engine.protocol.requests import ClassCount, NodeStats
+from balancer.features import HORIZONS
+from balancer.forecast import Forecast, ForecastState, predict_load
+from balancer.history import History, HistorySnapshot
+from balancer.optimizer import PlacementSolver, RoutingSolver, optimize_assignment, optimize_placement
+from balancer.placement import PlacementProblem, holders_wanted
+from balancer.plan import TableStamp, assignment_problem, generate_routing_table, service_times
+from balancing.events import Node, Simulation
+from engine.protocol.requests import PAIRS_TOLD, ClassCount, NodeStats
 from engine.protocol.table import RoutingTable
 
 __all__ = ["Loop"]
 
 TABLE_MS = 60_000
 SOLVER_S = 5.0
+WARM_UP_TICKS = 30
+"""Ticks before the start in which the forecasts are fitted, few at a time as ever."""
+COUNTED = 2
+"""Ticks that reactive moves go by: one alone is noisy, more are late."""
+BUDGET = 8
+"""New holders in one plan."""
 
 
 class Loop:
     """The control loop, fed with the simulation's nodes."""
 
-    def __init__(self, simulation: Simulation) -> None:
+    def __init__(self, simulation: Simulation, moves: str = "") -> None:
         scenario, arrivals = simulation.scenario, simulation.arrivals
+        self._moves = moves
         self._names = tuple(node.spec.name for node in simulation.nodes)
-        self._classes = arrivals.classes
-        tick_ms = round(scenario.tick_s * 1000)
-        past = len(arrivals.past)
-        self._history = History(self._names, tick_ms=tick_ms, ticks=max(past + 2, 600))
-        self._past = past
-        self._lanes = [node.workers for node in simulation.nodes]
+        self._tick_ms = round(scenario.tick_s * 1000)
+        self._past = len(arrivals.past)
+        self._history = History(self._names, tick_ms=self._tick_ms, ticks=max(self._past + 2, 600))
         self._capacity = np.array([float(node.workers) for node in simulation.nodes])
-        self._tick_ms = tick_ms
-        self._groups: dict[int, int] = {}
+        self._lanes = [node.workers for node in simulation.nodes]
+        self._classes = arrivals.classes
         self._base = np.zeros((len(self._classes), len(self._names)), dtype=np.int64)
         self._busy = np.zeros_like(self._base)
-        self._learn(arrivals.past, arrivals.service_s)
+        self._base_pairs: list[dict[tuple[int, int], int]] = [{} for _ in self._names]
+        self._ahead = min(math.ceil(scenario.move_s / scenario.tick_s) + 1, HORIZONS - 1)
+        self._state: ForecastState | None = None
+        self._routing, self._placement = RoutingSolver(), PlacementSolver()
+        self._holders = list(simulation.holders)
+        self._moving: dict[int, float] = {}
+        self._zone = {name: number for number, name in enumerate(scenario.site.zones)}
+        clients = np.array(simulation.delay_s)
+        self._network_us = 2e6 * clients.mean(axis=0)
+        self._learn(simulation)
 
-    def _learn(self, past: np.ndarray, service_s: np.ndarray) -> None:
-        """What was counted before the start, spread evenly over the nodes."""
-        nodes = len(self._names)
+    def _learn(self, simulation: Simulation) -> None:
+        """What was counted before the start, each tick by one node, in turn."""
+        arrivals = simulation.arrivals
         for tick in range(self._past + 1):
             if tick:
-                counted = past[tick - 1].astype(np.int64)
-                even = counted[:, None] // nodes + (np.arange(nodes)[None, :] < counted[:, None] % nodes)
-                self._base += even
-                self._busy += np.round(even * service_s * 1e6).astype(np.int64)
-            self._history.observe(tick, {name: self._stats(at, None) for at, name in enumerate(self._names)})
+                at = tick % len(self._names)
+                counted = arrivals.past[tick - 1]
+                self._base[:, at] += counted
+                self._busy[:, at] += np.round(counted * arrivals.service_s[:, at] * 1e6).astype(np.int64)
+                pairs = self._base_pairs[at]
+                for kind, place in np.argwhere(arrivals.past_warm[tick - 1]).tolist():
+                    pair = kind, arrivals.warm[place]
+                    pairs[pair] = pairs.get(pair, 0) + int(arrivals.past_warm[tick - 1, kind, place])
+            self._history.observe(tick, {node.spec.name: self._stats(node) for node in simulation.nodes})
+            if simulation.scenario.hot and self._past - tick < WARM_UP_TICKS:
+                self._state = predict_load(self._history.snapshot(), self._state).state
 
-    def _stats(self, at: int, simulation: Simulation | None) -> NodeStats:
-        node = simulation.nodes[at] if simulation else None
-        boot = node.boot if node else 0
-        requests, busy = self._base[:, at], self._busy[:, at]
-        groups = self._groups if at == 0 else {}
-        if boot:  # it began anew, and has forgotten what was before
-            requests, busy, groups = np.zeros_like(requests), np.zeros_like(busy), {}
-        if node is not None:
-            requests, busy = requests + np.array(node.requests), busy + np.array(node.busy_us)
-            groups = {group: groups.get(group, 0) + node.groups.get(group, 0) for group in {*groups, *node.groups}}
+    def _stats(self, node: Node) -> NodeStats:
+        requests, busy, pairs = np.array(node.requests), np.array(node.busy_us), dict(node.pairs)
+        if not node.boot:  # one that began anew has forgotten what was before
+            requests, busy = requests + self._base[:, node.index], busy + self._busy[:, node.index]
+            for pair, count in self._base_pairs[node.index].items():
+                pairs[pair] = pairs.get(pair, 0) + count
+        most = sorted(pairs, key=lambda pair: (-pairs[pair], pair))[:PAIRS_TOLD]
         return NodeStats(
-            boot=at.to_bytes(8, "big") + boot.to_bytes(8, "big"),
+            boot=node.index.to_bytes(8, "big") + node.boot.to_bytes(8, "big"),
             uptime_ms=0,
-            queue=node.pending if node else 0,
+            queue=node.pending,
             classes=[
                 ClassCount(name, int(count), 0, int(us))
                 for name, count, us in zip(self._classes, requests, busy, strict=True)
             ],
-            groups=sorted(groups.items()),
+            pairs=[(kind, group, pairs[kind, group]) for kind, group in most],
             caches=[],
             cluster_serial=1,
+            hot_window_ms=0,
+            hot=[],
         )
 
     def tick(self, number: int, simulation: Simulation) -> RoutingTable | None:
         """Observe and decide."""
         if number:
-            reports = {node.spec.name: self._stats(node.index, simulation) for node in simulation.nodes if node.alive}
+            reports = {node.spec.name: self._stats(node) for node in simulation.nodes if node.alive}
             self._history.observe(self._past + number, reports)
-        now_ms = number * self._tick_ms
         snapshot = self._history.snapshot()
-        forecast = predict_load(snapshot)
+        forecast = predict_load(snapshot, self._state)
+        self._state = forecast.state
         problem = replace(assignment_problem(snapshot, forecast), capacity=self._capacity)
-        assignment = optimize_assignment(problem, time_limit_s=SOLVER_S)
-        simulation.split = dict(zip(snapshot.classes, assignment.weights.tolist(), strict=True))
+        assignment = optimize_assignment(problem, time_limit_s=SOLVER_S, solver=self._routing)
+        rows = {name: row for row, name in enumerate(snapshot.classes)}
+        simulation.weights = [
+            assignment.weights[rows[name]].tolist() if name in rows else [1.0] * len(self._names)
+            for name in self._classes
+        ]
+        if self._moves:
+            self._move(simulation, snapshot, forecast)
+        now_ms = number * self._tick_ms
         stamp = TableStamp(1, number + 1, now_ms, now_ms + TABLE_MS)
         table = generate_routing_table(snapshot, forecast, assignment, stamp)
         return msgspec.structs.replace(table, lanes=self._lanes)
+
+    # --- moves ---
+
+    def _move(self, simulation: Simulation, snapshot: HistorySnapshot, forecast: Forecast) -> None:
+        """Plan from where the groups are when today's moves are over, and order what is new; one move a group."""
+        now_s = simulation.now_s
+        self._moving = {group: end for group, end in self._moving.items() if end > now_s}
+        site = simulation.scenario.site
+        load = self._load(snapshot, forecast, site.groups)
+        width = max(len(row) for row in self._holders)
+        today = np.array([[*row, *[-1] * (width - len(row))] for row in self._holders], dtype=np.int32)
+        up = np.array(snapshot.up, dtype=bool)
+        domain = np.array([self._zone[node.zone] for node in site.nodes], dtype=np.int32)
+        threshold = np.full(site.groups, site.threshold, dtype=np.int32)
+        shares = np.full(site.groups, site.shares, dtype=np.int32)
+        service_us = service_times(snapshot)
+        wanted = holders_wanted(load, service_us, self._capacity, up, domain, threshold, shares, today)
+        plan = optimize_placement(
+            PlacementProblem(
+                load=load,
+                service_us=service_us,
+                capacity=self._capacity,
+                background=np.zeros(len(self._names)),
+                network_us=self._network_us,
+                price=np.zeros(len(self._names)),
+                up=up,
+                domain=domain,
+                near=(),
+                threshold=threshold,
+                wanted=wanted,
+                today=today,
+                budget=BUDGET,
+            ),
+            solver=self._placement,
+        )
+        for group in sorted({step.group for step in plan.steps} - set(self._moving)):
+            self._holders[group] = plan.holders[group]
+            self._moving[group] = now_s + simulation.scenario.move_s
+            simulation.move(group, plan.holders[group])
+
+    def _load(self, snapshot: HistorySnapshot, forecast: Forecast, groups: int) -> NDArray[np.float64]:
+        """Requests per second by group and class: of the pairs that are told, and of the others evenly.
+
+        Predicted is the tick after the one in which a move that is ordered now will be over.
+        """
+        per_s = 1000 / self._tick_ms
+        if self._moves == "predictive":
+            pairs = forecast.pair_outlook.mean[:, self._ahead]
+            total = forecast.outlook.mean[:, self._ahead]
+        else:
+            pairs = snapshot.pair_counts[-COUNTED:].mean(axis=0) * per_s
+            total = snapshot.counts[-COUNTED:].mean(axis=0) * per_s
+        load = np.zeros((groups, len(snapshot.classes)))
+        told = np.zeros(len(snapshot.classes))
+        known = np.zeros(load.shape, dtype=bool)
+        for (kind, group), rate in zip(snapshot.pairs, pairs, strict=True):
+            load[group, kind] = rate
+            told[kind] += rate
+            known[group, kind] = True
+        rest = np.maximum(total - told, 0.0) / np.maximum((~known).sum(axis=0), 1)
+        return np.where(known, load, rest[None, :])

@@ -72,9 +72,9 @@ class Node:
         "cache",
         "due_s",
         "gathering",
-        "groups",
         "index",
         "noticed_s",
+        "pairs",
         "pending",
         "queue",
         "requests",
@@ -93,7 +93,8 @@ class Node:
         self.gathering: dict[int, list[int]] = {}
         self.requests = [0] * classes
         self.busy_us = [0] * classes
-        self.groups: dict[int, int] = {}
+        self.pairs: dict[tuple[int, int], int] = {}
+        """Requests by class and placement group, where the scenario wants them counted."""
         self.work_s = 0.0
         """What all requests that were sent to it and are not finished take by the means of their classes."""
         self.due_s: dict[int, tuple[float, float]] = {}
@@ -154,6 +155,8 @@ class Simulation:
         """By placement group, as the clients know them."""
         self.service_s: list[list[float]] = self.arrivals.service_s.tolist()
         self.delay_s = [[site.delay_s(zone, node.zone) for node in site.nodes] for zone in scenario.crowd.zones]
+        self.weights: list[list[float]] = []
+        """The balancer's split by class and node, for those that go by it: a table does not tell it."""
         self.now_s = 0.0
         self._between_s = [[site.delay_s(one.zone, other.zone) for other in site.nodes] for one in site.nodes]
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -172,14 +175,13 @@ class Simulation:
         self._attempts = [0] * size
         self._latency = [float("nan")] * size
         self._extra_s: dict[int, float] = {}
+        self._counts_pairs = bool(scenario.hot)
         self._begun = 0
         self._done = 0
         self._moves: list[tuple[float, int, tuple[int, ...]]] = []
         self._tables: list[RoutingTable] = []
         self._policy: Policy
         self._balancer: Balancer | None = None
-        self.split: dict[str, list[float]] = {}
-        """The newest split of the routing program by class and node."""
         if site.warm:
             self._warm_all()
 
@@ -323,8 +325,9 @@ class Simulation:
         node.work_s -= mean_s
         node.requests[kind] += 1
         node.busy_us[kind] += round(took_s * 1e6)
-        group = self._group[self._key[request]]
-        node.groups[group] = node.groups.get(group, 0) + 1
+        if self._counts_pairs:
+            pair = kind, self._group[self._key[request]]
+            node.pairs[pair] = node.pairs.get(pair, 0) + 1
         self._served[request] += 1
         self._stage[request] = REPLIED
         heappush(
@@ -409,7 +412,7 @@ class Simulation:
         node.gathering.clear()
         node.due_s.clear()
         node.busy = node.pending = 0
-        node.requests, node.busy_us, node.groups = [0] * len(node.requests), [0] * len(node.busy_us), {}
+        node.requests, node.busy_us, node.pairs = [0] * len(node.requests), [0] * len(node.busy_us), {}
         self.later(self.scenario.detection_s, self._notice, node)
 
     def _notice(self, node: Node) -> None:

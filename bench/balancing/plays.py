@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
-from balancing.scenarios import Crowd, Death, NodeSpec, Scenario, Site, Traffic
+from balancing.scenarios import Crowd, Death, Flush, Hot, NodeSpec, Scenario, Site, Traffic
 
-__all__ = ["COMP", "REL", "death", "steady"]
+__all__ = ["COMP", "PLAYS", "REL", "death", "flush", "hour", "shift", "steady"]
 
-RSA = ("sign/rsa-2048-pss-sha256", "sign/rsa-3072-pss-sha256")
+RSA = ("sign/rsa-2048-pss-sha256", "decrypt/rsa-2048-oaep-sha256")
 EC = ("sign/ecdsa-p256-sha256", "sign/ecdsa-p384-sha384", "sign/ed25519")
 ZONES = ("a", "b", "c")
 
@@ -34,10 +36,56 @@ def steady(layout: str, seconds: int) -> Scenario:
 
 
 def death(seconds: int) -> Scenario:
-    """A fast node dies while the load is the trace's mean."""
+    """A fast node dies while the load is the trace's mean, 0.85 s before the balancer's next tick."""
     return replace(
         steady("rel", seconds),
         name="node death",
-        deaths=(Death(0, seconds / 2),),
+        deaths=(Death(0, seconds // 2 + 0.15),),
         traffic=Traffic(load=0.55, constant=True),
     )
+
+
+def shift(seconds: int) -> Scenario:
+    """Three tenants whose jobs run in every minute: a group is hot for 14 s, then another one."""
+    return replace(
+        steady("rel", seconds),
+        name="hot-group shift",
+        hot=tuple(Hot(rank, 0.4, 12.0 + 16.0 * rank, 10.0, 60.0, 2.0) for rank in range(3)),
+        traffic=Traffic(load=0.55, constant=True, token_factor=8 * 6.8),
+        warmup_s=10.0,
+    )
+
+
+def flush(seconds: int) -> Scenario:
+    """A new epoch: no key is loaded anywhere any more."""
+    return replace(
+        steady("rel", seconds),
+        name="new epoch",
+        flushes=(Flush(seconds // 2),),
+        traffic=Traffic(load=0.5, constant=True),
+    )
+
+
+def hour(seconds: int) -> Scenario:
+    """The trace as it is, request by request, on tokens that are so slow that it keeps them busy."""
+    slow = replace(REL, near_s=0.000_2, far_s=0.001)
+    return replace(
+        steady("rel", seconds),
+        name="an hour on slow tokens",
+        site=slow,
+        traffic=Traffic(load=0.6, token_factor=620.0),
+        tick_s=5.0,
+        warmup_s=30.0,
+    )
+
+
+PLAYS: Mapping[str, Callable[[], Scenario]] = MappingProxyType(
+    {
+        "rel": lambda: steady("rel", 10),
+        "comp": lambda: steady("comp", 10),
+        "shift": lambda: shift(60),
+        "death": lambda: death(10),
+        "flush": lambda: flush(10),
+        "hour": lambda: hour(600),
+    }
+)

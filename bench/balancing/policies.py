@@ -263,22 +263,19 @@ class Weighted(Rival):
 
     def __init__(self, simulation: Simulation) -> None:
         super().__init__(simulation)
-        self._weights: list[list[float]] = []
         self._drawn: dict[tuple[int, tuple[int, ...]], list[float]] = {}
 
     def install(self, client: int, table: RoutingTable) -> None:
-        """The program's split by class and node; a table does not tell it."""
-        even = [1.0] * len(self._nodes)
-        self._weights = [self._simulation.split.get(name, even) for name in self._simulation.arrivals.classes]
+        """There is a new split."""
         self._drawn = {}
 
     def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         sums = self._drawn.get((kind, up))
         if sums is None:
-            weights = self._weights[kind] if self._weights else [1.0] * len(self._nodes)
+            weights = self._simulation.weights[kind]
             sums = list(accumulate(weights[at] for at in up))
             if not sums[-1]:
-                sums = [float(number) for number in range(1, len(up) + 1)]
+                sums = [float(at + 1) for at in range(len(up))]
             self._drawn[kind, up] = sums
         return up[bisect(sums, self._random.random() * sums[-1])]
 

@@ -45,8 +45,8 @@ CLASSES: Final[Mapping[str, str]] = MappingProxyType(
         "small": "sign/ecdsa-p256-sha256",
         "mid": "sign/ed25519",
         "large": "sign/ecdsa-p384-sha384",
-        "image": "sign/rsa-3072-pss-sha256",
-        "reason": "sign/rsa-2048-pss-sha256",
+        "image": "sign/rsa-2048-pss-sha256",
+        "reason": "decrypt/rsa-2048-oaep-sha256",
     }
 )
 """The types of the trace ``servegen_synth_1s``, and the request classes that they stand for."""
@@ -107,10 +107,10 @@ class Hot:
     """A placement group that gets a share of all requests beyond its keys' own, again and again.
 
     It begins at ``begin_s`` and every ``period_s`` after, grows over ``ramp_s``, stays for ``hold_s``, falls over
-    ``ramp_s``. ``group`` is the group's rank by the order of the keys' popularity, so that a seed chooses which it is.
+    ``ramp_s``. ``rank`` is the group's by how little its holders can do: at 0 it is one that overloads them most.
     """
 
-    group: int
+    rank: int
     share: float
     begin_s: float
     hold_s: float
@@ -153,7 +153,7 @@ class Traffic:
     load: float = 0.65
     keys: int = 8192
     zipf: float = 0.9
-    token_factor: float = 5.6
+    token_factor: float = 6.8
     variation: float = 0.25
     constant: bool = False
     """The trace's means instead of its seconds."""

@@ -20,7 +20,7 @@ from engine.protocol.wire import Load
 __all__ = ["Router"]
 
 SNAPSHOT_MAX_AGE_S = 0.2
-"""A snapshot older than this says nothing about a queue (measured): it is then taken to be as it is on average."""
+"""After so long without an answer, own requests under way count in any case."""
 SETTLE_TIMES = 2.0
 """After so many mean times of service a queue is half way from what it was told to be to what it is on average."""
 PRICE_PART = 0.1
@@ -66,7 +66,7 @@ class NodeState:
     excess: float = 0.0
     """The newest snapshot's queue, beyond the mean of them."""
     mean_queue: float = 0.0
-    settle_s: float = 0.0
+    settle_s: float = 0.001
     others: float = 0.0
     """How many others a request does not wait for: the node's lanes but one."""
     lanes: float = 1.0
@@ -447,11 +447,12 @@ class Router(FollowsCluster):
         if service_us is None:
             service_us = self._told_us(state, request_class)
         score = service_us * state.cost + state.round_trip_us
-        if age_s <= SNAPSHOT_MAX_AGE_S:
-            waiting = state.mean_queue + len(state.sent_s) - state.others
-            waiting += state.excess * state.settle_s / (state.settle_s + age_s) if state.settle_s else state.excess
-        else:
-            waiting = max(state.mean_queue if age_s <= RELEARN_S else 0.0, float(state.outstanding)) - state.others
+        waiting = float(len(state.sent_s))
+        if age_s <= RELEARN_S:
+            waiting += state.mean_queue + state.excess * state.settle_s / (state.settle_s + age_s)
+        if age_s > SNAPSHOT_MAX_AGE_S:
+            waiting = max(waiting, float(state.outstanding))
+        waiting -= state.others
         if waiting > 0.0:
             score += waiting * (state.wait_us or service_us / state.lanes)
         return score if state in known.nodes else score + self._cold_charge_us(known)

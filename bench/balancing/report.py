@@ -1,0 +1,94 @@
+"""The simulator's figures: rows beside their peers and targets, and what is found in one run's outcome."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from balancing.events import Outcome
+
+__all__ = ["Row", "Target", "mean_ms", "p99_ms", "recovered_s", "row"]
+
+BIN_S = 0.1
+SETTLED = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is promised; a figure is to be at most that."""
+
+    must: float
+    stretch: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure; a ``target`` is the most the ratio may be, or the value where there is no ratio."""
+
+    name: str
+    value: float
+    unit: str
+    peer: str = ""
+    peer_value: float | None = None
+    ratio: float | None = None
+    target: float | None = None
+    stretch: float | None = None
+    met: bool | None = None
+    stretch_met: bool | None = None
+
+
+def row(
+    name: str,
+    values: Sequence[float],
+    unit: str,
+    peer: str = "",
+    peer_values: Sequence[float] = (),
+    target: Target | None = None,
+    worst: bool = False,
+) -> Row:
+    """A row of one figure for each seed: medians, and the median of the ratios seed by seed, or the worst of them."""
+    middle = max if worst else statistics.median
+    ratio = None
+    if peer_values:
+        ratio = middle([value / other for value, other in zip(values, peer_values, strict=True)])
+    judged = ratio if ratio is not None else middle(values)
+    stretch = target.stretch if target else None
+    return Row(
+        name,
+        round(middle(values), 4),
+        unit,
+        peer,
+        round(middle(peer_values), 4) if peer_values else None,
+        None if ratio is None else round(ratio, 4),
+        target.must if target else None,
+        stretch,
+        judged <= target.must if target else None,
+        None if stretch is None else judged <= stretch,
+    )
+
+
+def mean_ms(outcome: Outcome, begin_s: float = -1.0, end_s: float = float("inf")) -> float:
+    """Mean latency in milliseconds of what came in a time."""
+    return float(outcome.window(begin_s, end_s).mean() * 1e3)
+
+
+def p99_ms(outcome: Outcome, begin_s: float = -1.0, end_s: float = float("inf")) -> float:
+    """The 99th percentile of the same."""
+    return float(np.percentile(outcome.window(begin_s, end_s), 99) * 1e3)
+
+
+def recovered_s(outcome: Outcome, death_s: float, within_s: float, settled: tuple[float, float]) -> float:
+    """How long after a death the p99 of what arrives in a tenth of a second is more than 1.5 times the settled one.
+
+    It is the end of the last such tenth in the time that is looked at; 0 if there is none.
+    """
+    limit = SETTLED * p99_ms(outcome, *settled)
+    last = 0.0
+    for at in range(round(within_s / BIN_S)):
+        begin = death_s + at * BIN_S
+        if p99_ms(outcome, begin, begin + BIN_S) > limit:
+            last = (at + 1) * BIN_S
+    return last

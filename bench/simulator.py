@@ -1,0 +1,242 @@
+"""Plays the project's own routing, forecast, programs and tables beside their rivals, in simulated time.
+
+Every policy of a scenario and a seed gets the same requests at the same times (common random numbers), and the same
+seed gives the same figures, byte for byte. Constants of the router were chosen on the first 70 % of the trace
+(``--part validation``); the figures are of the rest. The exit code is 0 whatever they say.
+
+``--play NAME`` prints one scenario, policy by policy. Without it all rows go to ``build/bench/simulator.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import click
+from balancing.arrivals import Arrivals, cluster_of, draw
+from balancing.control import Loop
+from balancing.events import Outcome, Simulation
+from balancing.plays import PLAYS, death, flush, hour, shift, steady
+from balancing.policies import POLICIES
+from balancing.report import Row, Target, mean_ms, p99_ms, recovered_s, row
+from balancing.scenarios import Scenario
+from rich.console import Console
+from rich.table import Table
+
+OUTPUT: Final = Path(__file__).parents[1] / "build" / "bench" / "simulator.json"
+OWN: Final = "own"
+PERFECT: Final = "least completion, perfect"
+TWO_OWN: Final = "two choices, own"
+TWO_FRESH: Final = "two choices, fresh probes"
+WEIGHTED: Final = "LP weights as ratios"
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is played: seconds of each scenario, and how many seeds."""
+
+    steady_s: int
+    death_s: int
+    shift_s: int
+    hour_s: int
+    seeds: int
+
+
+FULL: Final = Scale(10, 8, 60, 3600, 5)
+QUICK: Final = Scale(4, 6, 28, 60, 1)
+FIRST_SEED: Final = 101
+
+Teller = Callable[[str], None]
+
+
+class Stage:
+    """A scenario and a seed, whose requests are drawn once for all policies."""
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        self.scenario, self.seed = scenario, seed
+        self.cluster = cluster_of(scenario.site)
+        self.arrivals: Arrivals = draw(scenario, self.cluster, seed)
+
+    def play(self, policy: str, moves: str = "") -> Outcome:
+        """One policy's outcome; those that go by a table have a balancer."""
+        simulation = Simulation(self.scenario, self.seed, self.arrivals, self.cluster)
+        tabled = policy.startswith(OWN) or policy == WEIGHTED
+        return simulation.run(POLICIES[policy](simulation), Loop(simulation, moves) if tabled else None)
+
+
+def rows(quick: bool, *, part: str = "test", tell: Teller = click.echo) -> list[Row]:
+    """All rows of the simulator."""
+    scale = QUICK if quick else FULL
+    seeds = range(FIRST_SEED, FIRST_SEED + scale.seeds)
+    on = {"validation": part == "validation"}
+    told: list[Row] = []
+    for layout in ("rel", "comp"):
+        told += _steady_rows(replace(steady(layout, scale.steady_s), **on), seeds, tell)
+    told += _shift_rows(replace(shift(scale.shift_s), **on), seeds, tell)
+    told += _death_rows(replace(death(scale.death_s), **on), seeds, tell)
+    told += _flush_rows(replace(flush(scale.steady_s), **on), seeds, tell)
+    told += _hour_rows(replace(hour(scale.hour_s), **on), tell)
+    return told
+
+
+def _steady_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
+    found: dict[str, list[Outcome]] = {name: [] for name in POLICIES}
+    for seed in seeds:
+        stage = Stage(scenario, seed)
+        for name in POLICIES:
+            outcome = stage.play(name)
+            found[name].append(outcome)
+            tell(f"{scenario.name}, seed {seed}, {name}: {_told(outcome)}")
+    mean = {name: [mean_ms(each) for each in outcomes] for name, outcomes in found.items()}
+    p99 = {name: [p99_ms(each) for each in outcomes] for name, outcomes in found.items()}
+    unstable = {name: sum(not each.stable for each in outcomes) for name, outcomes in found.items()}
+    head = scenario.name
+    own_unstable = Target(0.0)
+    result = [
+        row(f"{head}: mean / perfect knowledge", mean[OWN], "ms", PERFECT, mean[PERFECT], Target(1.10, 1.05)),
+        row(f"{head}: the same, worst seed", mean[OWN], "ms", PERFECT, mean[PERFECT], worst=True),
+        row(f"{head}: mean / two choices", mean[OWN], "ms", TWO_OWN, mean[TWO_OWN], Target(0.60, 0.50)),
+        row(f"{head}: p99 / two choices", p99[OWN], "ms", TWO_FRESH, p99[TWO_FRESH], Target(0.60, 0.50)),
+        row(f"{head}: seeds in which it is unstable", [float(unstable[OWN])], "seeds", target=own_unstable),
+        row(f"{head}: mean / without prices", mean[OWN], "ms", "own, no prices", mean["own, no prices"]),
+    ]
+    for name in POLICIES:
+        if name not in (OWN, "own, no prices"):
+            result.append(row(f"{head}: mean of {name}, unstable in {unstable[name]}", mean[name], "ms"))
+            result.append(row(f"{head}: p99 of {name}", p99[name], "ms"))
+    return result
+
+
+def _shift_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
+    """In the time that groups are hot, and in the seconds before the first one is."""
+    within: dict[str, list[float]] = {"": [], "reactive": [], "predictive": []}
+    before: dict[str, list[float]] = {"": [], "reactive": [], "predictive": []}
+    windows = [
+        (each.begin_s, min(each.begin_s + each.hold_s + 2 * each.ramp_s, float(scenario.seconds)))
+        for each in scenario.hot
+    ]
+    first = min(begin for begin, _ in windows)
+    for seed in seeds:
+        stage = Stage(scenario, seed)
+        for moves in within:
+            outcome = stage.play(OWN, moves)
+            parts = [outcome.window(*each) for each in windows]
+            within[moves].append(float(sum(each.sum() for each in parts) / sum(map(len, parts)) * 1e3))
+            before[moves].append(mean_ms(outcome, first - scenario.move_s - 4.0, first))
+            tell(f"{scenario.name}, seed {seed}, moves {moves or 'none'}: {within[moves][-1]:.2f} ms in the windows")
+    reactive, predictive = "reactive moves", "moves before"
+    return [
+        row(f"{scenario.name}: mean, {predictive} / {reactive}", within["predictive"], "ms", reactive,
+            within["reactive"], Target(0.3, 0.2)),
+        row(f"{scenario.name}: the same, worst seed", within["predictive"], "ms", reactive, within["reactive"],
+            worst=True),
+        row(f"{scenario.name}: mean, {predictive} / no moves", within["predictive"], "ms", "no moves", within[""]),
+        row(f"{scenario.name}: before the shift / no moves, worst seed", before["predictive"], "ms", "no moves",
+            before[""], Target(1.05), worst=True),
+    ]  # fmt: skip
+
+
+def _death_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
+    at_s = scenario.deaths[0].at_s
+    taken, rival = [], []
+    for seed in seeds:
+        stage = Stage(scenario, seed)
+        for name, into in ((OWN, taken), (TWO_OWN, rival)):
+            outcome = stage.play(name)
+            settled = at_s + 2.0, float(scenario.seconds)
+            into.append(recovered_s(outcome, at_s, 2.0, settled))
+            tell(f"{scenario.name}, seed {seed}, {name}: p99 as settled after {into[-1]:.1f} s; {_told(outcome)}")
+    must = Target(scenario.detection_s + 0.25)
+    return [
+        row(f"{scenario.name}: until p99 is settled", taken, "s", target=must),
+        row(f"{scenario.name}: the same, worst seed", taken, "s", target=must, worst=True),
+        row(f"{scenario.name}: {TWO_OWN}", rival, "s"),
+    ]
+
+
+def _flush_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
+    """The first two seconds after every key was forgotten."""
+    at_s = scenario.flushes[0].at_s
+    found: dict[str, list[float]] = {OWN: [], TWO_FRESH: [], PERFECT: []}
+    for seed in seeds:
+        stage = Stage(scenario, seed)
+        for name, means in found.items():
+            means.append(mean_ms(stage.play(name), at_s, at_s + 2.0))
+            tell(f"{scenario.name}, seed {seed}, {name}: {means[-1]:.2f} ms in the first 2 s")
+    return [
+        row(f"{scenario.name}: mean / {name}", found[OWN], "ms", name, found[name]) for name in (TWO_FRESH, PERFECT)
+    ]
+
+
+def _hour_rows(scenario: Scenario, tell: Teller) -> list[Row]:
+    stage = Stage(scenario, FIRST_SEED)
+    found, seconds = {}, {}
+    for name in (OWN, PERFECT):
+        begun = time.process_time()
+        found[name] = stage.play(name)
+        seconds[name] = time.process_time() - begun
+        tell(f"{scenario.name}, {name}: {_told(found[name])}, {seconds[name]:.0f} s of CPU")
+    own, perfect = [mean_ms(found[OWN])], [mean_ms(found[PERFECT])]
+    return [
+        row(f"{scenario.name}: mean / perfect knowledge", own, "ms", PERFECT, perfect, Target(1.10, 1.05)),
+        row(f"{scenario.name}: {scenario.seconds} s take", [seconds[OWN]], "s of CPU"),
+    ]
+
+
+def _told(outcome: Outcome) -> str:
+    lost = int(sum(map(math.isnan, outcome.latency_s)))
+    text = f"mean {mean_ms(outcome):.3f} ms, p99 {p99_ms(outcome):.2f} ms"
+    return text + ("" if outcome.stable else ", unstable") + (f", {lost} without an answer" if lost else "")
+
+
+def show(told: Sequence[Row]) -> None:
+    """Print the table."""
+    table = Table(title="routing in simulated time (medians over the seeds)")
+    for column in ("what", "value", "peer", "ratio", "must", "stretch", ""):
+        table.add_column(column, justify="left" if column in ("what", "") else "right")
+    for each in told:
+        verdict = "" if each.met is None else "met" if each.met else "missed"
+        table.add_row(
+            each.name,
+            f"{each.value:,.4g} {each.unit}",
+            "-" if each.peer_value is None else f"{each.peer_value:,.4g} ({each.peer})",
+            "-" if each.ratio is None else f"{each.ratio:.4f}",
+            "-" if each.target is None else f"{each.target:g}",
+            "-" if each.stretch is None else f"{each.stretch:g}",
+            "stretch" if each.stretch_met else verdict,
+        )
+    Console(width=170).print(table)
+
+
+def _play(name: str, seed: int, validation: bool) -> None:
+    stage = Stage(replace(PLAYS[name](), validation=validation), seed)
+    for policy in POLICIES:
+        click.echo(f"{policy:30} {_told(stage.play(policy))}")
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="A smoke run: one seed, few seconds, figures that mean little.")
+@click.option("--part", type=click.Choice(["test", "validation"]), default="test", help="The part of the trace.")
+@click.option("--play", type=click.Choice(sorted(PLAYS)), help="One scenario, every policy.")
+@click.option("--seed", type=int, default=FIRST_SEED, help="The seed for --play.")
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=OUTPUT, help="Where the rows go.")
+def main(quick: bool, part: str, play: str | None, seed: int, output: Path) -> None:
+    """Simulate the balancer beside its rivals."""
+    begun = time.monotonic()
+    if play:
+        _play(play, seed, part == "validation")
+        return
+    told = rows(quick, part=part, tell=lambda text: click.echo(f"[{time.monotonic() - begun:4.0f} s] {text}"))
+    show(told)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps([asdict(each) for each in told], indent=1) + "\n", encoding="utf-8")
+    click.echo(f"{len(told)} rows in {output}, {time.monotonic() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
