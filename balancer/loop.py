@@ -20,13 +20,13 @@ from balancer.forecast import predict_load
 from balancer.history import History, HistorySnapshot
 from balancer.optimizer import optimize_assignment
 from balancer.plan import TableStamp, assignment_problem, generate_routing_table, reissue_table
-from balancer.publisher import Publisher
 from balancer.registry import Registry
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, Turns, welcome
 from engine.client.config import CurveSource, Identity
 from engine.client.listener import Incoming, Listener
 from engine.client.membership import Servers
+from engine.client.publications import Publisher
 from engine.client.spreading import Desk, pull
 from engine.client.transport import Arrival, Channel, raise_for_status
 from engine.errors import AccessDenied, EngineError, Overloaded, ProtocolError
@@ -73,7 +73,7 @@ from engine.protocol.requests import (
 from engine.protocol.routing import RoutingTable, seal_table
 from engine.protocol.wire import MAX_MESSAGE, Status
 
-__all__ = ["ControlLoop", "Service", "Standing", "decide"]
+__all__ = ["QUEUED_TABLES", "ControlLoop", "Service", "Standing", "decide"]
 
 STATS_PART = 0.5
 """The part of a tick that the nodes have to answer in."""
@@ -87,6 +87,8 @@ BURST = 256
 """How many requests are answered before the service looks at its other events."""
 ERROR_MAX = 500
 TABLE_MAX = MAX_MESSAGE - 1024
+QUEUED_TABLES = 4
+"""A subscriber that lags further behind loses tables: only the newest counts."""
 
 log = structlog.get_logger()
 
@@ -186,7 +188,8 @@ class ControlLoop(FollowsCluster):
             table = reissue_table(before.table, stamp)
             sealed = seal_table(table, self._identity.signing)
         self.standing = Standing(table, sealed, before.ticks + 1, stamp.counter, error)
-        self._publisher.publish(sealed, self._cluster)
+        self._publisher.look(self._cluster)
+        self._publisher.publish(sealed)
 
     def _follow_members(self, channel: Channel) -> None:
         """Take a manifest that a node has and this process not, and go on with the members of the newest."""

@@ -453,6 +453,11 @@ class Handlers(FollowsCluster):
         """Requests under way."""
         return self._admission.under_way
 
+    @property
+    def serves(self) -> bool:
+        """Whether uses of keys are served now; what is here may be read by any thread."""
+        return not (self._health.problem or self._audit.problem) and self._is_member()
+
     # --- the way in and out ---
 
     def handle(self, incoming: Incoming) -> None:

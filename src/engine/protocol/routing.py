@@ -288,6 +288,21 @@ class Router(FollowsCluster):
                 del self._loaded[key_name, node]
                 self.changes += 1
 
+    def heard(self, node: str, queue: int, now_s: float, *, serving: bool = True) -> None:
+        """A publication of the node came at ``now_s``; a reply that came later knows more.
+
+        It says nothing of requests, so it ends no time as down: a node may publish and yet answer none. One that says
+        it does not serve is tried last for as long as it says so.
+        """
+        with self._lock:
+            state = self._nodes[node]
+            if now_s < state.seen_s:
+                return
+            state.queue, state.seen_s = queue, now_s
+            if not serving and state.down_until_s <= now_s:
+                state.down_for_s, state.down_until_s = max(DOWN_S, state.down_for_s), now_s + DOWN_S
+                self.changes += 1
+
     def dropped(self, node: str) -> None:
         """A request's answer is no longer waited for, and the node is not to blame."""
         with self._lock:
