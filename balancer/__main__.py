@@ -16,15 +16,15 @@ import structlog
 import zmq
 
 from balancer.config import Settings, load_settings, prepare_data
-from balancer.loop import ControlLoop, Service, now_ms
-from balancer.publisher import Publisher
+from balancer.loop import QUEUED_TABLES, ControlLoop, Service, now_ms
 from balancer.registry import SqliteRegistry
 from balancer.store import HistoryStore
 from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.connections import LOOK_EVERY_S
-from engine.client.listener import Gate, Listener
+from engine.client.listener import Listener
 from engine.client.membership import Membership, Served
 from engine.client.process import harden_process, raise_file_limit
+from engine.client.publications import Gate, Publisher
 from engine.errors import ConfigError, EngineError, ManifestError
 from engine.failpoints import arm_from_environment
 from engine.protocol.manifest import Cluster
@@ -90,9 +90,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             return own.served(settings.bind, settings.publish_bind)
 
         first = served()[0]
-        publisher = Publisher(
-            context, first.pair, first.publish, lambda: {each.publish: each.pair for each in served() if each.publish}
-        )
+        publisher = Publisher(context, lambda: own.published(settings.publish_bind), queued=QUEUED_TABLES)
         stack.callback(publisher.close)
         listener = Listener(first.pair, first.endpoint, membership, settings.limits)
         stack.callback(listener.close)

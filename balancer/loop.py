@@ -26,7 +26,6 @@ from balancer.issue import TableIssuer
 from balancer.optimizer import RoutingSolver, optimize_assignment
 from balancer.plan import TableStamp, assignment_problem, generate_routing_table, pair_load, reissue_table
 from balancer.planner import Planner
-from balancer.publisher import Publisher
 from balancer.registry import Registry
 from balancer.series import ExternalSeries
 from balancer.store import HistoryStore
@@ -35,6 +34,7 @@ from engine.client.admission import Admission, ServiceLimits, Turns, welcome
 from engine.client.config import CurveSource, Identity
 from engine.client.listener import Incoming, Listener
 from engine.client.membership import Servers
+from engine.client.publications import Publisher
 from engine.client.spreading import Desk, pull
 from engine.client.transport import Arrival, Channel, raise_for_status
 from engine.errors import AccessDenied, EngineError, Overloaded, ProtocolError
@@ -82,7 +82,7 @@ from engine.protocol.requests import (
 from engine.protocol.table import TABLE_MAX, RoutingTable
 from engine.protocol.wire import Status
 
-__all__ = ["ControlLoop", "Service", "Standing", "decide"]
+__all__ = ["QUEUED_TABLES", "ControlLoop", "Service", "Standing", "decide"]
 
 STATS_PART = 0.5
 """The part of a tick that the nodes have to answer in."""
@@ -103,6 +103,8 @@ FORECASTS_TOLD = 128
 SHAPE_S = 30.0
 USUAL_SHAPE = (2, 3)
 """Threshold and shares that keys are taken to have while there are none."""
+QUEUED_TABLES = 4
+"""A subscriber that lags further behind loses tables: only the newest counts."""
 
 log = structlog.get_logger()
 
@@ -256,7 +258,8 @@ class ControlLoop(FollowsCluster):
             log.warning(issued.remark)
         learned = self._learned or ForecastState()
         self.standing = Standing(issued.table, issued.whole, before.ticks + 1, stamp.counter, error, learned)
-        self._publisher.publish(issued.message, self._cluster)
+        self._publisher.look(self._cluster)
+        self._publisher.publish(issued.message)
         if self._saved is None or (tick - self._saved[0]) * self._tick_s >= SAVE_S:
             self._save(tick)
 

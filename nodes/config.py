@@ -107,6 +107,7 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     data: str
     token: _Token
     bind: str = ""
+    publish_bind: str = ""
     workers: Annotated[int, Meta(ge=1, le=64)] = 2
     cache: _Cache = _Cache()
     create: _Create = _Create()
@@ -195,6 +196,7 @@ class NodeConfig:
     manifest_pin: str
     data: Path
     bind: str
+    publish_bind: str
     workers: int
     token: TokenConfig
     care: TokenCare
@@ -222,6 +224,7 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         manifest_pin=file.manifest_pin,
         data=resolve(path, file.data),
         bind=file.bind,
+        publish_bind=file.publish_bind,
         workers=file.workers,
         token=_token(path, file),
         care=TokenCare(

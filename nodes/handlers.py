@@ -455,6 +455,11 @@ class Handlers(FollowsCluster):
         """Requests under way."""
         return self._admission.under_way
 
+    @property
+    def serves(self) -> bool:
+        """Whether uses of keys are served now; what is here may be read by any thread."""
+        return not (self._health.problem or self._audit.problem) and self._is_member()
+
     # --- the way in and out ---
 
     def handle(self, incoming: Incoming) -> None:
@@ -599,7 +604,8 @@ class Handlers(FollowsCluster):
         self._admission.end(plan.member)
         plan.count.requests += 1
         plan.count.busy_us += busy_us
-        self._group_counts[plan.group] = self._group_counts.get(plan.group, 0) + 1
+        self._pairs.count(plan.request_class, plan.group)
+        self._hot.count(plan.name, plan.request_class)
         return self._admission.under_way
 
     def _check_still(self, before: Member, verb: str, name: str) -> None:

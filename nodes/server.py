@@ -25,6 +25,7 @@ from engine.failpoints import armed
 from engine.protocol.manifest import Cluster
 from engine.protocol.signed import remember_signatures
 from nodes._fastpath import FastPath
+from nodes.announcer import Announcer
 from nodes.audit import AuditLog, AuditNames
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue
@@ -230,12 +231,18 @@ class Server:
                 config.metrics,
                 lambda take: self._mailbox.post(lambda: take(self._handlers.snapshot(BOUNDS_S))),
             )
+        self._announcer = Announcer(cluster, boot, lambda: self._own.published(config.publish_bind), self._told)
         cluster.subscribe(self._taken)
         self._fast.cluster = cluster.cluster
+
+    def _told(self) -> tuple[int, bool]:
+        """What is published. It is read beside the loop, and needs no more than to be nearly true."""
+        return self._handlers.pending, self._handlers.serves and not self._stopping_s
 
     def _taken(self, before: Cluster, now: Cluster) -> None:
         """By the thread that brought the manifest: no use is answered by the one of before from here on."""
         self._fast.cluster = now
+        self._announcer.wake()
         self._mailbox.post(lambda: self._manifest_taken(before, now))
 
     def _manifest_taken(self, before: Cluster, now: Cluster) -> None:
@@ -262,6 +269,7 @@ class Server:
             signal.signal(number, lambda *_: self.stop())
         signal.signal(signal.SIGHUP, lambda *_: self._mailbox.post(self._look))
         self._keeper.start()
+        self._announcer.start()
         log.info("serving", endpoint=self.endpoint)
         try:
             self._loop()
@@ -308,6 +316,7 @@ class Server:
     def _close(self) -> None:
         if self._beat is not None:
             self._beat.looped_s = 0.0
+        self._announcer.close(DRAIN_S)
         self._keeper.stop(DRAIN_S)
         if self._metrics is not None:
             self._metrics.close()

@@ -39,8 +39,9 @@ from engine.keys import ALGORITHMS, Algorithm, RequestType
 if TYPE_CHECKING:
     from engine import aio
     from engine.client.calls import Destroyed, KeyInfo, KeySummary, LatencyStats, MemberStatus
-    from engine.client.client import ClientSettings, Engine, TableStats, connect, load_settings
+    from engine.client.client import ClientSettings, Engine, connect, load_settings
     from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
+    from engine.client.follower import TableStats
     from engine.client.local import LocalCluster
     from engine.client.tracing import trace_context
     from engine.protocol.manifest import PolicyRule
@@ -102,8 +103,9 @@ __all__ = [
 
 _HOMES = {
     "engine.client.calls": ("Destroyed", "KeyInfo", "KeySummary", "LatencyStats", "MemberStatus"),
-    "engine.client.client": ("ClientSettings", "Engine", "TableStats", "connect", "load_settings"),
+    "engine.client.client": ("ClientSettings", "Engine", "connect", "load_settings"),
     "engine.client.files": ("decrypt_stream", "encrypt_stream", "sign_stream", "verify_stream"),
+    "engine.client.follower": ("TableStats",),
     "engine.client.local": ("LocalCluster",),
     "engine.client.tracing": ("trace_context",),
     "engine.protocol.manifest": ("PolicyRule",),

@@ -133,11 +133,13 @@ class Site:
 
     def found(self) -> None:
         """The steps of docs/deployment.md: init everywhere, cards to the operator, sign, manifest back, join."""
-        ports = free_ports(len(NODES) + 2)
+        ports = free_ports(2 * len(NODES) + 2)
         self._init("operator", "alice")
         for number, name in enumerate(NODES):
             place = f"site{number % 3 + 1}/room1/rack1/host{number + 1}"
-            self._init("node", name, "--endpoint", f"tcp://127.0.0.1:{ports[number]}", "--location", place, "--token")
+            own = [f"tcp://127.0.0.1:{port}" for port in (ports[number], ports[len(NODES) + number])]
+            where = ("--endpoint", own[0], "--publish-endpoint", own[1], "--location", place)
+            self._init("node", name, *where, "--token")
         ends = [f"tcp://127.0.0.1:{port}" for port in ports[-2:]]
         self._init("balancer", "bal", "--endpoint", ends[0], "--publish-endpoint", ends[1])
         self._init("client", "shop")

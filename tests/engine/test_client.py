@@ -22,8 +22,9 @@ import engine
 from engine.client.admission import ServiceLimits, welcome
 from engine.client.client import ClientSettings, Engine
 from engine.client.config import create_identity, write_private, write_toml
-from engine.client.listener import Gate, Listener, curve_server
+from engine.client.listener import Listener
 from engine.client.membership import Membership
+from engine.client.publications import Gate, curve_server
 from engine.client.spreading import Desk
 from engine.errors import (
     AccessDenied,

@@ -22,8 +22,9 @@ from structlog.testing import capture_logs
 
 from engine.client.admission import ServiceLimits
 from engine.client.config import Identity, create_identity, load_identity
-from engine.client.connections import connections_allowed, end_connection, peer_of
+from engine.client.connections import connections_allowed
 from engine.client.listener import LEAVE_S, Listener, listen
+from engine.client.publications import end_connection, peer_of
 from engine.client.transport import Channel, ask, connect_options, raise_for_status
 from engine.errors import NodeUnavailable, Overloaded
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain

@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from harness import BALANCER, FaultCluster
 
 from engine.client.config import load_identity
-from engine.client.listener import Gate, Incoming, Listener, curve_server
+from engine.client.listener import Incoming, Listener
+from engine.client.publications import Gate, curve_server
 from engine.errors import EngineError, KeyNotFound, RegistryUnavailable
 from engine.protocol.manifest import AbortNotice, aborts
 from engine.protocol.requests import (

@@ -450,7 +450,7 @@ def _json(view: ChainView) -> dict[str, Any]:
 @cluster.command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--endpoint", default="", metavar="tcp://HOST:PORT", help="Where it is reached by the new key.")
-@click.option("--publish-endpoint", default="", metavar="tcp://HOST:PORT", help="The same for a balancer's tables.")
+@click.option("--publish-endpoint", default="", metavar="tcp://HOST:PORT", help="The same for what it publishes.")
 @_out_option
 @common_options()
 @click.pass_obj

@@ -43,6 +43,8 @@ CONFIG_FILES: Final[dict[str, str]] = {
     "operator": "operator.toml",
 }
 PASSPHRASE_VARIABLE: Final = "KEYQUORUM_OPERATOR_PASSPHRASE"  # noqa: S105 - the variable's name, not its value
+PUBLISH_PORT_BEYOND: Final = 1_000
+"""Not the next port: that is often another node's, on a host that has several."""
 PASSPHRASE_MIN: Final = 8
 TOKEN_LABEL_MAX: Final = 32
 """Longest label of a token in bytes (CK_TOKEN_INFO, PKCS#11 v2.40, 3.2)."""
@@ -74,8 +76,9 @@ tick_ms = 1000
     "node": """\
 # Sealed shares, the audit log and a SoftHSM token's files.
 data = "data"
-# Where to listen, if not at the endpoint of the manifest (behind a NAT, in a container):
+# Where to listen, if not at the endpoints of the manifest (behind a NAT, in a container):
 # bind = "tcp://0.0.0.0:7300"
+# publish_bind = "tcp://0.0.0.0:8300"
 
 [token]
 label = {label}
@@ -219,6 +222,11 @@ def init_balancer(settings: Settings, folder: Path, name: str, endpoint: str, pu
 @_name_option
 @click.option("--endpoint", required=True, metavar="tcp://HOST:PORT", help="Where clients and other nodes reach it.")
 @click.option(
+    "--publish-endpoint",
+    metavar="tcp://HOST:PORT",
+    help="Where it publishes how busy it is; by default the endpoint with 1000 added to the port. 'none' for nowhere.",
+)
+@click.option(
     "--location", required=True, metavar="SITE/ROOM/RACK/HOST", help="Where it stands; shares are spread by it."
 )
 @click.option(
@@ -228,7 +236,14 @@ def init_balancer(settings: Settings, folder: Path, name: str, endpoint: str, pu
 @common_options()
 @click.pass_obj
 def init_node(
-    settings: Settings, folder: Path, name: str, endpoint: str, location: str, pin_file: Path | None, token: bool | None
+    settings: Settings,
+    folder: Path,
+    name: str,
+    endpoint: str,
+    publish_endpoint: str | None,
+    location: str,
+    pin_file: Path | None,
+    token: bool | None,
 ) -> None:
     """Make a node, which keeps shares sealed by its token and serves requests.
 
@@ -239,7 +254,8 @@ def init_node(
         raise ConfigError(f"the PIN file {pin} lies in the node's folder {folder}; keep it elsewhere")
     if pin.exists():
         raise ConfigError(f"the PIN file {pin} exists already; it is never overwritten")
-    _make(settings, folder, name, "node", endpoint=endpoint, location=location, pin=pin)
+    publish = _publishing_beside(endpoint) if publish_endpoint is None else publish_endpoint.removesuffix("none")
+    _make(settings, folder, name, "node", endpoint=endpoint, publish_endpoint=publish, location=location, pin=pin)
     config = folder / CONFIG_FILES["node"]
     if token is None:
         token = (
@@ -310,6 +326,13 @@ def _config_text(role: Role, name: str, pin: Path | None) -> str:
     label = f"keyquorum-{name}".encode()[-TOKEN_LABEL_MAX:].decode()
     head = _HEAD.format(role=role, name=name, identity=json.dumps(IDENTITY_FILE), manifest=json.dumps(MANIFEST_FILE))
     return head + _BODIES[role].format(label=json.dumps(label), pin=json.dumps(f"file:{pin}"))
+
+
+def _publishing_beside(endpoint: str) -> str:
+    """Where a node publishes if nobody says: on another port of the same host. Empty where that has none so high."""
+    _check_endpoint(endpoint)
+    host, _, port = endpoint.rpartition(":")
+    return f"{host}:{int(port) + PUBLISH_PORT_BEYOND}" if int(port) + PUBLISH_PORT_BEYOND < 65_536 else ""
 
 
 def _check_endpoint(address: str) -> None:

@@ -38,13 +38,12 @@ from engine.client.client import (
     MAX_BATCH,
     WINDOW,
     ClientSettings,
-    TableFollower,
-    TableStats,
     as_settings,
     make_calls,
     pair_items,
 )
 from engine.client.config import CurveIdentity
+from engine.client.follower import Follower, TableStats
 from engine.client.membership import Servers
 from engine.client.transport import (
     CONNECT_TIMEOUT_S,
@@ -265,7 +264,7 @@ class AsyncEngine:
         self._members = Servers(settings.source)
         self._own = settings.own_curve()
         self._links: dict[str, _Link] = {}
-        self._follower = TableFollower(self._context, settings, self._calls.router)
+        self._follower = Follower(self._context, settings.source, settings.own_curve(), self._calls.router)
 
     async def __aenter__(self) -> AsyncEngine:
         return self

@@ -1,4 +1,4 @@
-"""The blocking client: a pool of channels, the driver that runs calls over them, and the follower of routing tables.
+"""The blocking client: a pool of channels, and the driver that runs calls over them.
 
 What a verb does is in ``calls``; here is only how its exchanges reach the sockets, and which thread owns which channel.
 """
@@ -9,13 +9,11 @@ import heapq
 import itertools
 import math
 import os
-import random
 import resource
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,19 +45,17 @@ from engine.client.calls import (
     succeeded,
 )
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
-from engine.client.membership import Membership, OwnCurve, Servers, open_membership
-from engine.client.spreading import pull
+from engine.client.follower import Follower, TableStats
+from engine.client.membership import OwnCurve, Servers, open_membership
 from engine.client.tracing import active_trace
-from engine.client.transport import Arrival, Channel, ask, check_zmq_version, connect_options, open_line
-from engine.errors import ConfigError, DeadlineExceeded, EngineError, ManifestError, Overloaded, ProtocolError
+from engine.client.transport import Arrival, Channel, check_zmq_version, open_line
+from engine.errors import ConfigError, DeadlineExceeded, EngineError, Overloaded
 from engine.keys import RequestType
-from engine.protocol.manifest import Cluster, ClusterSource, Member
-from engine.protocol.requests import TABLE, Empty, Welcome
+from engine.protocol.manifest import Cluster, ClusterSource
 from engine.protocol.routing import Router
-from engine.protocol.signed import MAX_ENVELOPE
-from engine.protocol.table import RoutingTable, TableBaseMissing, TableReader
+from engine.protocol.table import RoutingTable
 
-__all__ = ["ClientSettings", "Engine", "TableFollower", "TableStats", "connect", "load_settings"]
+__all__ = ["ClientSettings", "Engine", "connect", "load_settings"]
 
 WINDOW = 64
 """Most requests under way at once in one ``*_many`` call."""
@@ -75,16 +71,7 @@ FILES_PER_CONNECTION = 4
 LONGEST_POLL_S = 60.0
 IDLE_MAX_S = 60.0
 """An idle channel is closed after this, so that nobody keeps unread events for long."""
-REAP_EVERY_S = 10.0
 CLOSE_WAIT_S = 5.0
-TABLE_QUEUE = 4
-PULL_EVERY_S = 1.0
-PULL_FROM = 3
-PULL_TIMEOUT_S = 1.0
-"""A newer cluster manifest is asked of so many members, drawn by chance, so often at most."""
-QUIET_MAX_S = 90.0
-"""A subscription that brings nothing for so long is made anew: libzmq may have given the connection up for good
-(``engine.client.transport.REOPEN_S``). It is longer than a balancer's longest tick."""
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -450,199 +437,11 @@ def _closed() -> EngineError:
     return EngineError("the engine is closed")
 
 
-def end_context(context: zmq.Context[Any], timeout_s: float) -> None:
-    """Terminate a context: every call that blocks in it ends, and its owner closes its sockets.
-
-    Termination waits for those, so it runs beside; a thread that keeps a socket for longer than ``timeout_s`` only
-    keeps that helper, which is a daemon, waiting.
-    """
-    helper = threading.Thread(target=context.term, name="keyquorum-close", daemon=True)
-    helper.start()
-    helper.join(timeout_s)
-
-
 def _channel_limit(members: int) -> int:
     """As many channels as half of the process's file descriptors can connect to every member."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = 65_536 if soft == resource.RLIM_INFINITY else soft
     return max(1, min(MAX_CHANNELS, files // 2 // (FILES_PER_CONNECTION * max(1, members))))
-
-
-# --- routing tables ---
-
-
-@dataclass(frozen=True, slots=True)
-class TableStats:
-    """Routing tables put in force, and messages that were forged, malformed, old or expired."""
-
-    installed: int
-    refused: int
-    last_refusal: str
-
-
-class TableFollower:
-    """A thread that listens to every balancer, verifies what comes and installs tables in the router.
-
-    It ends when its context is terminated. ``chore`` is called every 10 s, for whoever has no thread of its own.
-    """
-
-    def __init__(
-        self,
-        context: zmq.Context[Any],
-        settings: ClientSettings,
-        router: Router,
-        chore: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._context = context
-        self._settings = settings
-        self._router = router
-        self._chore = chore
-        self._installed = 0
-        self._refused = 0
-        self._last_refusal = ""
-        self._reader = TableReader()
-        self._next_fetch_s = 0.0
-        self._own = settings.own_curve()
-        self._told_serial = 0
-        self._next_pull_s = 0.0
-        self._heard_s = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="keyquorum-tables", daemon=True)
-        self._thread.start()
-
-    @property
-    def stats(self) -> TableStats:
-        """What came so far."""
-        return TableStats(self._installed, self._refused, self._last_refusal)
-
-    def end(self, timeout_s: float) -> None:
-        """Take the manifest that somebody spoke of, terminate the context, and wait so long for the thread to end."""
-        with suppress(zmq.ZMQError):
-            self._look_for_manifest()
-        end_context(self._context, timeout_s)
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        heard_s: dict[zmq.Socket[bytes], float] = {}
-        balancers: dict[zmq.Socket[bytes], Member] = {}
-        poller = zmq.Poller()
-
-        def subscribe(balancer: Member) -> None:
-            socket = self._subscribe(balancer)
-            balancers[socket], heard_s[socket] = balancer, time.monotonic()
-            poller.register(socket, zmq.POLLIN)
-
-        def leave(socket: zmq.Socket[bytes]) -> Member:
-            poller.unregister(socket)
-            del heard_s[socket]
-            socket.close(0)
-            return balancers.pop(socket)
-
-        own = self._own.current
-        try:
-            while True:
-                wanted = {each.name: each for each in self._settings.cluster.of_role("balancer")}
-                changed = own.public != self._own.current.public
-                own = self._own.current
-                for socket, balancer in list(balancers.items()):
-                    if changed or wanted.get(balancer.name) != balancer:
-                        leave(socket)
-                for each in wanted.values():
-                    if each.publish_endpoint and each not in balancers.values():
-                        subscribe(each)
-                for socket, _ in poller.poll(int(REAP_EVERY_S * 1000)) if balancers else self._sleep():
-                    heard_s[socket] = time.monotonic()
-                    if not self._received(socket.recv_multipart()):
-                        self._fetch(balancers[socket].name)
-                for socket in [each for each, since in heard_s.items() if time.monotonic() - since > QUIET_MAX_S]:
-                    subscribe(leave(socket))
-                self._look_for_manifest()
-                self._chore()
-        except zmq.ContextTerminated:
-            pass
-        except zmq.ZMQError as error:
-            if not self._context.closed:
-                log.warning("routing tables are not followed", reason=str(error))
-        finally:
-            for socket in balancers:
-                socket.close(0)
-
-    def heard_of(self, welcome: Welcome) -> None:
-        """A member said by which manifest it goes."""
-        self._told_serial = max(self._told_serial, welcome.cluster_serial)
-
-    def _look_for_manifest(self) -> None:
-        """Take a newer manifest: that of the file, or one that a member spoke of and some member has."""
-        source = self._settings.source
-        if not isinstance(source, Membership):
-            return
-        source.look()
-        now = time.monotonic()
-        silent = now - self._heard_s > REAP_EVERY_S  # with no table nobody says that there is a newer one
-        if now < self._next_pull_s or (self._told_serial <= source.cluster.serial and not silent):
-            return
-        self._heard_s = now if silent else self._heard_s
-        self._next_pull_s = time.monotonic() + PULL_EVERY_S
-        names = list(source.cluster.servers)
-        random.shuffle(names)
-        with Channel(self._own, Servers(source), self._context) as channel:
-            for name in names[:PULL_FROM]:
-                try:
-                    if pull(channel, name, source, PULL_TIMEOUT_S):
-                        return
-                except EngineError as error:
-                    log.debug("no manifest", member=name, reason=str(error))
-
-    def _sleep(self) -> list[tuple[zmq.Socket[bytes], int]]:
-        """Wait as the poller does, where there is no balancer: on a socket that never gets anything."""
-        with self._context.socket(zmq.PAIR) as socket:
-            socket.linger = 0
-            socket.poll(int(REAP_EVERY_S * 1000))
-        return []
-
-    def _subscribe(self, balancer: Member) -> zmq.Socket[bytes]:
-        socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
-        connect_options(socket, self._own.current, balancer)
-        socket.rcvhwm = TABLE_QUEUE
-        socket.maxmsgsize = MAX_ENVELOPE + 64
-        # A balancer that vanished without a word is noticed, and dialled again.
-        socket.heartbeat_ivl = 2_000
-        socket.heartbeat_timeout = 6_000
-        socket.subscribe(b"")
-        socket.connect(balancer.publish_endpoint)
-        return socket
-
-    def _received(self, frames: list[bytes]) -> bool:
-        """Take a table in; False where the whole one has to be asked for first."""
-        try:
-            if len(frames) != 1:
-                raise ProtocolError(f"a routing table of {len(frames)} frames, not 1")
-            now_ms = time.time_ns() // 1_000_000
-            table = self._reader.read(frames[0], self._settings.cluster, now_ms, self._router.table)
-        except TableBaseMissing:
-            return False
-        except (ManifestError, ProtocolError) as error:
-            self._refused += 1
-            self._last_refusal = str(error)
-            return True
-        self._heard_s = time.monotonic()
-        self._told_serial = max(self._told_serial, table.cluster_serial)
-        self._installed += self._router.install(table)
-        return True
-
-    def _fetch(self, balancer: str) -> None:
-        """Ask for the whole table that differences go by, at most once a while: one is published now and then too."""
-        now = time.monotonic()
-        if now < self._next_fetch_s:
-            return
-        self._next_fetch_s = now + PULL_EVERY_S
-        with Channel(self._own, Servers(self._settings.source), self._context) as channel:
-            try:
-                sealed: bytes = ask(channel, balancer, TABLE, Empty(), PULL_TIMEOUT_S).table
-            except EngineError as error:
-                log.debug("no routing table", balancer=balancer, reason=str(error))
-                return
-        if sealed:
-            self._received([sealed])
 
 
 # --- the engine ---
@@ -680,7 +479,7 @@ class Engine:
             most=LINES_OF_CHANNEL * limit,
             max_ciphertext=MAX_CIPHERTEXT,
         )
-        self._follower = TableFollower(self._context, settings, self._calls.router, self._reap)
+        self._follower = Follower(self._context, settings.source, settings.own_curve(), self._calls.router, self._reap)
 
     def _reap(self) -> None:
         self._channels.reap(IDLE_MAX_S)

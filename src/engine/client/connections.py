@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 import resource
-import socket as sockets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Final
+from typing import Final
 
 import structlog
 
 from engine.client._router import Connection, Router
 
-__all__ = ["Connections", "connections_allowed", "descriptors", "end_connection", "peer_of"]
+__all__ = ["Connections", "connections_allowed", "descriptors"]
 
 LOOK_EVERY_S: Final = 0.1
 """How often ``look`` is to be called, at the least."""
@@ -211,32 +210,6 @@ class Connections:
         if count:
             self.cut += count
             log.warning("connections cut", reason=reason, count=count, cut_so_far=self.cut)
-
-
-def peer_of(fd: int) -> tuple[str, int] | None:
-    """The other end of a connection that libzmq owns; None if it is gone."""
-    address = _on_socket(fd, lambda socket: socket.getpeername()[:2])
-    return None if address is None else (str(address[0]), int(address[1]))
-
-
-def end_connection(fd: int, peer: tuple[str, int]) -> None:
-    """End a connection that libzmq owns as if the network had, unless the descriptor is another one's by now."""
-    if peer_of(fd) == peer:
-        _on_socket(fd, lambda socket: socket.shutdown(sockets.SHUT_RDWR))
-
-
-def _on_socket(fd: int, use: Callable[[sockets.socket], Any]) -> Any:
-    """Use a descriptor that libzmq owns, and may have closed meanwhile: then None."""
-    try:
-        socket = sockets.socket(sockets.AF_INET, sockets.SOCK_STREAM, sockets.IPPROTO_TCP, fileno=fd)
-    except OSError:  # it is closed, or another file's by now
-        return None
-    try:
-        return use(socket)
-    except OSError:
-        return None
-    finally:
-        socket.detach()
 
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")

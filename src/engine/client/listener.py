@@ -1,8 +1,7 @@
 """The serving side of CURVE: who may connect, and which member sent a message. It knows no verbs.
 
-Requests come by a ``Router``; libzmq's sockets serve publications. There CURVE fails open without a ZAP handler, so
-each has ZAP_ENFORCE_DOMAIN set: with a dead handler nobody gets in. The CURVE key that a connection has proved is
-looked up for every single message.
+Requests come by a ``Router`` (``publications`` has the sockets of the others). The CURVE key that a connection has
+proved is looked up for every single message.
 """
 
 from __future__ import annotations
@@ -13,19 +12,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replace_limits
-from typing import Any
 
 import structlog
-import zmq
 import zmq.utils.z85
 from msgspec.structs import replace
-from zmq.auth.thread import ThreadAuthenticator
 
 from engine.client._router import Connection, Router
 from engine.client.admission import DEFAULT_LIMITS, Admission, ServiceLimits
 from engine.client.config import CurveIdentity
 from engine.client.connections import Connections, descriptors
-from engine.client.transport import FRAME_MAX, HANDSHAKE_MS, HIGH_WATER_MARK, check_zmq_version
+from engine.client.transport import FRAME_MAX, HANDSHAKE_MS
 from engine.errors import EngineError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster, Member
 from engine.protocol.requests import HELLO, ServiceCount
@@ -44,20 +40,14 @@ from engine.protocol.wire import (
 
 __all__ = [
     "IDLE",
-    "Bound",
-    "Gate",
     "Incoming",
     "Listener",
-    "curve_server",
     "error_body",
-    "user_id",
 ]
 
-ZAP_DOMAIN = "keyquorum"
 IDLE = Load(0, 0, False)
 BACKLOG = 1024
 GARBAGE_IN_A_ROW = 256
-REBIND_S = 1.0
 LEAVE_S = 2.0
 """How long an endpoint is served that a newer manifest leaves out: members take a manifest one after the other."""
 KEEPALIVE = {
@@ -73,44 +63,6 @@ SENT_TIMES = 2
 log = structlog.get_logger()
 
 
-class _MembersOnly:
-    """ZAP's question, answered from the cluster manifest (RFC 27/ZAP)."""
-
-    def __init__(self, source: ClusterSource) -> None:
-        self._source = source
-
-    def callback(self, domain: str, key: bytes) -> bool:
-        return domain == ZAP_DOMAIN and key.decode("ascii", "replace") in self._source.cluster.by_curve
-
-
-class Gate:
-    """The ZAP handler of a context: it lets in the CURVE keys of the cluster's members and nobody else."""
-
-    def __init__(self, context: zmq.Context[Any], cluster: ClusterSource) -> None:
-        self._authenticator = ThreadAuthenticator(context)
-        self._authenticator.start()
-        self._authenticator.configure_curve_callback(ZAP_DOMAIN, credentials_provider=_MembersOnly(cluster))
-
-    def close(self) -> None:
-        """Stop the handler; nobody can connect any more."""
-        self._authenticator.stop()
-
-
-def curve_server(socket: zmq.Socket[bytes], identity: CurveIdentity) -> None:
-    """Set what every binding socket has: CURVE server, ZAP enforced, bounds on size, handshake and queues."""
-    check_zmq_version()
-    socket.curve_server = True
-    socket.curve_secretkey = identity.secret
-    socket.curve_publickey = identity.public
-    socket.zap_domain = ZAP_DOMAIN.encode()
-    socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
-    socket.maxmsgsize = FRAME_MAX
-    socket.handshake_ivl = HANDSHAKE_MS
-    socket.sndhwm = socket.rcvhwm = HIGH_WATER_MARK
-    socket.backlog = BACKLOG
-    socket.linger = 100
-
-
 @dataclass(frozen=True, slots=True)
 class Incoming:
     """A well-formed request, the member whose key sent it, and the connection that it came by.
@@ -122,50 +74,6 @@ class Incoming:
     request: Request
     connection: Connection
     read_s: float = -1.0
-
-
-class Bound:
-    """The endpoints that a socket is bound to, each with the CURVE pair that it serves there.
-
-    libzmq takes a listening socket's options when it is bound, so each endpoint goes on with its own pair.
-    """
-
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
-        self._socket = socket
-        self._bound: dict[str, tuple[bytes, str]] = {}
-
-    def follow(self, wanted: Mapping[str, CurveIdentity]) -> list[str]:
-        """Be bound to these endpoints and no others; those that are left. ``EngineError`` if one can't be had."""
-        left = []
-        for endpoint, (public, real) in list(self._bound.items()):
-            if endpoint not in wanted or wanted[endpoint].public != public:
-                self._socket.unbind(real)
-                del self._bound[endpoint]
-                left.append(real)
-        for endpoint, pair in wanted.items():
-            if endpoint not in self._bound:
-                self._bind(endpoint, pair, patient=bool(left))
-        return left
-
-    def _bind(self, endpoint: str, pair: CurveIdentity, *, patient: bool) -> None:
-        """Bind; ``patient`` where the endpoint may just have been left, which takes libzmq a moment."""
-        self._socket.curve_secretkey, self._socket.curve_publickey = pair.secret, pair.public
-        until_s = time.monotonic() + (REBIND_S if patient else 0.0)
-        while True:
-            try:
-                self._socket.bind(endpoint)
-            except zmq.ZMQError as error:
-                if time.monotonic() >= until_s:
-                    raise EngineError(f"can't bind {endpoint}: {error}") from None
-                time.sleep(REBIND_S / 100)
-            else:
-                break
-        self._bound[endpoint] = pair.public, _last_endpoint(self._socket)
-
-
-def _last_endpoint(socket: zmq.Socket[bytes]) -> str:
-    told: Any = socket.get(zmq.LAST_ENDPOINT)
-    return bytes(told).rstrip(b"\0").decode("ascii")
 
 
 class _Places:
@@ -422,14 +330,6 @@ class Listener(FollowsCluster):
     def lost(self) -> None:
         """Count a reply that its client did not take: it went away, or does not read."""
         self.undeliverable += 1
-
-
-def user_id(frame: Any) -> str:
-    """The CURVE key, in Z85, of the connection that a frame came by; empty if there is none."""
-    try:
-        return str(frame.get("User-Id"))
-    except zmq.ZMQError:
-        return ""
 
 
 def error_body(error: Exception) -> bytes:

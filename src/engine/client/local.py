@@ -685,7 +685,7 @@ class LocalCluster:
 
     def _make_parts(self, plan: _Plan) -> None:
         with contextlib.ExitStack() as held:
-            ports = [_free_port(held) for _ in range(plan.nodes + 2)]
+            ports = [_free_port(held) for _ in range(2 * (plan.nodes + 1))]
             names = [f"node{number}" for number in range(1, plan.nodes + 1)]
             pin = self._write_manifest(plan, names, ports)
             for name in names:
@@ -707,7 +707,8 @@ class LocalCluster:
         for number, name in enumerate(names):
             identity = create_identity(_folder(self.path / "nodes" / name) / "identity.toml", name, "node")
             location = f"site{number % plan.domains + 1}/room1/rack{number // plan.domains + 1}/host{number + 1}"
-            members.append(identity.member(endpoint=_loopback(ports[number]), location=location))
+            endpoint, publish = _loopback(ports[number]), _loopback(ports[plan.nodes + number])
+            members.append(identity.member(endpoint=endpoint, publish_endpoint=publish, location=location))
             write_card(self.path / "nodes" / name / "node.card", members[-1], identity.signing)
         members.append(self._balancer_member(ports[-2], ports[-1]))
         for name in plan.clients:

@@ -270,6 +270,14 @@ class OwnCurve:
         found = ((identity.pair_of(public), endpoint, publish) for public, endpoint, publish in places)
         return tuple(Served(pair, endpoint, publish) for pair, endpoint, publish in found if pair is not None)
 
+    def published(self, publish_bind: str = "") -> dict[str, CurveIdentity]:
+        """Where to publish, and with which pair; the newest one's where two have one endpoint."""
+        found: dict[str, CurveIdentity] = {}
+        for each in self.served(publish_bind=publish_bind):
+            if each.publish:
+                found.setdefault(each.publish, each.pair)
+        return found
+
     def _look(self) -> None:
         with self._lock:
             cluster = self._source.cluster
@@ -297,7 +305,7 @@ class OwnCurve:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Where a member listens, and with which CURVE pair; ``publish`` is empty but for a balancer."""
+    """Where a member listens, and with which CURVE pair; ``publish`` is empty where nothing is published."""
 
     pair: CurveIdentity
     endpoint: str

@@ -285,11 +285,6 @@ class Router(FollowsCluster):
             return
         self._keys.move_to_end(key_name)
 
-    def heard(self, node: str, queue: int, now_s: float) -> None:
-        """A node told its queue without being asked."""
-        with self._lock:
-            self._told(self._state(node), queue, now_s)
-
     def _told(self, state: NodeState, queue: float, now_s: float) -> None:
         """Take in a snapshot: it is as old as half the way, and what was sent on the other half it does not know."""
         state.mean_queue += 0.02 * (queue - state.mean_queue)
@@ -297,6 +292,21 @@ class Router(FollowsCluster):
         sent_s, known_s = state.sent_s, now_s - 1e-6 * state.round_trip_us
         while sent_s and sent_s[0] < known_s:
             sent_s.popleft()
+
+    def heard(self, node: str, queue: int, now_s: float, *, serving: bool = True) -> None:
+        """A publication of the node came at ``now_s``; a reply that came later knows more.
+
+        It says nothing of requests, so it ends no time as down: a node may publish and yet answer none. One that says
+        it does not serve is tried last for as long as it says so.
+        """
+        with self._lock:
+            state = self._state(node)
+            if now_s < state.seen_s:
+                return
+            self._told(state, queue, now_s)
+            if not serving and state.down_until_s <= now_s:
+                state.down_for_s, state.down_until_s = max(DOWN_S, state.down_for_s), now_s + DOWN_S
+                self.changes += 1
 
     def dropped(self, node: str) -> None:
         """A request's answer is no longer waited for, and the node is not to blame."""
