@@ -25,14 +25,29 @@ from balancer.features import (
     counts_of,
     design,
     last_levels,
+    newest_volatility,
     roots_of,
 )
 
-__all__ = ["EMPTY", "Accuracy", "Bank", "Fit", "Outlook", "accuracy", "advance", "refitted", "spread"]
+__all__ = [
+    "EMPTY",
+    "Accuracy",
+    "Bank",
+    "Fit",
+    "Outlook",
+    "Spread",
+    "accuracy",
+    "advance",
+    "best_scaling",
+    "refitted",
+    "spread",
+]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
+Scaling = tuple[float, float]
+"""What errors grow with: a power of the guess, and of the volatility."""
 
 QUANTILE = 0.9
 NORMAL_SCORE = 1.2816
@@ -40,13 +55,20 @@ NORMAL_SCORE = 1.2816
 NEW_ALPHA = 5
 """Index of the alpha of a series that was never fitted."""
 NEVER = -(2**62)
+SCORE_ROWS = 150.0
+"""A score of so many rows is drawn half-way to that of a wider sample."""
 MEMORY = 0.01
 """Weight of the newest step in what is told of the errors."""
 JUDGED_STEPS = 30
 WORSE = 1.05
 """The Ridge of a series rests while its recent errors are so many times the EWMA's, over at least the steps above."""
 TRACKING = 0.03
-"""How far the P90's score goes with each step, as a part of itself (at least of 1)."""
+DRIFT_MAX = 2.0
+"""By which part of itself the P90's score goes with each step, and how far in all, as a logarithm."""
+SCALINGS: tuple[Scaling, ...] = ((0.5, 0.0), (0.5, 1.0), (0.0, 0.0))
+"""As Poisson counts, the same and as the load's own unrest, and not at all, as bursts out of silence."""
+SCALING_ROWS_MIN = 100
+OLDER_PART = 0.6
 REGRESSOR_WINDOW = WINDOW
 
 
@@ -55,17 +77,18 @@ class Fit:
     """What was learnt of one series.
 
     ``ewma`` (A, H) has the weights of the levels of the EWMA alone; ``mix`` (A, H), ``coefficients`` (C, H) and
-    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. The spreads are
-    scores and variances (H,), as ``spread`` gives them; ``ceiling`` is the largest root seen.
+    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. ``ceiling`` is the
+    largest root seen.
     """
 
     step: int
     ewma: FloatArray
-    ewma_spread: tuple[FloatArray, FloatArray]
+    ewma_spread: Spread
     mix: FloatArray | None
     coefficients: FloatArray | None
     intercept: FloatArray | None
-    mix_spread: tuple[FloatArray, FloatArray]
+    mix_spread: Spread
+    scaling: Scaling
     ceiling: float
 
 
@@ -120,9 +143,12 @@ class Bank:
     variance: FloatArray
     score_ewma: FloatArray
     variance_ewma: FloatArray
+    bias: FloatArray
+    bias_ewma: FloatArray
+    scaling: FloatArray
     ceiling: FloatArray
     drift: FloatArray
-    """What the P90's score has been moved by, to keep its coverage."""
+    """The logarithm of what the P90's score is multiplied by, to keep its coverage."""
     tracks: Tracks
     scored: int
     """The step up to which what was said is judged."""
@@ -159,6 +185,9 @@ _BY_SERIES = (
     "variance",
     "score_ewma",
     "variance_ewma",
+    "bias",
+    "bias_ewma",
+    "scaling",
     "ceiling",
     "drift",
 )
@@ -191,19 +220,59 @@ class Accuracy:
     bias: FloatArray
 
 
-def spread(guess: FloatArray, said: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """From roots (rows, H) that were guessed, and that came: the P90's scores (H,), and the variances (H,).
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """How what came lay about what was guessed, by horizon (H,).
 
-    The score is the split-conformal quantile of (y - guess) / sqrt(guess + 1), in counts.
+    ``score`` is the split-conformal quantile of (y - guess) over its scale, in counts; ``bias`` and ``variance`` are
+    those of the roots' errors; ``rows`` is how many it is of.
     """
+
+    score: FloatArray
+    bias: FloatArray
+    variance: FloatArray
+    rows: int
+
+    def drawn_to(self, wide: Spread) -> Spread:
+        """With the score drawn to that of a wider sample, the more the fewer rows this one has."""
+        part = self.rows / (self.rows + SCORE_ROWS)
+        return replace(self, score=part * self.score + (1.0 - part) * wide.score)
+
+
+def spread(guess: FloatArray, said: FloatArray, unrest: FloatArray, scaling: Scaling) -> Spread:
+    """From roots (rows, H) that were guessed, and that came, and the volatility (rows,) at the origins."""
     rows = len(said)
     rank = math.ceil((rows + 1) * QUANTILE)
-    variance = (said - guess).var(axis=0) if rows > 1 else np.zeros(HORIZONS)
+    errors = said - guess if rows > 1 else np.zeros((1, HORIZONS))
+    bias, variance = errors.mean(axis=0), errors.var(axis=0)
     if rank > rows:
-        return np.full(HORIZONS, NORMAL_SCORE), variance
+        return Spread(np.full(HORIZONS, NORMAL_SCORE), bias, variance, rows)
     counts = counts_of(guess)
-    residuals = (counts_of(said) - counts) / np.sqrt(counts + 1.0)
-    return np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), variance
+    residuals = (counts_of(said) - counts) / _scale(counts, unrest, *scaling)
+    return Spread(np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), bias, variance, rows)
+
+
+def best_scaling(guess: FloatArray, said: FloatArray, unrest: FloatArray) -> Scaling:
+    """What the errors of a series grow with: scores of the older part have the least pinball loss on the newer one."""
+    rows = len(said)
+    split = int(rows * OLDER_PART)
+    rank = math.ceil((split + 1) * QUANTILE)
+    if rows < SCALING_ROWS_MIN or rank > split:
+        return SCALINGS[0]
+    counts = counts_of(guess)
+    errors = counts_of(said) - counts
+    losses = []
+    for scaling in SCALINGS:
+        scale = _scale(counts, unrest, *scaling)
+        score = np.maximum(np.partition(errors[:split] / scale[:split], rank - 1, axis=0)[rank - 1], 0.0)
+        over = errors[split:] - score * scale[split:]
+        losses.append(float(np.maximum(QUANTILE * over, (QUANTILE - 1.0) * over).mean()))
+    return SCALINGS[int(np.argmin(losses))]
+
+
+def _scale(counts: FloatArray, unrest: FloatArray, power: FloatArray | float, part: FloatArray | float) -> FloatArray:
+    """What a score is multiplied by, (rows, H): (count + 1)^power x volatility^part."""
+    return np.asarray((counts + 1.0) ** power * (unrest**part)[:, None])
 
 
 def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
@@ -215,9 +284,12 @@ def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
         copies["fitted"][index] = fit.step
         copies["ridge"][index] = fit.mix is not None
         copies["ewma"][index] = fit.ewma
-        copies["score_ewma"][index], copies["variance_ewma"][index] = fit.ewma_spread
-        copies["score"][index], copies["variance"][index] = fit.mix_spread
+        for each, ending in ((fit.mix_spread, ""), (fit.ewma_spread, "_ewma")):
+            copies[f"score{ending}"][index] = each.score
+            copies[f"bias{ending}"][index] = each.bias
+            copies[f"variance{ending}"][index] = each.variance
         copies["ceiling"][index] = fit.ceiling
+        copies["scaling"][index] = fit.scaling
         if fit.mix is not None:
             copies["mix"][index] = fit.mix
             copies["coefficients"][index] = fit.coefficients
@@ -255,9 +327,11 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     lives = (tail.max(axis=0) > 0)[:, None]
     median = np.where(lives, counts_of(said), 0.0)
     variance = np.where(speaks[:, None], bank.variance, bank.variance_ewma)
-    mean = np.where(lives, counts_of(said, variance), 0.0)
-    score = np.maximum(np.where(speaks[:, None], bank.score, bank.score_ewma) + bank.drift, 0.0)
-    p90 = np.where(lives, np.maximum(median + score * np.sqrt(median + 1.0), mean), 0.0)
+    bias = np.where(speaks[:, None], bank.bias, bank.bias_ewma)
+    mean = np.where(lives, counts_of(said + bias, variance), 0.0)
+    score = np.where(speaks[:, None], bank.score, bank.score_ewma) * np.exp(bank.drift)
+    scale = _scale(median, newest_volatility(roots), bank.scaling[:, :1], bank.scaling[:, 1])
+    p90 = np.where(lives, np.maximum(median + score * scale, mean), 0.0)
     median, mean, p90 = (np.minimum(each, COUNT_MAX) for each in (median, mean, p90))
     per_s = 1000.0 / bank.step_ms
     outlook = Outlook(
@@ -318,8 +392,8 @@ def _judged(bank: Bank, counts: FloatArray) -> Bank:
     before = counts[-2] if len(counts) > 1 else newest
     stepped = known & np.isfinite(before)
     of_series = np.where(stepped, np.maximum(MEMORY, 1.0 / np.maximum(judged[:, 0], 1)), 0.0)
-    pull = TRACKING * np.maximum(np.where(bank.ridge[:, None], bank.score, bank.score_ewma), 1.0)
-    drift = bank.drift + np.where(valid, pull * (above - (1.0 - QUANTILE)), 0.0)
+    pull = TRACKING * (above - (1.0 - QUANTILE))
+    drift = np.clip(bank.drift + np.where(valid, pull, 0.0), -DRIFT_MAX, DRIFT_MAX)
 
     def mean(old: FloatArray, new: FloatArray, weights: FloatArray) -> FloatArray:
         return np.asarray(old + weights * (new - old))
@@ -408,6 +482,9 @@ def _fresh(series: tuple[object, ...], step_ms: int) -> Bank:
         variance=zeros,
         score_ewma=np.full((many, HORIZONS), NORMAL_SCORE),
         variance_ewma=zeros,
+        bias=zeros,
+        bias_ewma=zeros,
+        scaling=np.tile(np.array(SCALINGS[0]), (many, 1)),
         ceiling=none,
         drift=zeros,
         tracks=Tracks(

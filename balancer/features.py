@@ -26,9 +26,11 @@ __all__ = [
     "design",
     "last_levels",
     "levels",
+    "newest_volatility",
     "penalties",
     "period_steps",
     "roots_of",
+    "volatility",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -52,6 +54,9 @@ CYCLES = 3
 """A seasonal column is the mean of so many past waves, as far as they are known; as many are needed at all."""
 REGRESSORS_MAX = 4
 """External series that enter the forecast."""
+VOLATILITY = 1
+"""Index of the alpha of the volatility's EWMA."""
+CALM = 0.2
 WINDOW = 600
 """Steps from which the newest level is made: what is older weighs less than 1e-5 of it."""
 BLOCK = 64
@@ -125,6 +130,16 @@ def last_levels(roots: FloatArray) -> FloatArray:
     weights = ALPHAS[None, :] * (1.0 - ALPHAS)[None, :] ** age[:, None]
     weights[0] = (1.0 - ALPHAS) ** age[0]
     return np.asarray(tail.T @ weights)
+
+
+def volatility(roots: FloatArray) -> FloatArray:
+    """How much the roots (steps,) of one series change from step to step, of late, at least ``CALM``: (steps,)."""
+    return np.asarray(CALM + levels(np.abs(np.diff(roots, prepend=roots[:1])))[:, VOLATILITY])
+
+
+def newest_volatility(roots: FloatArray) -> FloatArray:
+    """The newest of series (steps, series): (series,)."""
+    return np.asarray(CALM + last_levels(np.abs(np.diff(roots, axis=0, prepend=roots[:1])))[:, VOLATILITY])
 
 
 def period_steps(step_ms: int, steps: int) -> tuple[int, ...]:

@@ -4,9 +4,9 @@ One multi-output Ridge a series maps its lags, rolling means, levels, waves and 
 to the next ten steps, at two cadences: ticks and minutes. It is mixed with the best EWMA, horizon by horizon, in the
 part that would have been best on the newest 30 % of the history, which it had not seen; there the EWMA alone may win,
 and it answers where there is little data or where what was really said of late was worse than its. The P90 is
-split-conformal (Lei et al. 2018) on that same part, scaled by sqrt(y + 1), and then tracks its own coverage
-(Angelopoulos et al. 2023). Fitting takes milliseconds, so a tick fits few series; in between one product of matrices
-predicts all.
+split-conformal (Lei et al. 2018) on that same part, scaled by what the series' errors grow with, and then tracks its
+own coverage (Angelopoulos et al. 2023). Fitting takes milliseconds, so a tick fits few series; in between one product
+of matrices predicts all.
 
 ``predict_load`` is a pure function: snapshot and state in, forecast and next state out. It knows no node, socket or
 clock. No input makes it fail: NaN is filled, the rest is clipped.
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped] # comes with scikit-learn
 
-from balancer.bank import EMPTY, Bank, Fit, Outlook, advance, refitted, spread
+from balancer.bank import EMPTY, Bank, Fit, Outlook, advance, best_scaling, refitted, spread
 from balancer.features import (
     ALPHAS,
     COLUMNS,
@@ -42,6 +42,7 @@ from balancer.features import (
     penalties,
     period_steps,
     roots_of,
+    volatility,
 )
 from balancer.history import HistorySnapshot
 
@@ -64,16 +65,18 @@ ROWS_EACH = 2_000
 """A fit costs as if it had at least so many rows."""
 REFIT_STEPS = 30
 """A series is fitted again after so many steps, when its turn comes."""
-STRENGTHS = (0.003, 0.05, 0.8)
+STRENGTHS = (0.0005, 0.02, 0.5)
 """The Ridge's alphas for a row and a column of variance 1, the best of which is taken."""
-PARTS = (0.25, 0.5, 0.75, 1.0)
+PARTS = (0.35, 0.7, 1.0)
 """Parts of the Ridge in the mix with the EWMA; 0 is the EWMA alone."""
-SMOOTHING = 0.25
+SMOOTHING = 0.5
 """How much the choice at one horizon goes by the mean over all."""
 CALIBRATION_PART = 0.3
 PERIODS_USED = 2
 ACF_MIN = 0.1
 """A wave is looked for where the load resembles that of one wave ago at least so much."""
+NEAR = 0.3
+"""Rows that are nearer than this part of the usual error weigh no more for it."""
 JITTER = 1e-7
 """Columns that say the same make X'X singular; this is far below any strength."""
 SD_MIN = 1e-6
@@ -215,7 +218,7 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     """Fit one series (steps,)."""
     roots = roots_of(clean(counts[-ROWS_MAX - LAGS - HORIZONS :, None])[:, 0])
     steps = len(roots)
-    level = levels(roots)
+    level, unrest = levels(roots), volatility(roots)
     if known is not None:
         known = Known(known.past[-steps:], known.ahead)
     lengths = _waves(roots - level[:, 1], lengths)
@@ -229,10 +232,10 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     alphas = _best_alphas(level[judged], targets[judged]) if judged.size else np.full(HORIZONS, ALPHAS.size - 3)
     ewma = np.zeros((len(ALPHAS), HORIZONS))
     ewma[alphas, np.arange(HORIZONS)] = 1.0
+    scaling = best_scaling(level[judged] @ ewma, targets[judged], unrest[judged])
+    wide = spread(level[judged] @ ewma, targets[judged], unrest[judged], scaling)
     if len(rows) < ROWS_MIN:
-        part = judged[-max(1, judged.size * 2 // 3) :]
-        apart = spread(level[part] @ ewma, targets[part])
-        return Fit(step, ewma, apart, None, None, None, apart, float(roots.max(initial=0.0)))
+        return Fit(step, ewma, wide, None, None, None, wide, scaling, float(roots.max(initial=0.0)))
     split = int(len(rows) * (1.0 - CALIBRATION_PART))
     early, late = rows[: split - HORIZONS], rows[split:]
     if len(early) < ROWS_MIN // 2:
@@ -251,7 +254,7 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     by_ewma = level[late] @ ewma
     guesses, origins = [], []
     for columns in sets:
-        learnt = _Rows(told[: len(early)], wanted[: len(early)], columns)
+        learnt = _robust(told[: len(early)], wanted[: len(early)], columns)
         for strength in STRENGTHS:
             matrix, constant = learnt.solve(strength)
             guesses.append(told[split:] @ matrix + constant + base[split:])
@@ -263,7 +266,7 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     for columns in sets:
         mine = (parts > 0) & np.array([origins[index][0] is columns for index in choice])
         if mine.any():
-            learnt = _Rows(told, wanted, columns)
+            learnt = _robust(told, wanted, columns)
             for index in np.unique(choice[mine]):
                 matrix, constant = learnt.solve(origins[index][1])
                 here = mine & (choice == index)
@@ -272,11 +275,12 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     return Fit(
         step,
         ewma,
-        spread(by_ewma, said),
+        wide,
         mix if some else None,
         coefficients if some else None,
         intercept if some else None,
-        spread(mixed, said),
+        spread(mixed, said, unrest[late], scaling).drawn_to(wide),
+        scaling,
         float(roots.max()),
     )
 
@@ -300,19 +304,27 @@ class _Rows:
     over the history serves every strength.
     """
 
-    def __init__(self, told: FloatArray, wanted: FloatArray, columns: NDArray[np.bool_]) -> None:
+    def __init__(
+        self,
+        told: FloatArray,
+        wanted: FloatArray,
+        columns: NDArray[np.bool_],
+        weights: FloatArray | None = None,
+    ) -> None:
         self._rows = len(told)
-        self._constant = wanted.mean(axis=0)
-        mean = told.mean(axis=0)
-        spread = np.sqrt(np.maximum(np.einsum("rc,rc->c", told, told) / len(told) - mean**2, 0.0))
+        weighed = told if weights is None else told * weights[:, None]
+        self._constant = wanted.mean(axis=0) if weights is None else weights @ wanted / self._rows
+        mean = weighed.mean(axis=0)
+        spread = np.sqrt(np.maximum(np.einsum("rc,rc->c", weighed, told) / self._rows - mean**2, 0.0))
         self._chosen = np.flatnonzero(columns & (spread > SD_MIN))
         self._scale = spread[self._chosen] * np.sqrt(penalties()[self._chosen])
         self._mean = mean[self._chosen]
         scaled = (told[:, self._chosen] - self._mean) / self._scale
-        gram = scaled.T @ scaled
+        left = scaled if weights is None else scaled * weights[:, None]
+        gram = left.T @ scaled
         gram[np.diag_indices_from(gram)] += JITTER * self._rows
         self._root = np.linalg.cholesky(gram).T
-        self._right = np.linalg.solve(self._root.T, scaled.T @ (wanted - self._constant))
+        self._right = np.linalg.solve(self._root.T, left.T @ (wanted - self._constant))
 
     def solve(self, strength: float) -> tuple[FloatArray, FloatArray]:
         """Coefficients (COLUMNS, targets) and intercepts of a Ridge."""
@@ -326,6 +338,19 @@ class _Rows:
         part = np.reshape(model.coef_, (-1, self._chosen.size)).T / self._scale[:, None]
         coefficients[self._chosen] = part
         return coefficients, self._constant - self._mean @ part
+
+
+def _robust(told: FloatArray, wanted: FloatArray, columns: NDArray[np.bool_]) -> _Rows:
+    """Rows that weigh less the further they were from a first fit, over all horizons together.
+
+    One step of iteratively reweighted least squares towards least absolute errors (Schlossmacher 1973): bursts do not
+    pull the forecast away from what is usual.
+    """
+    coefficients, intercept = _Rows(told, wanted, columns).solve(STRENGTHS[len(STRENGTHS) // 2])
+    errors = np.abs(wanted - told @ coefficients - intercept)
+    away = (errors / (np.median(errors, axis=0) + 1e-9)).mean(axis=1)
+    weights = 1.0 / np.maximum(away, NEAR)
+    return _Rows(told, wanted, columns, weights / weights.mean())
 
 
 def _smoothed(errors: FloatArray) -> FloatArray:

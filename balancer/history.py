@@ -133,6 +133,14 @@ class _Seen:
     hot: tuple[HotKey, ...]
 
 
+@dataclass(slots=True)
+class _Counted:
+    """What nodes counted since their last reports, as far back as those were: by class in all, and by pair."""
+
+    classes: FloatArray = field(default_factory=lambda: np.zeros(len(CLASSES)))
+    pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+
+
 class _Cadence:
     """The rings of one cadence: classes, and the pairs that have a place."""
 
@@ -155,6 +163,8 @@ class _Cadence:
 
     def restore(self, stored: Stored, places: IntArray) -> None:
         kept = places >= 0
+        self.classes.reach(int(stored.steps[0]))
+        self.pairs.reach(int(stored.steps[0]))
         for row, step in enumerate(stored.steps.tolist()):
             self.classes.put(step, stored.counts[row])
             pairs = np.zeros(PAIRS_MAX)
@@ -178,6 +188,7 @@ class History:
         self._minute_counts: FloatArray = np.zeros(len(CLASSES))
         self._minute_pairs: FloatArray = np.zeros(PAIRS_MAX)
         self._minute_heard = False
+        self._minute_whole = False
         self._places = PairPlaces()
         self._tick: int | None = None
         self._seen: dict[str, _Seen] = {}
@@ -209,14 +220,16 @@ class History:
             raise ValueError(f"tick {tick} does not follow tick {self._tick}")
         self._advance(tick)
         dropped = []
-        counted: dict[int, list[tuple[IntArray, IntArray]]] = {}
+        counted: dict[int, _Counted] = {}
         for column, node in enumerate(self._nodes):
             report = reports.get(node)
             if report is not None and not self._enter(tick, column, node, report, counted):
                 dropped.append(node)
                 self._seen.pop(node, None)
-        for gap, parts in counted.items():
-            self._add_pairs(tick, gap, parts)
+        for gap, more in counted.items():
+            self._add(tick, gap, more.classes)
+        for gap, more in counted.items():
+            self._add_pairs(tick, gap, more.pairs)
         return tuple(dropped)
 
     def snapshot(self) -> HistorySnapshot:
@@ -301,7 +314,7 @@ class History:
     def _end_minute(self, slow: _Cadence, minute: int) -> None:
         ended = minute - 1 if self._minute is None else self._minute
         slow.advance(ended)
-        if self._minute_heard:
+        if self._minute_heard and self._minute_whole:
             slow.classes.put(ended, self._minute_counts)
             slow.pairs.put(ended, self._minute_pairs)
         if minute - 1 > ended:
@@ -309,6 +322,7 @@ class History:
         self._minute_counts = np.zeros(len(CLASSES))
         self._minute_pairs = np.zeros(PAIRS_MAX)
         self._minute_heard = False
+        self._minute_whole = True
 
     def _enter(
         self,
@@ -316,7 +330,7 @@ class History:
         column: int,
         node: str,
         report: NodeStats,
-        counted: dict[int, list[tuple[IntArray, IntArray]]],
+        counted: dict[int, _Counted],
     ) -> bool:
         counters = _counters(report)
         told = _pairs(report)
@@ -331,7 +345,7 @@ class History:
         self._used |= requests > 0
         if before is None:
             # Nobody knows when these were counted: they are the base line, and the tick was heard.
-            self._add(tick, 1, np.zeros(len(CLASSES)))
+            counted.setdefault(1, _Counted())
             return True
         gap = tick - before.tick
         same = before.boot == report.boot
@@ -347,9 +361,9 @@ class History:
         pairs, more = _more(told, before if same else None)
         if more.sum(dtype=np.float64) > requests.sum(dtype=np.float64):
             return False
-        self._add(tick, gap, requests.astype(np.float64))
         self._measure(column, requests, busy_us)
-        counted.setdefault(gap, []).append((pairs, more))
+        counted.setdefault(gap, _Counted()).classes += requests
+        counted[gap].pairs.append((pairs, more))
         return True
 
     def _add(self, tick: int, gap: int, requests: FloatArray) -> None:
@@ -359,6 +373,8 @@ class History:
         self._minute_heard = True
 
     def _add_pairs(self, tick: int, gap: int, parts: list[tuple[IntArray, IntArray]]) -> None:
+        if not parts:
+            return
         pairs, inverse = np.unique(np.concatenate([part for part, _ in parts]), return_inverse=True)
         counts = np.zeros(len(pairs))
         np.add.at(counts, inverse, np.concatenate([more for _, more in parts]).astype(np.float64))

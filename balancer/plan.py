@@ -102,7 +102,8 @@ def assignment_problem(
 ) -> AssignmentProblem:
     """What the optimiser has to split: the mean forecast (the P90 in its place makes prices worse: measured).
 
-    A row for each pair, and one for what is left of each class, which any node may serve.
+    A row for each pair, and one for what is left of each class, which any node may serve, but none more than what is
+    left of the groups that it holds.
     """
     nodes = len(history.nodes)
     capped = np.array([each.partition("/")[0] in CAPPED for each in history.classes], dtype=bool)
@@ -118,7 +119,8 @@ def assignment_problem(
     if pairs is None or not len(pairs.demand):
         return whole
     known = np.bincount(pairs.row_class, pairs.demand, minlength=len(history.classes))
-    entries = len(pairs.nodes)
+    entries, up = len(pairs.nodes), max(1, sum(history.up))
+    held = min(1.0, entries / len(pairs.demand) / up)
     return replace(
         whole,
         demand=np.concatenate([pairs.demand, np.maximum(forecast.mean - known, 0.0)]),
@@ -126,7 +128,7 @@ def assignment_problem(
         indptr=np.concatenate([pairs.indptr, entries + whole.indptr[1:]]).astype(np.int32),
         nodes=np.concatenate([pairs.nodes, whole.nodes]),
         network_us=np.concatenate([np.zeros(entries), whole.network_us]),
-        most=np.concatenate([np.ones(entries), whole.most]),
+        most=np.concatenate([np.ones(entries), np.full(len(whole.nodes), held)]),
         fair=np.concatenate([np.ones(entries), whole.fair]),
     )
 

@@ -41,6 +41,11 @@ class Ring:
         self.length = min(self.length + passed, len(self._rows))
         self.step = step
 
+    def reach(self, step: int) -> None:
+        """Take the steps from this one on, of which nothing is known yet, for entered."""
+        if self.step is not None:
+            self.length = min(max(self.length, self.step - step + 1), len(self._rows))
+
     def add(self, step: int, gap: int, counts: FloatArray, first: int = 0) -> None:
         """Spread counts evenly over ``gap`` steps that end with this one, in the columns from ``first`` on.
 

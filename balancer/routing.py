@@ -23,7 +23,7 @@ from balancer.program import FloatArray, IndexArray, Program, Solution
 
 __all__ = ["Assignment", "AssignmentProblem", "RoutingModel", "every_node", "segments"]
 
-BREAKPOINTS = np.array([0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98])
+BREAKPOINTS = np.array([0.0, 0.05, 0.2, 0.35, 0.5, 0.62, 0.72, 0.8, 0.87, 0.92, 0.95, 0.98])
 """Utilisations between which the waiting is taken as linear."""
 OVERLOAD_STEEPER = 10.0
 """How many times steeper than the last true segment the endless one is, and how dear work beyond a cap is."""

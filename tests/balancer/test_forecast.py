@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from balancer.forecast import FITS_AT_ONCE, Forecast, predict_load
-from balancer.history import CLASSES, HistorySnapshot
+from balancer.bank import JUDGED_STEPS, accuracy
+from balancer.features import ALPHAS, HORIZONS, Known, clean, last_levels, levels, period_steps, roots_of
+from balancer.forecast import FITS_AT_ONCE, REFIT_STEPS, ROWS_MIN, Forecast, ForecastState, predict_load
+from balancer.history import CLASSES, HistorySnapshot, SlowHistory
 
 
-def snapshot(counts: np.ndarray, tick_ms: int = 1000) -> HistorySnapshot:
+def snapshot(counts: np.ndarray, tick_ms: int = 1000, tick: int = 0, **more: Any) -> HistorySnapshot:
     """A history of these counts, (ticks, classes)."""
     classes = counts.shape[1]
     nothing = np.zeros((classes, 1))
-    return HistorySnapshot(tick_ms, CLASSES[:classes], ("a",), counts, nothing, nothing, (True,), (0,))
+    return HistorySnapshot(tick_ms, CLASSES[:classes], ("a",), counts, nothing, nothing, (True,), (0,), tick, **more)
 
 
 def rolling(series: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray, set[str]]:
-    """Means and P90s forecast from rolling origins, and the models that were used."""
-    told = [predict_load(snapshot(series[:end, None])) for end in range(first, len(series))]
+    """Means and P90s forecast from rolling origins, each with the state of the one before, and the models used."""
+    told: list[Forecast] = []
+    for end in range(first, len(series)):
+        told.append(predict_load(snapshot(series[:end, None], tick=end), told[-1].state if told else None))
     means = np.array([each.mean[0] for each in told])
     return means, np.array([each.p90[0] for each in told]), {each.models[0] for each in told}
 
 
 def check(forecast: Forecast, classes: int) -> None:
     assert forecast.mean.shape == forecast.p90.shape == (classes,)
-    assert np.isfinite(forecast.mean).all()
-    assert np.isfinite(forecast.p90).all()
-    assert (forecast.mean >= 0).all()
-    assert (forecast.p90 >= forecast.mean).all()
+    for outlook in (forecast.outlook, forecast.pair_outlook, forecast.slow, forecast.slow_pairs):
+        if outlook is not None:
+            for told in (outlook.median, outlook.mean, outlook.p90):
+                assert told.shape == (len(outlook.models), HORIZONS)
+                assert np.isfinite(told).all()
+                assert (told >= 0).all()
+            assert (outlook.p90 >= outlook.mean).all()
 
 
 @pytest.mark.parametrize(
@@ -122,3 +132,145 @@ def test_it_is_a_pure_function_and_bounded() -> None:
 def test_any_floats(counts: np.ndarray) -> None:
     """Any array of floats, NaN and infinities included, has a forecast."""
     check(predict_load(snapshot(counts)), counts.shape[1])
+
+
+def test_all_horizons_of_a_wave_are_seen() -> None:
+    """Ten ticks of a wave of 24 to come, each told about as well as the first."""
+    random = np.random.default_rng(11)
+    wave = 400 + 300 * np.sin(2 * np.pi * np.arange(520) / 24)
+    series = random.poisson(wave).astype(float)
+    told = [predict_load(snapshot(series[:end, None])).outlook.median[0] for end in range(480, 510, 5)]
+    came = [wave[end : end + HORIZONS] for end in range(480, 510, 5)]
+    assert np.abs(np.array(told) - np.array(came)).mean(axis=0).max() < 40
+
+
+def test_minutes_and_pairs_have_their_own_outlooks() -> None:
+    """Rates per second of each cadence; a pair is known by its class and group; its P90 lies above its mean."""
+    random = np.random.default_rng(2)
+    pairs = random.poisson(30, (200, 2)).astype(float)
+    slow = SlowHistory(60_000, 7, random.poisson(6_000, (300, 1)).astype(float), random.poisson(1_800, (300, 2)) * 1.0)
+    state = snapshot(random.poisson(100, (200, 1)).astype(float), pairs=((0, 5), (0, 9)), pair_counts=pairs, slow=slow)
+    forecast = predict_load(state)
+    check(forecast, 1)
+    assert forecast.pairs == ((0, 5), (0, 9))
+    assert forecast.pair_mean == pytest.approx([30, 30], rel=0.25)
+    assert forecast.slow is not None
+    assert forecast.slow.mean[0] == pytest.approx(np.full(HORIZONS, 100), rel=0.1)
+    assert forecast.slow_pairs is not None
+    assert forecast.slow_pairs.mean[:, -1] == pytest.approx([30, 30], rel=0.2)
+
+
+def test_a_tick_fits_few_series_and_all_have_their_turn() -> None:
+    """With a state, a tick fits one class at most (here two, of short histories), none twice before all had a turn."""
+    random = np.random.default_rng(4)
+    wave = 60 + 50 * np.sin(2 * np.pi * np.arange(260) / 12)
+    counts = random.poisson(wave[:, None] + np.arange(12)[None, :]).astype(float)
+    state, before, most = ForecastState(), 0, 0
+    for tick in range(200, 200 + REFIT_STEPS):
+        state = predict_load(snapshot(counts[:tick], tick=tick), state).state
+        fitted = int((state.classes.fitted >= 200).sum())
+        most, before = max(most, fitted - before), fitted
+    assert (most, before) == (2, 12)
+    assert state.classes.ridge.all()
+    assert len(set(state.classes.fitted.tolist())) == 6
+
+
+def test_series_come_and_go() -> None:
+    """What was learnt of a class stays with it when others come before it or go; a class that comes begins anew."""
+    random = np.random.default_rng(6)
+    counts = random.poisson(80 + 60 * np.sin(2 * np.pi * np.arange(300) / 16)[:, None], (300, 3)).astype(float)
+    first = predict_load(snapshot(counts[:, :1], tick=300))
+    nothing = np.zeros((3, 1))
+    names = (CLASSES[2], CLASSES[0], CLASSES[1])
+    state = HistorySnapshot(1000, names, ("a",), counts[:, [2, 0, 1]], nothing, nothing, (True,), (0,), 301)
+    second = predict_load(state, first.state).state.classes
+    assert np.array_equal(second.coefficients[1], first.state.classes.coefficients[0])
+    assert second.fitted[1] == 300
+    third = predict_load(snapshot(counts[:, :1], tick=302), predict_load(state, first.state).state).state.classes
+    assert np.array_equal(third.coefficients[0], first.state.classes.coefficients[0])
+
+
+def test_the_ridge_rests_while_it_is_worse_than_the_ewma() -> None:
+    """A wave that stops: after some steps of larger errors the EWMA answers, though nothing was fitted anew."""
+    random = np.random.default_rng(8)
+    wave = np.concatenate([500 + 400 * np.sin(2 * np.pi * np.arange(400) / 16), np.full(80, 500.0)])
+    series = random.poisson(wave).astype(float)
+    state, models = None, []
+    for end in range(400, 480):
+        forecast = predict_load(snapshot(series[:end, None], tick=end), state)
+        # As if its turn never came.
+        state = ForecastState(replace(forecast.state.classes, fitted=np.array([10**6])))
+        models.append(forecast.models[0])
+    assert models[0] == "ridge"
+    assert set(models[JUDGED_STEPS + 20 :]) == {"ewma"}
+
+
+def test_accuracy_is_what_it_was() -> None:
+    """Errors, coverage and bias of noise about a level: MASE near 1/sqrt(2), coverage near 90 %, no bias."""
+    random = np.random.default_rng(9)
+    series = random.poisson(100, 700).astype(float)
+    state = None
+    for end in range(300, 700):
+        state = predict_load(snapshot(series[:end, None], tick=end), state).state
+    assert state is not None
+    told = accuracy(state.classes)
+    assert told.mase[0] == pytest.approx(np.full(HORIZONS, 2**-0.5), rel=0.15)
+    assert told.coverage[0] == pytest.approx(np.full(HORIZONS, 0.9), abs=0.06)
+    assert np.abs(told.bias[0]).max() < 0.05
+    fresh = accuracy(predict_load(snapshot(series[:300, None])).state.classes)
+    assert np.isnan(fresh.mase).all()
+
+
+def test_a_known_event_is_seen_before_it_comes() -> None:
+    """A calendar says when the load triples, at no regular times: told ten ticks before; without it, it is not."""
+    random = np.random.default_rng(12)
+    event = np.zeros(900 + HORIZONS)
+    for begin in (60, 170, 330, 380, 505, 640, 790, 896):
+        event[begin : begin + 12] = 1.0
+    series = random.poisson(100 * (1 + 2 * event)).astype(float)
+    regressors = np.zeros((len(event), 4))
+    regressors[:, 0] = event
+    known = Known(regressors[:892], regressors[892 : 892 + HORIZONS])
+    with_it = predict_load(snapshot(series[:892, None], known=known)).outlook.median[0]
+    without = predict_load(snapshot(series[:892, None])).outlook.median[0]
+    assert with_it[:4] == pytest.approx(np.full(4, 100), rel=0.3)
+    assert with_it[4:].min() > 200
+    assert without.max() < 160
+
+
+def test_a_series_that_says_nothing_changes_little() -> None:
+    """Noise as an external series: the forecast is about what it is without."""
+    random = np.random.default_rng(13)
+    series = random.poisson(100 + 80 * np.sin(2 * np.pi * np.arange(500) / 20)).astype(float)
+    regressors = random.normal(0, 1e6, (500 + HORIZONS, 4))
+    known = Known(regressors[:500], regressors[500:])
+    with_it = predict_load(snapshot(series[:, None], known=known)).outlook.median[0]
+    without = predict_load(snapshot(series[:, None])).outlook.median[0]
+    assert with_it == pytest.approx(without, rel=0.15)
+
+
+@given(arrays(np.float64, st.integers(1, 300), elements=st.floats(0, 1e5)))
+@settings(deadline=None, max_examples=25)
+def test_levels_are_those_of_the_recursion(roots: np.ndarray) -> None:
+    """Levels by blocks, and the newest alone, are what the EWMA's definition gives."""
+    level, told = np.full(len(ALPHAS), roots[0]), []
+    for root in roots:
+        level = level + ALPHAS * (root - level)
+        told.append(level)
+    assert levels(roots) == pytest.approx(np.array(told), rel=1e-9, abs=1e-6)
+    assert last_levels(roots[:, None])[0] == pytest.approx(level, rel=1e-9, abs=1e-6)
+
+
+def test_periods_are_those_of_the_clock() -> None:
+    """A minute in seconds, a day in tens of minutes; none that is too short, or of which there are no three waves."""
+    assert period_steps(1000, 1000) == (60, 300, 0, 0, 0, 0)
+    assert period_steps(600_000, 2016) == (0, 0, 0, 0, 144, 0)
+    assert period_steps(7_000, 10**6) == (0, 0, 0, 0, 0, 86_400)
+    assert ROWS_MIN > HORIZONS
+
+
+def test_cleaned_counts_and_roots() -> None:
+    """Gaps take the value before, or after at the start."""
+    counts = np.array([[np.nan], [4.0], [np.nan], [-1.0], [np.inf]])
+    assert clean(counts)[:, 0].tolist() == [4, 4, 4, 0, 1e12]
+    assert roots_of(np.array([0.625]))[0] == pytest.approx(1.0)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balancer.history import CLASSES, WINDOW_REQUESTS, History
-from engine.protocol.requests import ClassCount, NodeStats
+from balancer.rings import PAIRS_MAX
+from engine.protocol.requests import PAIRS_TOLD, ClassCount, NodeStats
 
 SIGN, ENCRYPT = "sign/ed25519", "encrypt/aes-256-gcm"
 BOOT, REBOOT = b"a" * 16, b"b" * 16
@@ -179,3 +180,131 @@ def test_the_classes_are_the_algorithms_own() -> None:
     assert len(set(CLASSES)) == len(CLASSES)
     assert {SIGN, ENCRYPT, "generate/rsa-4096-pss-sha256"} <= set(CLASSES)
     assert "encrypt/ed25519" not in CLASSES
+
+
+def told(
+    counts: dict[tuple[str, int], int], *, boot: bytes = BOOT, hot: tuple[tuple[str, str, int], ...] = ()
+) -> NodeStats:
+    """A report of these (class, group) counters; a class counts the sum of its groups."""
+    names = sorted({name for name, _ in counts})
+    classes = [ClassCount(name, sum(n for (c, _), n in counts.items() if c == name), 0, 0) for name in names]
+    pairs = [(names.index(name), group, count) for (name, group), count in counts.items()]
+    keys = [(key, names.index(name), count) for key, name, count in hot]
+    return NodeStats(boot, 10**9, 0, classes, pairs, [], 1, 10_000 if hot else 0, keys)
+
+
+def pair_series(history: History) -> dict[tuple[str, int], list[float]]:
+    snapshot = history.snapshot()
+    return {
+        (snapshot.classes[index], group): snapshot.pair_counts[:, column].tolist()
+        for column, (index, group) in enumerate(snapshot.pairs)
+    }
+
+
+def test_pairs_are_counted_beside_their_class() -> None:
+    """Differences by class and group, summed over the nodes; a pair that is told for the first time had counted 0."""
+    history = make()
+    history.observe(0, {"a": told({(SIGN, 3): 10}), "b": told({(SIGN, 3): 1})})
+    history.observe(1, {"a": told({(SIGN, 3): 14, (ENCRYPT, 3): 2}), "b": told({(SIGN, 3): 2, (SIGN, 9): 5})})
+    assert pair_series(history) == {(SIGN, 3): [0, 5], (SIGN, 9): [0, 5], (ENCRYPT, 3): [0, 2]}
+    assert series(history) == [0, 10]
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [[(1, 3, 5)], [(0, 3, 5), (0, 3, 6)], [(0, 3, 500)], [(0, 70_000, 5)]],
+    ids=["class", "twice", "more", "group"],
+)
+def test_false_pairs_drop_the_report(pairs: list[tuple[int, int, int]]) -> None:
+    """A class that is not told, a pair twice, more than the class counted, a group of no cluster."""
+    history = make(("a",))
+    history.observe(0, {"a": told({(SIGN, 3): 4})})
+    false = NodeStats(BOOT, 10**9, 0, [ClassCount(SIGN, 10, 0, 0)], pairs, [], 1, 0, [])
+    assert history.observe(1, {"a": false}) == ("a",)
+
+
+def test_pairs_of_a_full_report_begin_when_they_are_told() -> None:
+    """Where not all pairs were told, nobody knows when one that comes was counted."""
+    history = make(("a",))
+    full = {(SIGN, group): 10 for group in range(PAIRS_TOLD)}
+    history.observe(0, {"a": told(full)})
+    history.observe(1, {"a": told(full | {(SIGN, 0): 12})})
+    later = {key: count for key, count in full.items() if key[1]} | {(SIGN, 5000): 700}
+    history.observe(2, {"a": told(later | {(SIGN, 1): 11})})
+    assert (SIGN, 5000) not in pair_series(history)
+    history.observe(3, {"a": told(later | {(SIGN, 5000): 703, (SIGN, 1): 11})})
+    assert pair_series(history)[SIGN, 5000] == [0, 0, 0, 3]
+
+
+def test_the_warmest_pairs_have_the_places() -> None:
+    """With more pairs than places the cold ones are in their class alone; one that gets hot takes a place at once."""
+    history = make(("a",), ticks=20)
+    counts = {(SIGN, group): 0 for group in range(PAIRS_MAX + 100)}
+    for tick in range(10):
+        history.observe(tick, {"a": told(counts)})
+        for group in range(PAIRS_MAX + 100):
+            counts[SIGN, group] += 2 if group < PAIRS_MAX - 1 else 1
+    assert len(history.snapshot().pairs) == PAIRS_MAX
+    counts[SIGN, PAIRS_MAX + 50] += 500
+    history.observe(10, {"a": told(counts)})
+    found = pair_series(history)
+    assert len(found) == PAIRS_MAX
+    assert found[SIGN, PAIRS_MAX + 50][-1] == 501
+    assert series(history)[-1] == sum(values[-1] for values in found.values()) + 101 - len(
+        [1 for _, group in found if group >= PAIRS_MAX - 1]
+    )
+
+
+def test_minutes_are_sums_of_ticks() -> None:
+    """A minute that was not seen from its beginning, or not at all, is unknown."""
+    history = make(("a",), ticks=400)
+    for tick in range(30, 400):
+        if not 240 <= tick < 300:
+            history.observe(tick, {"a": told({(SIGN, 1): 7 * tick})})
+    slow = history.snapshot().slow
+    assert slow is not None
+    assert (slow.step_ms, slow.step) == (60_000, 5)
+    assert slow.counts[:, 0].tolist()[2:5] == [420, 420, 420]
+    assert slow.counts[-1, 0] == 7 * 120  # of two minutes: when in them they came is not known
+    assert np.isnan(slow.counts[-2, 0])
+    assert slow.pair_counts[2:5, 0].tolist() == [420, 420, 420]
+    assert history.snapshot().slow is slow
+
+
+def test_hot_keys_add_up_over_the_nodes() -> None:
+    """Rates per second of the last window, of nodes that are up."""
+    history = make()
+    history.observe(
+        0,
+        {
+            "a": told({(SIGN, 3): 900}, hot=(("orders", SIGN, 600), ("tls", SIGN, 200))),
+            "b": told({(SIGN, 3): 500}, hot=(("orders", SIGN, 400),)),
+        },
+    )
+    hot = history.snapshot().hot
+    assert [(key.name, key.request_class, key.requests_per_s) for key in hot] == [
+        ("orders", SIGN, 100.0),
+        ("tls", SIGN, 20.0),
+    ]
+    history.observe(5, {"a": told({(SIGN, 3): 900})})
+    assert history.snapshot().hot == ()
+
+
+@given(
+    st.lists(
+        st.dictionaries(st.integers(0, 40), st.integers(1, 30), max_size=12),
+        max_size=25,
+    )
+)
+@settings(deadline=None, max_examples=40)
+def test_pairs_never_count_more_than_their_class(steps: list[dict[int, int]]) -> None:
+    """With room for all pairs, they add up to the class in every tick."""
+    history = make(("a",), ticks=50)
+    counts = {(SIGN, 0): 1}
+    for tick, step in enumerate(steps):
+        for group, more in step.items():
+            counts[SIGN, group] = counts.get((SIGN, group), 0) + more
+        history.observe(tick, {"a": told(counts)})
+    if steps:
+        snapshot = history.snapshot()
+        assert snapshot.pair_counts.sum(axis=1) == pytest.approx(snapshot.counts[:, 0])

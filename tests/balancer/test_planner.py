@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from structlog.testing import capture_logs
 
 from balancer.forecast import predict_load
 from balancer.groups import GroupPlaces
@@ -119,7 +120,9 @@ def test_plans_are_told(world: Any, planner: Planner) -> None:
     )
     assert planner.plan.placement is good
     broken = replace(state, up=(True,))
-    assert "Error" in told(planner, broken, forecast, world.cluster, places(world, state), (2, 3))
+    with capture_logs() as logged:
+        assert "Error" in told(planner, broken, forecast, world.cluster, places(world, state), (2, 3))
+    assert next(each["event"] for each in logged) == "no placement"
     assert planner.plan.placement is good
     assert told(planner, state, forecast, world.cluster, {}, (2, 3)) == "no warm placement group"
 

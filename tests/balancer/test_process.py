@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli_w
 import zmq
@@ -22,9 +23,12 @@ from ports import free_port
 
 from balancer import loop as loop_module
 from balancer.config import load_settings
+from balancer.forecast import Forecast, predict_load
+from balancer.history import CLASSES, Stored
 from balancer.loop import ControlLoop
 from balancer.optimizer import SolverError
 from balancer.publisher import Publisher
+from balancer.store import HistoryStore
 from engine.client.config import CurveIdentity, Identity, create_identity, load_cluster
 from engine.client.listener import Gate, Listener
 from engine.client.transport import Channel, ask, connect_options, raise_for_status
@@ -509,13 +513,18 @@ def test_a_second_balancer_on_the_same_data_does_not_start(site: Site) -> None:
 
 
 @contextmanager
-def control_loop(site: Site) -> Iterator[ControlLoop]:
+def control_loop(site: Site, **more: Any) -> Iterator[ControlLoop]:
     identity: Identity = site.who["balancer"]
     context: zmq.Context[Any] = zmq.Context()
     gate = Gate(context, site.cluster)
     publisher = Publisher(context, identity.transport, site.balancer.publish_endpoint)
     loop = ControlLoop(
-        context, identity, identity.transport, site.cluster, publisher, fencing_epoch=1, tick_ms=50, history_ticks=100
+        context,
+        identity,
+        identity.transport,
+        site.cluster,
+        publisher,
+        **{"fencing_epoch": 1, "tick_ms": 50, "history_ticks": 300} | more,
     )
     loop.start()
     try:
@@ -620,3 +629,77 @@ def test_errors_of_the_tree_travel() -> None:
     """The solver's error is one of the project's tree, with a code of it."""
     assert issubclass(SolverError, EngineError)
     assert SolverError.code == "error"
+
+
+# --- what an earlier process counted ---
+
+
+def keep_wave(path: Path, tick_ms: int, ticks: int) -> int:
+    """A history file as an earlier balancer leaves it: a wave of 20 ticks up to now; the last tick in it."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    last = int(time.time() * 1000) // tick_ms
+    steps = np.arange(last - ticks + 1, last + 1)
+    counts = np.zeros((ticks, len(CLASSES)))
+    counts[:, CLASSES.index(SIGN)] = np.round(100 + 80 * np.sin(2 * np.pi * steps / 20))
+    nothing = np.zeros((0, 0))
+    none = np.zeros(0, dtype=np.int64)
+    store = HistoryStore(path, tick_ms=tick_ms, ticks=ticks)
+    store.save(Stored(steps, counts, none, np.zeros((ticks, 0))), Stored(none, counts[:0], none, nothing))
+    store.close()
+    return last
+
+
+def test_a_restarted_loop_forecasts_with_a_ridge_on_its_first_tick(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first table of all comes from a forecast that was learnt before the restart."""
+    path = site.folder / "history.db"
+    keep_wave(path, 50, 300)
+    told: list[Forecast] = []
+
+    def noting(*arguments: Any) -> Forecast:
+        told.append(predict_load(*arguments))
+        return told[-1]
+
+    monkeypatch.setattr(loop_module, "predict_load", noting)
+    with control_loop(site, store=HistoryStore(path, tick_ms=50, ticks=300)) as loop:
+        standing = until(lambda: loop.standing.table and loop.standing)
+    assert (told[0].classes, told[0].models) == ((SIGN,), ("ridge",))
+    assert 10 < told[0].mean[0] * 0.05 < 200
+    assert standing.table.classes == [SIGN]
+
+
+def test_a_restarted_balancer_says_how_it_forecasts_and_goes_on_writing(site: Site) -> None:
+    """The process reads what was counted, tells of it in its status, and keeps what it counts itself."""
+    last = keep_wave(site.folder / "data" / "history.db", 100, 100)
+    with running(site) as process, connected(site, "alice") as channel:
+        told = until(lambda: (found := status(channel)).forecasts and found)
+        assert [(each.request_class, each.model) for each in told.forecasts] == [(SIGN, "ridge")]
+        node = CountingNode(site, "node-0")
+        try:
+            until(lambda: status(channel).ticks > told.ticks + 8)
+        finally:
+            node.close()
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+    kept = HistoryStore(site.folder / "data" / "history.db", tick_ms=100, ticks=100)
+    fast, _ = kept.load(int(time.time() * 10), 0)
+    assert fast.steps[-1] > last
+
+
+def test_a_damaged_history_keeps_no_balancer_from_starting(site: Site) -> None:
+    """It begins anew, says so once, and decides."""
+    (site.folder / "data").mkdir(mode=0o700)
+    (site.folder / "data" / "history.db").write_bytes(b"no database" * 1000)
+    with running(site), connected(site, "alice") as channel:
+        until(lambda: status(channel).ticks >= 2)
+        assert status(channel).last_error == ""
+    assert (site.folder / "balancer.log").read_text().count("history not read") == 1
+
+
+def test_a_series_that_is_out_is_told_and_stops_nothing(site: Site) -> None:
+    """A service that is not there is in the status; the loop ticks on."""
+    series = [{"name": "queue", "kind": "http", "url": f"http://127.0.0.1:{free_port()}/", "every_s": 0.1}]
+    with running(site, site.write_config(series=series)), connected(site, "alice") as channel:
+        told = until(lambda: (found := status(channel)).series and found)
+        assert told.series[0].startswith("queue: ConnectionRefusedError")
+        until(lambda: status(channel).ticks > told.ticks + 3)
+        assert status(channel).last_error == ""

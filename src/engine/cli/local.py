@@ -20,7 +20,7 @@ from engine.client.calls import MemberStatus
 from engine.client.client import connect
 from engine.client.local import LocalCluster
 from engine.errors import ClusterError
-from engine.protocol.requests import STAGES, NodeStatus, StageLatency
+from engine.protocol.requests import STAGES, BalancerStatus, NodeStatus, StageLatency
 
 __all__ = ["down", "status", "up"]
 
@@ -122,7 +122,9 @@ def down(settings: Settings, folder: Path) -> None:
 
 
 @click.command()
-@click.option("-v", "--verbose", is_flag=True, help="Show each node's caches and how quick its peers are too.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Show caches, how quick peers are, and how good the forecasts were."
+)
 @click.option("--latency", is_flag=True, help="Show how long requests took, and in which stages; all with -v.")
 @common_options(connects=True)
 @click.pass_context
@@ -214,6 +216,28 @@ def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
     ]
     click.echo()
     table(settings, ("NODE", "HOLDER", "RELEASES", "EXPECTED", "P95", "STATE"), peers, None)
+    _forecasts(settings, members)
+
+
+def _forecasts(settings: Settings, members: Sequence[MemberStatus]) -> None:
+    """How good each balancer's forecasts were of late, for the next tick and for the tenth."""
+    rows = [
+        (
+            member.name,
+            each.request_class,
+            each.model,
+            *(f"{value / 1000:.2f}" if each.error else "-" for value in (each.error, each.error_tenth)),
+            *(f"{value / 10:.0f} %" if each.error else "-" for value in (each.coverage, each.coverage_tenth)),
+            *(f"{value / 10:+.0f} %" if each.error else "-" for value in (each.bias, each.bias_tenth)),
+        )
+        for member in members
+        if isinstance(member.status, BalancerStatus)
+        for each in member.status.forecasts
+    ]
+    if rows:
+        click.echo()
+        head = ("BALANCER", "CLASS", "FORECAST BY", "MASE", "TENTH", "P90 HELD", "TENTH", "BIAS", "TENTH")
+        table(settings, head, rows, None)
 
 
 def _latencies(settings: Settings, members: Sequence[MemberStatus], verbose: bool) -> None:
@@ -272,7 +296,9 @@ def _state(member: MemberStatus) -> str:
 
 def _troubles(member: MemberStatus) -> list[str]:
     """What an operator must look at."""
-    if not isinstance(member.status, NodeStatus):
+    if isinstance(member.status, BalancerStatus):
+        return [f"the forecast goes without the series {each}" for each in member.status.series]
+    if member.status is None:
         return []
     unready = [f"serves nothing: the audit log can't be written: {member.status.audit}"] if member.status.audit else []
     health = member.status.health
