@@ -75,6 +75,11 @@ bench-datapath: ## measure warm and cold operations beside the bare token, a bar
 	@.ci/setup test,bench
 	@$(BIN)/python bench/datapath.py $(BENCH_ARGS)
 
+.PHONY: bench-balancer
+bench-balancer: ## measure forecast, programs, ticks and simulated routing beside their peers; build/bench/balancer.json
+	@.ci/setup test,bench
+	@$(BIN)/python bench/control_loop.py $(BENCH_ARGS)
+
 .PHONY: stages
 stages: ## say where the time of a warm AES-GCM goes, in client and node (BENCH_ARGS="--flame flame.svg --markdown")
 	@.ci/setup test,bench

@@ -1,7 +1,7 @@
 """The forecast beside its peers, on traces of real requests: rolling origins, the last 30 % of each series held back.
 
-Run with ``python bench/forecasting.py`` (``--quick`` for a smoke run; ``--part validation`` to choose between models,
-as the test part must not be used for that). The traces are those of ``bench/traces``, or of the folder that
+``bench/control_loop.py --only forecast`` runs it (with ``--validation`` to choose between models, as the test part must
+not be used for that). The traces are those of ``bench/traces``, or of the folder that
 ``KEYQUORUM_TRACES`` names. All models say the next ten steps at the same origins. Ours is ``predict_load`` itself, one
 call a step with the state of the call before, as the balancer makes them. The peers are statsforecast's, refitted every
 ``REFIT_ORIGINS`` steps and carried forward with their parameters in between. MASE is over the one-step naive error on
@@ -11,21 +11,19 @@ the part before the test. The best peer of a series is the one that was best on 
 from __future__ import annotations
 
 import csv
-import json
 import math
 import os
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import click
 import numpy as np
+from figures import Row
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from balancer.bank import Outlook
 from balancer.features import HORIZONS
@@ -36,7 +34,6 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 HERE: Final = Path(__file__).parent
-OUTPUT: Final = HERE.parent / "build" / "bench" / "forecasting.json"
 FINE_STEPS_S: Final = (1, 3, 10)
 """Steps to which counts by the second or so are added up; longer ones are judged as they are, and two together."""
 LONG_S: Final = 60
@@ -50,22 +47,6 @@ PEER_ROWS: Final = 2_000
 FINE_S: Final = 3
 DAY_S: Final = 86_400
 ALPHAS: Final = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure; a ``target`` is the most the ratio may be, or the value where there is no ratio."""
-
-    name: str
-    value: float
-    unit: str
-    peer: str = ""
-    peer_value: float | None = None
-    ratio: float | None = None
-    target: float | None = None
-    stretch: float | None = None
-    met: bool | None = None
-    stretch_met: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,40 +450,3 @@ def rows(quick: bool, *, part: str = "test", tell: Callable[[str], None] = click
     everything = load_series(Path(os.environ.get("KEYQUORUM_TRACES") or HERE / "traces"))
     judged = judge(everything, QUICK if quick else FULL, part, tell)
     return [*accuracy_rows(judged), training_row(everything), *tick_rows()]
-
-
-def show(told: Sequence[Row]) -> None:
-    """Print the table."""
-    table = Table(title="the forecast beside its peers (geometric means over the series)")
-    for column in ("what", "value", "peer", "ratio", "must", "stretch", ""):
-        table.add_column(column, justify="left" if column in ("what", "") else "right")
-    for row in told:
-        verdict = "" if row.met is None else "[green]met[/green]" if row.met else "[red]missed[/red]"
-        table.add_row(
-            row.name,
-            f"{row.value:,.4g} {row.unit}",
-            "-" if row.peer_value is None else f"{row.peer_value:,.4g} ({row.peer})",
-            "-" if row.ratio is None else f"{row.ratio:.4f}",
-            "-" if row.target is None else f"{row.target:g}",
-            "-" if row.stretch is None else f"{row.stretch:g}",
-            "[bold green]stretch[/bold green]" if row.stretch_met else verdict,
-        )
-    Console(width=190).print(table)
-
-
-@click.command()
-@click.option("--quick", is_flag=True, help="A smoke run: few origins, figures that mean little.")
-@click.option("--part", type=click.Choice(["test", "validation"]), default="test", help="The part that is judged.")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=OUTPUT, help="Where the rows go.")
-def main(quick: bool, part: str, output: Path) -> None:
-    """Measure the forecast beside its peers."""
-    begun = time.monotonic()
-    told = rows(quick, part=part, tell=lambda text: click.echo(f"[{time.monotonic() - begun:4.0f} s] {text}"))
-    show(told)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps([asdict(row) for row in told], indent=1) + "\n", encoding="utf-8")
-    click.echo(f"{len(told)} rows in {output}, {time.monotonic() - begun:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

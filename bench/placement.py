@@ -1,6 +1,6 @@
-"""Owns the figures of the balancer's two programs, of its tables and of a whole tick; ``make bench-balancer`` joins it.
+"""Owns the figures of the balancer's two programs, of its tables and of a whole tick.
 
-Run with ``python bench/placement.py`` (``--quick`` for a smoke run). The peer of a warm solve is the cold one of the
+``bench/control_loop.py --only programs`` runs it. The peer of a warm solve is the cold one of the
 same problem in the same run, and of building a program by arrays it is building it row by row. Times are medians; what
 was solved is checked. A tick is what the balancer does between its nodes' reports and what goes out: the reports are
 entered into the history, forecast, split, made a table, sealed.
@@ -8,21 +8,17 @@ entered into the history, forecast, split, made a table, sealed.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
-import click
 import highspy
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from figures import Row
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from balancer.forecast import ForecastState, predict_load
 from balancer.history import CLASSES, History
@@ -38,7 +34,6 @@ from engine.protocol.table import TABLE_MAX, RoutingTable, seal_table
 
 FloatArray = NDArray[np.float64]
 
-OUTPUT: Final = Path(__file__).parent.parent / "build" / "bench" / "placement.json"
 NODES: Final = 1000
 GROUPS: Final = 4096
 HOLDERS: Final = 3
@@ -50,22 +45,6 @@ SOLVER_S: Final = 60.0
 MOVED_PART: Final = 0.05
 CLASSES_OF_GROUP: Final = 3
 """In so many classes each group's keys are used."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure; a ``target`` is the most that ``value`` may be."""
-
-    name: str
-    value: float
-    unit: str
-    peer: str = ""
-    peer_value: float | None = None
-    ratio: float | None = None
-    target: float | None = None
-    stretch: float | None = None
-    met: bool | None = None
-    stretch_met: bool | None = None
 
 
 def row(
@@ -430,37 +409,3 @@ def rows(quick: bool) -> list[Row]:
         *tick_rows(1000, 4096, 6 if quick else 30, 400.0, 200.0),
         *table_rows(),
     ]
-
-
-def show(told: list[Row]) -> None:
-    """Print the table."""
-    table = Table(title="the balancer's programs, tables and ticks")
-    for column in ("what", "value", "peer", "ratio", "must", "stretch", ""):
-        table.add_column(column, justify="left" if column in ("what", "") else "right")
-    for each in told:
-        verdict = "" if each.met is None else "[green]met[/green]" if each.met else "[red]missed[/red]"
-        table.add_row(
-            each.name,
-            f"{each.value:,.4g} {each.unit}",
-            "-" if each.peer_value is None else f"{each.peer_value:,.4g} ({each.peer})",
-            "-" if each.ratio is None else f"{each.ratio:.3f}",
-            "-" if each.target is None else f"{each.target:g}",
-            "-" if each.stretch is None else f"{each.stretch:g}",
-            "[bold green]stretch[/bold green]" if each.stretch_met else verdict,
-        )
-    Console(width=190).print(table)
-
-
-@click.command()
-@click.option("--quick", is_flag=True, help="A smoke run: few repeats.")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=OUTPUT, help="Where the rows go.")
-def main(quick: bool, output: Path) -> None:
-    """Measure, print and write."""
-    told = rows(quick)
-    show(told)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps([asdict(each) for each in told], indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,33 +2,27 @@
 
 Every policy of a scenario and a seed gets the same requests at the same times (common random numbers), and the same
 seed gives the same figures, byte for byte. Constants of the router were chosen on the first 70 % of the trace
-(``--part validation``); the figures are of the rest. The exit code is 0 whatever they say.
-
-``--play NAME`` prints one scenario, policy by policy. Without it all rows go to ``build/bench/simulator.json``.
+(``--validation``); the figures are of the rest. ``bench/control_loop.py`` runs it.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Final
 
 import click
 from balancing.arrivals import Arrivals, cluster_of, draw
 from balancing.control import Loop
 from balancing.events import Outcome, Simulation
-from balancing.plays import PLAYS, death, flush, hour, shift, steady
+from balancing.plays import death, flush, hour, shift, steady
 from balancing.policies import POLICIES
-from balancing.report import Row, Target, mean_ms, p99_ms, recovered_s, row
+from balancing.report import Target, mean_ms, p99_ms, recovered_s, row
 from balancing.scenarios import Scenario
-from rich.console import Console
-from rich.table import Table
+from figures import Row
 
-OUTPUT: Final = Path(__file__).parents[1] / "build" / "bench" / "simulator.json"
 OWN: Final = "own"
 PERFECT: Final = "least completion, perfect"
 TWO_OWN: Final = "two choices, own"
@@ -74,14 +68,14 @@ def rows(quick: bool, *, part: str = "test", tell: Teller = click.echo) -> list[
     scale = QUICK if quick else FULL
     seeds = range(FIRST_SEED, FIRST_SEED + scale.seeds)
     on = {"validation": part == "validation"}
-    told: list[Row] = []
+    result: list[Row] = []
     for layout in ("rel", "comp"):
-        told += _steady_rows(replace(steady(layout, scale.steady_s), **on), seeds, tell)
-    told += _shift_rows(replace(shift(scale.shift_s), **on), seeds, tell)
-    told += _death_rows(replace(death(scale.death_s), **on), seeds, tell)
-    told += _flush_rows(replace(flush(scale.steady_s), **on), seeds, tell)
-    told += _hour_rows(replace(hour(scale.hour_s), **on), tell)
-    return told
+        result += _steady_rows(replace(steady(layout, scale.steady_s), **on), seeds, tell)
+    result += _shift_rows(replace(shift(scale.shift_s), **on), seeds, tell)
+    result += _death_rows(replace(death(scale.death_s), **on), seeds, tell)
+    result += _flush_rows(replace(flush(scale.steady_s), **on), seeds, tell)
+    result += _hour_rows(replace(hour(scale.hour_s), **on), tell)
+    return result
 
 
 def _steady_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
@@ -91,7 +85,7 @@ def _steady_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list
         for name in POLICIES:
             outcome = stage.play(name)
             found[name].append(outcome)
-            tell(f"{scenario.name}, seed {seed}, {name}: {_told(outcome)}")
+            tell(f"{scenario.name}, seed {seed}, {name}: {told(outcome)}")
     mean = {name: [mean_ms(each) for each in outcomes] for name, outcomes in found.items()}
     p99 = {name: [p99_ms(each) for each in outcomes] for name, outcomes in found.items()}
     unstable = {name: sum(not each.stable for each in outcomes) for name, outcomes in found.items()}
@@ -150,7 +144,7 @@ def _death_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[
             outcome = stage.play(name)
             settled = at_s + 2.0, float(scenario.seconds)
             into.append(recovered_s(outcome, at_s, 2.0, settled))
-            tell(f"{scenario.name}, seed {seed}, {name}: p99 as settled after {into[-1]:.1f} s; {_told(outcome)}")
+            tell(f"{scenario.name}, seed {seed}, {name}: p99 as settled after {into[-1]:.1f} s; {told(outcome)}")
     must = Target(scenario.detection_s + 0.25)
     return [
         row(f"{scenario.name}: until p99 is settled", taken, "s", target=must),
@@ -180,7 +174,7 @@ def _hour_rows(scenario: Scenario, tell: Teller) -> list[Row]:
         begun = time.process_time()
         found[name] = stage.play(name)
         seconds[name] = time.process_time() - begun
-        tell(f"{scenario.name}, {name}: {_told(found[name])}, {seconds[name]:.0f} s of CPU")
+        tell(f"{scenario.name}, {name}: {told(found[name])}, {seconds[name]:.0f} s of CPU")
     own, perfect = [mean_ms(found[OWN])], [mean_ms(found[PERFECT])]
     return [
         row(f"{scenario.name}: mean / perfect knowledge", own, "ms", PERFECT, perfect, Target(1.10, 1.05)),
@@ -188,55 +182,8 @@ def _hour_rows(scenario: Scenario, tell: Teller) -> list[Row]:
     ]
 
 
-def _told(outcome: Outcome) -> str:
+def told(outcome: Outcome) -> str:
+    """An outcome in one line."""
     lost = int(sum(map(math.isnan, outcome.latency_s)))
     text = f"mean {mean_ms(outcome):.3f} ms, p99 {p99_ms(outcome):.2f} ms"
     return text + ("" if outcome.stable else ", unstable") + (f", {lost} without an answer" if lost else "")
-
-
-def show(told: Sequence[Row]) -> None:
-    """Print the table."""
-    table = Table(title="routing in simulated time (medians over the seeds)")
-    for column in ("what", "value", "peer", "ratio", "must", "stretch", ""):
-        table.add_column(column, justify="left" if column in ("what", "") else "right")
-    for each in told:
-        verdict = "" if each.met is None else "met" if each.met else "missed"
-        table.add_row(
-            each.name,
-            f"{each.value:,.4g} {each.unit}",
-            "-" if each.peer_value is None else f"{each.peer_value:,.4g} ({each.peer})",
-            "-" if each.ratio is None else f"{each.ratio:.4f}",
-            "-" if each.target is None else f"{each.target:g}",
-            "-" if each.stretch is None else f"{each.stretch:g}",
-            "stretch" if each.stretch_met else verdict,
-        )
-    Console(width=170).print(table)
-
-
-def _play(name: str, seed: int, validation: bool) -> None:
-    stage = Stage(replace(PLAYS[name](), validation=validation), seed)
-    for policy in POLICIES:
-        click.echo(f"{policy:30} {_told(stage.play(policy))}")
-
-
-@click.command()
-@click.option("--quick", is_flag=True, help="A smoke run: one seed, few seconds, figures that mean little.")
-@click.option("--part", type=click.Choice(["test", "validation"]), default="test", help="The part of the trace.")
-@click.option("--play", type=click.Choice(sorted(PLAYS)), help="One scenario, every policy.")
-@click.option("--seed", type=int, default=FIRST_SEED, help="The seed for --play.")
-@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), default=OUTPUT, help="Where the rows go.")
-def main(quick: bool, part: str, play: str | None, seed: int, output: Path) -> None:
-    """Simulate the balancer beside its rivals."""
-    begun = time.monotonic()
-    if play:
-        _play(play, seed, part == "validation")
-        return
-    told = rows(quick, part=part, tell=lambda text: click.echo(f"[{time.monotonic() - begun:4.0f} s] {text}"))
-    show(told)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps([asdict(each) for each in told], indent=1) + "\n", encoding="utf-8")
-    click.echo(f"{len(told)} rows in {output}, {time.monotonic() - begun:.0f} s")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from figures import Row
 
 from balancing.events import Outcome
 
-__all__ = ["Row", "Target", "mean_ms", "p99_ms", "recovered_s", "row"]
+__all__ = ["Target", "mean_ms", "p99_ms", "recovered_s", "row"]
 
 BIN_S = 0.1
 SETTLED = 1.5
@@ -22,22 +23,6 @@ class Target:
 
     must: float
     stretch: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure; a ``target`` is the most the ratio may be, or the value where there is no ratio."""
-
-    name: str
-    value: float
-    unit: str
-    peer: str = ""
-    peer_value: float | None = None
-    ratio: float | None = None
-    target: float | None = None
-    stretch: float | None = None
-    met: bool | None = None
-    stretch_met: bool | None = None
 
 
 def row(
