@@ -31,7 +31,16 @@ from numpy.typing import NDArray
 from balancer.features import HORIZONS, REGRESSORS_MAX, Known
 from engine.errors import ConfigError
 
-__all__ = ["ExternalSeries", "SeriesError", "SeriesTable", "Source", "check_series", "read_events", "read_values"]
+__all__ = [
+    "ExternalSeries",
+    "SeriesError",
+    "SeriesTable",
+    "Source",
+    "check_series",
+    "read_events",
+    "read_reply",
+    "read_values",
+]
 
 FloatArray = NDArray[np.float64]
 
@@ -384,5 +393,10 @@ def _ask(table: SeriesTable) -> float:
         connection.close()
     if len(body) > REPLY_MAX:
         raise SeriesError(f"more than {REPLY_MAX} bytes")
+    return read_reply(body, table.field)
+
+
+def read_reply(body: bytes, field: str) -> float:
+    """The number in a service's JSON, or in this field of it; ``ValueError`` or ``SeriesError`` if there is none."""
     told: Any = json.loads(body)
-    return _number(told.get(table.field) if isinstance(told, dict) else told)
+    return _number(told.get(field) if isinstance(told, dict) else told)

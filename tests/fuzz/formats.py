@@ -24,6 +24,7 @@ from unittest import mock
 
 import cryptography.exceptions
 import msgpack
+import numpy as np
 import tomli_w
 import zmq.utils.z85
 from cryptography.hazmat.primitives import serialization
@@ -40,6 +41,7 @@ import engine.client.files as files
 from balancer.config import BalancerConfig
 from balancer.history import History
 from balancer.registry import SqliteRegistry, _Row
+from balancer.series import SeriesError, read_events, read_reply, read_values
 from engine import failpoints
 from engine.cli.audit import _json_line
 from engine.cli.audit import _text as _text_line
@@ -949,6 +951,38 @@ def _stats_samples() -> list[bytes]:
     return [*made, *samples(kind_of(codec), codec.limit, "stats")[:3]]
 
 
+# --- external series of a balancer ---
+
+
+def _take_reply(data: bytes) -> str:
+    value = read_reply(data, "length")
+    require(abs(value) <= 1e12, "a number beyond the bound")
+    return "a number"
+
+
+def _take_events(suffix: str) -> Callable[[bytes], str]:
+    def take(data: bytes) -> str:
+        points = read_events(data.decode(), suffix, 1_800_000_000.0)
+        require(bool((points.times[1:] >= points.times[:-1]).all()), "times out of order")
+        require(bool(np.isfinite(points.values).all()), "a value that is none")
+        return f"{len(points.times)} changes"
+
+    return take
+
+
+def _take_values(data: bytes) -> str:
+    points = read_values(data.decode())
+    require(bool((np.abs(points.values) <= 1e12).all()), "a number beyond the bound")
+    return f"{len(points.times)} values"
+
+
+_EVENTS: Final = {
+    ".toml": b"[[event]]\nstart = 2027-01-15T08:00:00Z\nend = 2027-01-15T09:00:00Z\nvalue = 2\nevery_s = 86400\n",
+    ".csv": b"start,end,value,every_s\n1800000000,1800003600,2,86400\n2027-01-15,2027-01-16\n",
+    ".ics": b"BEGIN:VEVENT\r\nDTSTART:20270115T080000Z\r\nDTEND:20270115T090000Z\r\nEND:VEVENT\r\n",
+}
+
+
 # --- a real token ---
 
 
@@ -1366,6 +1400,35 @@ def format_targets() -> list[Target]:
         (ProtocolError,),
         0.3,
         "balancer.history.History.observe",
+    )
+    refusals = (SeriesError, ValueError, RecursionError)  # what Source.look takes for a source that is out
+    target(
+        "series/reply",
+        lambda: [b"17.5", b'{"length": 3, "other": [1, null]}'],
+        _take_reply,
+        change_text,
+        refusals,
+        0.3,
+        "balancer.series.read_reply",
+    )
+    for suffix, sample in _EVENTS.items():
+        target(
+            f"series/events{suffix}",
+            lambda sample=sample: [sample],
+            _take_events(suffix),
+            change_text,
+            refusals,
+            0.3,
+            "balancer.series._toml_events",
+        )
+    target(
+        "series/values",
+        lambda: [b"time,value\n1800000000,5\n2027-01-15T08:00:00Z,7.25\n"],
+        _take_values,
+        change_text,
+        refusals,
+        0.3,
+        "balancer.series.read_values",
     )
     target(
         "token/ciphertext",
