@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
 
 import engine
+import engine.aio
 from engine import Engine, LocalCluster, PolicyRule
 from engine.client.config import load_identity
 from engine.client.membership import Servers
@@ -21,6 +25,7 @@ from engine.client.spreading import push, serial_at
 from engine.client.transport import Channel, Greeting, connect_options
 from engine.errors import AccessDenied, EngineError, ManifestError
 from engine.protocol.manifest import issue_cluster_manifest
+from engine.protocol.routing import SNAPSHOT_MAX_AGE_S, NodeState
 
 EVERYTHING = [PolicyRule("*", "*", ["*"])]
 WAIT_S = 20.0
@@ -254,3 +259,71 @@ def test_a_node_that_is_taken_out_serves_no_more(tmp_path: Path) -> None:
         told = [each.name for each in kq.status() if each.role == "node"]
         assert told == ["node1", "node3", "node4"]
         assert wait_for(lambda: "removed from the cluster" in local.log_file("node2").read_text())
+
+
+# --- what nodes publish ---
+
+
+def state_of(kq: Any, node: str) -> NodeState:
+    """What a client's router knows of a node."""
+    state: NodeState = kq._calls.router._nodes[node]
+    return state
+
+
+def is_heard(kq: Any, node: str) -> bool:
+    return time.monotonic() - state_of(kq, node).seen_s <= SNAPSHOT_MAX_AGE_S
+
+
+def test_a_client_hears_of_nodes_that_it_never_asked(local: LocalCluster) -> None:
+    """Both kinds of client, by what the nodes publish."""
+    with engine.connect(local.client_config) as client:
+        assert wait_for(lambda: all(is_heard(client, name) for name in local.nodes))
+        assert client.table_stats.refused == 0
+
+    async def main() -> bool:
+        async with engine.aio.connect(local.client_config) as client:
+            return await asyncio.to_thread(
+                lambda: wait_for(lambda: all(is_heard(client, name) for name in local.nodes))
+            )
+
+    assert asyncio.run(main())
+
+
+def test_the_queue_of_a_busy_node_reaches_a_client_that_asks_nobody(local: LocalCluster, kq: Engine) -> None:
+    """One client has nodes sign with RSA many at a time; another one's router sees them wait there."""
+    kq.create_key("slow", "rsa-2048-pss-sha256", threshold=3, shares=5)
+    with engine.connect(local.client_config) as other:
+        seen: set[int] = set()
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(0.005):
+                seen.update(state_of(other, name).queue for name in local.nodes)
+
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        try:
+            assert wait_for(lambda: bool(kq.sign_many("slow", [b"m"] * 100)) and max(seen, default=0) > 0)
+        finally:
+            done.set()
+            watcher.join()
+
+
+def test_a_stopped_node_is_heard_no_more_until_it_goes_on(local: LocalCluster) -> None:
+    """What was heard of it grows old, and the router forgets it by itself."""
+    with engine.connect(local.client_config) as client:
+        state = state_of(client, "node2")
+        assert wait_for(lambda: is_heard(client, "node2"))
+        parent = local.running()["node2"]
+        pids = [parent, *map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            assert wait_for(lambda: not is_heard(client, "node2"))
+            before = state.seen_s
+            time.sleep(0.3)
+            assert state.seen_s == before
+        finally:
+            for pid in reversed(pids):  # the supervisor last: it ends a child that does not move
+                os.kill(pid, signal.SIGCONT)
+        assert wait_for(lambda: is_heard(client, "node2"))

@@ -1,12 +1,9 @@
-"""Snapshots that nodes publish: which a client believes and what it does with them; sockets; real processes."""
+"""Snapshots that nodes publish: which a client believes and what it does with them; the sockets."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import signal
 import socket as sockets
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,8 +20,6 @@ from hypothesis import strategies as st
 from ports import free_port
 from zmq.utils.monitor import parse_monitor_message
 
-import engine
-import engine.aio
 from engine.client import follower as following
 from engine.client import publications
 from engine.client.config import CurveIdentity, create_identity
@@ -380,74 +375,3 @@ def test_of_many_nodes_some_are_followed(world: World, monkeypatch: Any) -> None
     time.sleep(0.05)
     assert not made._subscriptions
     made.end(PATIENCE_S)
-
-
-# --- real processes ---
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[engine.LocalCluster]:
-    with engine.LocalCluster(nodes=3, threshold=2, path=tmp_path_factory.mktemp("local") / "kq") as made:
-        yield made
-
-
-def router_of(kq: Any) -> Router:
-    made: Router = kq._calls.router
-    return made
-
-
-def test_a_client_hears_of_nodes_that_it_never_asked(local: engine.LocalCluster) -> None:
-    def heard(kq: Any) -> bool:
-        now = time.monotonic()
-        return all(now - router_of(kq)._nodes[name].seen_s <= SNAPSHOT_MAX_AGE_S for name in local.nodes)
-
-    with engine.connect(local.client_config) as kq:
-        until(lambda: heard(kq))
-        assert kq.table_stats.refused == 0
-
-    async def main() -> None:
-        async with engine.aio.connect(local.client_config) as kq:
-            await asyncio.to_thread(until, lambda: heard(kq))
-
-    asyncio.run(main())
-
-
-def test_the_queue_of_a_busy_node_reaches_a_client_that_asks_another(local: engine.LocalCluster) -> None:
-    """One client has nodes sign with RSA many times at once; another one's router sees that."""
-    with engine.connect(local.client_config) as asking, engine.connect(local.client_config) as other:
-        asking.create_key("slow", "rsa-2048-pss-sha256", threshold=2, shares=3)
-        seen: set[int] = set()
-        done = threading.Event()
-
-        def look() -> None:
-            while not done.wait(0.005):
-                seen.update(router_of(other)._nodes[name].queue for name in local.nodes)
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
-        try:
-            until(lambda: asking.sign_many("slow", [b"m"] * 100) and max(seen, default=0) > 0)
-        finally:
-            done.set()
-            watcher.join()
-        assert not any(router_of(other)._nodes[name].outstanding for name in local.nodes)
-
-
-def test_a_stopped_node_is_not_heard_any_more(local: engine.LocalCluster) -> None:
-    with engine.connect(local.client_config) as kq:
-        state = router_of(kq)._nodes["node2"]
-        until(lambda: time.monotonic() - state.seen_s < SNAPSHOT_MAX_AGE_S)
-        parent = local.running()["node2"]
-        pids = [parent, *map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())]
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            until(lambda: time.monotonic() - state.seen_s > SNAPSHOT_MAX_AGE_S)
-            before = state.seen_s
-            time.sleep(0.3)
-            assert state.seen_s == before
-        finally:
-            for pid in reversed(pids):  # the supervisor last: it ends a child that does not move
-                os.kill(pid, signal.SIGCONT)
-        until(lambda: time.monotonic() - state.seen_s < SNAPSHOT_MAX_AGE_S)
-        assert kq.table_stats.refused == 0

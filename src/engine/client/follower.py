@@ -163,18 +163,16 @@ class Follower(FollowsCluster):
         random.shuffle(missing)
         for member in missing:
             if member.role == "balancer":
-                self._subscribe(member)
+                self._subscribe(member, None)
             elif room > 0:
                 room -= 1
-                self._subscribe(member)
+                self._subscribe(member, Newest())
 
-    def _subscribe(self, member: Member) -> None:
+    def _subscribe(self, member: Member, newest: Newest | None) -> None:
         socket: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
-        self._subscriptions[socket] = _Subscription(
-            member, time.monotonic(), None if member.role == "balancer" else Newest()
-        )
+        self._subscriptions[socket] = _Subscription(member, time.monotonic(), newest)
         connect_options(socket, self._own.current, member)
-        if member.role == "balancer":
+        if newest is None:
             socket.rcvhwm = TABLE_QUEUE
             socket.maxmsgsize = MAX_ENVELOPE + 64
             # A balancer that vanished without a word is noticed, and dialled again.
@@ -189,19 +187,16 @@ class Follower(FollowsCluster):
         socket.connect(member.publish_endpoint)
         self._poller.register(socket, zmq.POLLIN)
 
-    def _leave(self, socket: zmq.Socket[bytes]) -> _Subscription:
-        with suppress(KeyError):
-            self._poller.unregister(socket)
+    def _leave(self, socket: zmq.Socket[bytes]) -> None:
+        del self._subscriptions[socket]
+        self._poller.unregister(socket)
         socket.close(0)
-        return self._subscriptions.pop(socket)
 
     def _renew_quiet(self, now: float) -> None:
         for socket, each in list(self._subscriptions.items()):
             if now - each.heard_s > (QUIET_MAX_S if each.newest is None else QUIET_NODE_S):
-                newest = self._leave(socket).newest
-                self._subscribe(each.member)
-                if newest is not None:  # what was heard before stays old
-                    next(reversed(self._subscriptions.values())).newest = newest
+                self._leave(socket)
+                self._subscribe(each.member, each.newest)  # what was heard before stays old
 
     def _take(self) -> tuple[int, int]:
         """Wait for publications; how many tables and snapshots came."""
