@@ -55,7 +55,8 @@ def placement_problem(
     nodes = len(up)
     rest = np.maximum(whole - load.sum(axis=0), 0.0) @ service * 1e-6 / max(1, int(up.sum()))
     threshold, shares = shape
-    today = np.array([places[group] for group in groups], dtype=np.int32)
+    width = max(len(places[group]) for group in groups)
+    today = np.array([[*places[group], *[-1] * (width - len(places[group]))] for group in groups], dtype=np.int32)
     thresholds = np.full(len(groups), threshold, dtype=np.int32)
     paths = [location.path for location in cluster.locations]
     depth = max(len(path) for path in paths)

@@ -62,6 +62,16 @@ class Plan:
     ) -> Plan: ...
 
 @final
+class Aside:
+    """A use that a worker makes (it calls this), and that the loop answers (it calls ``done``)."""
+
+    def __call__(self, state: Any) -> Any:
+        """The result, on the worker's thread."""
+
+    def done(self, answer: Any, error: Exception | None) -> None:
+        """Answer and count it, on the loop's thread."""
+
+@final
 class FastPath:
     """The receiving end of a router, for the thread that owns it."""
 

@@ -1,24 +1,25 @@
 """The balancer of a simulation: the project's history, forecast, programs and table, no model of them.
 
 The nodes' counters come to it as their statistics do, once a tick. Moves of placement groups are planned each tick too:
-by the forecast (``"predictive"``), by what was counted last (``"reactive"``), or never.
+by the forecast (``"predictive"``), by what was counted last (``"reactive"``), or never. Problem and program are those
+of ``balancer.planner``, but for its period of 30 s, which is too long for a load that shifts within seconds.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from balancer.features import HORIZONS
+from balancer.bank import Outlook
 from balancer.forecast import Forecast, ForecastState, predict_load
 from balancer.history import History, HistorySnapshot
 from balancer.optimizer import PlacementSolver, RoutingSolver, optimize_assignment, optimize_placement
-from balancer.placement import PlacementProblem, holders_wanted
-from balancer.plan import TableStamp, assignment_problem, generate_routing_table, service_times
+from balancer.placement import holders_wanted
+from balancer.plan import TableStamp, assignment_problem, generate_routing_table
+from balancer.planner import placement_problem
 from balancing.events import Node, Simulation
 from engine.protocol.requests import PAIRS_TOLD, ClassCount, NodeStats
 from engine.protocol.table import RoutingTable
@@ -31,8 +32,6 @@ WARM_UP_TICKS = 30
 """Ticks before the start in which the forecasts are fitted, few at a time as ever."""
 COUNTED = 2
 """Ticks that reactive moves go by: one alone is noisy, more are late."""
-BUDGET = 8
-"""New holders in one plan."""
 
 
 class Loop:
@@ -51,14 +50,10 @@ class Loop:
         self._base = np.zeros((len(self._classes), len(self._names)), dtype=np.int64)
         self._busy = np.zeros_like(self._base)
         self._base_pairs: list[dict[tuple[int, int], int]] = [{} for _ in self._names]
-        self._ahead = min(math.ceil(scenario.move_s / scenario.tick_s) + 1, HORIZONS - 1)
         self._state: ForecastState | None = None
         self._routing, self._placement = RoutingSolver(), PlacementSolver()
-        self._holders = list(simulation.holders)
+        self._holders = dict(enumerate(simulation.holders))
         self._moving: dict[int, float] = {}
-        self._zone = {name: number for number, name in enumerate(scenario.site.zones)}
-        clients = np.array(simulation.delay_s)
-        self._network_us = 2e6 * clients.mean(axis=0)
         self._learn(simulation)
 
     def _learn(self, simulation: Simulation) -> None:
@@ -126,59 +121,47 @@ class Loop:
 
     def _move(self, simulation: Simulation, snapshot: HistorySnapshot, forecast: Forecast) -> None:
         """Plan from where the groups are when today's moves are over, and order what is new; one move a group."""
-        now_s = simulation.now_s
+        now_s, site = simulation.now_s, simulation.scenario.site
         self._moving = {group: end for group, end in self._moving.items() if end > now_s}
-        site = simulation.scenario.site
-        load = self._load(snapshot, forecast, site.groups)
-        width = max(len(row) for row in self._holders)
-        today = np.array([[*row, *[-1] * (width - len(row))] for row in self._holders], dtype=np.int32)
-        up = np.array(snapshot.up, dtype=bool)
-        domain = np.array([self._zone[node.zone] for node in site.nodes], dtype=np.int32)
-        threshold = np.full(site.groups, site.threshold, dtype=np.int32)
-        shares = np.full(site.groups, site.shares, dtype=np.int32)
-        service_us = service_times(snapshot)
-        wanted = holders_wanted(load, service_us, self._capacity, up, domain, threshold, shares, today)
-        plan = optimize_placement(
-            PlacementProblem(
-                load=load,
-                service_us=service_us,
-                capacity=self._capacity,
-                background=np.zeros(len(self._names)),
-                network_us=self._network_us,
-                price=np.zeros(len(self._names)),
-                up=up,
-                domain=domain,
-                near=(),
-                threshold=threshold,
-                wanted=wanted,
-                today=today,
-                budget=BUDGET,
-            ),
-            solver=self._placement,
+        known = forecast if self._moves == "predictive" else _as_counted(snapshot, forecast)
+        shape = site.threshold, site.shares
+        asked = placement_problem(snapshot, known, simulation.cluster, self._holders, shape)
+        if asked is None:
+            return
+        problem, groups = asked
+        shares = np.full(len(groups), site.shares, dtype=np.int32)
+        wanted = holders_wanted(
+            problem.load,
+            problem.service_us,
+            self._capacity,
+            problem.up,
+            problem.domain,
+            problem.threshold,
+            shares,
+            problem.today,
         )
-        for group in sorted({step.group for step in plan.steps} - set(self._moving)):
-            self._holders[group] = plan.holders[group]
-            self._moving[group] = now_s + simulation.scenario.move_s
-            simulation.move(group, plan.holders[group])
+        # A planner takes every node for one lane.
+        problem = replace(problem, capacity=self._capacity, wanted=wanted)
+        plan = optimize_placement(problem, solver=self._placement)
+        for row in sorted({step.group for step in plan.steps}):
+            group = groups[row]
+            if group not in self._moving:
+                self._holders[group] = plan.holders[row]
+                self._moving[group] = now_s + simulation.scenario.move_s
+                simulation.move(group, plan.holders[row])
 
-    def _load(self, snapshot: HistorySnapshot, forecast: Forecast, groups: int) -> NDArray[np.float64]:
-        """Requests per second by group and class: of the pairs that are told, and of the others evenly.
 
-        Predicted is the tick after the one in which a move that is ordered now will be over.
-        """
-        per_s = 1000 / self._tick_ms
-        if self._moves == "predictive":
-            pairs = forecast.pair_outlook.mean[:, self._ahead]
-            total = forecast.outlook.mean[:, self._ahead]
-        else:
-            pairs = snapshot.pair_counts[-COUNTED:].mean(axis=0) * per_s
-            total = snapshot.counts[-COUNTED:].mean(axis=0) * per_s
-        load = np.zeros((groups, len(snapshot.classes)))
-        told = np.zeros(len(snapshot.classes))
-        known = np.zeros(load.shape, dtype=bool)
-        for (kind, group), rate in zip(snapshot.pairs, pairs, strict=True):
-            load[group, kind] = rate
-            told[kind] += rate
-            known[group, kind] = True
-        rest = np.maximum(total - told, 0.0) / np.maximum((~known).sum(axis=0), 1)
-        return np.where(known, load, rest[None, :])
+def _as_counted(snapshot: HistorySnapshot, forecast: Forecast) -> Forecast:
+    """What was counted last, in the place of what is to come."""
+
+    def lately(outlook: Outlook, counts: NDArray[np.float64]) -> Outlook:
+        rates = counts[-COUNTED:].mean(axis=0) * 1000 / snapshot.tick_ms
+        return replace(outlook, p90=np.repeat(rates[:, None], outlook.p90.shape[1], axis=1))
+
+    return replace(
+        forecast,
+        outlook=lately(forecast.outlook, snapshot.counts),
+        pair_outlook=lately(forecast.pair_outlook, snapshot.pair_counts),
+        slow=None,
+        slow_pairs=None,
+    )
