@@ -675,7 +675,9 @@ def test_a_restarted_balancer_says_how_it_forecasts_and_goes_on_writing(site: Si
         assert [(each.request_class, each.model) for each in told.forecasts] == [(SIGN, "ridge")]
         node = CountingNode(site, "node-0")
         try:
-            until(lambda: status(channel).ticks > told.ticks + 8)
+            until(lambda: "node answers" in (site.folder / "balancer.log").read_text())
+            told = status(channel)
+            until(lambda: status(channel).ticks > told.ticks + 1)
         finally:
             node.close()
         process.terminate()
