@@ -43,8 +43,6 @@ class Catalogue:
         self._lock = threading.Lock()
         self._by_id: dict[bytes, Entry] = {}
         self._by_name: dict[str, Entry] = {}
-        self.by_name = self._by_name.get
-        """The live key of that name, or None; each request asks."""
         self._next: dict[bytes, Entry] = {}
         self._pending: dict[str, set[bytes]] = {}
         self._watchers: list[Callable[[Entry], None]] = []
@@ -102,6 +100,10 @@ class Catalogue:
         """The keys of this name of which a share waits for its certificate, or for the word that there will be none."""
         ids = self._pending.get(name)
         return set(ids) if ids else set()
+
+    def by_name(self, name: str) -> Entry | None:
+        """The live key of that name."""
+        return self._by_name.get(name)
 
     def by_id(self, key_id: bytes) -> Entry | None:
         """The key of that id in whatever state."""

@@ -266,7 +266,7 @@ def test_a_node_that_is_taken_out_serves_no_more(tmp_path: Path) -> None:
 
 def state_of(kq: Any, node: str) -> NodeState:
     """What a client's router knows of a node."""
-    state: NodeState = kq._calls.router._nodes[node]
+    state: NodeState = kq._calls.router._state(node)
     return state
 
 
@@ -298,7 +298,9 @@ def test_the_queue_of_a_busy_node_reaches_a_client_that_asks_nobody(local: Local
 
         def look() -> None:
             while not done.wait(0.005):
-                seen.update(state_of(other, name).queue for name in local.nodes)
+                seen.update(
+                    round(told.excess + told.mean_queue) for name in local.nodes if (told := state_of(other, name))
+                )
 
         watcher = threading.Thread(target=look)
         watcher.start()

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import msgspec
@@ -104,12 +103,13 @@ def test_many_subscribers_are_told_less_often() -> None:
 
 
 def a_router(cluster: Cluster) -> Router:
-    return Router(cluster, Random(1))
+    return Router(cluster)
 
 
-def queue_at(router: Router, node: str = "node1") -> int:
+def queue_at(router: Router, node: str = "node1") -> float:
     """What the router takes the node's queue to be."""
-    return router._nodes[node].queue
+    state = router._state(node)
+    return round(state.excess + state.mean_queue, 6)
 
 
 def test_the_younger_of_reply_and_publication_counts(world: World) -> None:
@@ -131,7 +131,7 @@ def test_a_busy_node_is_avoided(world: World) -> None:
 
 def test_a_node_that_publishes_and_answers_nothing_stays_down(world: World) -> None:
     router, names = a_router(world.cluster), ["node1", "node2"]
-    router.sent("node1")
+    router.sent("node1", 1.0)
     router.failed("node1", 1.0)
     router.heard("node1", 0, 1.1)
     assert router.rank("encrypt/aes-256-gcm", "k", names, 1.1) == ("node2", "node1")
