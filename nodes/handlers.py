@@ -382,7 +382,6 @@ class Handlers(FollowsCluster):
         self._conversation = conversation
         self._coordinator = coordinator
         self._audit = audit
-        self._record_use = audit.uses.record
         self._audit_strict = audit_strict
         self._audit_name = audit_name
         self._witness = witness
@@ -600,7 +599,7 @@ class Handlers(FollowsCluster):
         """A use by its plan that a worker made went well: record it. How many requests are under way."""
         if plan.cluster is not self._source.cluster:
             self.check_plan(plan)
-        self._record_use(plan.lines, number, elapsed_us)
+        self._audit.uses.record(plan.lines, number, elapsed_us)
         self._admission.end(plan.member)
         plan.count.requests += 1
         plan.count.busy_us += busy_us
