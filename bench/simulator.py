@@ -41,7 +41,7 @@ class Scale:
     seeds: int
 
 
-FULL: Final = Scale(20, 8, 60, 3600, 5)
+FULL: Final = Scale(20, 8, 60, 3600, 3)
 QUICK: Final = Scale(4, 6, 28, 60, 1)
 FIRST_SEED: Final = 101
 
