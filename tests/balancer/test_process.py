@@ -669,8 +669,10 @@ def test_a_restarted_loop_forecasts_with_a_ridge_on_its_first_tick(site: Site, m
 
 def test_a_restarted_balancer_says_how_it_forecasts_and_goes_on_writing(site: Site) -> None:
     """The process reads what was counted, tells of it in its status, and keeps what it counts itself."""
-    last = keep_wave(site.folder / "data" / "history.db", 100, 100)
-    with running(site) as process, connected(site, "alice") as channel:
+    # A start on a busy machine may take a hundred ticks, of which nothing is known.
+    config = site.write_config(history_ticks=1200)
+    last = keep_wave(site.folder / "data" / "history.db", 100, 1200)
+    with running(site, config) as process, connected(site, "alice") as channel:
         told = until(lambda: (found := status(channel)).forecasts and found)
         assert [(each.request_class, each.model) for each in told.forecasts] == [(SIGN, "ridge")]
         node = CountingNode(site, "node-0")
@@ -682,7 +684,7 @@ def test_a_restarted_balancer_says_how_it_forecasts_and_goes_on_writing(site: Si
             node.close()
         process.terminate()
         assert process.wait(PATIENCE_S) == 0
-    kept = HistoryStore(site.folder / "data" / "history.db", tick_ms=100, ticks=100)
+    kept = HistoryStore(site.folder / "data" / "history.db", tick_ms=100, ticks=1200)
     fast, _ = kept.load(int(time.time() * 10), 0)
     assert fast.steps[-1] > last
 
