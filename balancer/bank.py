@@ -75,10 +75,8 @@ SCALINGS: tuple[Scaling, ...] = ((0.5, 0.0), (0.5, 1.0), (0.0, 0.0))
 """As Poisson counts, the same and as the load's own unrest, and not at all, as bursts out of silence."""
 SCALING_ROWS_MIN = 100
 OLDER_PART = 0.6
-REGRESSED_PART = 0.5
 REGRESSED_ROWS = 150.0
-"""The quantile regression's part in the P90, of many rows, and of how many it is half of that; the rest is the
-conformal one's."""
+"""Of so many rows the P90 is half the quantile regression's, of more it is more than half; the rest is conformal."""
 REGRESSOR_WINDOW = WINDOW
 
 
@@ -319,7 +317,7 @@ def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
         copies["scaling"][index] = fit.scaling
         copies["regressed"][index] = 0.0
         if fit.quantile is not None:
-            copies["regressed"][index] = REGRESSED_PART * fit.quantile.rows / (fit.quantile.rows + REGRESSED_ROWS)
+            copies["regressed"][index] = fit.quantile.rows / (fit.quantile.rows + REGRESSED_ROWS)
             copies["over"][index] = fit.quantile.coefficients
             copies["over_intercept"][index] = fit.quantile.intercept
         if fit.mix is not None:

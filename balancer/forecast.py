@@ -3,10 +3,10 @@
 One multi-output Ridge a series maps its lags, rolling means, levels, waves and external series (``balancer.features``)
 to the next ten steps, at two cadences: ticks and minutes. It is mixed with the best EWMA, horizon by horizon, in the
 part that would have been best on the newest 30 % of the history, which it had not seen; there the EWMA alone may win,
-and it answers where there is little data or where what was really said of late was worse than its. The P90 is
-split-conformal (Lei et al. 2018) on that same part, scaled by what the series' errors grow with, and then tracks its
-own coverage (Angelopoulos et al. 2023). Fitting takes milliseconds, so a tick fits few series; in between one product
-of matrices predicts all.
+and it answers where there is little data or where what was really said of late was worse than its. The P90 is between
+a quantile regression's on the same columns (``balancer.quantile``) and a split-conformal one (Lei et al. 2018) on that
+same part, scaled by what the series' errors grow with; it then tracks its own coverage (Angelopoulos et al. 2023).
+Fitting takes milliseconds, so a tick fits few series; in between one product of matrices predicts all.
 
 ``predict_load`` is a pure function: snapshot and state in, forecast and next state out. It knows no node, socket or
 clock. No input makes it fail: NaN is filled, the rest is clipped.
@@ -57,16 +57,19 @@ IntArray = NDArray[np.int64]
 
 ROWS_MIN = 60
 """Fewer rows than this to learn from, and the EWMA answers."""
-ROWS_MAX = 5_000
+ROWS_MAX = 2_000
+"""More add nothing but time."""
+STEPS_MAX = 5_000
+"""Among so many steps a wave is looked for."""
 EWMA_ROWS_MAX = 1_500
 """The EWMA's alpha is the best of so many of the newest steps."""
 FITS_AT_ONCE = 6
 """Without a state so many of the busiest classes get a Ridge at once, at each cadence, and no pair does: more would keep
 the first table waiting. The other classes come in the next ticks, before any turn of another bank."""
-ROWS_PER_TICK = 4_000
+ROWS_PER_TICK = 2_000
 """With one, a tick fits series of classes or of pairs, of ticks or of minutes, by turns: as many as have so many rows
 together, at least one. That is one class with a long history, or two pairs."""
-ROWS_EACH = 2_000
+ROWS_EACH = 1_000
 """A fit costs as if it had at least so many rows."""
 REFIT_STEPS = 30
 """A series is fitted again after so many steps, when its turn comes."""
@@ -82,7 +85,7 @@ ACF_MIN = 0.1
 """A wave is looked for where the load resembles that of one wave ago at least so much."""
 NEAR = 0.3
 """Rows that are nearer than this part of the usual error weigh no more for it."""
-QUANTILE_ROWS_MAX = 1_500
+QUANTILE_ROWS_MAX = 1_000
 JITTER = 1e-7
 """Columns that say the same make X'X singular; this is far below any strength."""
 SD_MIN = 1e-6
@@ -224,7 +227,7 @@ def _thread_pools() -> ThreadpoolController:
 
 def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known | None) -> Fit:
     """Fit one series (steps,)."""
-    roots = roots_of(clean(counts[-ROWS_MAX - LAGS - HORIZONS :, None])[:, 0])
+    roots = roots_of(clean(counts[-STEPS_MAX - LAGS - HORIZONS :, None])[:, 0])
     steps = len(roots)
     level, volatile = levels(roots), volatility(roots)
     uneasy = volatile[:, VOLATILITY]

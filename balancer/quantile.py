@@ -10,10 +10,10 @@ __all__ = ["QUANTILE", "quantile_fit"]
 FloatArray = NDArray[np.float64]
 
 QUANTILE = 0.9
-STRENGTH = 0.1
+STRENGTH = 0.05
 """Ridge penalty for a column of variance 1."""
 STRENGTH_OF_MEAN = 0.02
-STEPS = 10
+STEPS = 6
 MOMENTUM = 0.5
 BANDS = (1.0, 0.5)
 """The kernel's half width at the first and at the last step, in standard deviations of the errors."""
