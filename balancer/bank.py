@@ -341,7 +341,6 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     ewma = np.einsum("sa,sah->sh", level, bank.ewma)
     rests = _rests(bank)
     speaks = bank.ridge & ~rests & (len(counts) >= LAGS)
-    said = ewma.copy()
     volatile = newest_volatility(roots)
     here = np.flatnonzero(bank.ridge | (bank.regressed > 0)) if len(counts) >= LAGS else np.zeros(0, dtype=np.int64)
     mixed, over = ewma.copy(), np.zeros_like(ewma)

@@ -140,7 +140,7 @@ def last_levels(roots: FloatArray) -> FloatArray:
 
 
 def volatility(roots: FloatArray) -> FloatArray:
-    """How much the roots (steps,) of one series change from step to step, of late, at least ``CALM``: (steps, alphas)."""
+    """How much the roots (steps,) of one series change from step to step of late, from ``CALM`` on: (steps, alphas)."""
     return CALM + levels(np.abs(np.diff(roots, prepend=roots[:1])))
 
 

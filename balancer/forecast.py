@@ -64,8 +64,8 @@ STEPS_MAX = 5_000
 EWMA_ROWS_MAX = 1_500
 """The EWMA's alpha is the best of so many of the newest steps."""
 FITS_AT_ONCE = 6
-"""Without a state so many of the busiest classes get a Ridge at once, at each cadence, and no pair does: more would keep
-the first table waiting. The other classes come in the next ticks, before any turn of another bank."""
+"""Without a state so many of the busiest classes get a Ridge at once, at each cadence, and no pair does: more would
+keep the first table waiting. The other classes come in the next ticks, before any turn of another bank."""
 ROWS_PER_TICK = 2_000
 """With one, a tick fits series of classes or of pairs, of ticks or of minutes, by turns: as many as have so many rows
 together, at least one. That is one class with a long history, or two pairs."""

@@ -349,7 +349,9 @@ class History:
         if not rows.size:
             return told.true
         since = [before for before, goes_on in zip(befores, known.tolist(), strict=True) if goes_on and before]
-        same = np.array([before.boot == told.reports[row].boot for before, row in zip(since, rows.tolist(), strict=True)])
+        same = np.array(
+            [before.boot == told.reports[row].boot for before, row in zip(since, rows.tolist(), strict=True)]
+        )
         uptimes = np.array([told.reports[row].uptime_ms // self._tick_ms for row in rows.tolist()])
         gaps = tick - np.array([before.tick for before in since])
         gaps = np.where(same, gaps, np.minimum(gaps, 1 + uptimes))
@@ -363,7 +365,9 @@ class History:
         place[rows] = np.arange(len(rows))
         mine = known[told.owner]
         owner, pairs, counted = place[told.owner[mine]], told.pairs[mine], told.pair_requests[mine]
-        more = _more(owner, pairs, counted, [before if each else None for before, each in zip(since, same, strict=True)])
+        more = _more(
+            owner, pairs, counted, [before if each else None for before, each in zip(since, same, strict=True)]
+        )
         fine &= np.bincount(owner, weights=more, minlength=len(rows)) <= requests.sum(axis=1, dtype=np.float64)
         self._measure(columns[rows[fine]], requests[fine], busy_us[fine])
         whole = fine[owner]
@@ -436,7 +440,9 @@ def _told(reports: Sequence[NodeStats]) -> _Told:
     many = len(reports)
     found = [_columns(tuple([each.request_class for each in report.classes])) for report in reports]
     true = np.array([columns is not None for columns in found])
-    places = [columns if columns is not None else np.full(len(reports[row].classes), -1) for row, columns in enumerate(found)]
+    places = [
+        columns if columns is not None else np.full(len(reports[row].classes), -1) for row, columns in enumerate(found)
+    ]
     kinds = np.array([len(columns) for columns in places])
     column = np.concatenate(places)
     counted = column >= 0

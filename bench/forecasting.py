@@ -44,7 +44,7 @@ TEST_PART: Final = 0.3
 VALIDATION_PART: Final = 0.2
 """The part before the test, on which peers are picked and models chosen."""
 REFIT_STEPS: Final = 200
-REFITS_MAX: Final = 5
+REFITS_MAX: Final = 4
 PEER_ROWS: Final = 2_000
 FINE_S: Final = 3
 DAY_S: Final = 86_400
