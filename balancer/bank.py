@@ -61,6 +61,8 @@ NORMAL_SCORE = 1.2816
 NEW_ALPHA = 5
 """Index of the alpha of a series that was never fitted."""
 NEVER = -(2**62)
+NORMAL_ROWS = 200.0
+"""A score of so many rows is half that of a normal distribution, which fewer rows tell better."""
 SCORE_ROWS = 150.0
 """A score of so many rows is drawn half-way to that of a wider sample."""
 MEMORY = 0.01
@@ -75,7 +77,7 @@ SCALINGS: tuple[Scaling, ...] = ((0.5, 0.0), (0.5, 1.0), (0.0, 0.0))
 """As Poisson counts, the same and as the load's own unrest, and not at all, as bursts out of silence."""
 SCALING_ROWS_MIN = 100
 OLDER_PART = 0.6
-REGRESSED_ROWS = 150.0
+REGRESSED_ROWS = 300.0
 """Of so many rows the P90 is half the quantile regression's, of more it is more than half; the rest is conformal."""
 REGRESSOR_WINDOW = WINDOW
 
@@ -249,8 +251,8 @@ class Accuracy:
 class Spread:
     """How what came lay about what was guessed, by horizon (H,).
 
-    ``score`` is the split-conformal quantile of (y - guess) over its scale, in counts; ``bias`` and ``variance`` are
-    those of the roots' errors; ``rows`` is how many it is of.
+    ``score`` is the split-conformal quantile of (y - guess) over its scale, in counts, drawn to the normal one;
+    ``bias`` and ``variance`` are those of the roots' errors; ``rows`` is how many it is of.
     """
 
     score: FloatArray
@@ -274,7 +276,10 @@ def spread(guess: FloatArray, said: FloatArray, unrest: FloatArray, scaling: Sca
         return Spread(np.full(HORIZONS, NORMAL_SCORE), bias, variance, rows)
     counts = counts_of(guess)
     residuals = (counts_of(said) - counts) / _scale(counts, unrest, *scaling)
-    return Spread(np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), bias, variance, rows)
+    normal = residuals.mean(axis=0) + NORMAL_SCORE * residuals.std(axis=0)
+    part = rows / (rows + NORMAL_ROWS)
+    score = part * np.partition(residuals, rank - 1, axis=0)[rank - 1] + (1.0 - part) * normal
+    return Spread(np.maximum(score, 0.0), bias, variance, rows)
 
 
 def best_scaling(guess: FloatArray, said: FloatArray, unrest: FloatArray) -> Scaling:
