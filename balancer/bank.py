@@ -19,6 +19,9 @@ from balancer.features import (
     CYCLES,
     HORIZONS,
     LAGS,
+    LEVEL,
+    UNREST,
+    VOLATILITY,
     WINDOW,
     Known,
     clean,
@@ -27,14 +30,18 @@ from balancer.features import (
     last_levels,
     newest_volatility,
     roots_of,
+    unrest,
 )
+from balancer.quantile import QUANTILE
 
 __all__ = [
     "EMPTY",
+    "NEVER",
     "Accuracy",
     "Bank",
     "Fit",
     "Outlook",
+    "Regressed",
     "Spread",
     "accuracy",
     "advance",
@@ -49,12 +56,13 @@ BoolArray = NDArray[np.bool_]
 Scaling = tuple[float, float]
 """What errors grow with: a power of the guess, and of the volatility."""
 
-QUANTILE = 0.9
 NORMAL_SCORE = 1.2816
 """The normal quantile: for a Poisson count with too few residuals to know better."""
 NEW_ALPHA = 5
 """Index of the alpha of a series that was never fitted."""
 NEVER = -(2**62)
+NORMAL_ROWS = 200.0
+"""A score of so many rows is half that of a normal distribution, which fewer rows tell better."""
 SCORE_ROWS = 150.0
 """A score of so many rows is drawn half-way to that of a wider sample."""
 MEMORY = 0.01
@@ -69,6 +77,8 @@ SCALINGS: tuple[Scaling, ...] = ((0.5, 0.0), (0.5, 1.0), (0.0, 0.0))
 """As Poisson counts, the same and as the load's own unrest, and not at all, as bursts out of silence."""
 SCALING_ROWS_MIN = 100
 OLDER_PART = 0.6
+REGRESSED_ROWS = 300.0
+"""Of so many rows the P90 is half the quantile regression's, of more it is more than half; the rest is conformal."""
 REGRESSOR_WINDOW = WINDOW
 
 
@@ -77,8 +87,8 @@ class Fit:
     """What was learnt of one series.
 
     ``ewma`` (A, H) has the weights of the levels of the EWMA alone; ``mix`` (A, H), ``coefficients`` (C, H) and
-    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. ``ceiling`` is the
-    largest root seen.
+    ``intercept`` (H,) are the mix's, None where there is too little data or the EWMA alone is best. ``quantile``
+    is None where there is too little data. ``ceiling`` is the largest root seen.
     """
 
     step: int
@@ -89,7 +99,17 @@ class Fit:
     intercept: FloatArray | None
     mix_spread: Spread
     scaling: Scaling
+    quantile: Regressed | None
     ceiling: float
+
+
+@dataclass(frozen=True, slots=True)
+class Regressed:
+    """The P90's root over the level by quantile regression: (C + UNREST, H) and (H,), of so many rows."""
+
+    coefficients: FloatArray
+    intercept: FloatArray
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +159,10 @@ class Bank:
     mix: FloatArray
     coefficients: FloatArray
     intercept: FloatArray
+    regressed: FloatArray
+    """The part of the quantile regression in the P90, of which the next two are; 0 without one."""
+    over: FloatArray
+    over_intercept: FloatArray
     score: FloatArray
     variance: FloatArray
     score_ewma: FloatArray
@@ -181,6 +205,9 @@ _BY_SERIES = (
     "mix",
     "coefficients",
     "intercept",
+    "regressed",
+    "over",
+    "over_intercept",
     "score",
     "variance",
     "score_ewma",
@@ -224,8 +251,8 @@ class Accuracy:
 class Spread:
     """How what came lay about what was guessed, by horizon (H,).
 
-    ``score`` is the split-conformal quantile of (y - guess) over its scale, in counts; ``bias`` and ``variance`` are
-    those of the roots' errors; ``rows`` is how many it is of.
+    ``score`` is the split-conformal quantile of (y - guess) over its scale, in counts, drawn to the normal one;
+    ``bias`` and ``variance`` are those of the roots' errors; ``rows`` is how many it is of.
     """
 
     score: FloatArray
@@ -249,7 +276,10 @@ def spread(guess: FloatArray, said: FloatArray, unrest: FloatArray, scaling: Sca
         return Spread(np.full(HORIZONS, NORMAL_SCORE), bias, variance, rows)
     counts = counts_of(guess)
     residuals = (counts_of(said) - counts) / _scale(counts, unrest, *scaling)
-    return Spread(np.maximum(np.partition(residuals, rank - 1, axis=0)[rank - 1], 0.0), bias, variance, rows)
+    normal = residuals.mean(axis=0) + NORMAL_SCORE * residuals.std(axis=0)
+    part = rows / (rows + NORMAL_ROWS)
+    score = part * np.partition(residuals, rank - 1, axis=0)[rank - 1] + (1.0 - part) * normal
+    return Spread(np.maximum(score, 0.0), bias, variance, rows)
 
 
 def best_scaling(guess: FloatArray, said: FloatArray, unrest: FloatArray) -> Scaling:
@@ -290,6 +320,11 @@ def refitted(bank: Bank, fits: Mapping[int, Fit]) -> Bank:
             copies[f"variance{ending}"][index] = each.variance
         copies["ceiling"][index] = fit.ceiling
         copies["scaling"][index] = fit.scaling
+        copies["regressed"][index] = 0.0
+        if fit.quantile is not None:
+            copies["regressed"][index] = fit.quantile.rows / (fit.quantile.rows + REGRESSED_ROWS)
+            copies["over"][index] = fit.quantile.coefficients
+            copies["over_intercept"][index] = fit.quantile.intercept
         if fit.mix is not None:
             copies["mix"][index] = fit.mix
             copies["coefficients"][index] = fit.coefficients
@@ -311,9 +346,9 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     ewma = np.einsum("sa,sah->sh", level, bank.ewma)
     rests = _rests(bank)
     speaks = bank.ridge & ~rests & (len(counts) >= LAGS)
-    said = ewma.copy()
-    here = np.flatnonzero(bank.ridge) if len(counts) >= LAGS else np.zeros(0, dtype=np.int64)
-    mixed = ewma.copy()
+    volatile = newest_volatility(roots)
+    here = np.flatnonzero(bank.ridge | (bank.regressed > 0)) if len(counts) >= LAGS else np.zeros(0, dtype=np.int64)
+    mixed, over = ewma.copy(), np.zeros_like(ewma)
     if here.size:
         columns = _newest(counts[:, here], roots[:, here], level[here], lengths, bank.step, known)
         mixed[here] = (
@@ -321,7 +356,11 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
             + bank.intercept[here]
             + np.einsum("sa,sah->sh", level[here], bank.mix[here])
         )
-        mixed = np.where(np.isfinite(mixed), mixed, ewma)
+        mixed = np.where(bank.ridge[:, None] & np.isfinite(mixed), mixed, ewma)
+        columns = np.hstack([columns, unrest(level[here], volatile[here])])
+        over[here] = (
+            np.einsum("sc,sch->sh", columns, bank.over[here]) + bank.over_intercept[here] + level[here, LEVEL][:, None]
+        )
     mixed, ewma = np.clip(mixed, 0.0, limit), np.clip(ewma, 0.0, limit)
     said = np.where(speaks[:, None], mixed, ewma)
     lives = (tail.max(axis=0) > 0)[:, None]
@@ -329,9 +368,13 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     variance = np.where(speaks[:, None], bank.variance, bank.variance_ewma)
     bias = np.where(speaks[:, None], bank.bias, bank.bias_ewma)
     mean = np.where(lives, counts_of(said + bias, variance), 0.0)
-    score = np.where(speaks[:, None], bank.score, bank.score_ewma) * np.exp(bank.drift)
-    scale = _scale(median, newest_volatility(roots), bank.scaling[:, :1], bank.scaling[:, 1])
-    p90 = np.where(lives, np.maximum(median + score * scale, mean), 0.0)
+    above = np.where(speaks[:, None], bank.score, bank.score_ewma) * _scale(
+        median, volatile[:, VOLATILITY], bank.scaling[:, :1], bank.scaling[:, 1]
+    )
+    regressed = np.maximum(counts_of(np.clip(np.nan_to_num(over), 0.0, limit)) - median, 0.0)
+    part = bank.regressed[:, None] if len(counts) >= LAGS else 0.0
+    above = part * regressed + (1.0 - part) * above
+    p90 = np.where(lives, np.maximum(median + above * np.exp(bank.drift), mean), 0.0)
     median, mean, p90 = (np.minimum(each, COUNT_MAX) for each in (median, mean, p90))
     per_s = 1000.0 / bank.step_ms
     outlook = Outlook(
@@ -478,6 +521,9 @@ def _fresh(series: tuple[object, ...], step_ms: int) -> Bank:
         mix=np.zeros((many, levels, HORIZONS)),
         coefficients=np.zeros((many, COLUMNS, HORIZONS)),
         intercept=zeros,
+        regressed=none,
+        over=np.zeros((many, COLUMNS + UNREST, HORIZONS)),
+        over_intercept=zeros,
         score=np.full((many, HORIZONS), NORMAL_SCORE),
         variance=zeros,
         score_ewma=np.full((many, HORIZONS), NORMAL_SCORE),

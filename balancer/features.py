@@ -19,6 +19,8 @@ __all__ = [
     "HORIZONS",
     "LEVEL",
     "REGRESSORS_MAX",
+    "UNREST",
+    "VOLATILITY",
     "Known",
     "clean",
     "columns_of",
@@ -30,6 +32,7 @@ __all__ = [
     "penalties",
     "period_steps",
     "roots_of",
+    "unrest",
     "volatility",
 ]
 
@@ -55,7 +58,9 @@ CYCLES = 3
 REGRESSORS_MAX = 4
 """External series that enter the forecast."""
 VOLATILITY = 1
-"""Index of the alpha of the volatility's EWMA."""
+"""Index of the alpha of the volatility that a score is scaled by."""
+UNREST_COLUMNS = (0, 1, 3, 5)
+"""Indexes of the alphas whose volatilities are columns for a quantile."""
 CALM = 0.2
 WINDOW = 600
 """Steps from which the newest level is made: what is older weighs less than 1e-5 of it."""
@@ -65,6 +70,8 @@ _PERIOD_COLUMNS = HORIZONS + 2 * HARMONICS
 _FIRST_PERIOD = LAGS + len(ROLLING) + len(LEVEL_COLUMNS)
 _FIRST_REGRESSOR = _FIRST_PERIOD + len(PERIODS_MS) * _PERIOD_COLUMNS
 COLUMNS = _FIRST_REGRESSOR + REGRESSORS_MAX * HORIZONS
+UNREST = len(UNREST_COLUMNS) + 2
+"""How many columns a quantile has besides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +140,19 @@ def last_levels(roots: FloatArray) -> FloatArray:
 
 
 def volatility(roots: FloatArray) -> FloatArray:
-    """How much the roots (steps,) of one series change from step to step, of late, at least ``CALM``: (steps,)."""
-    return np.asarray(CALM + levels(np.abs(np.diff(roots, prepend=roots[:1])))[:, VOLATILITY])
+    """How much the roots (steps,) of one series change from step to step of late, from ``CALM`` on: (steps, alphas)."""
+    return CALM + levels(np.abs(np.diff(roots, prepend=roots[:1])))
 
 
 def newest_volatility(roots: FloatArray) -> FloatArray:
-    """The newest of series (steps, series): (series,)."""
-    return np.asarray(CALM + last_levels(np.abs(np.diff(roots, axis=0, prepend=roots[:1])))[:, VOLATILITY])
+    """The newest of series (steps, series): (series, alphas)."""
+    return CALM + last_levels(np.abs(np.diff(roots, axis=0, prepend=roots[:1])))
+
+
+def unrest(level: FloatArray, volatile: FloatArray) -> FloatArray:
+    """What a quantile's distance goes by, (rows, UNREST), from levels and volatilities (rows, alphas)."""
+    base = level[:, LEVEL]
+    return np.column_stack([volatile[:, UNREST_COLUMNS], base, 1.0 / (base + 0.5)])
 
 
 def period_steps(step_ms: int, steps: int) -> tuple[int, ...]:
@@ -177,7 +190,8 @@ def design(
     last step of ``roots`` since the epoch, which gives the phase.
     """
     rows, series = len(at), roots.shape[1]
-    told = np.zeros((rows, series, COLUMNS))
+    # Column after column in memory: those of waves that are not there are never touched.
+    told = np.zeros((COLUMNS, rows, series)).transpose(1, 2, 0)
     base = level[:, :, LEVEL]
     for lag in range(LAGS):
         told[:, :, lag] = roots[at - lag] - base

@@ -3,10 +3,10 @@
 One multi-output Ridge a series maps its lags, rolling means, levels, waves and external series (``balancer.features``)
 to the next ten steps, at two cadences: ticks and minutes. It is mixed with the best EWMA, horizon by horizon, in the
 part that would have been best on the newest 30 % of the history, which it had not seen; there the EWMA alone may win,
-and it answers where there is little data or where what was really said of late was worse than its. The P90 is
-split-conformal (Lei et al. 2018) on that same part, scaled by what the series' errors grow with, and then tracks its
-own coverage (Angelopoulos et al. 2023). Fitting takes milliseconds, so a tick fits few series; in between one product
-of matrices predicts all.
+and it answers where there is little data or where what was really said of late was worse than its. The P90 is between
+a quantile regression's on the same columns (``balancer.quantile``) and a split-conformal one (Lei et al. 2018) on that
+same part, scaled by what the series' errors grow with; it then tracks its own coverage (Angelopoulos et al. 2023).
+Fitting takes milliseconds, so a tick fits few series; in between one product of matrices predicts all.
 
 ``predict_load`` is a pure function: snapshot and state in, forecast and next state out. It knows no node, socket or
 clock. No input makes it fail: NaN is filled, the rest is clipped.
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped] # comes with scikit-learn
 
-from balancer.bank import EMPTY, Bank, Fit, Outlook, advance, best_scaling, refitted, spread
+from balancer.bank import EMPTY, NEVER, Bank, Fit, Outlook, Regressed, advance, best_scaling, refitted, spread
 from balancer.features import (
     ALPHAS,
     COLUMNS,
@@ -32,6 +32,8 @@ from balancer.features import (
     LAGS,
     LEVEL,
     PERIODS_MS,
+    UNREST,
+    VOLATILITY,
     WINDOW,
     Known,
     clean,
@@ -42,9 +44,11 @@ from balancer.features import (
     penalties,
     period_steps,
     roots_of,
+    unrest,
     volatility,
 )
 from balancer.history import HistorySnapshot
+from balancer.quantile import quantile_fit
 
 __all__ = ["Forecast", "ForecastState", "predict_load"]
 
@@ -53,15 +57,19 @@ IntArray = NDArray[np.int64]
 
 ROWS_MIN = 60
 """Fewer rows than this to learn from, and the EWMA answers."""
-ROWS_MAX = 5_000
+ROWS_MAX = 2_000
+"""More add nothing but time."""
+STEPS_MAX = 5_000
+"""Among so many steps a wave is looked for."""
 EWMA_ROWS_MAX = 1_500
 """The EWMA's alpha is the best of so many of the newest steps."""
-FITS_AT_ONCE = 32
-"""Without a state so many of the busiest classes get a Ridge at once, and no pair does."""
-ROWS_PER_TICK = 4_000
+FITS_AT_ONCE = 6
+"""Without a state so many of the busiest classes get a Ridge at once, at each cadence, and no pair does: more would
+keep the first table waiting. The other classes come in the next ticks, before any turn of another bank."""
+ROWS_PER_TICK = 2_000
 """With one, a tick fits series of classes or of pairs, of ticks or of minutes, by turns: as many as have so many rows
 together, at least one. That is one class with a long history, or two pairs."""
-ROWS_EACH = 2_000
+ROWS_EACH = 1_000
 """A fit costs as if it had at least so many rows."""
 REFIT_STEPS = 30
 """A series is fitted again after so many steps, when its turn comes."""
@@ -77,6 +85,7 @@ ACF_MIN = 0.1
 """A wave is looked for where the load resembles that of one wave ago at least so much."""
 NEAR = 0.3
 """Rows that are nearer than this part of the usual error weigh no more for it."""
+QUANTILE_ROWS_MAX = 1_000
 JITTER = 1e-7
 """Columns that say the same make X'X singular; this is far below any strength."""
 SD_MIN = 1e-6
@@ -143,8 +152,10 @@ def predict_load(history: HistorySnapshot, state: ForecastState | None = None) -
     # These matrices are small: more BLAS threads only wait for each other, seven times longer on a busy machine.
     with _thread_pools().limit(limits=1, user_api="blas"):
         after, fitted = list(before.banks), False
-        for turn in range(len(banks)):
-            place = (history.tick + turn) % len(banks)
+        order = [(history.tick + turn) % len(banks) for turn in range(len(banks))]
+        if (before.classes.fitted == NEVER).any():
+            order.sort(key=bool)
+        for place in order:
             bank, series, counts, cadence = banks[place]
             if cadence is not None:
                 many = at_once if place % 2 == 0 else 0
@@ -201,9 +212,9 @@ def _due(bank: Bank, counts: FloatArray, at_once: int) -> list[int]:
 def _ridge() -> Any:
     """scikit-learn's Ridge, loaded when there is enough to learn from: a start need not wait a second for that."""
     from sklearn import config_context
-    from sklearn.linear_model import Ridge
+    from sklearn.linear_model import ridge_regression
 
-    return Ridge, config_context
+    return ridge_regression, config_context
 
 
 @cache
@@ -216,9 +227,10 @@ def _thread_pools() -> ThreadpoolController:
 
 def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known | None) -> Fit:
     """Fit one series (steps,)."""
-    roots = roots_of(clean(counts[-ROWS_MAX - LAGS - HORIZONS :, None])[:, 0])
+    roots = roots_of(clean(counts[-STEPS_MAX - LAGS - HORIZONS :, None])[:, 0])
     steps = len(roots)
-    level, unrest = levels(roots), volatility(roots)
+    level, volatile = levels(roots), volatility(roots)
+    uneasy = volatile[:, VOLATILITY]
     if known is not None:
         known = Known(known.past[-steps:], known.ahead)
     lengths = _waves(roots - level[:, 1], lengths)
@@ -232,45 +244,58 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
     alphas = _best_alphas(level[judged], targets[judged]) if judged.size else np.full(HORIZONS, ALPHAS.size - 3)
     ewma = np.zeros((len(ALPHAS), HORIZONS))
     ewma[alphas, np.arange(HORIZONS)] = 1.0
-    scaling = best_scaling(level[judged] @ ewma, targets[judged], unrest[judged])
-    wide = spread(level[judged] @ ewma, targets[judged], unrest[judged], scaling)
+    scaling = best_scaling(level[judged] @ ewma, targets[judged], uneasy[judged])
+    wide = spread(level[judged] @ ewma, targets[judged], uneasy[judged], scaling)
     if len(rows) < ROWS_MIN:
-        return Fit(step, ewma, wide, None, None, None, wide, scaling, float(roots.max(initial=0.0)))
+        return Fit(step, ewma, wide, None, None, None, wide, scaling, None, float(roots.max(initial=0.0)))
     split = int(len(rows) * (1.0 - CALIBRATION_PART))
     early, late = rows[: split - HORIZONS], rows[split:]
     if len(early) < ROWS_MIN // 2:
         early = rows[:split]
-    told = design(roots[:, None], level[rows][:, None, :], rows, lengths, step, known)[:, 0]
     base = level[rows, LEVEL][:, None]
     wanted = targets[rows] - base
     groups = [columns_of(), *(columns_of(index) for index, length in enumerate(lengths) if length)]
     used = np.zeros(COLUMNS, dtype=bool)
-    for group in groups:
+    for group in (*groups, *([columns_of(regressors=True)] if known is not None else [])):
         used[group] = True
-    sets = [used]
+    columns = np.flatnonzero(used)
+    told = design(roots[:, None], level[rows][:, None, :], rows, lengths, step, known)[:, 0][:, columns]
+    penalty = penalties()[columns]
+    sets = [np.searchsorted(columns, columns_of(regressors=True).start)]
     if known is not None:
-        sets.append(used | (np.arange(COLUMNS) >= columns_of(regressors=True).start))
+        sets.append(columns.size)
     said = targets[late]
     by_ewma = level[late] @ ewma
     guesses, origins = [], []
-    for columns in sets:
-        learnt = _robust(told[: len(early)], wanted[: len(early)], columns)
+    for many in sets:
+        learnt = _robust(told[: len(early), :many], wanted[: len(early)], penalty[:many])
         for strength in STRENGTHS:
             matrix, constant = learnt.solve(strength)
-            guesses.append(told[split:] @ matrix + constant + base[split:])
-            origins.append((columns, strength))
+            guesses.append(told[split:, :many] @ matrix + constant + base[split:])
+            origins.append((many, strength))
     choice, parts, mixed = _mix(guesses, by_ewma, said)
     coefficients, intercept = np.zeros((COLUMNS, HORIZONS)), np.zeros(HORIZONS)
     mix = ewma * (1.0 - parts)
     mix[LEVEL] += parts
-    for columns in sets:
-        mine = (parts > 0) & np.array([origins[index][0] is columns for index in choice])
+    for many in sets:
+        mine = (parts > 0) & np.array([origins[index][0] == many for index in choice])
         if mine.any():
-            learnt = _robust(told, wanted, columns)
+            learnt = _robust(told[:, :many], wanted, penalty[:many])
             for index in np.unique(choice[mine]):
                 matrix, constant = learnt.solve(origins[index][1])
                 here = mine & (choice == index)
-                coefficients[:, here], intercept[here] = parts[here] * matrix[:, here], parts[here] * constant[here]
+                coefficients[np.ix_(columns[:many], here)] = parts[here] * matrix[:, here]
+                intercept[here] = parts[here] * constant[here]
+    # External series that no horizon's guess goes by would only be noise in the quantile too.
+    many = max((origins[index][0] for index in choice[parts > 0]), default=sets[0])
+    newest = rows[-QUANTILE_ROWS_MAX:]
+    steep, constant = quantile_fit(
+        np.hstack([told[-QUANTILE_ROWS_MAX:, :many], unrest(level[newest], volatile[newest])]),
+        wanted[-QUANTILE_ROWS_MAX:],
+        np.concatenate([penalty[:many], np.ones(UNREST)]),
+    )
+    over = np.zeros((COLUMNS + UNREST, HORIZONS))
+    over[columns[:many]], over[COLUMNS:] = steep[:many], steep[many:]
     some = bool(parts.any())
     return Fit(
         step,
@@ -279,8 +304,9 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
         mix if some else None,
         coefficients if some else None,
         intercept if some else None,
-        spread(mixed, said, unrest[late], scaling).drawn_to(wide),
+        spread(mixed, said, uneasy[late], scaling).drawn_to(wide),
         scaling,
+        Regressed(over, constant, len(newest)),
         float(roots.max()),
     )
 
@@ -305,19 +331,15 @@ class _Rows:
     """
 
     def __init__(
-        self,
-        told: FloatArray,
-        wanted: FloatArray,
-        columns: NDArray[np.bool_],
-        weights: FloatArray | None = None,
+        self, told: FloatArray, wanted: FloatArray, penalty: FloatArray, weights: FloatArray | None = None
     ) -> None:
-        self._rows = len(told)
+        self._rows, self._columns = told.shape
         weighed = told if weights is None else told * weights[:, None]
         self._constant = wanted.mean(axis=0) if weights is None else weights @ wanted / self._rows
         mean = weighed.mean(axis=0)
         spread = np.sqrt(np.maximum(np.einsum("rc,rc->c", weighed, told) / self._rows - mean**2, 0.0))
-        self._chosen = np.flatnonzero(columns & (spread > SD_MIN))
-        self._scale = spread[self._chosen] * np.sqrt(penalties()[self._chosen])
+        self._chosen = np.flatnonzero(spread > SD_MIN)
+        self._scale = spread[self._chosen] * np.sqrt(penalty[self._chosen])
         self._mean = mean[self._chosen]
         scaled = (told[:, self._chosen] - self._mean) / self._scale
         left = scaled if weights is None else scaled * weights[:, None]
@@ -327,30 +349,31 @@ class _Rows:
         self._right = np.linalg.solve(self._root.T, left.T @ (wanted - self._constant))
 
     def solve(self, strength: float) -> tuple[FloatArray, FloatArray]:
-        """Coefficients (COLUMNS, targets) and intercepts of a Ridge."""
-        coefficients = np.zeros((COLUMNS, self._right.shape[1]))
+        """Coefficients (columns, targets) and intercepts of a Ridge."""
+        coefficients = np.zeros((self._columns, self._right.shape[1]))
         if not self._chosen.size:
             return coefficients, self._constant
         regression, configured = _ridge()
         with configured(assume_finite=True, skip_parameter_validation=True):
-            model = regression(alpha=strength * self._rows, fit_intercept=False, solver="cholesky")
-            model.fit(self._root, self._right)
-        part = np.reshape(model.coef_, (-1, self._chosen.size)).T / self._scale[:, None]
+            part = regression(
+                self._root, self._right, alpha=strength * self._rows, solver="cholesky", check_input=False
+            )
+        part = np.reshape(part, (-1, self._chosen.size)).T / self._scale[:, None]
         coefficients[self._chosen] = part
         return coefficients, self._constant - self._mean @ part
 
 
-def _robust(told: FloatArray, wanted: FloatArray, columns: NDArray[np.bool_]) -> _Rows:
+def _robust(told: FloatArray, wanted: FloatArray, penalty: FloatArray) -> _Rows:
     """Rows that weigh less the further they were from a first fit, over all horizons together.
 
     One step of iteratively reweighted least squares towards least absolute errors (Schlossmacher 1973): bursts do not
     pull the forecast away from what is usual.
     """
-    coefficients, intercept = _Rows(told, wanted, columns).solve(STRENGTHS[len(STRENGTHS) // 2])
+    coefficients, intercept = _Rows(told, wanted, penalty).solve(STRENGTHS[len(STRENGTHS) // 2])
     errors = np.abs(wanted - told @ coefficients - intercept)
     away = (errors / (np.median(errors, axis=0) + 1e-9)).mean(axis=1)
     weights = 1.0 / np.maximum(away, NEAR)
-    return _Rows(told, wanted, columns, weights / weights.mean())
+    return _Rows(told, wanted, penalty, weights / weights.mean())
 
 
 def _smoothed(errors: FloatArray) -> FloatArray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ __all__ = ["CLASSES", "History", "HistorySnapshot", "HotKey", "SlowHistory", "St
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 CLASSES: tuple[str, ...] = tuple(
     request_class(kind, algo.name)
@@ -53,6 +55,7 @@ GROUPS_MAX = 65_536
 
 _COLUMNS = {name: index for index, name in enumerate(CLASSES)}
 _CLASS_COLUMNS = np.arange(len(CLASSES))
+_PAIRS = len(CLASSES) * GROUPS_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +136,24 @@ class _Seen:
     hot: tuple[HotKey, ...]
 
 
-@dataclass(slots=True)
-class _Counted:
-    """What nodes counted since their last reports, as far back as those were: by class in all, and by pair."""
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """Reports side by side: ``requests`` and ``busy_us`` are (reports, classes); pairs are by report, then in order.
 
-    classes: FloatArray = field(default_factory=lambda: np.zeros(len(CLASSES)))
-    pairs: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    ``owner`` is the report's index of each pair, ``pairs`` their numbers. What is not ``true`` can't be.
+    """
+
+    reports: tuple[NodeStats, ...]
+    true: BoolArray
+    requests: IntArray
+    busy_us: IntArray
+    owner: IntArray
+    pairs: IntArray
+    pair_requests: IntArray
+
+    def ends(self) -> IntArray:
+        """(reports + 1,): where the pairs of each begin and end."""
+        return np.searchsorted(self.owner, np.arange(len(self.reports) + 1))
 
 
 class _Cadence:
@@ -219,18 +234,15 @@ class History:
         if self._tick is not None and tick <= self._tick:
             raise ValueError(f"tick {tick} does not follow tick {self._tick}")
         self._advance(tick)
-        dropped = []
-        counted: dict[int, _Counted] = {}
-        for column, node in enumerate(self._nodes):
-            report = reports.get(node)
-            if report is not None and not self._enter(tick, column, node, report, counted):
-                dropped.append(node)
-                self._seen.pop(node, None)
-        for gap, more in counted.items():
-            self._add(tick, gap, more.classes)
-        for gap, more in counted.items():
-            self._add_pairs(tick, gap, more.pairs)
-        return tuple(dropped)
+        heard = [column for column, node in enumerate(self._nodes) if node in reports]
+        if not heard:
+            return ()
+        told = _told([reports[self._nodes[column]] for column in heard])
+        true = self._enter(tick, np.array(heard), told)
+        dropped = tuple(self._nodes[column] for column, each in zip(heard, true.tolist(), strict=True) if not each)
+        for node in dropped:
+            self._seen.pop(node, None)
+        return dropped
 
     def snapshot(self) -> HistorySnapshot:
         """The newest state, independent of what is observed later."""
@@ -324,47 +336,65 @@ class History:
         self._minute_heard = False
         self._minute_whole = True
 
-    def _enter(
-        self,
-        tick: int,
-        column: int,
-        node: str,
-        report: NodeStats,
-        counted: dict[int, _Counted],
-    ) -> bool:
-        counters = _counters(report)
-        told = _pairs(report)
-        if counters is None or told is None:
-            return False
-        requests, busy_us = counters
-        before = self._seen.get(node)
-        hot = _hot_keys(report)
-        self._seen[node] = _Seen(
-            report.boot, tick, requests, busy_us, report.queue, *told, len(report.pairs) < PAIRS_TOLD, hot
-        )
-        self._used |= requests > 0
-        if before is None:
+    def _enter(self, tick: int, columns: IntArray, told: _Told) -> BoolArray:
+        """Enter the reports of the nodes in these columns; which of them can be true."""
+        befores = [self._seen.get(self._nodes[column]) for column in columns.tolist()]
+        self._remember(tick, columns, told)
+        self._used |= (told.requests[told.true] > 0).any(axis=0)
+        known = told.true & np.array([before is not None for before in befores])
+        if (told.true & ~known).any():
             # Nobody knows when these were counted: they are the base line, and the tick was heard.
-            counted.setdefault(1, _Counted())
-            return True
-        gap = tick - before.tick
-        same = before.boot == report.boot
-        if same:
-            requests, busy_us = requests - before.requests, busy_us - before.busy_us
-        else:
-            gap = min(gap, 1 + report.uptime_ms // self._tick_ms)
-        seconds = gap * self._tick_ms / 1000
-        if requests.min() < 0 or busy_us.min() < 0 or requests.max() > REQUESTS_PER_S_MAX * seconds:
-            return False
-        if busy_us.sum(dtype=np.float64) > WORKERS_MAX * 1e6 * (seconds + 1):
-            return False
-        pairs, more = _more(told, before if same else None)
-        if more.sum(dtype=np.float64) > requests.sum(dtype=np.float64):
-            return False
-        self._measure(column, requests, busy_us)
-        counted.setdefault(gap, _Counted()).classes += requests
-        counted[gap].pairs.append((pairs, more))
-        return True
+            self._add(tick, 1, np.zeros(len(CLASSES)))
+        rows = np.flatnonzero(known)
+        if not rows.size:
+            return told.true
+        since = [before for before, goes_on in zip(befores, known.tolist(), strict=True) if goes_on and before]
+        same = np.array(
+            [before.boot == told.reports[row].boot for before, row in zip(since, rows.tolist(), strict=True)]
+        )
+        uptimes = np.array([told.reports[row].uptime_ms // self._tick_ms for row in rows.tolist()])
+        gaps = tick - np.array([before.tick for before in since])
+        gaps = np.where(same, gaps, np.minimum(gaps, 1 + uptimes))
+        requests = told.requests[rows] - same[:, None] * np.stack([before.requests for before in since])
+        busy_us = told.busy_us[rows] - same[:, None] * np.stack([before.busy_us for before in since])
+        seconds = gaps * (self._tick_ms / 1000)
+        fine = (requests.min(axis=1) >= 0) & (busy_us.min(axis=1) >= 0)
+        fine &= requests.max(axis=1) <= REQUESTS_PER_S_MAX * seconds
+        fine &= busy_us.sum(axis=1, dtype=np.float64) <= WORKERS_MAX * 1e6 * (seconds + 1)
+        place = np.full(len(known), -1)
+        place[rows] = np.arange(len(rows))
+        mine = known[told.owner]
+        owner, pairs, counted = place[told.owner[mine]], told.pairs[mine], told.pair_requests[mine]
+        more = _more(
+            owner, pairs, counted, [before if each else None for before, each in zip(since, same, strict=True)]
+        )
+        fine &= np.bincount(owner, weights=more, minlength=len(rows)) <= requests.sum(axis=1, dtype=np.float64)
+        self._measure(columns[rows[fine]], requests[fine], busy_us[fine])
+        whole = fine[owner]
+        for gap in np.unique(gaps[fine]).tolist():
+            self._add(tick, gap, requests[fine & (gaps == gap)].sum(axis=0, dtype=np.float64))
+        for gap in np.unique(gaps[fine]).tolist():
+            here = whole & (gaps[owner] == gap)
+            self._add_pairs(tick, gap, pairs[here], more[here])
+        true = told.true.copy()
+        true[rows[~fine]] = False
+        return true
+
+    def _remember(self, tick: int, columns: IntArray, told: _Told) -> None:
+        ends = told.ends().tolist()
+        for row, (column, report) in enumerate(zip(columns.tolist(), told.reports, strict=True)):
+            part = slice(ends[row], ends[row + 1])
+            self._seen[self._nodes[column]] = _Seen(
+                report.boot,
+                tick,
+                told.requests[row],
+                told.busy_us[row],
+                report.queue,
+                told.pairs[part],
+                told.pair_requests[part],
+                len(report.pairs) < PAIRS_TOLD,
+                _hot_keys(report) if report.hot else (),
+            )
 
     def _add(self, tick: int, gap: int, requests: FloatArray) -> None:
         self._fast.classes.add(tick, gap, requests)
@@ -372,12 +402,10 @@ class History:
         self._minute_counts += requests
         self._minute_heard = True
 
-    def _add_pairs(self, tick: int, gap: int, parts: list[tuple[IntArray, IntArray]]) -> None:
-        if not parts:
-            return
-        pairs, inverse = np.unique(np.concatenate([part for part, _ in parts]), return_inverse=True)
+    def _add_pairs(self, tick: int, gap: int, numbers: IntArray, more: IntArray) -> None:
+        pairs, inverse = np.unique(numbers, return_inverse=True)
         counts = np.zeros(len(pairs))
-        np.add.at(counts, inverse, np.concatenate([more for _, more in parts]).astype(np.float64))
+        np.add.at(counts, inverse, more.astype(np.float64))
         if not len(pairs):
             return
         self._used[np.unique(pairs // GROUPS_MAX)] = True
@@ -392,56 +420,77 @@ class History:
         self._fast.pairs.add(tick, gap, row)
         self._minute_pairs += row
 
-    def _measure(self, column: int, requests: IntArray, busy_us: IntArray) -> None:
-        self._requests[:, column] += requests
-        self._busy_us[:, column] += busy_us
-        shrink = WINDOW_REQUESTS / np.maximum(self._requests[:, column], WINDOW_REQUESTS)
-        self._requests[:, column] *= shrink
-        self._busy_us[:, column] *= shrink
+    def _measure(self, columns: IntArray, requests: IntArray, busy_us: IntArray) -> None:
+        together = self._requests[:, columns] + requests.T
+        shrink = WINDOW_REQUESTS / np.maximum(together, WINDOW_REQUESTS)
+        self._requests[:, columns] = together * shrink
+        self._busy_us[:, columns] = (self._busy_us[:, columns] + busy_us.T) * shrink
 
 
-def _counters(report: NodeStats) -> tuple[IntArray, IntArray] | None:
-    """The report's counters by class, requests and busy microseconds; None if it names a class twice."""
-    requests, busy_us = np.zeros(len(CLASSES), dtype=np.int64), np.zeros(len(CLASSES), dtype=np.int64)
-    if len({each.request_class for each in report.classes}) != len(report.classes):
+@lru_cache(maxsize=1024)
+def _columns(names: tuple[str, ...]) -> IntArray | None:
+    """The columns of classes, -1 for one that is not counted; None if one is named twice."""
+    if len(set(names)) != len(names):
         return None
-    for each in report.classes:
-        column = _COLUMNS.get(each.request_class)
-        if column is not None:
-            requests[column], busy_us[column] = each.requests, each.busy_us
-    return requests, busy_us
+    return np.array([_COLUMNS.get(name, -1) for name in names], dtype=np.int64)
 
 
-def _pairs(report: NodeStats) -> tuple[IntArray, IntArray] | None:
-    """Numbers, in order, and counters of the pairs of a report; None if it names one twice or a class it has not."""
-    flat = np.fromiter(itertools.chain.from_iterable(report.pairs), dtype=np.int64, count=3 * len(report.pairs))
-    classes, groups, requests = flat.reshape(-1, 3).T
-    if classes.size and (int(classes.max()) >= len(report.classes) or int(groups.max()) >= GROUPS_MAX):
-        return None
-    columns = np.array([_COLUMNS.get(each.request_class, -1) for each in report.classes], dtype=np.int64)[classes]
-    numbers = (columns * GROUPS_MAX + groups)[columns >= 0]
-    order = np.argsort(numbers, kind="stable")
-    numbers = numbers[order]
-    if (numbers[1:] == numbers[:-1]).any():
-        return None
-    return numbers, requests[columns >= 0][order]
+def _told(reports: Sequence[NodeStats]) -> _Told:
+    """Reports side by side; one that names a class or a pair twice, or a class it has not, can't be true."""
+    many = len(reports)
+    found = [_columns(tuple([each.request_class for each in report.classes])) for report in reports]
+    true = np.array([columns is not None for columns in found])
+    places = [
+        columns if columns is not None else np.full(len(reports[row].classes), -1) for row, columns in enumerate(found)
+    ]
+    kinds = np.array([len(columns) for columns in places])
+    column = np.concatenate(places)
+    counted = column >= 0
+    of_class = np.repeat(np.arange(many), kinds)[counted]
+    requests, busy_us = (np.zeros((many, len(CLASSES)), dtype=np.int64) for _ in range(2))
+    for counters, values in (
+        (requests, [each.requests for report in reports for each in report.classes]),
+        (busy_us, [each.busy_us for report in reports for each in report.classes]),
+    ):
+        counters[of_class, column[counted]] = np.array(values, dtype=np.int64)[counted]
+    lengths = np.array([len(report.pairs) for report in reports])
+    chained = itertools.chain.from_iterable(itertools.chain.from_iterable(report.pairs for report in reports))
+    kind, group, told = np.fromiter(chained, dtype=np.int64, count=3 * int(lengths.sum())).reshape(-1, 3).T
+    owner = np.repeat(np.arange(many), lengths)
+    wrong = (kind >= kinds[owner]) | (group >= GROUPS_MAX)
+    true[owner[wrong]] = False
+    taken = true[owner]
+    owner, kind, group, told = owner[taken], kind[taken], group[taken], told[taken]
+    number = column[(np.cumsum(kinds) - kinds)[owner] + kind]
+    number, known = number * GROUPS_MAX + group, number >= 0
+    owner, number, told = owner[known], number[known], told[known]
+    order = np.argsort(owner * _PAIRS + number, kind="stable")
+    owner, number, told = owner[order], number[order], told[order]
+    twice = (owner[1:] == owner[:-1]) & (number[1:] == number[:-1])
+    true[owner[1:][twice]] = False
+    return _Told(tuple(reports), true, requests, busy_us, owner, number, told)
 
 
-def _more(told: tuple[IntArray, IntArray], before: _Seen | None) -> tuple[IntArray, IntArray]:
-    """How much more each pair was counted than before.
+def _more(owner: IntArray, pairs: IntArray, requests: IntArray, befores: Sequence[_Seen | None]) -> IntArray:
+    """How much more each pair was counted than before, by its owner's state before; None for a node that began anew.
 
     A pair that was not told before had counted nothing, if all were told; else nobody knows, and it begins now.
     """
-    pairs, requests = told
-    if before is None or not pairs.size:
-        return pairs, requests
-    if not before.pairs.size:
-        return pairs, requests if before.complete else np.zeros_like(requests)
-    at = np.minimum(np.searchsorted(before.pairs, pairs), before.pairs.size - 1)
-    known = before.pairs[at] == pairs
-    base = np.where(known, before.pair_requests[at], 0 if before.complete else requests)
+    states = [(index, before) for index, before in enumerate(befores) if before is not None]
+    complete = np.ones(len(befores), dtype=bool)
+    complete[[index for index, before in states if not before.complete]] = False
+    base = np.where(complete[owner], 0, requests)
+    if states:
+        many = [len(before.pairs) for _, before in states]
+        keys = np.repeat([index * _PAIRS for index, _ in states], many)
+        keys += np.concatenate([before.pairs for _, before in states])
+        if keys.size:
+            wanted = owner * _PAIRS + pairs
+            at = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+            known = keys[at] == wanted
+            base = np.where(known, np.concatenate([before.pair_requests for _, before in states])[at], base)
     # A node that had no room for a pair counts it anew from 0.
-    return pairs, requests - np.where(base > requests, 0, base)
+    return requests - np.where(base > requests, 0, base)
 
 
 def _hot_keys(report: NodeStats) -> tuple[HotKey, ...]:

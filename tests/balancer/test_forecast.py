@@ -117,7 +117,7 @@ def test_a_step_is_followed() -> None:
 
 
 def test_it_is_a_pure_function_and_bounded() -> None:
-    """The same snapshot gives the same forecast; beyond 32 classes the least busy ones get the EWMA."""
+    """The same snapshot gives the same forecast; at first the busiest classes alone get a Ridge."""
     random = np.random.default_rng(5)
     ticks = np.arange(200)[:, None]
     counts = random.poisson(60 + 50 * np.sin(2 * np.pi * ticks / 12) + np.arange(40)[None, :]).astype(float)
@@ -203,6 +203,32 @@ def test_the_ridge_rests_while_it_is_worse_than_the_ewma() -> None:
         models.append(forecast.models[0])
     assert models[0] == "ridge"
     assert set(models[JUDGED_STEPS + 20 :]) == {"ewma"}
+
+
+def test_the_p90_is_further_away_where_the_load_is_unrestful() -> None:
+    """Blocks of calm and of restless load about the same level: the P90 knows in which it is."""
+    random = np.random.default_rng(14)
+    wild = np.arange(1100) // 50 % 2 == 1
+    series = random.poisson(100 * np.where(wild, random.gamma(4.0, 0.25, 1100), 1.0)).astype(float)
+    distance = [
+        (told.p90 - told.median)[0, 0]
+        for end in (1040, 1045, 1090, 1095)
+        for told in [predict_load(snapshot(series[:end, None])).outlook]
+    ]
+    assert min(distance[2:]) > 1.5 * max(distance[:2])
+
+
+def test_no_class_waits_for_pairs_and_minutes() -> None:
+    """The first forecast fits a few classes; all have a fit before any pair, one a tick."""
+    random = np.random.default_rng(15)
+    counts = random.poisson(100, (2_100, FITS_AT_ONCE + 3)).astype(float)
+    pairs = random.poisson(10, (600, 1)).astype(float)
+    state = None
+    for tick in range(4):
+        told = predict_load(snapshot(counts, tick=2_100 + tick, pairs=((0, 1),), pair_counts=pairs), state).state
+        assert (told.classes.fitted > 0).sum() == FITS_AT_ONCE + tick
+        assert (told.pairs.fitted > 0).sum() == 0
+        state = told
 
 
 def test_accuracy_is_what_it_was() -> None:

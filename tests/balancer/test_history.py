@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from balancer.history import CLASSES, WINDOW_REQUESTS, History
 from balancer.rings import PAIRS_MAX
@@ -173,6 +174,43 @@ def test_no_request_is_lost_or_invented(steps: list[dict[str, int | str]]) -> No
         history.observe(tick, reports)
     counts = history.snapshot().counts
     assert float(np.nan_to_num(counts).sum()) == pytest.approx(expected)
+
+
+@given(
+    st.lists(
+        st.dictionaries(
+            st.sampled_from("abc"),
+            st.tuples(st.booleans(), st.integers(-20, 50), st.lists(st.integers(0, 4), max_size=3)),
+        ),
+        max_size=8,
+    )
+)
+@settings(deadline=None, max_examples=40)
+def test_nodes_together_are_as_each_alone(steps: list[dict[str, tuple[bool, int, list[int]]]]) -> None:
+    """What one history makes of all nodes' reports, true and false, is the sum of what one for each makes of its."""
+    together, *each = (History(nodes, tick_ms=60_000, ticks=10) for nodes in ("abc", "a", "b", "c"))
+    alone = dict(zip("abc", each, strict=True))
+    counters = dict.fromkeys("abc", 100)
+    for tick, heard in enumerate(steps):
+        reports = {}
+        for name, (restarts, more, groups) in heard.items():
+            counters[name] = max(0, counters[name] + more)
+            told = report(REBOOT if restarts else BOOT, uptime_ms=180_000, sign=(counters[name], 10))
+            reports[name] = replace(told, pairs=[(0, group, counters[name] // 3) for group in groups])
+        dropped = together.observe(tick, reports)
+        expected = [
+            name for name in "abc" if alone[name].observe(tick, {k: v for k, v in reports.items() if k == name})
+        ]
+        assert list(dropped) == expected
+    told, parts = together.snapshot(), [history.snapshot() for history in alone.values()]
+    sums = [np.nansum(part.counts, axis=0) for part in parts if part.classes]
+    assert np.nansum(told.counts) == pytest.approx(np.sum(sums))
+    pairs: dict[tuple[int, int], float] = {}
+    for part in parts:
+        for pair, count in zip(part.pairs, np.nansum(part.pair_counts, axis=0), strict=True):
+            pairs[pair] = pairs.get(pair, 0.0) + count
+    assert dict(zip(told.pairs, np.nansum(told.pair_counts, axis=0), strict=True)) == pytest.approx(pairs)
+    assert told.requests.sum() == pytest.approx(sum(part.requests.sum() for part in parts))
 
 
 def test_the_classes_are_the_algorithms_own() -> None:
