@@ -64,7 +64,7 @@ def row(
         unit,
         peer,
         None if peer_value is None else round(peer_value, 4),
-        None if not peer_value else round(value / peer_value, 4),
+        None if not peer_value or target is not None else round(value / peer_value, 4),  # a target is in milliseconds
         target,
         stretch,
         None if target is None else value <= target,
