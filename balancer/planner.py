@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import structlog
@@ -128,23 +129,17 @@ class Planner:
         if self._clock() < self._next_s or (self._running is not None and not self._running.done()):
             return
         self._next_s = self._clock() + self._every_s
-        self._running = self._pool.submit(self._make, history, forecast, cluster, dict(places), shape)
+        ask = partial(placement_problem, history, forecast, cluster, dict(places), shape)
+        self._running = self._pool.submit(self._make, ask)
 
     def stop(self) -> None:
         """End, after the plan under way."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _make(
-        self,
-        history: HistorySnapshot,
-        forecast: Forecast,
-        cluster: Cluster,
-        places: Mapping[int, Sequence[int]],
-        shape: tuple[int, int],
-    ) -> None:
+    def _make(self, ask: Callable[[], tuple[PlacementProblem, tuple[int, ...]] | None]) -> None:
         last = self.plan
         try:
-            asked = placement_problem(history, forecast, cluster, places, shape)
+            asked = ask()
             if asked is None:
                 self.plan = Plan(text="no warm placement group")
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect
 from collections.abc import Callable, Mapping
 from itertools import accumulate
@@ -80,7 +81,7 @@ class Own:
         self.routers[client].install(table)
 
 
-class Rival:
+class Rival(ABC):
     """What the rivals have in common: own requests under way by (client, node), and nodes that are known to be down."""
 
     def __init__(self, simulation: Simulation) -> None:
@@ -99,8 +100,9 @@ class Rival:
         self._own[client][chosen] += 1
         return chosen
 
+    @abstractmethod
     def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
-        raise NotImplementedError
+        """Which of the nodes, of which there are several; each rival has its own way."""
 
     def _two(self, up: tuple[int, ...]) -> tuple[int, int]:
         first = int(self._random.random() * len(up))
@@ -122,10 +124,10 @@ class Rival:
         """It is asked again."""
         self._down[client][node] = False
 
-    def heard(self, client: int, node: int, queue: int, now_s: float) -> None:
+    def heard(self, client: int, node: int, queue: int, now_s: float) -> None:  # noqa: B027 - most rivals hear nothing
         """Nothing to be learned."""
 
-    def install(self, client: int, table: RoutingTable) -> None:
+    def install(self, client: int, table: RoutingTable) -> None:  # noqa: B027 - most rivals go by no table
         """No use for it."""
 
 
