@@ -79,16 +79,37 @@ def main(
 
 
 @main.command()
-@_CONFIG
+@click.option(
+    "--config",
+    "config_paths",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="The node's TOML configuration; once for each node, where several live on this machine.",
+)
 @click.option("--unchecked", is_flag=True, hidden=True)
 @_LEVEL
-def init(config_path: Path, unchecked: bool, log_level: str | None) -> None:
+def init(config_paths: tuple[Path, ...], unchecked: bool, log_level: str | None) -> None:
     """Make the node's token, its random PIN and its key-encryption key.
 
     The PIN is written to the file that the configuration names, with mode 0600, outside the data folder.
     """
     configure_logging(log_level or "")
     harden_process()
+    failed = []
+    for path in config_paths:
+        try:
+            _init(path, unchecked)
+        except EngineError as error:
+            if len(config_paths) == 1:
+                raise
+            click.echo(f"error: {path}: {error}", err=True)
+            failed.append(str(path))
+    if failed:
+        raise TokenError(f"{len(failed)} of {len(config_paths)} tokens were not made: those of {', '.join(failed)}")
+
+
+def _init(config_path: Path, unchecked: bool) -> None:
     config = load_node_config(config_path)
     config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     initialize_token(config.token, config.data)

@@ -745,29 +745,23 @@ class LocalCluster:
     def _init_tokens(self, names: Sequence[str]) -> None:
         """Have every node make its token, its PIN and its KEK, all at once."""
         self._tell("making the tokens")
-        run = _folder(self.path / "run")
-        children: list[tuple[str, Path, subprocess.Popen[bytes]]] = []
-        until = time.monotonic() + self._start_timeout_s
+        path = _folder(self.path / "run") / "init.log"
+        command = [sys.executable, "-P", "-m", "nodes", "init", "--unchecked"]
+        for name in names:
+            command += ["--config", str(self.path / "nodes" / name / "node.toml")]
+        with _private_log(path) as log:
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
         try:
-            for name in names:
-                config = self.path / "nodes" / name / "node.toml"
-                path = run / f"{name}-init.log"
-                with _private_log(path) as log:
-                    command = [sys.executable, "-P", "-m", "nodes", "init", "--unchecked", "--config", str(config)]
-                    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-                children.append((name, path, child))
-            for name, path, child in children:
-                code = child.wait(max(0.1, until - time.monotonic()))
-                if code:
-                    tail = path.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
-                    raise ClusterError(f"the token of {name} could not be made (exit code {code}):\n{tail}")
+            code = child.wait(self._start_timeout_s)
         except subprocess.TimeoutExpired:
             raise ClusterError(f"the tokens were not made within {self._start_timeout_s:g} s") from None
         finally:
-            for _, _, child in children:
-                if child.poll() is None:
-                    child.kill()
-                    child.wait()
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        if code:
+            tail = path.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:].strip()
+            raise ClusterError(f"the tokens could not be made (exit code {code}):\n{tail}")
 
 
 @dataclass(frozen=True, slots=True)
