@@ -89,7 +89,10 @@ def mode_of(path: Path) -> int:
 def commands(group: click.Group, *above: str) -> Iterator[tuple[str, ...]]:
     """The words of every command and group."""
     yield above
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
         if isinstance(command, click.Group):
             yield from commands(command, *above, name)
         else:
@@ -803,7 +806,9 @@ def test_documented_commands_are_understood(document: str, line: str, tmp_path: 
     command: click.Command = cli
     context = click.Context(cli, obj=Settings())
     while isinstance(command, click.Group):
-        command = command.commands[words.pop(0)]
+        found = command.get_command(context, words.pop(0))
+        assert found is not None, line
+        command = found
     try:
         command.make_context(command.name, words, parent=context)
     except click.BadParameter as error:
