@@ -34,7 +34,7 @@ def find_bugs() -> int:
     for name, bug in BUGS.items():
         found = None
         with bug.planted():
-            for seed in range(bug.within):
+            for seed in range(bug.first, bug.within):
                 if not bug.needs <= features(seed):
                     continue
                 try:

@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN = Path(__file__).parent / "run.py"
-SEEDS = 10_000 if os.environ.get("KEYQUORUM_ASSURANCE") else 1_500
+SEEDS = 10_000 if os.environ.get("KEYQUORUM_ASSURANCE") else 800
 PROCESSES = 2
 TIMEOUT_S = 900
 """It only ends a run that hangs."""
