@@ -1,6 +1,6 @@
 """The command line against real processes: a cluster set up over several folders, and one in a folder by ``up``.
 
-Every command runs as the installed script, in a process of its own, as a user would type it.
+Every command runs in a process of its own.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import hashes, hmac, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from forked_cli import run_command
 from ports import free_ports
 
 NODES = ("node1", "node2", "node3", "node4", "node5")
@@ -59,15 +60,12 @@ class Result:
 
 
 def keyquorum(*words: str | Path, cwd: Path, config: Path | None = None, stdin: bytes = b"") -> Result:
-    """Run the installed command."""
+    """Run the command in a process of its own."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYQUORUM_")}
     environment["KEYQUORUM_OPERATOR_PASSPHRASE"] = PASSPHRASE
     if config is not None:
         environment["KEYQUORUM_CONFIG"] = str(config)
-    script = Path(sys.executable).with_name("keyquorum")
-    done = subprocess.run(
-        [script, *words], cwd=cwd, env=environment, input=stdin, capture_output=True, timeout=COMMAND_S, check=False
-    )
+    done = run_command(words, cwd, environment, stdin, COMMAND_S)
     return Result(done.returncode, done.stdout, done.stderr.decode())
 
 
