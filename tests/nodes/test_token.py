@@ -654,6 +654,22 @@ def test_init_refuses_a_token_that_exists_and_leaves_no_pin_file(cluster_folder:
     assert cluster_folder.command("check-token", "--config", str(cluster_folder.config("node1"))).returncode == 0
 
 
+def test_one_init_makes_the_tokens_of_several_nodes_and_names_those_it_could_not_make(cluster_folder: Any) -> None:
+    one, two = (["--config", str(cluster_folder.config(name))] for name in ("node1", "node2"))
+    assert cluster_folder.init("node1").returncode == 0
+    pin = (cluster_folder.root / "pin.node1").read_text()
+    (cluster_folder.root / "pin.node1").unlink()
+    both = cluster_folder.command("init", *one, *two)
+    assert both.returncode == 2
+    assert "a token 'node1' exists already" in both.stderr
+    assert f"1 of 2 tokens were not made: those of {one[1]}\n" in both.stderr
+    assert "Traceback" not in both.stderr
+    (cluster_folder.root / "pin.node1").write_text(pin)
+    (cluster_folder.root / "pin.node1").chmod(0o600)
+    for config in (one, two):
+        assert cluster_folder.command("check-token", *config).returncode == 0
+
+
 @pytest.mark.parametrize("wrong", ["0" * 40, "1234", "f" * 255])
 def test_a_wrong_pin_is_told_without_the_pin(cluster_folder: Any, wrong: str) -> None:
     assert cluster_folder.init("node1").returncode == 0
