@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from whole_keys import create_whole_key
 
 import engine
 from engine import Engine, LocalCluster, PolicyRule
@@ -35,14 +36,8 @@ def _use(kq: Engine) -> None:
 
 
 def _make_keys(kq: Engine) -> None:
-    """Keys that all five have a share of: a holder that is slow for a moment is gone on without."""
     for name, algorithm in (("data", "aes-256-gcm"), ("sign", "ecdsa-p256-sha256"), ("mac", "hmac-sha256")):
-        for _ in range(5):
-            if len(kq.create_key(name, algorithm, threshold=3, shares=5).stored) == 5:
-                break
-            kq.destroy_key(name)
-        else:
-            raise AssertionError(f"a holder missed each of five creations of {name!r}")
+        create_whole_key(kq, name, algorithm, threshold=3, shares=5)
 
 
 def _await_nodes(kq: Engine, seconds: float = 10.0) -> None:

@@ -163,7 +163,7 @@ class Network:
             while not await _listens(gate.to_port):
                 await asyncio.sleep(POLL_S)
             gate.down.clear()
-            gate.server = await asyncio.start_server(partial(self._serve, gate), sock=gate.bound, backlog=1024)
+            gate.server = await asyncio.start_server(partial(self._accept, gate), sock=gate.bound, backlog=1024)
             await gate.down.wait()
             gate.server.close()
             gate.bound = _bound(gate.port)
@@ -226,26 +226,28 @@ class Network:
                 return rule
         return CLEAR
 
+    def _accept(self, gate: _Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Serve a connection. Its near side ends with the task, also one that is cancelled before its first step."""
+        task = asyncio.ensure_future(self._serve(gate, reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: _abort(writer))
+
     async def _serve(self, gate: _Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         target = gate.target
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", gate.to_port)
-        except BaseException as error:
-            _abort(writer)
-            if not isinstance(error, OSError):
-                raise  # the end of all
+        except OSError:
             gate.down.set()
             return
         try:
             source = self._who(writer.get_extra_info("peername")[1], writer.get_extra_info("sockname")[1])
         except BaseException:
-            _abort(writer)
             _abort(far_writer)
             raise
         self.seen.add((source, target))
         if self._rule(source, target).refuse:
             self.spoiled += 1
-            _abort(writer)
             _abort(far_writer)
             return
         for each in (writer, far_writer):
@@ -263,7 +265,7 @@ class Network:
                 await asyncio.wait(ways[:1])
         finally:
             self._links.discard(link)
-            _abort(writer)  # before anything that may be cancelled
+            _abort(writer)  # both before anything that may be cancelled
             _abort(far_writer)
             for way in ways:
                 way.cancel()

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from whole_keys import create_whole_key
 
 import engine
 from engine import LocalCluster, PolicyRule
@@ -78,7 +79,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     with LocalCluster(nodes=5, threshold=3, path=path, clients=CLIENTS, rules=RULES) as running:
         with engine.connect(running.client_config) as kq:
             for name, algorithm in KEYS.items():
-                kq.create_key(name, algorithm, threshold=3, shares=5)
+                create_whole_key(kq, name, algorithm, threshold=3, shares=5)
         yield running
 
 
