@@ -8,6 +8,7 @@ import itertools
 import sqlite3
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,30 +47,49 @@ def _await_nodes(kq: Engine, seconds: float = 10.0) -> None:
         assert time.monotonic() < until, [member for member in kq.status() if member.error]
 
 
-def test_any_two_nodes_may_die(own_cluster: LocalCluster) -> None:
+@pytest.fixture(scope="module")
+def lasting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    with LocalCluster(nodes=5, threshold=3, path=tmp_path_factory.mktemp("lasting") / "kq") as running:
+        yield running
+
+
+@pytest.fixture
+def healed_cluster(lasting_cluster: LocalCluster) -> Iterator[LocalCluster]:
+    """A cluster whose members a test may kill and stop; they are started again for the next, and the keys destroyed."""
+    yield lasting_cluster
+    for name, pid in lasting_cluster.running().items():
+        if pid is None:
+            lasting_cluster.start_node(name)
+    with engine.connect(lasting_cluster.client_config) as kq:
+        _await_nodes(kq, 30.0)
+        for key in kq.list_keys():
+            kq.destroy_key(key.name)
+
+
+def test_any_two_nodes_may_die(healed_cluster: LocalCluster) -> None:
     """Every pair of nodes is killed in turn; warm and cold operations go on, and nothing is lost."""
-    with engine.connect(own_cluster.client_config) as kq:
+    with engine.connect(healed_cluster.client_config) as kq:
         _make_keys(kq)
         before = kq.encrypt("data", b"from before")
-        for pair in itertools.combinations(own_cluster.nodes, 2):
+        for pair in itertools.combinations(healed_cluster.nodes, 2):
             for node in pair:
-                own_cluster.kill(node)
+                healed_cluster.kill(node)
             _use(kq)
             assert kq.decrypt("data", before) == b"from before"
             for node in pair:
-                own_cluster.start_node(node)
+                healed_cluster.start_node(node)
             _await_nodes(kq)
 
 
-def test_three_dead_nodes_and_back(own_cluster: LocalCluster) -> None:
+def test_three_dead_nodes_and_back(healed_cluster: LocalCluster) -> None:
     """With t-1 nodes left, loaded keys are served, others refused by name in time; restarted nodes lost nothing."""
-    with engine.connect(own_cluster.client_config) as kq:
+    with engine.connect(healed_cluster.client_config) as kq:
         _make_keys(kq)
         before = kq.encrypt("data", b"from before")
-        assert set(kq.prewarm("data")) == set(own_cluster.nodes)
-        dead = own_cluster.nodes[2:]
+        assert set(kq.prewarm("data")) == set(healed_cluster.nodes)
+        dead = healed_cluster.nodes[2:]
         for node in dead:
-            own_cluster.kill(node)
+            healed_cluster.kill(node)
         assert kq.decrypt("data", before) == b"from before"
         kq.flush()
         for name, call in (
@@ -84,7 +104,7 @@ def test_three_dead_nodes_and_back(own_cluster: LocalCluster) -> None:
         with pytest.raises(engine.QuorumUnavailable, match="new"):
             kq.create_key("new", "aes-256-gcm", threshold=3, shares=5)
         for node in dead:
-            own_cluster.start_node(node)
+            healed_cluster.start_node(node)
         _await_nodes(kq)
         assert kq.decrypt("data", before) == b"from before"
         _use(kq)
@@ -92,22 +112,22 @@ def test_three_dead_nodes_and_back(own_cluster: LocalCluster) -> None:
         assert len(kq.create_key("new", "aes-256-gcm", threshold=3, shares=5, timeout=30).stored) == 5
 
 
-def test_a_node_that_missed_a_creation_serves_the_key(own_cluster: LocalCluster) -> None:
+def test_a_node_that_missed_a_creation_serves_the_key(healed_cluster: LocalCluster) -> None:
     """A key made while a node is down is on the other four; the node learns of it and combines without a share."""
-    late = own_cluster.nodes[4]
-    with engine.connect(own_cluster.client_config) as kq:
-        own_cluster.kill(late)
+    late = healed_cluster.nodes[4]
+    with engine.connect(healed_cluster.client_config) as kq:
+        healed_cluster.kill(late)
         info = kq.create_key("young", "aes-256-gcm", threshold=3, shares=5)
-        assert set(info.stored) == set(own_cluster.nodes) - {late}
+        assert set(info.stored) == set(healed_cluster.nodes) - {late}
         assert any(late in warning for warning in info.warnings)
         ciphertext = kq.encrypt("young", b"x")
-        own_cluster.start_node(late)
+        healed_cluster.start_node(late)
         _await_nodes(kq)
         until = time.monotonic() + 10
         while late not in kq.prewarm("young"):
             assert time.monotonic() < until, "the node never learned of the key"
-        for node in own_cluster.nodes[:2]:
-            own_cluster.kill(node)
+        for node in healed_cluster.nodes[:2]:
+            healed_cluster.kill(node)
         kq.flush()
         with pytest.raises(engine.QuorumUnavailable):  # two shares are left among three nodes
             kq.decrypt("young", ciphertext)
@@ -161,20 +181,20 @@ def _shares_of(kq: Engine, node: str) -> int | None:
     return next(getattr(member.status, "shares", None) for member in kq.status() if member.name == node)
 
 
-def test_without_a_balancer_data_operations_go_on(own_cluster: LocalCluster) -> None:
+def test_without_a_balancer_data_operations_go_on(healed_cluster: LocalCluster) -> None:
     """Creation and destruction say why they can't; everything else, new clients included, works as before."""
-    with engine.connect(own_cluster.client_config) as kq:
+    with engine.connect(healed_cluster.client_config) as kq:
         _make_keys(kq)
-        own_cluster.kill_balancer()
+        healed_cluster.kill_balancer()
         _use(kq)
         with pytest.raises(engine.RegistryUnavailable, match=r"registry.*balancer"):
             kq.create_key("late", "aes-256-gcm", threshold=3, shares=5)
         with pytest.raises(engine.RegistryUnavailable, match="registry"):
             kq.destroy_key("data")
-        with engine.connect(own_cluster.client_config) as newcomer:
+        with engine.connect(healed_cluster.client_config) as newcomer:
             assert newcomer.routing_table is None
             _use(newcomer)
-        own_cluster.start_balancer()
+        healed_cluster.start_balancer()
         until = time.monotonic() + 10
         while True:
             try:
@@ -185,23 +205,23 @@ def test_without_a_balancer_data_operations_go_on(own_cluster: LocalCluster) -> 
         _use(kq)
 
 
-def test_a_stopped_node_costs_a_moment(own_cluster: LocalCluster) -> None:
+def test_a_stopped_node_costs_a_moment(healed_cluster: LocalCluster) -> None:
     """A node that hangs (SIGSTOP: no broken connection) is passed over inside the deadline."""
-    with engine.connect(own_cluster.client_config) as kq:
+    with engine.connect(healed_cluster.client_config) as kq:
         _make_keys(kq)
         kq.encrypt("data", b"x")
-        for node in own_cluster.nodes:
-            own_cluster.pause(node)
+        for node in healed_cluster.nodes:
+            healed_cluster.pause(node)
             try:
                 assert kq.decrypt("data", kq.encrypt("data", b"x", timeout=DEADLINE_S), timeout=DEADLINE_S) == b"x"
             finally:
-                own_cluster.resume(node)
+                healed_cluster.resume(node)
 
 
 @pytest.mark.parametrize("how", ["killed", "paused"])
-def test_no_client_sees_an_error_when_a_node_goes(own_cluster: LocalCluster, how: str) -> None:
+def test_no_client_sees_an_error_when_a_node_goes(healed_cluster: LocalCluster, how: str) -> None:
     """Threads, a pipelined batch and tasks go on over a node that goes in the middle; each result is right."""
-    node = own_cluster.nodes[0]
+    node = healed_cluster.nodes[0]
     begun, gone = threading.Barrier(5), threading.Event()
 
     def one_after_the_other(kq: Engine) -> int:
@@ -223,13 +243,13 @@ def test_no_client_sees_an_error_when_a_node_goes(own_cluster: LocalCluster, how
         return len(kq.encrypt_many("data", [b"x"] * 200, timeout=DEADLINE_S))
 
     async def tasks() -> int:
-        async with engine.aio.connect(own_cluster.client_config) as kq:
+        async with engine.aio.connect(healed_cluster.client_config) as kq:
             await kq.encrypt_many("data", [b"x"] * 100, timeout=DEADLINE_S)
             await asyncio.to_thread(begun.wait, 30)
             await asyncio.to_thread(gone.wait, 30)
             return len(await kq.encrypt_many("data", [b"x"] * 200, timeout=DEADLINE_S))
 
-    with engine.connect(own_cluster.client_config) as kq, ThreadPoolExecutor(4) as pool:
+    with engine.connect(healed_cluster.client_config) as kq, ThreadPoolExecutor(4) as pool:
         _make_keys(kq)
         kq.prewarm("data")
         running = [
@@ -241,34 +261,34 @@ def test_no_client_sees_an_error_when_a_node_goes(own_cluster: LocalCluster, how
         try:
             begun.wait(30)
             if how == "killed":
-                own_cluster.kill(node)
+                healed_cluster.kill(node)
             else:
-                own_cluster.pause(node)
+                healed_cluster.pause(node)
             gone.set()
             assert [each.result(60) for each in running] == [20, 20, 200, 200]
             if how == "killed":
-                own_cluster.start_node(node)
+                healed_cluster.start_node(node)
         finally:
             gone.set()
-            own_cluster.resume(node)
+            healed_cluster.resume(node)
         _await_nodes(kq)
 
 
-def test_everything_killed_and_back(own_cluster: LocalCluster) -> None:
+def test_everything_killed_and_back(healed_cluster: LocalCluster) -> None:
     """kill -9 of every process; what was acknowledged is there after the restart."""
     made: dict[str, bytes] = {}
-    with engine.connect(own_cluster.client_config) as kq:
+    with engine.connect(healed_cluster.client_config) as kq:
         for number in range(10):
             name = f"kept/{number}"
             kq.create_key(name, "aes-256-gcm", threshold=3, shares=5)
             made[name] = kq.encrypt(name, name.encode())
-        own_cluster.kill_balancer()
-        for node in own_cluster.nodes:
-            own_cluster.kill(node)
+        healed_cluster.kill_balancer()
+        for node in healed_cluster.nodes:
+            healed_cluster.kill(node)
         with pytest.raises(engine.EngineError) as caught:
             kq.encrypt("kept/0", b"x", timeout=2)
         assert isinstance(caught.value, engine.NodeUnavailable | engine.DeadlineExceeded)
-        own_cluster.start()
+        healed_cluster.start()
         for name, ciphertext in made.items():
             assert kq.decrypt(name, ciphertext) == name.encode()
         assert len(kq.list_keys("kept/*")) == 10
@@ -349,9 +369,9 @@ def test_a_destruction_outlives_the_client_that_ordered_it(own_cluster: LocalClu
             kq.key_info("gone")
 
 
-def test_making_keys_does_not_keep_cold_keys_waiting(own_cluster: LocalCluster) -> None:
+def test_making_keys_does_not_keep_cold_keys_waiting(healed_cluster: LocalCluster) -> None:
     """While every node has a queue of RSA keys to make, another key is gathered and used inside its deadline."""
-    with engine.connect(own_cluster.client_config) as kq:
+    with engine.connect(healed_cluster.client_config) as kq:
         _make_keys(kq)
         with ThreadPoolExecutor(20) as pool:
             making = [
@@ -366,9 +386,9 @@ def test_making_keys_does_not_keep_cold_keys_waiting(own_cluster: LocalCluster) 
                 assert each.result().algorithm == "rsa-4096-pss-sha256"
 
 
-def test_a_flush_of_one_key_asks_its_holders(own_cluster: LocalCluster) -> None:
+def test_a_flush_of_one_key_asks_its_holders(healed_cluster: LocalCluster) -> None:
     """A key on three of five nodes is flushed on those; an unknown one is KeyNotFound."""
-    with engine.connect(own_cluster.client_config) as kq:
+    with engine.connect(healed_cluster.client_config) as kq:
         kq.create_key("small", "aes-256-gcm", threshold=2, shares=3)
         loaded = kq.prewarm("small")
         assert len(loaded) == 3
