@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import CLUSTER, NOW, signing, table
 
 from engine.errors import ManifestError, ProtocolError
-from engine.protocol.manifest import CLOCK_SKEW_MS, Member, chain_pin, issue_cluster_manifest, open_chain
+from engine.protocol.manifest import CLOCK_SKEW_MS
 from engine.protocol.routing import Router
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.protocol.table import (
@@ -30,52 +28,6 @@ from engine.protocol.table import (
     table_codec,
     table_delta,
 )
-
-NOW = 1_800_000_000_000
-NODES = ("n1", "n2", "n3", "n4")
-CLASS = "sign/ed25519"
-
-
-def signing(name: str) -> SigningKey:
-    return SigningKey(name, Ed25519PrivateKey.from_private_bytes(hashlib.sha256(b"r" + name.encode()).digest()))
-
-
-def member(name: str, role: Any) -> Member:
-    curve = bytes(32) if role == "operator" else hashlib.sha256(name.encode()).digest()
-    endpoint = "" if role in ("operator", "client") else "tcp://127.0.0.1:1"
-    return Member(name, role, signing(name).public, curve, endpoint, "", f"site/{name}" if role == "node" else "")
-
-
-MEMBERS = [member("op", "operator"), member("alice", "client"), member("bal", "balancer")]
-MEMBERS += [member(name, "node") for name in NODES]
-CHAIN = issue_cluster_manifest(name="test", members=MEMBERS, rules=[], operators=[signing("op")], groups=64)
-CLUSTER = open_chain(CHAIN, chain_pin(CHAIN))
-
-
-def table(
-    counter: int = 1,
-    fencing: int = 1,
-    *,
-    nodes: Sequence[str] = NODES,
-    service: Sequence[float] | bytes = (100, 100, 100, 100),
-    price: Sequence[int] = (0, 0, 0, 0),
-    **changes: Any,
-) -> RoutingTable:
-    made = RoutingTable(
-        fencing_epoch=fencing,
-        counter=counter,
-        issued_ms=NOW,
-        expires_ms=NOW + 5_000,
-        nodes=list(nodes),
-        classes=[CLASS],
-        service=service if isinstance(service, bytes) else pack_service([service]),
-        price=list(price),
-        caps=[1000],
-        groups=[],
-        hints=[],
-        forecast=[(0, 0)],
-    )
-    return msgspec.structs.replace(made, **changes)
 
 
 def test_a_sealed_table_opens_as_it_was() -> None:
