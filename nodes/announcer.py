@@ -83,7 +83,6 @@ class Announcer:
                 continue
             try:
                 self._publish()
-                self._lacking = ""
             except (EngineError, zmq.ZMQError) as error:
                 if str(error) != self._lacking:
                     self._lacking = str(error)
@@ -107,6 +106,9 @@ class Announcer:
         publisher: Publisher | None = None
         try:
             publisher = Publisher(context, self._places, queued=QUEUED)
+            if self._lacking:
+                self._lacking = ""
+                log.info("publishing the node's queue")
             self._serve(publisher)
         finally:
             if publisher is not None:

@@ -271,14 +271,17 @@ def test_a_removed_member_is_cut_and_the_others_go_on(site: Site, world: World) 
 
 def test_a_taken_port_keeps_the_node_from_nothing_and_is_tried_again(world: World, monkeypatch: Any) -> None:
     monkeypatch.setattr("nodes.announcer.RETRY_S", 0.05)
-    with zmq.Context() as context:
-        with context.socket(zmq.PUB) as taken:
-            taken.bind(world.endpoint)
-            site = Site(world)
+    with zmq.Context() as context, context.socket(zmq.PUB) as taken:
+        taken.bind(world.endpoint)
+        site = Site(world)
+        try:
             until(lambda: "can't bind" in site.announcer._lacking)
-        with subscriber(world, world.who["app"].transport) as (socket, _):
-            assert socket.poll(int(PATIENCE_S * 1000))
-    site.announcer.close(PATIENCE_S)
+            taken.close()
+            until(lambda: not site.announcer._lacking)  # who connects to the other one is not heard again
+            with subscriber(world, world.who["app"].transport) as (socket, _):
+                assert socket.poll(int(PATIENCE_S * 1000))
+        finally:
+            site.announcer.close(PATIENCE_S)
 
 
 @contextmanager
