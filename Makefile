@@ -42,7 +42,8 @@ lint: ## ruff, mypy, import-linter and stubtest; any finding fails
 	@echo "lint: import-linter"; $(BIN)/lint-imports --no-cache
 	@echo "lint: stubtest"; MYPYPATH=src $(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml \
 		engine._fastshamir engine.client._fastline engine.client._histogram engine.client._router engine.client._zmtp \
-		engine.protocol._fastlines engine.protocol._fastwire nodes._fastpath nodes._fasttoken nodes._usebuffer
+		engine.protocol._fastlines engine.protocol._fastwire engine.protocol._nodestate \
+		nodes._fastpath nodes._fasttoken nodes._usebuffer
 
 .PHONY: bench
 bench: ## run the benchmarks, saved as build/bench/latest.json (PYTEST_ARGS="--benchmark-save=before" keeps them)

@@ -52,6 +52,7 @@ def native(name: str, source: str, *headers: str) -> Extension:
 
 fastwire = native("engine.protocol._fastwire", "src/engine/protocol/_fastwire.pyx", "fastwire.h")
 fastlines = native("engine.protocol._fastlines", "src/engine/protocol/_fastlines.pyx")
+nodestate = native("engine.protocol._nodestate", "src/engine/protocol/_nodestate.pyx")
 zmtp = native("engine.client._zmtp", "src/engine/client/_zmtp.pyx", "zmtp.h")
 router = native("engine.client._router", "src/engine/client/_router.pyx", "zmtp.h")
 fastline = native("engine.client._fastline", "src/engine/client/_fastline.pyx", "fastwire.h", "zmtp.h")
@@ -76,7 +77,7 @@ DIRECTIVES = {"language_level": "3", "autotestdict": False}
 setup(
     cmdclass={"build_ext": BuildExtensions},
     ext_modules=cythonize(
-        [fastshamir, fasttoken, fastlines, fastwire, histogram, zmtp, router, fastline, fastpath, usebuffer],
+        [fastshamir, fasttoken, fastlines, fastwire, nodestate, histogram, zmtp, router, fastline, fastpath, usebuffer],
         include_path=["src"],
         build_dir="build/cython",
         compiler_directives=DIRECTIVES,

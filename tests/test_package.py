@@ -77,6 +77,7 @@ EXTENSIONS = (
     "engine/client/_zmtp",
     "engine/protocol/_fastlines",
     "engine/protocol/_fastwire",
+    "engine/protocol/_nodestate",
     "nodes/_fastpath",
     "nodes/_fasttoken",
     "nodes/_usebuffer",

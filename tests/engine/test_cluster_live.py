@@ -24,8 +24,8 @@ from engine.client.membership import Servers
 from engine.client.spreading import push, serial_at
 from engine.client.transport import Channel, Greeting, connect_options
 from engine.errors import AccessDenied, EngineError, ManifestError
+from engine.protocol._nodestate import SNAPSHOT_MAX_AGE_S, NodeState
 from engine.protocol.manifest import issue_cluster_manifest
-from engine.protocol.routing import SNAPSHOT_MAX_AGE_S, NodeState
 
 EVERYTHING = [PolicyRule("*", "*", ["*"])]
 WAIT_S = 20.0

@@ -8,13 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import CLASS, CLUSTER, NODES, table
 
-from engine.protocol.routing import (
-    COLD_CHARGE_US,
-    DOWN_S,
-    RELEARN_S,
-    SNAPSHOT_MAX_AGE_S,
-    Router,
-)
+from engine.protocol._nodestate import DOWN_S, RELEARN_S, SNAPSHOT_MAX_AGE_S
+from engine.protocol.routing import COLD_CHARGE_US, Router
 from engine.protocol.table import RoutingTable, pack_service
 from engine.protocol.wire import Load
 

@@ -27,8 +27,9 @@ from engine.client.membership import OwnCurve
 from engine.client.publications import Gate, Publisher
 from engine.client.transport import connect_options, watch
 from engine.errors import ProtocolError
+from engine.protocol._nodestate import DOWN_S, SNAPSHOT_MAX_AGE_S
 from engine.protocol.manifest import Cluster, Member, chain_pin, issue_cluster_manifest, open_chain
-from engine.protocol.routing import DOWN_S, SNAPSHOT_MAX_AGE_S, Router
+from engine.protocol.routing import Router
 from engine.protocol.snapshot import PUBLISH_EVERY_S, SNAPSHOT_BYTES, Newest, Snapshot, Telling, snapshot_codec
 from engine.protocol.wire import PROTOCOL_VERSION, Load
 from nodes.announcer import Announcer

@@ -8,19 +8,18 @@ the network's round trip; and a charge where the key is cold. ``bench/simulator.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.keys import ALGORITHMS
+from engine.protocol._nodestate import DOWN_S, RELEARN_S, NodeState, best, score
 from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster
 from engine.protocol.table import RoutingTable
 from engine.protocol.wire import Load
 
 __all__ = ["Router"]
 
-SNAPSHOT_MAX_AGE_S = 0.2
-"""After so long without an answer, own requests under way count in any case."""
 SETTLE_TIMES = 2.0
 """After so many mean times of service a queue is half way from what it was told to be to what it is on average."""
 PRICE_PART = 0.1
@@ -33,12 +32,6 @@ COLD_PART = 0.25
 MAX_KEYS = 65_536
 """How many keys the router remembers as loaded somewhere."""
 MAX_VIEWS = 8_192
-MAX_SENT = 256
-RELEARN_S = 10.0
-"""What a node was measured to do is forgotten so long after its last answer, or it might be avoided for ever."""
-DOWN_S = 1.0
-DOWN_MAX_S = 4.0
-"""How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
 PROBE_S = 1.0
 """How long one request that tries such a node again keeps others from it."""
 PATIENCE_MIN_S = 0.25
@@ -52,43 +45,6 @@ PROBE_PATIENCE_MIN_S = 0.005
 PROBE_PATIENCE_S = 0.05
 """The bounds for a node that failed and is tried again: most often it is still away, and who finds that out has lost so
 much. A stopped node accepts, and says nothing."""
-
-
-@dataclass(slots=True, eq=False)
-class NodeState:
-    """What one client knows of a node."""
-
-    name: str
-    outstanding: int = 0
-    sent_s: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_SENT))
-    """When the requests were sent that the newest snapshot does not know of."""
-    seen_s: float = float("-inf")
-    excess: float = 0.0
-    """The newest snapshot's queue, beyond the mean of them."""
-    mean_queue: float = 0.0
-    settle_s: float = 0.001
-    others: float = 0.0
-    """How many others a request does not wait for: the node's lanes but one."""
-    lanes: float = 1.0
-    usual_us: float = 0.0
-    """The mean service of all classes, and by ``wait_us`` what one request more adds to the wait."""
-    wait_us: float = 0.0
-    cost: float = 1.0
-    """A request's own service and what it costs others, per time of service."""
-    round_trip_us: float = 300.0
-    service_us: dict[str, float] = field(default_factory=dict)
-    down_for_s: float = 0.0
-    down_until_s: float = float("-inf")
-    probing: bool = False
-
-    def down(self, now_s: float) -> None:
-        if self.probing or self.down_until_s <= now_s:  # of many requests that fail together one counts
-            self.probing = False
-            self.down_for_s = min(max(DOWN_S, 2 * self.down_for_s), DOWN_MAX_S)
-            self.down_until_s = now_s + self.down_for_s
-
-    def up(self) -> None:
-        self.down_for_s, self.down_until_s, self.probing = 0.0, float("-inf"), False
 
 
 @dataclass(slots=True)
@@ -112,7 +68,6 @@ class _Known:
 
 
 _NOWHERE = _Known()
-_FAR = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,11 +151,14 @@ class Router(FollowsCluster):
         """
         with self._lock:
             known = self._keys.get(key_name, _NOWHERE)
-            best = self._best(self._view(eligible), request_class, known, now_s) if known.nodes else None
-            if best is None or best not in known.nodes:
+            if not known.nodes:
                 return None
-            self._sent(best, now_s)
-            return best.name, self._patience_s(best, request_class, False), best
+            view, cold_us = self._view(eligible), self._cold_charge_us(known)
+            first = best(view, request_class, known.nodes, cold_us, now_s, self._told_us)
+            if first is None or first not in known.nodes:
+                return None
+            self._sent(first, now_s)
+            return first.name, self._patience_s(first, request_class, False), first
 
     def answered_direct(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
@@ -384,8 +342,13 @@ class Router(FollowsCluster):
             if len(states) < 2:
                 return tuple(state.name for state in states)
             known = self._keys.get(key_name, _NOWHERE)
+            cold_us = self._cold_charge_us(known)
             scored = sorted(
-                (state.down_until_s > now_s, self._score(state, request_class, known, now_s), at)
+                (
+                    state.down_until_s > now_s,
+                    score(state, request_class, known.nodes, cold_us, now_s, self._told_us),
+                    at,
+                )
                 for at, state in enumerate(states)
             )
             self._probe(states[scored[0][2]], now_s)
@@ -421,51 +384,6 @@ class Router(FollowsCluster):
         if view is None:
             view = self._views[names] = tuple(self._state(name) for name in names if name in cluster.nodes)
         return view
-
-    def _best(self, states: Sequence[NodeState], request_class: str, known: _Known, now_s: float) -> NodeState | None:
-        """The one that ``rank`` puts first; None if one that failed is due to be tried again, or none is up.
-
-        ``_score`` in line: this is all that a warm use asks of the router.
-        """
-        best, least, loaded, cold_us = None, _FAR, known.nodes, -1.0
-        for state in states:
-            if state.down_for_s:
-                if state.down_until_s <= now_s:
-                    return None
-                continue
-            service_us, age_s = state.service_us.get(request_class), now_s - state.seen_s
-            if service_us is None or age_s > SNAPSHOT_MAX_AGE_S:
-                score = self._score(state, request_class, known, now_s)
-            else:
-                score = service_us * state.cost + state.round_trip_us
-                waiting = state.mean_queue + len(state.sent_s) - state.others
-                waiting += state.excess * state.settle_s / (state.settle_s + age_s)
-                if waiting > 0.0:
-                    score += waiting * state.wait_us
-                if state not in loaded:
-                    if cold_us < 0.0:
-                        cold_us = self._cold_charge_us(known)
-                    score += cold_us
-            if score < least:
-                best, least = state, score
-        return best
-
-    def _score(self, state: NodeState, request_class: str, known: _Known, now_s: float) -> float:
-        """Microseconds until a request that is sent now is answered, and what that costs others."""
-        age_s = now_s - state.seen_s
-        service_us = state.service_us.get(request_class) if age_s <= RELEARN_S else None
-        if service_us is None:
-            service_us = self._told_us(state, request_class)
-        score = service_us * state.cost + state.round_trip_us
-        waiting = float(len(state.sent_s))
-        if age_s <= RELEARN_S:
-            waiting += state.mean_queue + state.excess * state.settle_s / (state.settle_s + age_s)
-        if age_s > SNAPSHOT_MAX_AGE_S:
-            waiting = max(waiting, float(state.outstanding))
-        waiting -= state.others
-        if waiting > 0.0:
-            score += waiting * (state.wait_us or service_us / state.lanes)
-        return score if state in known.nodes else score + self._cold_charge_us(known)
 
     def _cold_charge_us(self, known: _Known) -> float:
         charge = min(max(self._cold_us - self._warm_us, 0.0), COLD_CHARGE_MAX_US)

@@ -10,7 +10,7 @@ from typing import Annotated, Final
 
 from msgspec import Meta, Struct
 
-from engine.protocol.routing import SNAPSHOT_MAX_AGE_S
+from engine.protocol._nodestate import SNAPSHOT_MAX_AGE_S
 from engine.protocol.wire import PROTOCOL_VERSION, Codec, Identifier, UInt
 
 __all__ = ["SNAPSHOT_BYTES", "Newest", "Snapshot", "Telling", "snapshot_codec"]

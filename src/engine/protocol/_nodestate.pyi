@@ -1,0 +1,70 @@
+"""What a client knows of a node, and the choice by it: see ``engine.protocol.routing``."""
+
+from collections import deque
+from collections.abc import Callable
+from typing import final
+
+SNAPSHOT_MAX_AGE_S: float
+"""After so long without an answer, own requests under way count in any case."""
+RELEARN_S: float
+"""What a node was measured to do is forgotten so long after its last answer, or it might be avoided for ever."""
+DOWN_S: float
+DOWN_MAX_S: float
+"""How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
+
+@final
+class NodeState:
+    """What one client knows of a node."""
+
+    name: str
+    outstanding: int
+    sent_s: deque[float]
+    """When the requests were sent that the newest snapshot does not know of."""
+    seen_s: float
+    excess: float
+    """The newest snapshot's queue, beyond the mean of them."""
+    mean_queue: float
+    settle_s: float
+    others: float
+    """How many others a request does not wait for: the node's lanes but one."""
+    lanes: float
+    usual_us: float
+    """The mean service of all classes, and by ``wait_us`` what one request more adds to the wait."""
+    wait_us: float
+    cost: float
+    """A request's own service and what it costs others, per time of service."""
+    round_trip_us: float
+    service_us: dict[str, float]
+    down_for_s: float
+    down_until_s: float
+    probing: bool
+
+    def __new__(cls, name: str) -> NodeState: ...
+    def down(self, now_s: float) -> None:
+        """It failed."""
+
+    def up(self) -> None:
+        """It answered, or a lost connection to it is there again."""
+
+def score(
+    state: NodeState,
+    request_class: str,
+    loaded: set[NodeState],
+    cold_us: float,
+    now_s: float,
+    told_us: Callable[[NodeState, str], float],
+) -> float:
+    """Microseconds until a request that is sent now is answered, and what that costs others.
+
+    ``told_us`` gives the service of a node that was not measured; ``cold_us`` is added where the key is not loaded.
+    """
+
+def best(
+    states: tuple[NodeState, ...],
+    request_class: str,
+    loaded: set[NodeState],
+    cold_us: float,
+    now_s: float,
+    told_us: Callable[[NodeState, str], float],
+) -> NodeState | None:
+    """The node of the least score; None if one that failed is due to be tried again, or none is up."""
