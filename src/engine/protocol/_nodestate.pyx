@@ -9,12 +9,14 @@ RELEARN_S = 10.0
 DOWN_S = 1.0
 DOWN_MAX_S = 4.0
 
+cdef enum:
+    SENT_MAX_ = 256  # those of before count no more
+
 cdef double FAR = float("inf")
 cdef double SNAPSHOT_MAX_AGE_ = SNAPSHOT_MAX_AGE_S
 cdef double RELEARN_ = RELEARN_S
 cdef double DOWN_ = DOWN_S
 cdef double DOWN_MAX_ = DOWN_MAX_S
-SENT_MAX = 256
 
 
 @cython.final
@@ -42,7 +44,7 @@ cdef class NodeState:
 
     def __cinit__(self, str name not None):
         self.name = name
-        self.sent_s = deque(maxlen=SENT_MAX)
+        self.sent_s = deque(maxlen=SENT_MAX_)
         self.seen_s = self.down_until_s = -FAR
         self.settle_s = 0.001
         self.lanes = self.cost = 1.0
