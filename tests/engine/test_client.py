@@ -662,6 +662,49 @@ class TestAsync:
 
         self.run(world, work)
 
+    def test_more_tasks_than_may_be_under_way_wait_for_their_turn(self, nodes: Nodes, world: World) -> None:
+        """The most at a time are under way, also at the first moment; who has no turn in time is told so."""
+
+        async def work(kq: engine.aio.AsyncEngine) -> None:
+            most = 0
+
+            async def use(number: int) -> bytes:
+                nonlocal most
+                sealed = await kq.encrypt("k", b"%d" % number, timeout=60.0)
+                most = max(most, sum(len(link._pending) for link in kq._links.values()))
+                return sealed
+
+            done = await asyncio.gather(*map(use, range(1_000)))
+            assert done == [b"ct:%d" % number for number in range(1_000)]
+            assert 1 < most <= 128
+            nodes.silent |= set(NODES)
+            late = await asyncio.gather(
+                *(kq.encrypt("k", b"", timeout=2.0) for _ in range(128)),
+                kq.encrypt("k", b"", timeout=0.5),
+                return_exceptions=True,
+            )
+            assert all(isinstance(each, EngineError) for each in late)
+            assert isinstance(late[-1], DeadlineExceeded)
+            assert "not begun within 500 ms: 128 uses" in str(late[-1])
+
+        self.run(world, work)
+
+    def test_closing_while_the_first_calls_begin_ends_them_and_leaves_nothing(self, nodes: Nodes, world: World) -> None:
+        problems: list[Any] = []
+
+        async def main() -> None:
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+            async with engine.aio.connect(world.settings()) as kq:
+                begun = [asyncio.create_task(kq.encrypt("k", b"")) for _ in range(50)]
+                await asyncio.sleep(0)
+            for each in await asyncio.gather(*begun, return_exceptions=True):
+                assert isinstance(each, EngineError), each
+                assert "closed" in str(each)
+            assert not kq._links
+
+        asyncio.run(main())
+        assert not problems
+
     def test_a_silent_node_is_passed_over(self, nodes: Nodes, world: World) -> None:
         async def work(kq: engine.aio.AsyncEngine) -> None:
             await kq.encrypt("k", b"")

@@ -67,6 +67,8 @@ __all__ = ["AsyncEngine", "connect"]
 
 MAX_UNDER_WAY = 1_000
 """Most requests under way at one member; more are refused as ``Overloaded``, so that memory stays bounded."""
+MAX_USES = 128
+"""Most uses of keys under way at a time; what is beyond waits for its turn. More would make none faster."""
 
 T = TypeVar("T")
 
@@ -249,7 +251,8 @@ def connect(config: str | os.PathLike[str] | ClientSettings) -> AsyncEngine:
 class AsyncEngine:
     """A client of a cluster on an event loop; an asynchronous context manager. ``connect`` makes one.
 
-    Any number of tasks may call its verbs at once. They are those of ``Engine``, with the same arguments and errors.
+    Any number of tasks may call its verbs at once: 128 uses of keys are under way at a time, and the others wait for
+    their turn, within their timeouts. The verbs are those of ``Engine``, with the same arguments and errors.
     """
 
     def __init__(self, settings: ClientSettings, loop: asyncio.AbstractEventLoop) -> None:
@@ -264,6 +267,7 @@ class AsyncEngine:
         self._members = Servers(settings.source)
         self._own = settings.own_curve()
         self._links: dict[str, _Link] = {}
+        self._room = asyncio.Semaphore(MAX_USES)
         self._follower = Follower(self._context, settings.source, settings.own_curve(), self._calls.router)
 
     async def __aenter__(self) -> AsyncEngine:
@@ -321,19 +325,19 @@ class AsyncEngine:
         self, name: str, plaintext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
     ) -> bytes:
         """Encrypt at most 48 KiB; ``associated_data`` is authenticated too."""
-        return await self._run(self._calls.encrypt(name, plaintext, associated_data, self._wait_s(timeout)))
+        return await self._use(lambda wait_s: self._calls.encrypt(name, plaintext, associated_data, wait_s), timeout)
 
     async def decrypt(
         self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
     ) -> bytes:
         """The plaintext, or ``InvalidTag`` if ciphertext or associated data were changed."""
-        return await self._run(self._calls.decrypt(name, ciphertext, associated_data, self._wait_s(timeout)))
+        return await self._use(lambda wait_s: self._calls.decrypt(name, ciphertext, associated_data, wait_s), timeout)
 
     async def sign(
         self, name: str, message: bytes | None = None, *, digest: bytes | None = None, timeout: float | None = None
     ) -> bytes:
         """Sign a message, or its digest where the algorithm hashes first."""
-        return await self._run(self._calls.sign(name, message, digest, self._wait_s(timeout)))
+        return await self._use(lambda wait_s: self._calls.sign(name, message, digest, wait_s), timeout)
 
     async def verify(
         self,
@@ -345,15 +349,15 @@ class AsyncEngine:
         timeout: float | None = None,
     ) -> None:
         """Raise ``InvalidSignature`` unless the signature is the key's for the message (None with ``digest``)."""
-        await self._run(self._calls.verify(name, message, signature, digest, self._wait_s(timeout)))
+        await self._use(lambda wait_s: self._calls.verify(name, message, signature, digest, wait_s), timeout)
 
     async def mac(self, name: str, message: bytes, *, timeout: float | None = None) -> bytes:
         """The MAC of at most 48 KiB."""
-        return await self._run(self._calls.mac(name, message, self._wait_s(timeout)))
+        return await self._use(lambda wait_s: self._calls.mac(name, message, wait_s), timeout)
 
     async def verify_mac(self, name: str, message: bytes, tag: bytes, *, timeout: float | None = None) -> None:
         """Raise ``InvalidSignature`` unless ``tag`` is the message's MAC."""
-        await self._run(self._calls.verify_mac(name, message, tag, self._wait_s(timeout)))
+        await self._use(lambda wait_s: self._calls.verify_mac(name, message, tag, wait_s), timeout)
 
     # --- batches ---
 
@@ -505,6 +509,23 @@ class AsyncEngine:
     def _wait_s(self, timeout: float | None, default_s: float = 0.0) -> float:
         return max(default_s, self._timeout_s) if timeout is None else check_timeout(timeout)
 
+    async def _use(self, make: Callable[[float], Call[T]], timeout: float | None) -> T:
+        """Run a use of a key, with what is left of its time once it is its turn."""
+        wait_s = self._wait_s(timeout)
+        begun_s = self._loop.time()
+        self._check_open()
+        try:
+            async with asyncio.timeout(wait_s if self._room.locked() else None):
+                await self._room.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"not begun within {round(wait_s * 1000)} ms: {MAX_USES} uses of keys are under way, and others waited"
+            ) from None
+        try:
+            return await self._run(make(max(1e-3, wait_s - (self._loop.time() - begun_s))))
+        finally:
+            self._room.release()
+
     async def _run(self, call: Call[T]) -> T:
         under_way: dict[asyncio.Task[Reply], str] = {}
         try:
@@ -564,6 +585,7 @@ class AsyncEngine:
             return await self._dial(step.peer, other).request(step)
 
     def _dial(self, peer: str, pair: CurveIdentity) -> _Link:
+        self._check_open()  # a task of a call may begin after the end
         member = self._members.get(peer)
         if member is None:
             raise NodeUnavailable(f"{peer!r} is no member with an endpoint")
