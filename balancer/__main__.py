@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+import highspy
 import structlog
 import zmq
 
@@ -76,6 +78,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
     identity, membership = settings.identity, settings.membership
     _check_lifeline(lifeline)
     raise_file_limit()
+    _let_solver_greet()
     with ExitStack() as stack:
         wake = _catch_signals(stack)
         registry = SqliteRegistry(prepare_data(settings), membership, identity.signing, now_ms())
@@ -118,6 +121,19 @@ def _run(settings: Settings, lifeline: int | None) -> None:
         service = Service(listener, registry, membership, identity.name, loop, listener.limits)
         _serve(service, listener, membership, served, wake, lifeline)
         log.info("stopped", balancer=identity.name)
+
+
+def _let_solver_greet() -> None:
+    """HiGHS prints a greeting on the standard output when its first solver is made: take it from there."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        highspy.Highs()
+        ctypes.CDLL(None).fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _check_lifeline(lifeline: int | None) -> None:
