@@ -248,7 +248,8 @@ class Follower(FollowsCluster):
             try:
                 sealed: bytes = ask(channel, balancer, TABLE, Empty(), PULL_TIMEOUT_S).table
             except EngineError as error:
-                log.debug("no routing table", balancer=balancer, reason=str(error))
+                if structlog.is_configured():  # a program that embeds the client did not ask for it
+                    log.debug("no routing table", balancer=balancer, reason=str(error))
                 return
         if sealed:
             self._table(sealed, balancer)
@@ -279,7 +280,8 @@ class Follower(FollowsCluster):
                     if pull(channel, name, source, PULL_TIMEOUT_S):
                         return
                 except EngineError as error:
-                    log.debug("no manifest", member=name, reason=str(error))
+                    if structlog.is_configured():
+                        log.debug("no manifest", member=name, reason=str(error))
 
 
 def _end_context(context: zmq.Context[Any], timeout_s: float) -> None:

@@ -194,7 +194,8 @@ class Membership:
         except OSError as error:
             if self._durable:
                 raise ManifestError(f"the new cluster manifest can't be written to {file}: {error.strerror}") from None
-            log.debug("cluster manifest kept in memory", file=str(file), reason=os.strerror(error.errno or 0))
+            if structlog.is_configured():
+                log.debug("cluster manifest kept in memory", file=str(file), reason=os.strerror(error.errno or 0))
 
     def _tell(self, before: Cluster, now: Cluster) -> None:
         if self._durable:  # a server; a client's program may not expect lines of ours
