@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import structlog
 
+from balancer.agenda import PLAN_S, Agenda
 from balancer.forecast import Forecast
 from balancer.history import HistorySnapshot
 from balancer.optimizer import PlacementSolver, SolverError
@@ -21,8 +22,6 @@ from engine.protocol.manifest import Cluster
 
 __all__ = ["Plan", "Planner", "placement_problem"]
 
-PLAN_S = 30.0
-"""From one plan to the next."""
 SOLVER_S = 5.0
 MOVED_PART = 0.05
 """The part of the shares that one plan may move."""
@@ -106,12 +105,11 @@ class Plan:
 
 
 class Planner:
-    """Takes what the control loop knows now and then; ``plan`` is the newest answer."""
+    """Takes what the control loop knows, tick by tick; ``plan`` is the newest answer."""
 
     def __init__(self, every_s: float = PLAN_S, clock: Callable[[], float] = time.monotonic) -> None:
-        self._every_s = every_s
         self._clock = clock
-        self._next_s = clock() + every_s
+        self._agenda = Agenda(clock(), every_s)
         self._solver = PlacementSolver()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="placement")
         self._running: Future[None] | None = None
@@ -125,34 +123,36 @@ class Planner:
         places: Mapping[int, Sequence[int]],
         shape: tuple[int, int],
     ) -> None:
-        """Begin a plan from this, if it is time for one and none is being made."""
-        if self._clock() < self._next_s or (self._running is not None and not self._running.done()):
+        """Look whether it is time for a plan from this, and make it, unless that still goes on with an earlier one."""
+        if self._running is not None and not self._running.done():
             return
-        self._next_s = self._clock() + self._every_s
         ask = partial(placement_problem, history, forecast, cluster, dict(places), shape)
-        self._running = self._pool.submit(self._make, ask)
+        self._running = self._pool.submit(self._look, ask, self._clock())
 
     def stop(self) -> None:
         """End, after the plan under way."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, ask: Callable[[], tuple[PlacementProblem, tuple[int, ...]] | None]) -> None:
+    def _look(self, ask: Callable[[], tuple[PlacementProblem, tuple[int, ...]] | None], now_s: float) -> None:
         last = self.plan
         try:
             asked = ask()
             if asked is None:
                 self.plan = Plan(text="no warm placement group")
-                return
-            problem, groups = asked
-            made = self._solver.solve(problem, SOLVER_S)
-            self.plan = Plan(groups, made, _told(made, len(groups)))
+            elif self._agenda.due(*asked, now_s):
+                self.plan = self._made(*asked)
         except (Infeasible, SolverError) as error:
             self.plan = Plan(last.groups, last.placement, str(error))
         except Exception as error:  # whatever it is, the last good plan stays
-            log.error("no placement", exc_info=True)
             self.plan = Plan(last.groups, last.placement, f"{type(error).__name__}: {error}")
+            if self.plan.text != last.text:
+                log.error("no placement", exc_info=True)
         if self.plan.text != last.text:
             log.info("placement", plan=self.plan.text)
+
+    def _made(self, problem: PlacementProblem, groups: tuple[int, ...]) -> Plan:
+        made = self._solver.solve(problem, SOLVER_S)
+        return Plan(groups, made, _told(made, len(groups)))
 
 
 def _told(made: Placement, groups: int) -> str:

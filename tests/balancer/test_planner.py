@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ from balancer.forecast import predict_load
 from balancer.groups import GroupPlaces
 from balancer.history import HistorySnapshot
 from balancer.plan import assignment_problem, pair_load
-from balancer.planner import Planner, placement_problem
+from balancer.planner import Plan, Planner, placement_problem
 
 CLASSES = ("sign/ed25519", "encrypt/aes-256-gcm")
 
@@ -127,19 +128,34 @@ def test_plans_are_told(world: Any, planner: Planner) -> None:
     assert told(planner, state, forecast, world.cluster, {}, (2, 3)) == "no warm placement group"
 
 
-def test_one_plan_at_a_time_and_not_too_often(world: Any) -> None:
-    """What is offered too early is not looked at."""
+def test_plans_are_made_now_and_then_and_when_holders_will_not_do(world: Any) -> None:
     now = [0.0]
     planner = Planner(30.0, lambda: now[0])
-    state = snapshot(world)
-    offered = (state, predict_load(state), world.cluster, places(world, state), (2, 3))
-    planner.offer(*offered)
-    assert planner._running is None
-    now[0] = 31.0
-    planner.offer(*offered)
-    running = planner._running
-    assert running is not None
-    running.result(30)
-    planner.offer(*offered)
-    assert planner._running is running
+
+    def offered(at_s: float, rate: float) -> Plan:
+        now[0] = at_s
+        state = snapshot(world, rate=rate)
+        planner.offer(state, predict_load(state), world.cluster, places(world, state), (2, 3))
+        assert planner._running is not None
+        planner._running.result(30)
+        return planner.plan
+
+    assert offered(29.0, 2_000.0).placement is None
+    timely = offered(30.0, 2_000.0)
+    assert timely.placement is not None
+    assert offered(35.0, 2_000.0) is timely
+    urgent = offered(36.0, 13_000.0)
+    assert urgent is not timely
+    assert urgent.placement is not timely.placement
+    assert offered(39.0, 13_000.0) is urgent
     planner.stop()
+
+
+def test_one_plan_at_a_time(world: Any, planner: Planner) -> None:
+    """What is offered while one is made is not looked at."""
+    go_on = threading.Event()
+    planner._running = running = planner._pool.submit(lambda: go_on.wait(30) and None)
+    state = snapshot(world)
+    planner.offer(state, predict_load(state), world.cluster, places(world, state), (2, 3))
+    assert planner._running is running
+    go_on.set()
