@@ -99,6 +99,11 @@ class WarmSolver:
         highs.setOptionValue("time_limit", highs.getRunTime() + time_limit_s)
         highs.run()
         status = highs.getModelStatus()
+        if status == highspy.HighsModelStatus.kUnknown:
+            # From an old basis the simplex may end without an answer; from none it finds one.
+            highs.clearSolver()
+            highs.run()
+            status = highs.getModelStatus()
         if status != highspy.HighsModelStatus.kOptimal:
             reason = highs.modelStatusToString(status)
             raise SolverError(f"{self._what} program: {reason} after at most {time_limit_s} s")
