@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import click
 from balancing.arrivals import Arrivals, cluster_of, draw
 from balancing.control import Loop
 from balancing.events import Outcome, Simulation
-from balancing.plays import death, flush, hour, shift, steady
+from balancing.plays import calm, death, flush, hour, shift, steady, surprise
 from balancing.policies import POLICIES
 from balancing.report import Target, mean_ms, p99_ms, recovered_s, row
 from balancing.scenarios import Scenario
 from figures import Row
+
+from balancer.agenda import PLAN_S
 
 OWN: Final = "own"
 PERFECT: Final = "least completion, perfect"
@@ -71,7 +73,8 @@ def rows(quick: bool, *, part: str = "test", tell: Teller = click.echo) -> list[
     result: list[Row] = []
     for layout in ("rel", "comp"):
         result += _steady_rows(replace(steady(layout, scale.steady_s), **on), seeds, tell)
-    result += _shift_rows(replace(shift(scale.shift_s), **on), seeds, tell)
+    shifts = (replace(each(scale.shift_s), **on) for each in (shift, surprise))
+    result += _shift_rows(*shifts, seeds, tell)
     result += _death_rows(replace(death(scale.death_s), **on), seeds, tell)
     result += _flush_rows(replace(flush(scale.steady_s), **on), seeds, tell)
     result += _hour_rows(replace(hour(scale.hour_s), **on), tell)
@@ -106,33 +109,65 @@ def _steady_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list
     return result
 
 
-def _shift_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
-    """In the time that groups are hot, and in the seconds before the first one is."""
-    within: dict[str, list[float]] = {"": [], "reactive": [], "predictive": []}
-    before: dict[str, list[float]] = {"": [], "reactive": [], "predictive": []}
+def _shift_rows(scenario: Scenario, surprising: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
+    """In the time that groups are hot, in the seconds before the first one is, and where none gets hot."""
+    known = _shifts(scenario, ("", "reactive", "periodic", "predictive"), seeds, tell)
+    unknown = _shifts(surprising, ("", "reactive", "periodic", "predictive"), seeds, tell)
+    settled = _shifts(calm(scenario), ("", "predictive"), seeds, tell)
+    planned = "moves as planned"
+    result = []
+    for name, found in ((scenario.name, known), (surprising.name, unknown)):
+        own, target = found["predictive"], Target(0.3, 0.2) if found is known else None
+        result += [
+            row(f"{name}: mean, {planned} / reactive moves", own.within, "ms", "reactive moves",
+                found["reactive"].within, target),
+            row(f"{name}: the same, worst seed", own.within, "ms", "reactive moves", found["reactive"].within,
+                worst=True),
+            row(f"{name}: mean, {planned} / plans each {PLAN_S:.0f} s alone", own.within, "ms", "plans now and then",
+                found["periodic"].within),
+            row(f"{name}: mean, {planned} / no moves", own.within, "ms", "no moves", found[""].within),
+            row(f"{name}: before the shift / no moves, worst seed", own.before, "ms", "no moves", found[""].before,
+                Target(1.05), worst=True),
+        ]  # fmt: skip
+    own = settled["predictive"]
+    return [
+        *result,
+        row(f"{scenario.name}: groups moved where none gets hot, worst seed", own.moves, "moves", target=Target(0.0),
+            worst=True),
+        row(f"{scenario.name}: mean where none gets hot / no moves", own.whole, "ms", "no moves", settled[""].whole),
+    ]  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Shifts:
+    """By seed: mean latencies in milliseconds, and how often a group moved."""
+
+    within: list[float] = field(default_factory=list)
+    before: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    moves: list[float] = field(default_factory=list)
+
+
+def _shifts(scenario: Scenario, ways: Sequence[str], seeds: Sequence[int], tell: Teller) -> dict[str, _Shifts]:
+    """The outcomes by what moves are made by."""
     windows = [
         (each.begin_s, min(each.begin_s + each.hold_s + 2 * each.ramp_s, float(scenario.seconds)))
         for each in scenario.hot
     ]
     first = min(begin for begin, _ in windows)
+    found = {way: _Shifts() for way in ways}
     for seed in seeds:
         stage = Stage(scenario, seed)
-        for moves in within:
-            outcome = stage.play(OWN, moves)
+        for way, into in found.items():
+            outcome = stage.play(OWN, way)
             parts = [outcome.window(*each) for each in windows]
-            within[moves].append(float(sum(each.sum() for each in parts) / sum(map(len, parts)) * 1e3))
-            before[moves].append(mean_ms(outcome, first - scenario.move_s - 4.0, first))
-            tell(f"{scenario.name}, seed {seed}, moves {moves or 'none'}: {within[moves][-1]:.2f} ms in the windows")
-    reactive, predictive = "reactive moves", "moves before"
-    return [
-        row(f"{scenario.name}: mean, {predictive} / {reactive}", within["predictive"], "ms", reactive,
-            within["reactive"], Target(0.3, 0.2)),
-        row(f"{scenario.name}: the same, worst seed", within["predictive"], "ms", reactive, within["reactive"],
-            worst=True),
-        row(f"{scenario.name}: mean, {predictive} / no moves", within["predictive"], "ms", "no moves", within[""]),
-        row(f"{scenario.name}: before the shift / no moves, worst seed", before["predictive"], "ms", "no moves",
-            before[""], Target(1.05), worst=True),
-    ]  # fmt: skip
+            into.within.append(float(sum(each.sum() for each in parts) / sum(map(len, parts)) * 1e3))
+            into.before.append(mean_ms(outcome, first - scenario.move_s - 4.0, first))
+            into.whole.append(mean_ms(outcome))
+            into.moves.append(float(len(outcome.moves)))
+            tell(f"{scenario.name}, seed {seed}, {way or 'no'} moves: {into.within[-1]:.2f} ms in the windows, "
+                 f"{into.before[-1]:.2f} before, {len(outcome.moves)} moves")  # fmt: skip
+    return found
 
 
 def _death_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:

@@ -1,8 +1,8 @@
 """The balancer of a simulation: the project's history, forecast, programs and table, no model of them.
 
-The nodes' counters come to it as their statistics do, once a tick. Moves of placement groups are planned each tick too:
-by the forecast (``"predictive"``), by what was counted last (``"reactive"``), or never. Problem and program are those
-of ``balancer.planner``, but for its period of 30 s, which is too long for a load that shifts within seconds.
+The nodes' counters come to it as their statistics do, once a tick. Moves of placement groups are planned as
+``balancer.planner`` does (``"predictive"``): problem, program and agenda are its own. Beside that there are plans every
+30 s alone (``"periodic"``), plans each tick by what was counted last (``"reactive"``), and none.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from balancer.agenda import Agenda
 from balancer.bank import Outlook
 from balancer.forecast import Forecast, ForecastState, predict_load
 from balancer.history import History, HistorySnapshot
@@ -54,6 +55,7 @@ class Loop:
         self._routing, self._placement = RoutingSolver(), PlacementSolver()
         self._holders = dict(enumerate(simulation.holders))
         self._moving: dict[int, float] = {}
+        self._agenda = Agenda(0.0, urgent=moves == "predictive")
         self._learn(simulation)
 
     def _learn(self, simulation: Simulation) -> None:
@@ -81,7 +83,7 @@ class Loop:
                 pairs[pair] = pairs.get(pair, 0) + count
         most = sorted(pairs, key=lambda pair: (-pairs[pair], pair))[:PAIRS_TOLD]
         return NodeStats(
-            boot=node.index.to_bytes(8, "big") + node.boot.to_bytes(8, "big"),
+            boot=node.boot_id,
             uptime_ms=0,
             queue=node.pending,
             classes=[
@@ -123,7 +125,7 @@ class Loop:
         """Plan from where the groups are when today's moves are over, and order what is new; one move a group."""
         now_s, site = simulation.now_s, simulation.scenario.site
         self._moving = {group: end for group, end in self._moving.items() if end > now_s}
-        known = forecast if self._moves == "predictive" else _as_counted(snapshot, forecast)
+        known = _as_counted(snapshot, forecast) if self._moves == "reactive" else forecast
         shape = site.threshold, site.shares
         asked = placement_problem(snapshot, known, simulation.cluster, self._holders, shape)
         if asked is None:
@@ -142,6 +144,8 @@ class Loop:
         )
         # A planner takes every node for one lane.
         problem = replace(problem, capacity=self._capacity, wanted=wanted)
+        if self._moves != "reactive" and not self._agenda.due(problem, groups, now_s):
+            return
         plan = optimize_placement(problem, solver=self._placement)
         for row in sorted({step.group for step in plan.steps}):
             group = groups[row]

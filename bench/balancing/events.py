@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from balancing.arrivals import Arrivals, cluster_of, draw
 from balancing.scenarios import NodeSpec, Scenario
+from engine.client.follower import GATHER_S
 from engine.protocol.manifest import Cluster
+from engine.protocol.snapshot import Telling
 from engine.protocol.table import RoutingTable
 
 __all__ = ["Balancer", "Node", "Outcome", "Policy", "Simulation"]
@@ -47,8 +49,11 @@ class Policy(Protocol):
     def back(self, client: int, node: int) -> None:
         """There is a connection to the node again."""
 
-    def heard(self, client: int, node: int, queue: int, now_s: float) -> None:
-        """A node's publication came."""
+    hears: bool
+    """Whether its clients listen to what the nodes publish."""
+
+    def heard(self, client: int, node: int, publication: bytes, now_s: float) -> None:
+        """A node's publication was read."""
 
     def install(self, client: int, table: RoutingTable) -> None:
         """A routing table came."""
@@ -99,6 +104,11 @@ class Node:
         """What all requests that were sent to it and are not finished take by the means of their classes."""
         self.due_s: dict[int, tuple[float, float]] = {}
         """What runs: when it began, and what it takes by the mean."""
+
+    @property
+    def boot_id(self) -> bytes:
+        """What ``hello`` would say."""
+        return self.index.to_bytes(8, "big") + self.boot.to_bytes(8, "big")
 
     def backlog_s(self, now_s: float) -> float:
         """The expected work before a request that is sent now, with every request on its way known."""
@@ -175,6 +185,10 @@ class Simulation:
         self._attempts = [0] * size
         self._latency = [float("nan")] * size
         self._extra_s: dict[int, float] = {}
+        self._telling = [Telling(node.boot_id) for node in self.nodes]
+        self._unread: list[dict[int, bytes]] = [{} for _ in scenario.crowd.zones]
+        """By client, the last publication of each node that it has not read."""
+        self._reads_s = [0.0] * len(scenario.crowd.zones)
         self._counts_pairs = bool(scenario.hot)
         self._begun = 0
         self._done = 0
@@ -370,11 +384,11 @@ class Simulation:
             self.later(flush.at_s, self._flush)
         if self._balancer is not None:
             self._tick(0)
-        if scenario.publication_s:
+        if scenario.publishes and self._policy.hears:
+            every_s = Telling.interval_s(len(scenario.crowd.zones))
             for node in self.nodes:
-                # They do not tell all at one time.
-                first_s = scenario.publication_s * (node.index + 1) / len(self.nodes)
-                self.later(first_s, self._publish, node)
+                # They do not look all at one time.
+                self.later(every_s * (node.index + 1) / len(self.nodes), self._publish, node, every_s)
 
     def _tick(self, number: int) -> None:
         assert self._balancer is not None
@@ -392,21 +406,34 @@ class Simulation:
         for client in range(len(self.scenario.crowd.zones)):
             self._policy.install(client, table)
 
-    def _publish(self, node: Node) -> None:
-        if node.alive:
+    def _publish(self, node: Node, every_s: float) -> None:
+        said = self._telling[node.index].due(node.pending, True, self.now_s) if node.alive else None
+        if said is not None:
             for delay_s in sorted({line[node.index] for line in self.delay_s}):
-                self.later(delay_s, self._published, node, delay_s, node.pending)
+                self.later(delay_s, self._published, node.index, delay_s, said)
         if self.now_s < self.scenario.seconds:
-            self.later(self.scenario.publication_s, self._publish, node)
+            self.later(every_s, self._publish, node, every_s)
 
-    def _published(self, node: Node, delay_s: float, queue: int) -> None:
+    def _published(self, node: int, delay_s: float, said: bytes) -> None:
         for client, line in enumerate(self.delay_s):
-            if line[node.index] == delay_s:
-                self._policy.heard(client, node.index, queue, self.now_s)
+            if line[node] != delay_s:
+                continue
+            unread = self._unread[client]
+            if not unread:
+                self.later(max(0.0, self._reads_s[client] - self.now_s), self._read, client)
+            unread[node] = said
+
+    def _read(self, client: int) -> None:
+        """A client reads what came, the last of each node, and pauses after that."""
+        unread, self._unread[client] = self._unread[client], {}
+        self._reads_s[client] = self.now_s + GATHER_S
+        for node, said in unread.items():
+            self._policy.heard(client, node, said, self.now_s)
 
     def _die(self, node: Node) -> None:
         node.alive, node.noticed_s = False, self.now_s + self.scenario.detection_s
         node.boot += 1
+        self._telling[node.index] = Telling(node.boot_id)
         node.queue.clear()
         node.cache.clear()
         node.gathering.clear()

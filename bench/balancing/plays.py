@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from balancing.scenarios import Crowd, Death, Flush, Hot, NodeSpec, Scenario, Site, Traffic
 
-__all__ = ["APART", "COMP", "PLAYS", "REL", "death", "flush", "hour", "shift", "steady"]
+__all__ = ["APART", "COMP", "PLAYS", "REL", "calm", "death", "flush", "hour", "shift", "steady", "surprise"]
 
 RSA = ("sign/rsa-2048-pss-sha256", "decrypt/rsa-2048-oaep-sha256")
 EC = ("sign/ecdsa-p256-sha256", "sign/ecdsa-p384-sha384", "sign/ed25519")
@@ -29,6 +29,7 @@ COMP = Site(
 """Eight nodes of which three are quick with RSA, three with elliptic curves, and two with nothing."""
 APART = Site(tuple(NodeSpec(f"n{at}", f"z{at}", workers=4) for at in range(8)))
 """Eight equal nodes, each a failure domain of its own, so that a hot group may have more than three holders."""
+NEVER_AGAIN_S = 1e6
 EIGHT = Crowd(ZONES + ZONES + ("a", "b"))
 
 
@@ -63,6 +64,20 @@ def shift(seconds: int) -> Scenario:
     )
 
 
+def surprise(seconds: int) -> Scenario:
+    """A group gets hot as never before, and stays it for half of the time."""
+    return replace(
+        shift(seconds), name="unforeseen shift", hot=(Hot(0, 0.7, seconds * 0.3, seconds * 0.5, NEVER_AGAIN_S, 2.0),)
+    )
+
+
+def calm(shifting: Scenario) -> Scenario:
+    """The same, but its groups get no hotter than they are."""
+    return replace(
+        shifting, name=f"{shifting.name}, calm", hot=tuple(replace(each, share=0.0) for each in shifting.hot)
+    )
+
+
 def flush(seconds: int) -> Scenario:
     """A new epoch: no key is loaded anywhere any more."""
     return replace(
@@ -91,6 +106,7 @@ PLAYS: Mapping[str, Callable[[], Scenario]] = MappingProxyType(
         "rel": lambda: steady("rel", 10),
         "comp": lambda: steady("comp", 10),
         "shift": lambda: shift(60),
+        "surprise": lambda: surprise(60),
         "death": lambda: death(10),
         "flush": lambda: flush(10),
         "hour": lambda: hour(600),

@@ -14,6 +14,7 @@ from msgspec.structs import replace
 from balancing.events import Simulation
 from engine.protocol.manifest import Cluster
 from engine.protocol.routing import Router
+from engine.protocol.snapshot import Newest, snapshot_codec
 from engine.protocol.table import RoutingTable
 from engine.protocol.wire import Load
 
@@ -30,6 +31,8 @@ class Source:
 class Own:
     """A ``Router`` for each client, used as ``engine.client`` uses it."""
 
+    hears = True
+
     def __init__(self, simulation: Simulation, *, priced: bool = True) -> None:
         source = Source(simulation.cluster)
         clients = range(len(simulation.scenario.crowd.zones))
@@ -39,6 +42,7 @@ class Own:
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._classes, self._keys = simulation.arrivals.classes, simulation.arrivals.names
         self._eligible: dict[tuple[int, ...], tuple[str, ...]] = {}
+        self._newest = [[Newest() for _ in self._names] for _ in clients]
 
     def pick(self, client: int, kind: int, key: int, holders: tuple[int, ...], now_s: float) -> int:
         """The shortest way first, then the ordinary one, as the client does."""
@@ -70,9 +74,11 @@ class Own:
         """The connection is there again."""
         self.routers[client].came_up(self._names[node])
 
-    def heard(self, client: int, node: int, queue: int, now_s: float) -> None:
-        """A publication."""
-        self.routers[client].heard(self._names[node], queue, now_s)
+    def heard(self, client: int, node: int, publication: bytes, now_s: float) -> None:
+        """A publication, taken in as ``engine.client.follower`` does."""
+        snapshot = snapshot_codec.decode(publication)
+        if self._newest[client][node].takes(snapshot):
+            self.routers[client].heard(self._names[node], snapshot.queue, now_s, serving=snapshot.serving)
 
     def install(self, client: int, table: RoutingTable) -> None:
         """A table."""
@@ -83,6 +89,8 @@ class Own:
 
 class Rival(ABC):
     """What the rivals have in common: own requests under way by (client, node), and nodes that are known to be down."""
+
+    hears = False
 
     def __init__(self, simulation: Simulation) -> None:
         self._simulation = simulation
@@ -124,7 +132,7 @@ class Rival(ABC):
         """It is asked again."""
         self._down[client][node] = False
 
-    def heard(self, client: int, node: int, queue: int, now_s: float) -> None:  # noqa: B027 - most rivals hear nothing
+    def heard(self, client: int, node: int, publication: bytes, now_s: float) -> None:  # noqa: B027 - rivals do not hear
         """Nothing to be learned."""
 
     def install(self, client: int, table: RoutingTable) -> None:  # noqa: B027 - most rivals go by no table

@@ -176,8 +176,8 @@ class Scenario:
     flushes: tuple[Flush, ...] = ()
     detection_s: float = 0.1
     """After so long a client knows that a node has died: its connection broke."""
-    publication_s: float = 0.0
-    """How often a node tells every client its queue; 0 for never: then snapshots ride on replies alone."""
+    publishes: bool = True
+    """Whether nodes publish their queues; otherwise snapshots ride on replies alone."""
     tick_s: float = 1.0
     decision_s: float = 0.05
     """From the end of a tick to the table at the clients."""
