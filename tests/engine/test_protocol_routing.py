@@ -193,7 +193,7 @@ def test_a_snapshot_counts_for_less_as_it_gets_older() -> None:
         answered(router, "n2", queue=0, service=1000)
     router.heard("n1", 20, 0.0)
     assert best(router, 0.001, ("n1", "n2")) == "n2"
-    assert best(router, 0.1, ("n1", "n2")) == "n1"
+    assert best(router, 0.19, ("n1", "n2")) == "n1"
 
 
 def test_what_the_snapshot_can_not_know_of_is_added() -> None:
@@ -282,6 +282,29 @@ def test_a_dear_node_is_dearer_for_long_requests() -> None:
         router.answered("n1", "", CLASS, Load(0, 0, True), 10.0, 0.0)
     assert router.rank(CLASS, "k", ("n1", "n2"), 0.0)[0] == "n1"
     assert router.rank(long, "k", ("n1", "n2"), 0.0)[0] == "n2"
+
+
+def test_the_longer_the_queues_the_more_a_request_goes_where_it_is_quick() -> None:
+    """It keeps all who wait behind it waiting for as long as it takes."""
+    other = "sign/rsa-2048-pss-sha256"
+    router = a_router()
+    for _ in range(200):
+        for node, service in (("n1", 100), ("n2", 400)):
+            router.sent(node, -1.0)
+            router.answered(node, "", CLASS, Load(0, service, True), service + 10.0, 0.0)
+        for _ in range(20):
+            router.learned_direct("n2", "", other, Load(0, 100, True), 110e-6, 0.0)
+            router.learned_direct("n1", "", other, Load(0, 100, True), 110e-6, 0.0)
+
+    def chosen(first: int, second: int) -> str:
+        router.heard("n1", first, 0.0)
+        router.heard("n2", second, 0.0)
+        return router.rank(CLASS, "k", ("n1", "n2"), 0.0)[0]
+
+    assert chosen(2, 0) == "n1"
+    assert chosen(6, 0) == "n2"
+    assert chosen(30, 24) == "n1"
+    assert chosen(30, 4) == "n2"
 
 
 def test_a_class_the_table_does_not_know_is_routed_by_first_guesses() -> None:

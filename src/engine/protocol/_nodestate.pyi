@@ -11,6 +11,10 @@ RELEARN_S: float
 DOWN_S: float
 DOWN_MAX_S: float
 """How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
+CROWD_PART: float
+"""A request keeps those waiting who come while the queue lasts: for each that waits, this part of its own service time
+is charged. So the longer queues are, the more each class goes to the nodes that are quick with it, and the cluster does
+most when it must (compare the workload-weighted routing of Xie, Yekkehkhany and Lu, INFOCOM 2016)."""
 
 @final
 class NodeState:

@@ -8,6 +8,7 @@ SNAPSHOT_MAX_AGE_S = 0.2
 RELEARN_S = 10.0
 DOWN_S = 1.0
 DOWN_MAX_S = 4.0
+CROWD_PART = 0.3
 
 cdef enum:
     SENT_MAX_ = 256  # those of before count no more
@@ -17,6 +18,7 @@ cdef double SNAPSHOT_MAX_AGE_ = SNAPSHOT_MAX_AGE_S
 cdef double RELEARN_ = RELEARN_S
 cdef double DOWN_ = DOWN_S
 cdef double DOWN_MAX_ = DOWN_MAX_S
+cdef double CROWD_ = CROWD_PART
 
 
 @cython.final
@@ -71,7 +73,7 @@ cdef double scored(
     measured = state.service_us.get(request_class) if age_s <= RELEARN_ else None
     cdef double service_us = told_us(state, request_class) if measured is None else measured
     cdef double score = service_us * state.cost + state.round_trip_us
-    cdef double waiting
+    cdef double waiting, own_us
     if state not in loaded:
         score += cold_us
     if score >= least:
@@ -83,7 +85,8 @@ cdef double scored(
         waiting = state.outstanding
     waiting -= state.others
     if waiting > 0.0:
-        score += waiting * (state.wait_us if state.wait_us else service_us / state.lanes)
+        own_us = service_us / state.lanes
+        score += waiting * ((state.wait_us if state.wait_us else own_us) + CROWD_ * own_us)
     return score
 
 
