@@ -107,6 +107,25 @@ def test_a_plan_is_made_from_the_highest_forecast(world: Any) -> None:
     assert placement_problem(state, forecast, world.cluster, {}, (2, 3)) is None
 
 
+def test_what_was_counted_last_counts_where_the_forecast_says_less(world: Any) -> None:
+    """Over two ticks that were heard."""
+    state = snapshot(world)
+    forecast, known = predict_load(state), places(world, state)
+
+    def load(*newest: float) -> float:
+        counts = state.pair_counts.copy()
+        counts[-len(newest) :, 5] = newest
+        made = placement_problem(replace(state, pair_counts=counts), forecast, world.cluster, known, (2, 3))
+        assert made is not None
+        return float(made[0].load[5, 0])
+
+    usual = float(forecast.pair_outlook.p90[5].max())
+    assert load(9_000.0, 9_000.0) == 9_000.0
+    assert load(5_000.0, 9_000.0) == 7_000.0
+    assert load(9_000.0, 5.0, 5.0) == usual
+    assert load(9_000.0, float("nan")) == usual
+
+
 def test_plans_are_told(world: Any, planner: Planner) -> None:
     """A hot cluster gets moves, one that cannot be placed a sentence, and the last good plan stays."""
     state = snapshot(world)
