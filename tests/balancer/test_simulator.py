@@ -12,9 +12,11 @@ from balancing.arrivals import Arrivals, cluster_of, draw
 from balancing.control import Loop
 from balancing.events import Outcome, Simulation
 from balancing.plays import APART, PLAYS, REL, shift, steady
-from balancing.policies import POLICIES
+from balancing.policies import POLICIES, Own
 from balancing.report import Target, row
 from balancing.scenarios import Crowd, Death, Flush, Hot, NodeSpec, Scenario, Site, Traffic
+
+from engine.protocol.routing import SNAPSHOT_MAX_AGE_S
 
 REQUESTS = 60_000
 
@@ -118,6 +120,18 @@ def test_all_policies_get_the_same_requests() -> None:
     one, two = (played(small(1), policy)[0].arrivals for policy in ("random", "own"))
     for name in ("time_s", "client", "kind", "key", "noise"):
         assert getattr(one, name).tobytes() == getattr(two, name).tobytes()
+
+
+@pytest.mark.parametrize("publishes", [True, False])
+def test_clients_know_the_queues_of_nodes_that_they_ask_nothing(publishes: bool) -> None:
+    """As long as these live, and by publications alone."""
+    scenario = replace(small(2), publishes=publishes, deaths=(Death(0, 1.0),))
+    simulation = Simulation(scenario, 3)
+    policy = Own(simulation)
+    simulation.run(policy, Loop(simulation))
+    oldest = [min(router._state(f"n{at}").seen_s for router in policy.routers) for at in range(8)]
+    assert oldest[0] < 1.1
+    assert (min(oldest[1:]) > 2.0 - SNAPSHOT_MAX_AGE_S) == publishes
 
 
 def test_a_cold_key_is_gathered_once_for_all_who_wait() -> None:
