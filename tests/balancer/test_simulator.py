@@ -16,7 +16,7 @@ from balancing.policies import POLICIES, Own
 from balancing.report import Target, row
 from balancing.scenarios import Crowd, Death, Flush, Hot, NodeSpec, Scenario, Site, Traffic
 
-from engine.protocol.routing import SNAPSHOT_MAX_AGE_S
+from engine.protocol._nodestate import SNAPSHOT_MAX_AGE_S
 
 REQUESTS = 60_000
 
