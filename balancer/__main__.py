@@ -119,6 +119,10 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             fencing_epoch=registry.fencing_epoch,
         )
         service = Service(listener, registry, membership, identity.name, loop, listener.limits)
+        if settings.http is not None:
+            from balancer.pages import Pages, serve_pages  # which not every balancer needs, and takes a while
+
+            stack.callback(serve_pages(settings.http, Pages(loop, service, membership, identity.name)).close)
         _serve(service, listener, membership, served, wake, lifeline)
         log.info("stopped", balancer=identity.name)
 

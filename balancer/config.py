@@ -14,6 +14,7 @@ from balancer.history import HISTORY_TICKS_MAX
 from balancer.series import ExternalSeries, SeriesTable, Source, check_series
 from engine.client.admission import LimitsTable, ServiceLimits
 from engine.client.config import Identity, load_config, load_identity, resolve
+from engine.client.httpconfig import HttpConfig, HttpTable, http_config
 from engine.client.membership import Membership, OwnCurve, open_membership
 from engine.errors import ConfigError
 
@@ -35,6 +36,7 @@ class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     tick_ms: Annotated[int, Meta(ge=50, le=60_000)] = 1_000
     history_ticks: Annotated[int, Meta(ge=100, le=HISTORY_TICKS_MAX)] = 3_600
     limits: LimitsTable = LimitsTable()
+    http: HttpTable = HttpTable()
     series: Annotated[list[SeriesTable], Meta(max_length=16)] = []
 
 
@@ -42,7 +44,8 @@ class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class Settings:
     """A checked configuration: who this balancer is, its membership, its folder, endpoints and clock.
 
-    ``bind`` and ``publish_bind`` are empty where the manifest's endpoints are bound.
+    ``bind`` and ``publish_bind`` are empty where the manifest's endpoints are bound. ``http`` is None where nothing is
+    served over HTTP.
     """
 
     identity: Identity
@@ -54,6 +57,7 @@ class Settings:
     tick_ms: int
     history_ticks: int
     limits: ServiceLimits
+    http: HttpConfig | None
     series: tuple[tuple[SeriesTable, Path], ...]
 
     def sources(self) -> ExternalSeries:
@@ -70,6 +74,11 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
     identity = load_identity(resolve(path, config.identity))
     membership = open_membership(resolve(path, config.manifest), config.manifest_pin)
     check_series(config.series, str(path))
+    http = http_config(path, "http", config.http)
+    if http is not None:
+        from engine.client.web import check_http  # which takes a while
+
+        check_http(http)
     cluster = membership.cluster
     member = cluster.members.get(identity.name)
     if identity.role != "balancer" or member is None or member.role != "balancer":
@@ -91,6 +100,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         tick_ms=config.tick_ms,
         history_ticks=config.history_ticks,
         limits=config.limits.service(),
+        http=http,
         series=tuple((table, resolve(path, table.file or ".")) for table in config.series),
     )
 

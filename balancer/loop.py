@@ -25,10 +25,11 @@ from balancer.history import SLOW_MS, History, HistorySnapshot
 from balancer.issue import TableIssuer
 from balancer.optimizer import RoutingSolver, optimize_assignment
 from balancer.plan import TableStamp, assignment_problem, generate_routing_table, pair_load, reissue_table
-from balancer.planner import Planner
+from balancer.planner import Plan, Planner
 from balancer.registry import Registry
 from balancer.series import ExternalSeries
 from balancer.store import HistoryStore
+from balancer.view import View, Viewer, plan_message
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, Turns, welcome
 from engine.client.config import CurveSource, Identity
@@ -44,6 +45,7 @@ from engine.protocol.requests import (
     HELLO,
     MANIFEST_FETCH,
     MANIFEST_OFFER,
+    PLAN,
     REGISTRY_ABORT,
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
@@ -56,6 +58,7 @@ from engine.protocol.requests import (
     REQUEST_CODECS,
     STATS,
     TABLE,
+    BalancerPlan,
     BalancerStatus,
     Change,
     Commit,
@@ -73,6 +76,7 @@ from engine.protocol.requests import (
     OutcomeReply,
     Reserve,
     Reserved,
+    ServiceCount,
     Sync,
     SyncPage,
     Table,
@@ -82,7 +86,7 @@ from engine.protocol.requests import (
 from engine.protocol.table import TABLE_MAX, RoutingTable
 from engine.protocol.wire import Status
 
-__all__ = ["QUEUED_TABLES", "ControlLoop", "Service", "Standing", "decide"]
+__all__ = ["QUEUED_TABLES", "ControlLoop", "Service", "Standing", "Told", "Work", "decide"]
 
 STATS_PART = 0.5
 """The part of a tick that the nodes have to answer in."""
@@ -116,7 +120,10 @@ def now_ms() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where the control loop stands: the table in force, the sealed whole one, ticks done, what is wrong now if any."""
+    """Where the control loop stands: the table in force, the sealed whole one, ticks done, what is wrong now if any.
+
+    ``view`` is what was known when that table was decided.
+    """
 
     table: RoutingTable | None = None
     sealed: bytes = b""
@@ -124,6 +131,26 @@ class Standing:
     counter: int = 0
     last_error: str = ""
     learned: ForecastState = field(default_factory=ForecastState)
+    view: View | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the ticks took: how many, seconds in all, failures, and when the last ended by the monotonic clock."""
+
+    ticks: int = 0
+    seconds: float = 0.0
+    failures: int = 0
+    ended_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the service tells other threads once a second, seen at ``seen_s`` by the monotonic clock."""
+
+    service: ServiceCount
+    keys: int
+    seen_s: float
 
 
 def decide(
@@ -183,11 +210,13 @@ class ControlLoop(FollowsCluster):
         self._issuer = TableIssuer(identity.signing)
         self._places = GroupPlaces()
         self._planner = Planner()
+        self._viewer = Viewer()
         self.shape = USUAL_SHAPE
         """Threshold and shares of most keys."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="control-loop", daemon=True)
         self.standing = Standing()
+        self.work = Work(ended_s=time.monotonic())
 
     def start(self) -> None:
         """Begin; the publisher is the loop's until ``stop``."""
@@ -203,9 +232,14 @@ class ControlLoop(FollowsCluster):
             self._store.close()
 
     @property
-    def plan(self) -> str:
-        """What the planner of placements has to tell."""
-        return self._planner.plan.text
+    def plan(self) -> Plan:
+        """The newest plan for the placement groups."""
+        return self._planner.plan
+
+    @property
+    def tick_ms(self) -> int:
+        """From one tick to the next."""
+        return self._tick_ms
 
     @property
     def series_problems(self) -> dict[str, str]:
@@ -222,10 +256,13 @@ class ControlLoop(FollowsCluster):
         with Channel(self._own, Servers(self._source), self._context, heartbeats=True) as channel:
             channel.dial(self._cluster.nodes)
             while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
+                started = time.monotonic()
                 try:
                     self._tick(channel, first + tick)
                 except Exception as error:  # the loop outlives every failure; the data path does not need this tick
                     self._failed("tick", error)
+                now, work = time.monotonic(), self.work
+                self.work = Work(work.ticks + 1, work.seconds + now - started, work.failures, now)
                 # Ticks are numbered by the clock, so that a late one counts for those it missed.
                 tick = max(tick + 1, int((time.monotonic() - begun) / self._tick_s))
         self._save(first + tick)
@@ -247,17 +284,18 @@ class ControlLoop(FollowsCluster):
             limit_s = SOLVER_PART * self._tick_s
             table = decide(snapshot, stamp, limit_s, forecast, solver=self._solver, places=places)
             self._planner.offer(snapshot, forecast, self._cluster, places, self.shape)
+            view: View | None = self._viewer.see(snapshot, forecast, places, table)
             error = ""
         except Exception as failure:  # whatever it is, the last good table stays
             error = self._failed("decision", failure)
             if before.table is None:
                 return
-            table = reissue_table(before.table, stamp)
+            table, view = reissue_table(before.table, stamp), before.view
         issued = self._issuer.issue(table)
         if issued.remark:
             log.warning(issued.remark)
         learned = self._learned or ForecastState()
-        self.standing = Standing(issued.table, issued.whole, before.ticks + 1, stamp.counter, error, learned)
+        self.standing = Standing(issued.table, issued.whole, before.ticks + 1, stamp.counter, error, learned, view)
         self._publisher.look(self._cluster)
         self._publisher.publish(issued.message)
         if self._saved is None or (tick - self._saved[0]) * self._tick_s >= SAVE_S:
@@ -308,6 +346,7 @@ class ControlLoop(FollowsCluster):
         text = f"{what}: {type(error).__name__}: {error}"[:ERROR_MAX]
         log.error("control loop failed", what=what, exc_info=not isinstance(error, EngineError), error=text)
         self.standing = replace(self.standing, ticks=self.standing.ticks + 1, last_error=text)
+        self.work = replace(self.work, failures=self.work.failures + 1)
         return text
 
     # --- observing ---
@@ -394,6 +433,8 @@ class Service(FollowsCluster):
         self._begun = time.monotonic()
         self._next_told_s = 0.0
         self._next_shape_s = 0.0
+        self._keys = 0
+        self.told: Told | None = None
         self._verbs: dict[str, Callable[[str, Any], Any]] = {
             REGISTRY_RESERVE: self._reserve,
             REGISTRY_CHANGE: self._change,
@@ -404,6 +445,7 @@ class Service(FollowsCluster):
             REGISTRY_ABORT: self._abort,
             HELLO: self._hello,
             TABLE: self._table,
+            PLAN: self._plan,
             MANIFEST_FETCH: self._manifest_fetch,
             MANIFEST_OFFER: self._manifest_offer,
             RequestType.STATUS: self._status,
@@ -447,6 +489,7 @@ class Service(FollowsCluster):
         if now >= self._next_told_s:
             self._next_told_s = now + 1.0
             self._look_at_keys(now)
+            self.told = Told(self._listener.counts(self._admission), self._keys, now)
             for each in self._admission.refusals():
                 log.warning("requests refused", member=each.member, count=each.count, reason=each.reason)
 
@@ -455,6 +498,7 @@ class Service(FollowsCluster):
             return
         self._next_shape_s = now_s + SHAPE_S
         try:
+            self._keys = self._registry.count()
             self._loop.shape = self._registry.usual_shape() or self._loop.shape
         except EngineError as error:
             log.warning("the keys' shape is not known", reason=str(error))
@@ -480,6 +524,9 @@ class Service(FollowsCluster):
             raise ProtocolError(f"a balancer does not answer {verb!r}")
         if verb in REGISTRY_VERBS and member.role != "node":
             raise AccessDenied(f"{member.name!r} is a {member.role}; {verb} is for nodes")
+        may_see = member.role != "client" or self._cluster.allows_any_key(member.name, RequestType.STATUS)
+        if verb == PLAN and not may_see:
+            raise AccessDenied(f"{member.name!r} may not see the {verb}: no rule of the policy gives it `status`")
         reply = handler(member.name, REQUEST_CODECS[verb].decode(incoming.request.body))
         codec = balancer_status_codec if verb == RequestType.STATUS else REPLY_CODECS[verb]
         return codec.encode(reply)
@@ -520,6 +567,9 @@ class Service(FollowsCluster):
         sealed = self._loop.standing.sealed
         return Table(sealed if len(sealed) <= TABLE_MAX else b"")
 
+    def _plan(self, member: str, body: Empty) -> BalancerPlan:
+        return plan_message(self._name, self._loop.tick_ms, self._loop.standing.view, self._loop.plan)
+
     def _status(self, member: str, body: Empty) -> BalancerStatus:
         standing = self._loop.standing
         return BalancerStatus(
@@ -535,7 +585,7 @@ class Service(FollowsCluster):
             service=self._listener.counts(self._admission),
             forecasts=_accuracies(standing.learned.classes),
             series=[f"{name}: {problem}" for name, problem in self._loop.series_problems.items()],
-            placement=self._loop.plan[:ERROR_MAX],
+            placement=self._loop.plan.text[:ERROR_MAX],
         )
 
 

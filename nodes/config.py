@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
-import re
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 from urllib.parse import unquote
 
 from msgspec import Meta, Struct
 
 from engine.client.admission import LimitsTable, ServiceLimits
-from engine.client.config import check_private, load_config, resolve
+from engine.client.config import SecretSource, load_config, resolve, secret_source
+from engine.client.httpconfig import HttpConfig, HttpTable, http_config
 from engine.errors import ConfigError
 from nodes.cache import CacheLimits
 from nodes.limits import Limits
 
-__all__ = ["MetricsConfig", "NodeConfig", "PinSource", "TokenCare", "TokenConfig", "load_node_config"]
+__all__ = ["NodeConfig", "PinSource", "TokenCare", "TokenConfig", "load_node_config"]
 
 MODULE_PATHS = (
     "/usr/lib/softhsm/libsofthsm2.so",
@@ -35,7 +33,6 @@ URI_ATTRIBUTES = frozenset(
     | {"pin-source", "pin-value", "module-name", "module-path"}
 )
 """The attributes of a PKCS#11 URI (RFC 7512, 2.3)."""
-MAX_PIN_BYTES = 255
 MAX_LABEL_BYTES = 32
 """PKCS#11 v2.40, 3.2: a label is 32 bytes, not characters."""
 
@@ -90,11 +87,6 @@ class _Limits(LimitsTable, frozen=True, forbid_unknown_fields=True, kw_only=True
         return Limits(self.client_per_s, self.combiner_per_s, self.total_per_s, self.burst_s)
 
 
-class _Metrics(Struct, frozen=True, forbid_unknown_fields=True):
-    bind: str = ""
-    allow_remote: bool = False
-
-
 class _Trace(Struct, frozen=True, forbid_unknown_fields=True):
     file: str = ""
 
@@ -113,35 +105,15 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     create: _Create = _Create()
     audit: _Audit = _Audit()
     limits: _Limits = _Limits()
-    metrics: _Metrics = _Metrics()
+    metrics: HttpTable = HttpTable()
     trace: _Trace = _Trace()
 
 
-@dataclass(frozen=True, slots=True)
-class PinSource:
-    """Where the PIN is: in a private file or an environment variable, never in the configuration itself."""
+class PinSource(SecretSource):
+    """Where the PIN is."""
 
-    kind: Literal["file", "env"]
-    place: str
-
-    def read(self) -> str:
-        """The PIN. ``ConfigError`` names the place, never the PIN."""
-        if self.kind == "env":
-            data = os.fsencode(os.environ.get(self.place, ""))
-        else:
-            path = Path(self.place)
-            check_private(path)
-            data = path.read_bytes().strip()
-        try:
-            pin = data.decode("utf-8")
-        except UnicodeDecodeError:
-            pin = ""
-        if not pin or len(data) > MAX_PIN_BYTES:
-            raise ConfigError(f"{self}: no PIN of 1..{MAX_PIN_BYTES} bytes there")
-        return pin
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.place}"
+    __slots__ = ()
+    what: ClassVar[str] = "PIN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,22 +143,6 @@ class TokenCare:
 
 
 @dataclass(frozen=True, slots=True)
-class MetricsConfig:
-    """The address, a literal one, and the port at which Prometheus asks for the node's counts."""
-
-    host: str
-    port: int
-
-    @property
-    def family(self) -> socket.AddressFamily:
-        """Of the address."""
-        return socket.AF_INET6 if ":" in self.host else socket.AF_INET
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
 class NodeConfig:
     """What ``node.toml`` says, with paths resolved against its folder."""
 
@@ -210,7 +166,7 @@ class NodeConfig:
     audit_segment_bytes: int
     limits: Limits
     service_limits: ServiceLimits
-    metrics: MetricsConfig | None
+    metrics: HttpConfig | None
     trace_file: Path | None
 
 
@@ -245,31 +201,9 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         audit_segment_bytes=file.audit.segment_mib * 1024 * 1024,
         limits=file.limits.releases(),
         service_limits=file.limits.service(),
-        metrics=_metrics(path, file.metrics),
+        metrics=http_config(path, "metrics", file.metrics),
         trace_file=resolve(path, file.trace.file) if file.trace.file else None,
     )
-
-
-def _metrics(path: str | os.PathLike[str], told: _Metrics) -> MetricsConfig | None:
-    if not told.bind:
-        return None
-    host, _, port = told.bind.rpartition(":")
-    try:
-        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-        number = int(port) if port.isascii() and port.isdecimal() else 0
-    except ValueError:
-        number = 0
-    if not 0 < number < 65_536 or (":" in host) != (host.startswith("[") and host.endswith("]")):
-        raise ConfigError(
-            f"{path}: metrics.bind {told.bind[:80]!r} must be an IP address and a port, such as 127.0.0.1:9464 or "
-            "[::1]:9464"
-        )
-    if not address.is_loopback and not told.allow_remote:
-        raise ConfigError(
-            f"{path}: metrics.bind {told.bind[:80]!r} is no loopback address, and who reaches it needs no key to read "
-            "how much the node is used; metrics.allow_remote = true allows that"
-        )
-    return MetricsConfig(str(address), number)
 
 
 def _token(path: str | os.PathLike[str], file: _File) -> TokenConfig:
@@ -289,16 +223,7 @@ def _token(path: str | os.PathLike[str], file: _File) -> TokenConfig:
 
 
 def _pin_source(path: str | os.PathLike[str], text: str) -> PinSource:
-    kind, colon, place = text.partition(":")
-    if not colon:
-        kind, place = "file", text  # RFC 7512, 2.4: a pin-source may be a plain path
-    if kind == "file" and place:
-        return PinSource("file", str(resolve(path, place.removeprefix("//"))))
-    if kind == "env" and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", place):
-        return PinSource("env", place)
-    raise ConfigError(
-        f"{path}: token.pin must be file:PATH or env:NAME"
-    )  # it may be the PIN itself, so it is not shown
+    return secret_source(path, "token.pin", text, PinSource)
 
 
 def _module(text: str) -> Path:

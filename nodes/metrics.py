@@ -6,20 +6,16 @@ bounded, and none is a key's or a member's name.
 
 from __future__ import annotations
 
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from socketserver import ThreadingMixIn
-from typing import Any, Final
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+from http import HTTPStatus
+from typing import Final
 
-import structlog
-from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.errors import EngineError
-from nodes.config import MetricsConfig
+from engine.client.httpconfig import HttpConfig
+from engine.client.web import Answer, WebServer, metrics_answer, text_answer
 from nodes.handlers import Snapshot
 
 __all__ = ["BOUNDS_S", "MetricsServer"]
@@ -28,12 +24,7 @@ BOUNDS_S: Final = tuple(digit * 10.0**power for power in range(-6, 2) for digit 
 """Upper bounds of the buckets, in seconds: 1 microsecond to 10 s."""
 PATH: Final = "/metrics"
 SNAPSHOT_TIMEOUT_S: Final = 2.0
-CLIENT_TIMEOUT_S: Final = 5.0
-"""A client that neither sends nor takes anything for so long is cut."""
-MAX_CLIENTS: Final = 4
 EVICTIONS: Final = ("ttl", "uses", "room", "changed", "flushed")
-
-log = structlog.get_logger()
 
 
 class _Metrics(Collector):
@@ -122,97 +113,25 @@ class _Metrics(Collector):
             yield CounterMetricFamily(f"keyquorum_{name}", text, value)
 
 
-class _Handler(WSGIRequestHandler):
-    """Writes no log, and waits for no client for ever."""
-
-    timeout = CLIENT_TIMEOUT_S
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def get_stderr(self) -> Any:
-        return _Nowhere()
-
-
-class _Nowhere:
-    """Takes the traces that wsgiref prints of clients that went away."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
-class _HttpServer(ThreadingMixIn, WSGIServer):
-    """At most ``MAX_CLIENTS`` at a time; who comes beyond is cut."""
-
-    daemon_threads = True
-    block_on_close = False
-
-    def __init__(self, config: MetricsConfig, app: Any) -> None:
-        self.address_family = config.family
-        self._room = threading.Semaphore(MAX_CLIENTS)
-        super().__init__((config.host, config.port), _Handler)
-        self.set_app(app)
-
-    def server_bind(self) -> None:
-        # HTTPServer's own would ask the name service for this host's name.
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-        self.setup_environ()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if self._room.acquire(blocking=False):
-            super().process_request(request, client_address)
-        else:
-            self.shutdown_request(request)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._room.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # the client went away
-
-
 class MetricsServer:
     """Answers ``GET /metrics`` until it is closed; ``EngineError`` if it can't listen.
 
     ``ask`` has the loop make a snapshot with these bounds, and give it to a callback, which it calls in its own thread.
     """
 
-    def __init__(self, config: MetricsConfig, ask: Callable[[Callable[[Snapshot], None]], None]) -> None:
+    def __init__(self, config: HttpConfig, ask: Callable[[Callable[[Snapshot], None]], None]) -> None:
         self._ask = ask
-        try:
-            self._server = _HttpServer(config, self._app)
-        except OSError as error:
-            raise EngineError(f"metrics.bind: can't listen at {config}: {error.strerror}") from None
-        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
-        self._thread.start()
-        log.info("metrics", url=f"http://{config}{PATH}")
+        self._server = WebServer(config, "metrics", {PATH: self._page})
 
     def close(self) -> None:
         """Listen no more."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
 
-    def _app(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
-        if environ["PATH_INFO"] != PATH:
-            return _refused(start_response, "404 Not Found", f"only {PATH} is here")
-        if environ["REQUEST_METHOD"] != "GET":
-            return _refused(start_response, "405 Method Not Allowed", "only GET is answered")
+    def _page(self, accept: str) -> Answer:
         snapshot = self._snapshot()
         if snapshot is None:
-            return _refused(start_response, "503 Service Unavailable", "the node is busy")
-        registry = CollectorRegistry()
-        registry.register(_Metrics(snapshot))
-        answer: Iterable[bytes] = make_wsgi_app(registry)(environ, start_response)
-        return answer
+            return text_answer("the node is busy", HTTPStatus.SERVICE_UNAVAILABLE)
+        return metrics_answer(_Metrics(snapshot), accept)
 
     def _snapshot(self) -> Snapshot | None:
         given: list[Snapshot] = []
@@ -224,8 +143,3 @@ class MetricsServer:
 
         self._ask(take)
         return given[0] if done.wait(SNAPSHOT_TIMEOUT_S) else None
-
-
-def _refused(start_response: Any, status: str, text: str) -> Iterable[bytes]:
-    start_response(status, [("Content-Type", "text/plain; charset=utf-8")])
-    return [f"{text}\n".encode()]

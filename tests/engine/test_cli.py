@@ -245,9 +245,9 @@ def test_status_says_why_a_node_is_not_ready(reasons: dict[str, Any], state: str
         "n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0), SERVICE
     )
     member = MemberStatus("n1", "node", "tcp://127.0.0.1:1", "", msgspec.structs.replace(usual, **reasons), None)
-    assert local._state(member) == state
+    assert local.state_of(member) == state
     assert local._member_json(member)["ready"] is (not reasons)
-    assert local._troubles(member) == trouble
+    assert local.troubles_of(member) == trouble
 
 
 def test_configuration_is_looked_for_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,7 @@ from engine.protocol.requests import (
     LATENCY,
     MANIFEST_VERBS,
     NODE_VERBS,
+    PLAN,
     REGISTRY_VERBS,
     REPLY_CODECS,
     REQUEST_CODECS,
@@ -250,7 +251,14 @@ def test_every_verb_is_listed_with_its_bodies() -> None:
         STATS,
         LATENCY,
     }
-    assert {bare(row[0]) for row in of_balancer} == {*REGISTRY_VERBS, *MANIFEST_VERBS, HELLO, TABLE, "status"}
+    assert {bare(row[0]) for row in of_balancer} == {
+        *REGISTRY_VERBS,
+        *MANIFEST_VERBS,
+        HELLO,
+        TABLE,
+        PLAN,
+        "status",
+    }
     assert {bare(row[3]) for row in of_balancer if bare(row[0]) == "status"} == {BalancerStatus.__name__}
 
 

@@ -22,7 +22,7 @@ from engine.client.local import LocalCluster
 from engine.errors import ClusterError
 from engine.protocol.requests import STAGES, BalancerStatus, NodeStatus, StageLatency
 
-__all__ = ["down", "status", "up"]
+__all__ = ["down", "state_of", "status", "troubles_of", "up"]
 
 NODES: Final = 5
 THRESHOLD: Final = 3
@@ -149,7 +149,7 @@ def status(context: click.Context, verbose: bool, latency: bool) -> None:
         if latency:
             _latencies(settings, members, verbose)
         for member in members:
-            for text in _troubles(member):
+            for text in troubles_of(member):
                 note(f"{member.name}: {text}")
     if not any(member.status for member in members):
         context.exit(2)
@@ -162,7 +162,7 @@ def _member_json(member: MemberStatus) -> dict[str, Any]:
         "endpoint": member.endpoint,
         "location": member.location,
         "up": member.status is not None,
-        "ready": _state(member) == "up",
+        "ready": state_of(member) == "up",
         "error": "" if member.error is None else str(member.error),
         "status": None if member.status is None else _fields(member.status),
     } | ({} if member.latency is None else {"latency": _fields(member.latency)})
@@ -180,7 +180,7 @@ def _named(value: Any) -> Any:
 
 
 def _row(member: MemberStatus) -> tuple[object, ...]:
-    head = (member.name, member.role, _state(member), member.endpoint, member.location or "-")
+    head = (member.name, member.role, state_of(member), member.endpoint, member.location or "-")
     found = member.status
     if found is None:
         return (*head, "-", "-", "-", "-")
@@ -285,7 +285,8 @@ def _time(nanoseconds: int) -> str:
     return f"{nanoseconds / 1000:.3g} us"
 
 
-def _state(member: MemberStatus) -> str:
+def state_of(member: MemberStatus) -> str:
+    """``up``, ``not ready``, or the code of the error that came instead of a status."""
     if member.error is not None:
         return str(getattr(member.error, "code", "error"))
     problems = [getattr(member.status, name, "") for name in ("audit", "store")]
@@ -294,7 +295,7 @@ def _state(member: MemberStatus) -> str:
     return "not ready" if any(problems) else "up"
 
 
-def _troubles(member: MemberStatus) -> list[str]:
+def troubles_of(member: MemberStatus) -> list[str]:
     """What an operator must look at."""
     if isinstance(member.status, BalancerStatus):
         return [f"the forecast goes without the series {each}" for each in member.status.series]

@@ -61,7 +61,8 @@ class _Sections(click.Group):
     """
 
     sections: Final = {
-        "A local cluster": {"demo": "demo", "up": "local", "down": "local", "status": "local"},
+        "A local cluster": {"demo": "demo", "up": "local", "down": "local"},
+        "What a cluster does": {"status": "local", "top": "top"},
         "A cluster over several hosts": {
             "init": "identity",
             "cluster": "cluster",

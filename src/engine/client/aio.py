@@ -497,11 +497,17 @@ class AsyncEngine:
             (await self._ask_all(lambda n: self._calls.prewarm_at(n, name, wait_s), known.holders)).values()
         )
 
-    async def status(self, *, latency: bool = False, timeout: float | None = None) -> tuple[MemberStatus, ...]:
-        """Every node's and balancer's status, or the error in its place; with ``latency`` where its time went too."""
+    async def status(
+        self, *, latency: bool = False, plan: bool = False, timeout: float | None = None
+    ) -> tuple[MemberStatus, ...]:
+        """Every node's and balancer's status, or the error in its place.
+
+        With ``latency`` nodes say where their time went too, with ``plan`` balancers what load they expect and what
+        they would move for it.
+        """
         wait_s = self._wait_s(timeout)
         members = (*self.cluster.of_role("node"), *self.cluster.of_role("balancer"))
-        calls = [self._calls.status_at(member, wait_s, latency=latency) for member in members]
+        calls = [self._calls.status_at(member, wait_s, latency=latency, plan=plan) for member in members]
         return tuple(await asyncio.gather(*map(self._run, calls)))
 
     # --- running ---

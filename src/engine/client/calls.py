@@ -67,8 +67,10 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.requests import (
     LATENCY,
+    PLAN,
     REPLY_CODECS,
     REQUEST_CODECS,
+    BalancerPlan,
     BalancerStatus,
     Create,
     Describe,
@@ -229,7 +231,7 @@ class Destroyed:
 class MemberStatus:
     """A member's own account of itself, or the error that came instead of it.
 
-    ``latency`` is told by nodes that were asked for it and know it.
+    ``latency`` is told by nodes, ``plan`` by balancers, that were asked for it and know it.
     """
 
     name: str
@@ -239,6 +241,7 @@ class MemberStatus:
     status: NodeStatus | BalancerStatus | None
     error: Exception | None
     latency: NodeLatency | None = None
+    plan: BalancerPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1001,32 +1004,37 @@ class Calls:
         flushed = yield from self._ask_one(node, RequestType.FLUSH, Flush(name), trail)
         return int(flushed.dropped)
 
-    def status_at(self, member: Member, timeout_s: float, *, latency: bool = False) -> Call[MemberStatus]:
+    def status_at(
+        self, member: Member, timeout_s: float, *, latency: bool = False, plan: bool = False
+    ) -> Call[MemberStatus]:
         """A node's or balancer's status, or the error in its place; it raises no ``EngineError``.
 
-        With ``latency`` a node is asked for that too.
+        With ``latency`` a node is asked for that too, with ``plan`` a balancer for that.
         """
         return _maybe_traced(
-            "status", self._status(member, self._trail(f"status of {member.name}", timeout_s), latency)
+            "status", self._status(member, self._trail(f"status of {member.name}", timeout_s), latency, plan)
         )
 
-    def _status(self, member: Member, trail: _Trail, latency: bool) -> Call[MemberStatus]:
+    def _status(self, member: Member, trail: _Trail, latency: bool, plan: bool) -> Call[MemberStatus]:
         role: MemberRole = "balancer" if member.role == "balancer" else "node"
         status: NodeStatus | BalancerStatus | None = None
         failure: Exception | None = None
-        told: NodeLatency | None = None
+        times: NodeLatency | None = None
+        planned: BalancerPlan | None = None
         try:
             status = yield from self._ask_one(member.name, RequestType.STATUS, Empty(), trail, role)
             if latency and role == "node":
-                told = yield from self._latency(member, trail)
+                times = yield from self._ask_if_known(member.name, LATENCY, trail)
+            if plan and role == "balancer":
+                planned = yield from self._ask_if_known(member.name, PLAN, trail, role)
         except (EngineError, ValueError) as error:
             failure = error
-        return MemberStatus(member.name, role, member.endpoint, member.location, status, failure, told)
+        return MemberStatus(member.name, role, member.endpoint, member.location, status, failure, times, planned)
 
-    def _latency(self, member: Member, trail: _Trail) -> Call[NodeLatency | None]:
-        """What a node tells of it; None of one that does not know the verb."""
+    def _ask_if_known(self, peer: str, verb: str, trail: _Trail, role: MemberRole = "node") -> Call[Any]:
+        """What a member answers; None of one that does not know the verb."""
         try:
-            told: NodeLatency = yield from self._ask_one(member.name, LATENCY, Empty(), trail)
+            told = yield from self._ask_one(peer, verb, Empty(), trail, role)
         except ProtocolError:
             return None
         return told

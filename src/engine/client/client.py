@@ -860,11 +860,18 @@ class Engine:
         known = self._run(self._calls.describe(name, wait_s), wait_s)
         return succeeded(self._run_all((self._calls.prewarm_at(node, name, wait_s) for node in known.holders), wait_s))
 
-    def status(self, *, latency: bool = False, timeout: float | None = None) -> tuple[MemberStatus, ...]:
-        """Every node's and balancer's status, or the error in its place; with ``latency`` where its time went too."""
+    def status(
+        self, *, latency: bool = False, plan: bool = False, timeout: float | None = None
+    ) -> tuple[MemberStatus, ...]:
+        """Every node's and balancer's status, or the error in its place.
+
+        With ``latency`` nodes say where their time went too, with ``plan`` balancers what load they expect and what
+        they would move for it.
+        """
         wait_s = self._wait_s(timeout)
         members = (*self.cluster.of_role("node"), *self.cluster.of_role("balancer"))
-        done = self._run_all((self._calls.status_at(member, wait_s, latency=latency) for member in members), wait_s)
+        calls = (self._calls.status_at(member, wait_s, latency=latency, plan=plan) for member in members)
+        done = self._run_all(calls, wait_s)
         return tuple(each for each in done if isinstance(each, MemberStatus))
 
     # --- running ---

@@ -12,7 +12,7 @@ import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -34,6 +34,7 @@ __all__ = [
     "CurveIdentity",
     "CurveSource",
     "Identity",
+    "SecretSource",
     "configure_logging",
     "create_identity",
     "forget_retiring",
@@ -42,6 +43,7 @@ __all__ = [
     "load_identity",
     "read_card",
     "rotate_curve",
+    "secret_source",
     "write_card",
     "write_private",
     "write_toml",
@@ -145,6 +147,52 @@ def check_private(path: Path) -> None:
         raise ConfigError(f"{path}: {error.strerror}") from None
     if mode & 0o077:
         raise ConfigError(f"{path}: mode {mode:04o} lets others at it; it must be 0600")
+
+
+@dataclass(frozen=True, slots=True)
+class SecretSource:
+    """Where a secret is: in a private file or an environment variable, never in the configuration itself."""
+
+    kind: Literal["file", "env"]
+    place: str
+
+    what: ClassVar[str] = "secret"
+    longest: ClassVar[int] = 255
+    """In bytes."""
+
+    def read(self) -> str:
+        """The secret. ``ConfigError`` names the place, never the secret."""
+        if self.kind == "env":
+            data = os.fsencode(os.environ.get(self.place, ""))
+        else:
+            path = Path(self.place)
+            check_private(path)
+            data = path.read_bytes().strip()
+        try:
+            secret = data.decode("utf-8")
+        except UnicodeDecodeError:
+            secret = ""
+        if not secret or len(data) > self.longest:
+            raise ConfigError(f"{self}: no {self.what} of 1..{self.longest} bytes there")
+        return secret
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.place}"
+
+
+Source = TypeVar("Source", bound=SecretSource)
+
+
+def secret_source(path: str | os.PathLike[str], name: str, text: str, kind: type[Source]) -> Source:
+    """The ``file:PATH`` or ``env:NAME`` that a configuration file tells by this name; ``ConfigError`` else."""
+    scheme, colon, place = text.partition(":")
+    if not colon:
+        scheme, place = "file", text  # RFC 7512, 2.4: a pin-source may be a plain path
+    if scheme == "file" and place:
+        return kind("file", str(resolve(path, place.removeprefix("//"))))
+    if scheme == "env" and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", place):
+        return kind("env", place)
+    raise ConfigError(f"{path}: {name} must be file:PATH or env:NAME")  # it may be the secret itself: it is not shown
 
 
 @dataclass(frozen=True, slots=True)

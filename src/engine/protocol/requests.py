@@ -607,6 +607,47 @@ class BalancerStatus(Message, frozen=True):
     placement: Text
 
 
+class ClassLoad(Message, frozen=True):
+    """The load of a class that a balancer counted in its last tick, and what it forecasts: in 1/1000 requests a second.
+
+    ``mean`` and ``p90`` are for the next tick, ``mean_tenth`` and ``p90_tenth`` for the tenth.
+    """
+
+    request_class: Annotated[str, Meta(max_length=96)]
+    load: UInt
+    mean: UInt
+    p90: UInt
+    mean_tenth: UInt
+    p90_tenth: UInt
+
+
+class PlacementMove(Message, frozen=True):
+    """``[group, node, add]``: a node is to become (``add``), or cease to be, a holder of a placement group."""
+
+    group: UInt
+    node: Name
+    add: bool
+
+
+CLASSES_TOLD: Final = 128
+"""Most classes in a balancer's plan; those with the most load are told."""
+MOVES_TOLD: Final = 256
+"""Most moves in a balancer's plan; the first are told."""
+
+
+class BalancerPlan(Message, frozen=True):
+    """``[balancer, tick_ms, classes, groups, moves]``: the load that a balancer expects, and what it would move for it.
+
+    ``groups`` is how many placement groups are warm. The moves are those of the newest plan, in their order.
+    """
+
+    balancer: Name
+    tick_ms: UInt
+    classes: Annotated[list[ClassLoad], Meta(max_length=CLASSES_TOLD)]
+    groups: UInt
+    moves: Annotated[list[PlacementMove], Meta(max_length=MOVES_TOLD)]
+
+
 class Table(Message, frozen=True):
     """``[table]``: the signed routing table in force, or empty."""
 
@@ -635,6 +676,7 @@ REGISTRY_SYNC: Final = "registry.sync"
 REGISTRY_OUTCOME: Final = "registry.outcome"
 REGISTRY_ABORT: Final = "registry.abort"
 TABLE: Final = "table"
+PLAN: Final = "plan"
 
 BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     **dict.fromkeys(OPERATIONS, (Operate, Result)),
@@ -669,6 +711,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     REGISTRY_OUTCOME: (Outcome, OutcomeReply),
     REGISTRY_ABORT: (Outcome, OutcomeReply),
     TABLE: (Empty, Table),
+    PLAN: (Empty, BalancerPlan),
 }
 """Verb -> (body of the request, body of an ok reply). A balancer answers ``status`` with ``BalancerStatus``."""
 
