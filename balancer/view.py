@@ -38,14 +38,15 @@ MILLI = 1000
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What was decided in a tick: the load of the next one by class (classes,), requests per second; prices by node."""
+    """What was decided in a tick: the load of the next one by class (classes,), in requests per second, and the prices
+    of the nodes that were up, as in a table.
+    """
 
     tick: int
     classes: tuple[str, ...]
     mean: FloatArray
     p90: FloatArray
-    nodes: tuple[str, ...]
-    prices: tuple[int, ...]
+    prices: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,9 @@ class Viewer:
         self, snapshot: HistorySnapshot, forecast: Forecast, places: Mapping[int, Sequence[int]], table: RoutingTable
     ) -> View:
         """The view of a tick, in which this was known and decided."""
-        moment = Moment(
-            snapshot.tick, forecast.classes, forecast.mean, forecast.p90, tuple(table.nodes), tuple(table.price)
-        )
+        up = dict(zip(snapshot.nodes, snapshot.up, strict=True))
+        prices = {name: price for name, price in zip(table.nodes, table.price, strict=True) if up.get(name, False)}
+        moment = Moment(snapshot.tick, forecast.classes, forecast.mean, forecast.p90, prices)
         self._moments.append(moment)
         warm = {group: tuple(places[group]) for _, group in snapshot.pairs if group in places}
         return View(snapshot, forecast, warm, tuple(self._moments))
@@ -179,7 +180,9 @@ class SeriesPart(Struct, frozen=True):
 
 
 class HistoryPart(Struct, frozen=True):
-    """The last ticks, the first of which began at ``first_ms``: load by class and in all, prices by node."""
+    """The last ticks, the first of which began at ``first_ms``: load by class and in all, prices by node (None where
+    the node was silent).
+    """
 
     first_ms: int
     step_ms: int
@@ -337,9 +340,8 @@ def _history(view: View) -> HistoryPart:
                 if (column := columns.get(name)) is not None:
                     mean[at, column], p90[at, column] = moment.mean[index], moment.p90[index]
         if 0 <= at - 1 < ticks:
-            for name, price in zip(moment.nodes, moment.prices, strict=True):
-                if name in prices:
-                    prices[name][at - 1] = price / MILLI
+            for name in prices.keys() & moment.prices.keys():
+                prices[name][at - 1] = moment.prices[name] / MILLI
     outlook = view.forecast.outlook
     series = {
         snapshot.classes[column]: SeriesPart(
@@ -362,15 +364,13 @@ def _sums(values: FloatArray) -> FloatArray:
 
 
 def _dearest(view: View) -> list[str]:
-    """The nodes with the highest prices of late, those that are up first."""
-    newest = view.moments[-1]
-    up = dict(zip(view.snapshot.nodes, view.snapshot.up, strict=True))
-    of_late: dict[str, int] = dict.fromkeys(newest.nodes, 0)
+    """The nodes with the highest prices of late, in their order."""
+    of_late = dict.fromkeys(view.snapshot.nodes, 0)
     for moment in view.moments[:: max(1, len(view.moments) // 10)]:
-        for name, price in zip(moment.nodes, moment.prices, strict=True):
-            if name in of_late:
-                of_late[name] += price
-    return sorted(of_late, key=lambda name: (not up.get(name, False), -of_late[name]))[:SERIES_SHOWN]
+        for name in of_late.keys() & moment.prices.keys():
+            of_late[name] += moment.prices[name]
+    dearest = sorted(of_late, key=lambda name: -of_late[name])[:SERIES_SHOWN]
+    return [name for name in of_late if name in dearest]
 
 
 def _placement(view: View, plan: Plan) -> PlacementPart:

@@ -15,8 +15,12 @@ let answered = 0;
 
 function digits(value) {
   if (value === null || value === undefined) return "-";
-  if (value === 0) return "0";
-  return Math.abs(value) >= 100 ? value.toFixed(0) : Math.abs(value) >= 10 ? value.toFixed(1) : value.toPrecision(2);
+  const places = Math.abs(value) >= 100 ? 0 : Math.abs(value) >= 10 ? 1 : 2;
+  return String(Number(value.toFixed(places)));
+}
+
+function clock(seconds) {
+  return new Date(1000 * seconds).toTimeString().slice(0, 8);
 }
 
 function percent(value) {
@@ -86,8 +90,8 @@ function draw(id, series, rows) {
   const plot = new uPlot({
     width: at(id).clientWidth || 900,
     height: 240,
-    series: [{}, ...series],
-    axes: [{ ...axis }, { ...axis, size: 64 }],
+    series: [{ label: "at", value: (_, time) => (time === null ? "-" : clock(time)) }, ...series],
+    axes: [{ ...axis, space: 90, values: (_, times) => times.map(clock) }, { ...axis, size: 64 }],
     scales: { y: { range: (_, low, high) => [0, (high || 1) * 1.1] } },
   }, rows, at(id));
   charts[id] = { plot, shape };

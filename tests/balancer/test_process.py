@@ -11,15 +11,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tomli_w
 import zmq
+from chromium import Chromium, find_chromium
 from ports import free_port
+from prometheus_client.parser import text_string_to_metric_families
 
 from balancer import loop as loop_module
 from balancer.config import load_settings
@@ -28,6 +32,7 @@ from balancer.history import CLASSES, Stored
 from balancer.loop import ControlLoop
 from balancer.optimizer import SolverError
 from balancer.store import HistoryStore
+from balancer.view import PlanPage
 from engine.client.config import CurveIdentity, Identity, create_identity, load_cluster
 from engine.client.listener import Listener
 from engine.client.publications import Gate, Publisher
@@ -59,6 +64,7 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.requests import (
     HELLO,
+    PLAN,
     REGISTRY_COMMIT,
     REGISTRY_OUTCOME,
     REGISTRY_RESERVE,
@@ -83,6 +89,7 @@ from engine.protocol.wire import Status
 
 PATIENCE_S = 30.0
 SIGN = "sign/ed25519"
+SECRET = "very-private-key-name"
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -170,9 +177,13 @@ class Site:
 
 
 class CountingNode:
-    """A node's listener that answers ``stats``: each time it has served 50 more signatures of 200 us."""
+    """A node's listener that answers ``stats``: each time it has served 50 more signatures of 200 us.
 
-    def __init__(self, site: Site, name: str) -> None:
+    With a group, all of them were by a key of that placement group, which is named.
+    """
+
+    def __init__(self, site: Site, name: str, group: int | None = None) -> None:
+        self._group = group
         endpoint = site.cluster.members[name].endpoint
         self._listener = Listener(site.curve(name), endpoint, site.cluster)
         self._stop = threading.Event()
@@ -190,7 +201,9 @@ class CountingNode:
                     continue
                 assert incoming.request.verb == STATS
                 served += 50
-                stats = NodeStats(boot, served, 0, [ClassCount(SIGN, served, 0, served * 200)], [], [], 1, 0, [])
+                classes = [ClassCount(SIGN, served, 0, served * 200)]
+                pairs, hot = ([], []) if self._group is None else ([(0, self._group, served)], [(SECRET, 0, served)])
+                stats = NodeStats(boot, served, 0, classes, pairs, [], 1, 1000, hot)
                 self._listener.reply(incoming, Status.OK, REPLY_CODECS[STATS].encode(stats))
 
     def close(self) -> None:
@@ -707,3 +720,134 @@ def test_a_series_that_is_out_is_told_and_stops_nothing(site: Site) -> None:
         assert told.series[0].startswith("queue: ConnectionRefusedError")
         until(lambda: status(channel).ticks > told.ticks + 3)
         assert status(channel).last_error == ""
+
+
+# --- over HTTP ---
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    """Status and text of an answer."""
+    with closing(HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)) as connection:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        assert SECRET not in text
+        return answer.status, text
+
+
+def samples(port: int) -> dict[tuple[str, ...], float]:
+    """(name, label values...) -> value, as Prometheus' own parser reads it."""
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(get(port, "/metrics")[1])
+        for sample in family.samples
+    }
+
+
+def test_a_balancer_is_ready_with_its_first_table(site: Site) -> None:
+    """Before that it is healthy and says that it is not ready. A tick of a minute waits half of it for a mute node."""
+    port = free_port()
+    config = site.write_config(tick_ms=60_000, http={"bind": f"127.0.0.1:{port}"})
+    place = int(site.cluster.members["node-0"].endpoint.rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", place)), running(site, config):
+        assert get(port, "/healthz") == (200, "ok\n")
+        assert get(port, "/readyz") == (503, "no routing table was published yet\n")
+        told = samples(port)
+        assert told[("keyquorum_balancer_ready",)] == 0
+        assert ("keyquorum_balancer_table_expiry_timestamp_seconds",) not in told
+        page = msgspec.json.decode(get(port, "/v1/plan")[1], type=PlanPage)
+        assert (page.balancer, page.table, page.ticks) == ("balancer", None, 0)
+
+
+def test_what_the_loop_does_is_told_over_http(site: Site) -> None:
+    """Metrics, plan and page of a balancer at work; no answer has the name of a key."""
+    port = free_port()
+    with ExitStack() as stack:
+        for name in ("node-0", "node-1"):
+            stack.callback(CountingNode(site, name, group=7).close)
+        stack.enter_context(running(site, site.write_config(http={"bind": f"127.0.0.1:{port}"})))
+        until(lambda: get(port, "/readyz")[0] == 200)
+        until(lambda: samples(port).get(("keyquorum_balancer_load_per_second", SIGN), 0) > 0)
+        told = until(
+            lambda: (found := samples(port)).get(("keyquorum_balancer_forecast_error_ratio", SIGN, "1")) and found
+        )
+        assert [told["keyquorum_balancer_node_up", f"node-{each}"] for each in range(3)] == [1, 1, 0]
+        assert told["keyquorum_balancer_node_price", "node-2"] == 1000
+        assert told["keyquorum_balancer_forecast_per_second", SIGN, "1"] > 0
+        assert told[("keyquorum_balancer_ready",)] == 1
+        assert told[("keyquorum_balancer_failing",)] == 0
+        assert told[("keyquorum_balancer_table_expiry_timestamp_seconds",)] > time.time()
+        assert told[("keyquorum_balancer_tick_duration_seconds_count",)] > 1
+        page = until(
+            lambda: (
+                (found := msgspec.json.decode(get(port, "/v1/plan")[1], type=PlanPage)).placement
+                and found.placement.groups
+                and found
+            )
+        )
+        assert [each.group for each in page.placement.groups] == [7]
+        assert len(page.placement.groups[0].holders) == 3  # as keys usually have
+        assert page.table.counter <= samples(port)[("keyquorum_balancer_table_counter",)]
+        assert [each.name for each in page.classes] == [SIGN]
+        channel = stack.enter_context(connected(site, "alice"))
+        asked = call(channel, PLAN, Empty())
+        assert [each.request_class for each in asked.classes] == [SIGN]
+        assert (asked.balancer, asked.tick_ms, asked.groups) == ("balancer", 100, 1)
+        until(lambda: samples(port)[("keyquorum_balancer_connections",)] >= 1)
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (apt-get install chromium-headless-shell)")
+def test_the_page_draws_it_in_a_browser_that_reaches_no_other_place(site: Site, tmp_path: Path) -> None:
+    """Charts, tables and matrix, by Chromium, again and again; nothing is asked for elsewhere, and nothing fails."""
+    port = free_port()
+    with ExitStack() as stack:
+        for name in ("node-0", "node-1"):
+            stack.callback(CountingNode(site, name, group=7).close)
+        stack.enter_context(running(site, site.write_config(http={"bind": f"127.0.0.1:{port}"})))
+        until(lambda: samples(port).get(("keyquorum_balancer_load_per_second", SIGN), 0) > 0)
+        browser = stack.enter_context(Chromium(find_chromium() or "", tmp_path))
+        browser.call("Page.navigate", url=f"http://127.0.0.1:{port}/")
+        browser.until("Number(document.body?.dataset.frames || 0) >= 2")
+        assert browser.complaints == []
+        assert all(url.startswith(f"http://127.0.0.1:{port}/") for url in browser.asked)
+        assert browser.value("document.getElementById('state').className") == ""
+        assert "tick" in browser.value("document.getElementById('state').textContent")
+        assert browser.value("document.querySelectorAll('canvas').length") == 2
+        rows = "[...document.querySelectorAll('#{} tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+        (row,) = browser.value(rows.format("classes"))
+        assert row[0] == SIGN
+        assert float(row[1]) > 0
+        assert [row[:2] for row in browser.value(rows.format("nodes"))] == [
+            ["node-0", "up"],
+            ["node-1", "up"],
+            ["node-2", "silent"],
+        ]
+        kinds = browser.value("[...document.querySelectorAll('#matrix tbody tr td .cell')].map(each => each.className)")
+        assert sorted(kinds).count("cell held") == 3
+        # Something is drawn in both charts: the load's line, and the prices'.
+        drawn = (
+            "[...document.querySelectorAll('canvas')].map(c => c.getContext('2d').getImageData(0, 0, c.width, c.height)"
+            ".data.filter((value, k) => k % 4 === 3 && value > 0).length)"
+        )
+        assert all(count > 500 for count in browser.value(drawn))
+        browser.value(
+            "(() => { const s = document.getElementById('class'); s.value = 'sign/ed25519';"
+            " s.dispatchEvent(new Event('change')); })()"
+        )
+        frames = browser.value("Number(document.body.dataset.frames)")
+        browser.until(f"Number(document.body.dataset.frames) > {frames}")
+        assert browser.value("document.getElementById('class').value") == SIGN
+        assert browser.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("told", "match"),
+    [
+        ({"bind": "0.0.0.0:9465"}, "http.bind '0.0.0.0:9465' is no loopback address.*http.token are missing"),
+        ({"bind": "127.0.0.1:9465", "token": "file:nowhere"}, "nowhere: No such file"),
+        ({"bind": "127.0.0.1:9465", "allow": True}, "unknown field `allow`"),
+    ],
+)
+def test_http_that_may_not_be_served_keeps_it_from_starting(site: Site, told: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        load_settings(site.write_config(http=told))

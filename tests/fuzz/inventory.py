@@ -38,6 +38,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "nodes.server.Server.__init__": "its own CURVE key, which load_identity has checked",
     "engine.client.connections.Connections._read": "what libzmq tells of its own sockets",
     "engine.client.connections._traffic": "what the kernel tells of a socket",
+    "engine.client.web._Guard.lets": "a token in base64, compared and thrown away; tests/engine/test_web.py",
     "engine.sharing.placement.placement_group": "the number of a hash",
     "nodes.token.Lane.sign": "the token's answer; tests/nodes/test_token.py",
     "engine.client._histogram": "durations",

@@ -11,9 +11,10 @@ import pytest
 import tomli_w
 
 from engine.client.config import create_identity
+from engine.client.httpconfig import HttpConfig
 from engine.errors import ConfigError
 from nodes.cache import CacheLimits
-from nodes.config import MODULE_PATHS, MetricsConfig, PinSource, load_node_config, parse_uri
+from nodes.config import MODULE_PATHS, PinSource, load_node_config, parse_uri
 from nodes.limits import Limits
 
 GOOD: dict[str, Any] = {
@@ -107,9 +108,9 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
         ({"metrics": {"bind": "127.0.0.1:+80"}}, "must be an IP address and a port"),
         ({"metrics": {"bind": "::1:9464"}}, "must be an IP address and a port"),
         ({"metrics": {"bind": "[127.0.0.1]:9464"}}, "must be an IP address and a port"),
-        ({"metrics": {"bind": "0.0.0.0:9464"}}, "is no loopback address.*metrics.allow_remote = true allows that"),
+        ({"metrics": {"bind": "0.0.0.0:9464"}}, "is no loopback address.*metrics.token are missing"),
         ({"metrics": {"bind": "[::]:9464"}}, "is no loopback address"),
-        ({"metrics": {"bind": "192.0.2.1:9464", "allow_remote": False}}, "is no loopback address"),
+        ({"metrics": {"bind": "192.0.2.1:9464", "token": "env:T"}}, "is no loopback address"),
         ({"metrics": {"bind": "127.0.0.1:9464", "path": "/"}}, "unknown field `path`"),
         ({"trace": {"file": 1}}, "file"),
         ({"trace": {"endpoint": "x"}}, "unknown field `endpoint`"),
@@ -129,19 +130,18 @@ def test_each_mistake_is_told_with_its_place(tmp_path: Path, changes: dict[str, 
         ({"bind": "127.0.0.1:9464"}, "127.0.0.1", 9464),
         ({"bind": "127.8.8.8:1"}, "127.8.8.8", 1),
         ({"bind": "[::1]:65535"}, "::1", 65535),
-        ({"bind": "0.0.0.0:9464", "allow_remote": True}, "0.0.0.0", 9464),  # noqa: S104 - only read
     ],
 )
 def test_metrics_are_served_where_the_file_says(tmp_path: Path, told: dict[str, Any], host: str, port: int) -> None:
     config = load_node_config(written(tmp_path, metrics=told)).metrics
-    assert config == MetricsConfig(host, port)
+    assert config == HttpConfig(host, port)
     assert str(config) == told["bind"]
 
 
 def test_metrics_and_traces_are_off_unless_the_file_says_so(tmp_path: Path) -> None:
     config = load_node_config(written(tmp_path))
     assert (config.metrics, config.trace_file) == (None, None)
-    told = load_node_config(written(tmp_path, metrics={"allow_remote": True}, trace={"file": "trace.jsonl"}))
+    told = load_node_config(written(tmp_path, metrics={"bind": ""}, trace={"file": "trace.jsonl"}))
     assert (told.metrics, told.trace_file) == (None, tmp_path / "trace.jsonl")
 
 

@@ -13,12 +13,13 @@ import pytest
 from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine.client.httpconfig import HttpConfig
+from engine.client.web import CLIENTS
 from engine.errors import EngineError
 from engine.protocol.requests import CacheCount, HolderLatency, NodeStatus, ServiceCount, TokenHealth
-from nodes.config import MetricsConfig
 from nodes.handlers import Snapshot
 from nodes.latency import Latencies
-from nodes.metrics import BOUNDS_S, MAX_CLIENTS, MetricsServer
+from nodes.metrics import BOUNDS_S, MetricsServer
 
 STATUS = NodeStatus(
     "secret-node", "1.2", 3, 4_500, 5, 6,
@@ -45,9 +46,9 @@ def serve() -> Iterator[Server]:
     made: list[MetricsServer] = []
 
     def server(ask: Callable[[Callable[[Snapshot], None]], None] = lambda take: take(snapshot())) -> str:
-        config = MetricsConfig("127.0.0.1", free_port())
+        config = HttpConfig("127.0.0.1", free_port())
         made.append(MetricsServer(config, ask))
-        return f"http://{config}/metrics"
+        return f"{config.url}metrics"
 
     yield server
     for each in made:
@@ -115,7 +116,7 @@ def test_a_node_that_is_busy_says_so(serve: Server, monkeypatch: pytest.MonkeyPa
 def test_too_many_clients_at_a_time_are_cut_and_later_ones_are_served(serve: Server) -> None:
     url = serve()
     host, port = url.removeprefix("http://").removesuffix("/metrics").split(":")
-    held = [socket.create_connection((host, int(port))) for _ in range(MAX_CLIENTS)]
+    held = [socket.create_connection((host, int(port))) for _ in range(CLIENTS)]
     try:
         with socket.create_connection((host, int(port))) as surplus:
             surplus.settimeout(20)
@@ -137,7 +138,7 @@ def test_a_port_that_is_taken_is_told() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        config = MetricsConfig("127.0.0.1", other.getsockname()[1])
+        config = HttpConfig("127.0.0.1", other.getsockname()[1])
         with pytest.raises(
             EngineError, match=r"metrics\.bind: can't listen at 127\.0\.0\.1:\d+: Address already in use"
         ):

@@ -107,12 +107,12 @@ class Frame:
     @property
     def answers(self) -> bool:
         """Whether any member does."""
-        return any(each.state in ("up", "not ready") for each in (*self.nodes, *self.balancers))
+        return any(node.loaded is not None for node in self.nodes) or self.has_balancer
 
     @property
     def has_balancer(self) -> bool:
         """Whether a balancer answers."""
-        return any(each.state == "up" for each in self.balancers)
+        return any(each.ticks is not None for each in self.balancers)
 
 
 @dataclass(slots=True)
@@ -255,7 +255,6 @@ def _node(
 ) -> NodeRow:
     price, found = prices.get(member.name), member.status
     told = per_s.get(member.name)
-    up = isinstance(found, NodeStatus)
     return NodeRow(
         member.name,
         state_of(member),
@@ -264,8 +263,8 @@ def _node(
         None if told is None else sum(requests for requests, _ in told.values()),
         hits.get(member.name, {}).get("keys"),
         hits.get(member.name, {}).get("shares"),
-        found.loaded if isinstance(found, NodeStatus) and up else None,
-        found.shares if isinstance(found, NodeStatus) and up else None,
+        found.loaded if isinstance(found, NodeStatus) else None,
+        found.shares if isinstance(found, NodeStatus) else None,
     )
 
 
@@ -307,9 +306,9 @@ class Picture:
         lines = [line]
         for each in frame.balancers:
             if each.ticks is None:
-                lines.append(Text(f"balancer {each.name} is away ({each.state}); clients go on without it", "bold red"))
+                lines.append(Text(f"{each.name}: away ({each.state}); clients go on without it", "bold red"))
             else:
-                lines.append(Text(one_line(f"balancer {each.name} {each.state}, tick {each.ticks}")))
+                lines.append(Text(one_line(f"{each.name}: {each.state}, tick {each.ticks}")))
         if frame.table_order is not None and frame.table_age_s is not None:
             epoch, counter = frame.table_order
             lines[-1].append(f"; routing table {epoch}:{counter}, {max(0.0, frame.table_age_s):.0f} s old")
@@ -466,7 +465,7 @@ def top(context: click.Context, once: bool, every: float) -> None:
 
     The load is what the nodes answered since the frame before; NEXT, P90 and TENTH is what the balancer expects in its
     next tick and in the tenth. PRICE is how long the others wait for one second more of a node's work. Ctrl-C ends it.
-    It needs `status` on some key. With -o json each frame is one line. With --once the exit code is 2 if nobody answers.
+    It needs `status` on some key. With -o json each frame is one line. With --once it exits with 2 if nobody answers.
 
     \b
     Examples:
