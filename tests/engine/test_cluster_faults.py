@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from whole_keys import create_whole_key
@@ -39,6 +43,14 @@ def _use(kq: Engine) -> None:
 def _make_keys(kq: Engine) -> None:
     for name, algorithm in (("data", "aes-256-gcm"), ("sign", "ecdsa-p256-sha256"), ("mac", "hmac-sha256")):
         create_whole_key(kq, name, algorithm, threshold=3, shares=5)
+
+
+def _top(config: Path) -> dict[str, Any]:
+    """One frame of ``keyquorum top``."""
+    command = [Path(sys.executable).with_name("keyquorum"), "--config", config, "-o", "json", "top", "--once"]
+    done = subprocess.run(command, capture_output=True, check=True, timeout=60)
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
 
 
 def _await_nodes(kq: Engine, seconds: float = 10.0) -> None:
@@ -194,6 +206,10 @@ def test_without_a_balancer_data_operations_go_on(healed_cluster: LocalCluster) 
         with engine.connect(healed_cluster.client_config) as newcomer:
             assert newcomer.routing_table is None
             _use(newcomer)
+        told = _top(healed_cluster.client_config)
+        assert [each["state"] for each in told["nodes"]] == ["up"] * 5
+        assert (told["balancer_up"], told["table"]) == (False, None)
+        assert told["balancers"][0]["state"] == "node-unavailable"
         healed_cluster.start_balancer()
         until = time.monotonic() + 10
         while True:

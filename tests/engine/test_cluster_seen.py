@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ NODES = ("node1", "node2", "node3")
 
 
 class Watched:
-    """A cluster whose nodes serve metrics and write traces, and a client of it."""
+    """A cluster whose members serve metrics and whose nodes write traces, and a client of it."""
 
     def __init__(self, local: LocalCluster, ports: dict[str, int], kq: Engine) -> None:
         self.local, self.ports, self.kq = local, ports, kq
@@ -92,15 +93,19 @@ class Watched:
         return Channel(identity.transport, Servers(self.local.cluster))
 
 
+def add_to(config: Path, more: dict[str, Any]) -> None:
+    write_toml(config, {**tomllib.loads(config.read_text(encoding="utf-8")), **more})
+
+
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    ports = dict(zip(NODES, free_ports(len(NODES)), strict=True))
+    ports = dict(zip((*NODES, "balancer"), free_ports(len(NODES) + 1), strict=True))
     with LocalCluster(nodes=3, threshold=2, path=tmp_path_factory.mktemp("seen"), clients=("shop",)) as local:
         local.stop()
-        for node, port in ports.items():
-            config = local.path / "nodes" / node / "node.toml"
-            told = tomllib.loads(config.read_text(encoding="utf-8"))
-            write_toml(config, {**told, "metrics": {"bind": f"127.0.0.1:{port}"}, "trace": {"file": "trace.jsonl"}})
+        for node in NODES:
+            told, metrics = {"trace": {"file": "trace.jsonl"}}, {"bind": f"127.0.0.1:{ports[node]}"}
+            add_to(local.path / "nodes" / node / "node.toml", {**told, "metrics": metrics})
+        add_to(local.path / "balancer" / "balancer.toml", {"http": {"bind": f"127.0.0.1:{ports['balancer']}"}})
         local.start()
         with engine.connect(local.client_config) as kq:
             kq.create_key(KEY, "aes-256-gcm", threshold=2, shares=3)
@@ -386,6 +391,44 @@ def test_without_opentelemetry_the_context_is_carried_all_the_same(watched: Watc
     subprocess.run([sys.executable, "-c", program, *words], check=True, timeout=60)
     spans = watched.spans(has(encrypt=1), trace_id)
     assert {each["parent_id"] for each in named(spans, "encrypt")} == {f"0x{'b' * 16}"}
+
+
+# --- alerts ---
+
+ALERT = re.compile(r"^      - alert: (\w+)\n(.*?)(?=^      - alert: |^  - name: |\Z)", re.MULTILINE | re.DOTALL)
+
+
+def test_the_example_alerts_are_of_metrics_that_there_are(watched: Watched) -> None:
+    """Each name in a rule is one that nodes or balancer tell, each class and cache too; each alert is in the runbook."""
+    watched.kq.encrypt(KEY, b"data")
+    until_s = time.monotonic() + WAIT_S
+    while "keyquorum_balancer_forecast_coverage_ratio{" not in (page := watched.page("balancer")):
+        assert time.monotonic() < until_s, page  # until something was forecast, and came
+        time.sleep(0.2)
+    assert KEY not in page
+    parsed = [
+        sample
+        for text in (page, watched.page("node1"))
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    ]
+    labels: dict[str, set[str]] = {}
+    for sample in parsed:
+        labels.setdefault(sample.name, set()).update(sample.labels)
+    docs = Path(__file__).parents[2] / "docs"
+    alerts = dict(ALERT.findall((docs / "alerts.yml").read_text(encoding="utf-8")))
+    assert len(alerts) > 15
+    for alert, text in alerts.items():
+        expression = text.partition("expr:")[2].partition("labels:")[0]
+        named = {each for each in re.findall(r"\b[a-z]\w*_\w+\b", expression) if each.startswith("keyquorum_")}
+        assert named or "up{" in expression, alert
+        assert named <= labels.keys(), f"{alert}: {named - labels.keys()}"
+        for name, matchers in re.findall(r"\b(keyquorum_\w+)\{([^}]*)\}", expression):
+            assert set(re.findall(r"(\w+)=", matchers)) <= labels[name], f"{alert}: {name}"
+        assert not re.search(r"\bsecret|private", text)
+    runbook = set(re.findall(r"^### (\w+)$", (docs / "operating.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert alerts.keys() <= runbook
+    assert {each for each in runbook if each.startswith("Keyquorum")} == alerts.keys()
 
 
 # --- configuration ---
