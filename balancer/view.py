@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 from msgspec import Struct
@@ -38,15 +39,16 @@ MILLI = 1000
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """What was decided in a tick: the load of the next one by class (classes,), in requests per second, and the prices
-    of the nodes that were up, as in a table.
+    """What was decided in a tick: the load of the next one by class (classes,), in requests per second, and prices by
+    node (nodes,), NaN for one that was silent.
     """
 
     tick: int
     classes: tuple[str, ...]
     mean: FloatArray
     p90: FloatArray
-    prices: Mapping[str, int]
+    nodes: tuple[str, ...]
+    prices: FloatArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +70,10 @@ class Viewer:
     def see(
         self, snapshot: HistorySnapshot, forecast: Forecast, places: Mapping[int, Sequence[int]], table: RoutingTable
     ) -> View:
-        """The view of a tick, in which this was known and decided."""
-        up = dict(zip(snapshot.nodes, snapshot.up, strict=True))
-        prices = {name: price for name, price in zip(table.nodes, table.price, strict=True) if up.get(name, False)}
-        moment = Moment(snapshot.tick, forecast.classes, forecast.mean, forecast.p90, prices)
+        """The view of a tick, in which this was known and decided; the table has the snapshot's nodes."""
+        prices = np.array(table.price, dtype=np.float64) / MILLI
+        prices[~np.array(snapshot.up, dtype=bool)] = np.nan
+        moment = Moment(snapshot.tick, forecast.classes, forecast.mean, forecast.p90, snapshot.nodes, prices)
         self._moments.append(moment)
         warm = {group: tuple(places[group]) for _, group in snapshot.pairs if group in places}
         return View(snapshot, forecast, warm, tuple(self._moments))
@@ -340,8 +342,9 @@ def _history(view: View) -> HistoryPart:
                 if (column := columns.get(name)) is not None:
                     mean[at, column], p90[at, column] = moment.mean[index], moment.p90[index]
         if 0 <= at - 1 < ticks:
-            for name in prices.keys() & moment.prices.keys():
-                prices[name][at - 1] = moment.prices[name] / MILLI
+            places = _places(moment.nodes)
+            for name in prices.keys() & places.keys():
+                prices[name][at - 1] = _known(float(moment.prices[places[name]]))
     outlook = view.forecast.outlook
     series = {
         snapshot.classes[column]: SeriesPart(
@@ -358,6 +361,11 @@ def _history(view: View) -> HistoryPart:
     return HistoryPart(first * snapshot.tick_ms, snapshot.tick_ms, ticks, {TOTAL: whole, **series}, prices)
 
 
+@lru_cache(maxsize=4)
+def _places(nodes: tuple[str, ...]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(nodes)}
+
+
 def _sums(values: FloatArray) -> FloatArray:
     """By row; NaN where nothing is known."""
     return np.asarray(np.where(np.isnan(values).all(axis=1), np.nan, np.nansum(values, axis=1)))
@@ -365,10 +373,11 @@ def _sums(values: FloatArray) -> FloatArray:
 
 def _dearest(view: View) -> list[str]:
     """The nodes with the highest prices of late, in their order."""
-    of_late = dict.fromkeys(view.snapshot.nodes, 0)
+    of_late = dict.fromkeys(view.snapshot.nodes, 0.0)
     for moment in view.moments[:: max(1, len(view.moments) // 10)]:
-        for name in of_late.keys() & moment.prices.keys():
-            of_late[name] += moment.prices[name]
+        for name, price in zip(moment.nodes, np.nan_to_num(moment.prices).tolist(), strict=True):
+            if name in of_late:
+                of_late[name] += price
     dearest = sorted(of_late, key=lambda name: -of_late[name])[:SERIES_SHOWN]
     return [name for name in of_late if name in dearest]
 

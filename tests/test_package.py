@@ -60,11 +60,11 @@ def run(words: Sequence[str | Path], cwd: Path, **more: str) -> str:
 
 
 def packaged_sources() -> set[str]:
-    """The names that the wheel must hold for the rooms: modules, stubs and type markers."""
+    """The names that the wheel must hold for the rooms: modules, stubs, type markers and the balancer's page."""
     names = set()
     for folder, package in ROOMS.items():
         for path in (ROOT / folder).rglob("*"):
-            if path.suffix in (".py", ".pyi") or path.name == "py.typed":
+            if path.suffix in (".py", ".pyi") or path.name == "py.typed" or path.parent.name == "page":
                 names.add(f"{package}/{path.relative_to(ROOT / folder)}")
     return names
 
@@ -122,7 +122,15 @@ def test_wheel_holds_exactly_the_modules_and_extensions(archives: tuple[Path, Pa
     assert code == packaged_sources() | {name + suffix for name in EXTENSIONS}
     assert {"engine/py.typed", "nodes/py.typed", *(f"{name}.pyi" for name in EXTENSIONS)} <= code
     metadata = {name.split(".dist-info/")[1] for name in names - code}
-    assert metadata == {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
+    assert metadata == {
+        "METADATA",
+        "RECORD",
+        "WHEEL",
+        "entry_points.txt",
+        "top_level.txt",
+        "licenses/LICENSE",
+        "licenses/balancer/page/LICENSE.uPlot",
+    }
 
 
 def test_metadata_says_what_the_project_file_says(archives: tuple[Path, Path]) -> None:
@@ -133,7 +141,7 @@ def test_metadata_says_what_the_project_file_says(archives: tuple[Path, Path]) -
         metadata = email.message_from_bytes(wheel.read(name))
     assert metadata["Name"] == project["name"]
     assert metadata["Version"] == (ROOT / "src/engine/_version.py").read_text().split('"')[-2]
-    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["License-Expression"] == project["license"] == "Apache-2.0 AND MIT"
     assert metadata["Requires-Python"] == project["requires-python"]
     assert "Private :: Do Not Upload" in metadata.get_all("Classifier", [])
 
@@ -153,7 +161,14 @@ def test_sdist_holds_what_builds_and_tests_need(archives: tuple[Path, Path]) -> 
         ".ci/setup",
     }
     wanted |= {name for name in ("README.md", "CHANGELOG.md") if (ROOT / name).exists()}
-    for pattern in ("src/gf256/*.[ch]", "src/engine/**/*.py*", "nodes/**/*.py", "balancer/**/*.py", "tests/**/*.py"):
+    for pattern in (
+        "src/gf256/*.[ch]",
+        "src/engine/**/*.py*",
+        "nodes/**/*.py",
+        "balancer/**/*.py",
+        "balancer/page/*",
+        "tests/**/*.py",
+    ):
         wanted |= {str(path.relative_to(ROOT)) for path in ROOT.glob(pattern) if "__pycache__" not in path.parts}
     assert wanted - names == set()
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

@@ -399,7 +399,7 @@ ALERT = re.compile(r"^      - alert: (\w+)\n(.*?)(?=^      - alert: |^  - name: 
 
 
 def test_the_example_alerts_are_of_metrics_that_there_are(watched: Watched) -> None:
-    """Each name in a rule is one that nodes or balancer tell, each class and cache too; each alert is in the runbook."""
+    """Each metric and label in a rule is one that nodes or balancer tell; each alert is in the runbook."""
     watched.kq.encrypt(KEY, b"data")
     until_s = time.monotonic() + WAIT_S
     while "keyquorum_balancer_forecast_coverage_ratio{" not in (page := watched.page("balancer")):
