@@ -2,7 +2,7 @@
 "use strict";
 
 const OUTLOOK = 10; // ticks ahead
-const GROUPS_SHOWN = 64;
+const GROUPS_SHOWN = 32;
 const NODES_SHOWN = 64;
 const COLOURS = ["#2f6fb0", "#d9822b", "#2e9e5b", "#a347ba", "#d0453a", "#159e9e", "#8a6d3b", "#5b5bd6"];
 const at = (id) => document.getElementById(id);
@@ -24,7 +24,7 @@ function clock(seconds) {
 }
 
 function percent(value) {
-  return value === null ? "-" : `${(100 * value).toFixed(0)} %`;
+  return value === null ? "-" : `${Math.round(100 * value) || 0} %`; // no -0
 }
 
 // Rows for uPlot: times in seconds, what came, what was forecast for it, its P90. The last ones are to come.
@@ -189,7 +189,8 @@ function show(plan) {
 async function follow() {
   let wait = 1000;
   try {
-    const answer = await fetch("v1/plan", { cache: "no-store" });
+    // Not relative to the document: its address may have a user and password in it, which fetch refuses.
+    const answer = await fetch(`${location.origin}/v1/plan`, { cache: "no-store" });
     if (!answer.ok) throw new Error(`the balancer answers ${answer.status}`);
     const plan = await answer.json();
     wait = Math.max(1000, plan.tick_ms);

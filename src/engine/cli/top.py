@@ -339,7 +339,7 @@ class Picture:
             table.add_row(
                 row.name,
                 _count(row.queue),
-                "-" if row.price is None else f"{row.price:.3g}",
+                "-" if row.price is None or row.queue is None else f"{row.price:.3g}",
                 _number(row.per_s),
                 _part(row.key_hits),
                 _part(row.share_hits),
