@@ -72,6 +72,10 @@ data = "data"
 # publish_bind = "tcp://0.0.0.0:7401"
 # Milliseconds between two rounds of the control loop.
 tick_ms = 1000
+
+# Its page, metrics for Prometheus and the plan as JSON; elsewhere than on loopback with TLS and a token:
+# [http]
+# bind = "127.0.0.1:9465"
 """,
     "node": """\
 # Sealed shares, the audit log and a SoftHSM token's files.

@@ -461,9 +461,10 @@ def _frames(kq: Engine, timeout_s: float, every_s: float) -> Iterator[Frame]:
 @common_options(connects=True)
 @click.pass_context
 def top(context: click.Context, once: bool, every: float) -> None:
-    """Show live what the cluster does: load and forecast by class, nodes, hit rates, placement.
+    """Show live what the cluster does.
 
-    The load is what the nodes answered since the frame before; NEXT, P90 and TENTH is what the balancer expects in its
+    Load and forecast by request class, queue, price and hit rates of the nodes, and the moves that are planned. The
+    load is what the nodes answered since the frame before; NEXT, P90 and TENTH is what the balancer expects in its
     next tick and in the tenth. PRICE is how long the others wait for one second more of a node's work. Ctrl-C ends it.
     It needs `status` on some key. With -o json each frame is one line. With --once it exits with 2 if nobody answers.
 
