@@ -768,9 +768,9 @@ def test_what_the_loop_does_is_told_over_http(site: Site) -> None:
         stack.enter_context(running(site, site.write_config(http={"bind": f"127.0.0.1:{port}"})))
         until(lambda: get(port, "/readyz")[0] == 200)
         until(lambda: samples(port).get(("keyquorum_balancer_load_per_second", SIGN), 0) > 0)
-        told = until(
-            lambda: (found := samples(port)).get(("keyquorum_balancer_forecast_error_ratio", SIGN, "1")) and found
-        )
+        judged = ("keyquorum_balancer_forecast_coverage_ratio", SIGN, "1")
+        told = until(lambda: judged in (found := samples(port)) and found)
+        assert 0 <= told[judged] <= 1
         assert [told["keyquorum_balancer_node_up", f"node-{each}"] for each in range(3)] == [1, 1, 0]
         assert told["keyquorum_balancer_node_price", "node-2"] == 1000
         assert told["keyquorum_balancer_forecast_per_second", SIGN, "1"] > 0
