@@ -14,6 +14,7 @@ same module's functions on memory that can be wiped: python-pkcs11 takes and giv
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -63,6 +64,9 @@ PIN_CHARACTERS_MIN: Final = 32
 """Of a PIN that comes from elsewhere: 128 bits if it is random and in hex."""
 RENEWAL_PATIENCE_S: Final = 0.25
 """How long a call waits for a renewal; then it fails, so that a token that is slow to open does not stop the loop."""
+TURN_WAIT_S: Final = 2.0
+"""How long opening the token waits for other processes that open it. Then it goes on: one of them may be stopped."""
+TURN_LOOK_S: Final = 0.005
 QUIET_WAIT_S: Final = 5.0
 """How long a renewal waits for the calls in progress."""
 WITNESS: Final = b"keyquorum-witness"
@@ -83,6 +87,38 @@ R = TypeVar("R")
 def is_slow(algo: Algorithm) -> bool:
     """Whether the algorithm's operations belong beside the quick loop."""
     return algo.prior_us > SLOW_US
+
+
+@contextmanager
+def _in_turn(config: TokenConfig, data: Path) -> Iterator[None]:
+    """Begin SoftHSM and log in while no other process does with the same token folder.
+
+    At each login SoftHSM 2.6.1 empties the token's file, unlocks it and only then writes it again. Who begins or logs
+    in meanwhile finds no token, or a CKR_GENERAL_ERROR. What is open already is not disturbed.
+    """
+    if not config.is_softhsm:
+        yield
+        return
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(data / "tokens.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise TokenError(f"{data}: {error.strerror}") from None
+    try:
+        end_s = time.monotonic() + TURN_WAIT_S
+        while not _flock(descriptor) and time.monotonic() < end_s:
+            time.sleep(TURN_LOOK_S)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _softhsm_environment(config: TokenConfig, data: Path) -> None:
@@ -189,10 +225,11 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
     SoftHSM never syncs its files, so they are synced here.
     """
     _check_pin_place(config, data)
-    library, module = _load(config, data)
-    if any(token.label == config.label for token in library.get_tokens()):
-        raise TokenError(f"a token {config.label!r} exists already in {data}")
-    _make_token(library, module, config.label, _new_pin(config))
+    with _in_turn(config, data):
+        library, module = _load(config, data)
+        if any(token.label == config.label for token in library.get_tokens()):
+            raise TokenError(f"a token {config.label!r} exists already in {data}")
+        _make_token(library, module, config.label, _new_pin(config))
     sync_tokens(data)
 
 
@@ -600,7 +637,7 @@ class Token:
         self._lanes: list[Lane] = []
         self._guards: list[Guard] = []
         self._renewing = self.watch.guard()
-        with self._renewing:
+        with _in_turn(config, data), self._renewing:
             library, self._module = _load(config, data)
             self._library = library
             self._open()
@@ -669,7 +706,7 @@ class Token:
 
         Every loaded key is gone after it. ``TokenBusy``: some call does not end, and nothing was begun.
         """
-        with self._renewing, self._all_quiet():
+        with _in_turn(self._config, self._data), self._renewing, self._all_quiet():
             self.generation += 1
             for guard in self._guards:
                 guard.closed = "the token could not be opened anew"
