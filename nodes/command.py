@@ -13,18 +13,19 @@ import click
 import structlog
 
 from engine._version import __version__
-from engine.client.config import LOG_LEVELS, configure_logging
+from engine.client.config import LOG_LEVELS, configure_logging, load_identity
 from engine.client.process import harden_process, lock_folder
-from engine.errors import EngineError, TokenError
+from engine.errors import ConfigError, EngineError, TokenError
 from engine.failpoints import arm_from_environment
 from engine.protocol.manifest import CLOCK_SKEW_MS
 from nodes import rotation
 from nodes.audit import AuditNames
 from nodes.clock import time_text
-from nodes.config import PinSource, load_node_config
-from nodes.health import EXIT_PIN, EXIT_TOKEN, Kind, TokenFault
+from nodes.config import NodeConfig, PinSource, load_node_config
+from nodes.health import CKR_PIN_INCORRECT, EXIT_PIN, EXIT_TOKEN, Kind, TokenFault
 from nodes.rotation import STORE_NAME, rotate
-from nodes.server import Server, load_membership
+from nodes.server import Server, find_sharers, load_membership
+from nodes.sharers import Mark, alone, hold, owner_of, tell_owner
 from nodes.store import ShareStore
 from nodes.supervisor import Beat
 from nodes.token import Token, initialize_token
@@ -73,6 +74,7 @@ def main(
         identity, membership = load_membership(config)
         config.token.pin.read()
         cluster = membership.cluster
+        find_sharers(config, Mark.of(identity, config.path), cluster)
         click.echo(f"{config_path}: good; node {identity.name!r} of cluster {cluster.name!r}, serial {cluster.serial}")
         return
     Server(config, lifeline, Beat(supervised, config.care.hang_after_s) if supervised else None).run()
@@ -92,12 +94,13 @@ def main(
 def init(config_paths: tuple[Path, ...], unchecked: bool, log_level: str | None) -> None:
     """Make the node's token, its random PIN and its key-encryption key.
 
-    The PIN is written to the file that the configuration names, with mode 0600, outside the data folder.
+    The PIN is written to the file that the configuration names, with mode 0600, outside the data folder. For a node
+    that shares another one's token (token.shared_with) nothing is made: the token, its PIN and its key are tried.
     """
     configure_logging(log_level or "")
     harden_process()
     failed = []
-    for path in config_paths:
+    for path in sorted(config_paths, key=_is_sharer):  # a token is made before others share it
         try:
             _init(path, unchecked)
         except EngineError as error:
@@ -109,13 +112,48 @@ def init(config_paths: tuple[Path, ...], unchecked: bool, log_level: str | None)
         raise TokenError(f"{len(failed)} of {len(config_paths)} tokens were not made: those of {', '.join(failed)}")
 
 
+def _is_sharer(config_path: Path) -> bool:
+    try:
+        return load_node_config(config_path).token.shared_with is not None
+    except ConfigError:
+        return False  # who makes its token tells what is wrong
+
+
 def _init(config_path: Path, unchecked: bool) -> None:
     config = load_node_config(config_path)
     config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if config.token.shared_with is not None:
+        _try_shared(config, config.token.shared_with, unchecked)
+        return
+    identity = load_identity(config.identity) if config.identity.exists() else None
     initialize_token(config.token, config.data)
+    if identity is not None:  # else the node says it when it starts
+        tell_owner(config.data, Mark.of(identity, config.path))
     if not unchecked:  # by who starts the node at once, which sees the same
         _in_fresh_process([sys.executable, "-P", "-m", "nodes", "check-token", "--config", str(config_path)])
     click.echo(f"token {config.token.label!r} made; its PIN is at {config.token.pin}")
+
+
+def _try_shared(config: NodeConfig, home: Path, unchecked: bool) -> None:
+    owner, held = owner_of(home), hold(home)
+    try:
+        if not unchecked:
+            _check_by_another(config.path)
+    finally:
+        os.close(held)
+    click.echo(f"token {config.token.label!r} is that of {owner.node!r}; its PIN is at {config.token.pin}")
+
+
+def _check_by_another(config_path: Path) -> None:
+    """Have a process of its own try the token; fails as that does."""
+    command = [sys.executable, "-P", "-m", "nodes", "check-token", "--config", str(config_path)]
+    checked = subprocess.run(command, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S, check=False)
+    if checked.returncode == 0:
+        return
+    told = checked.stderr.strip().removeprefix("error: ")[-500:]
+    if checked.returncode == EXIT_PIN:
+        raise TokenFault(told, CKR_PIN_INCORRECT)
+    raise ConfigError(told) if checked.returncode == 1 else TokenError(told)
 
 
 _NEW_PIN = click.option(
@@ -130,8 +168,9 @@ _NEW_PIN = click.option(
 def rotate_kek(config_path: Path, new_pin_env: str | None, log_level: str | None) -> None:
     """Make a fresh token with a fresh PIN and key-encryption key, and seal the whole store anew under it.
 
-    The node must be stopped. The old token, PIN and store are erased at the end; cut off at any step, the node goes on
-    with the old or the new ones. An old copy of the disk is of no use with the fresh PIN, nor a new one with the old.
+    The node must be stopped, and no other node may share its token. The old token, PIN and store are erased at the end;
+    cut off at any step, the node goes on with the old or the new ones. An old copy of the disk is of no use with the
+    fresh PIN, nor a new one with the old.
     """
     configure_logging(log_level or "")
     arm_from_environment()
@@ -142,7 +181,10 @@ def rotate_kek(config_path: Path, new_pin_env: str | None, log_level: str | None
     try:
         command = [sys.executable, "-P", "-m", "nodes", "check-draft", "--config", str(config_path)]
         command += ["--new-pin-env", new_pin_env] if new_pin_env else []
-        rotate(config.token, config.data, node, _new_pin(new_pin_env), lambda: _in_fresh_process(command), _progress)
+        with alone(config.data):
+            rotate(
+                config.token, config.data, node, _new_pin(new_pin_env), lambda: _in_fresh_process(command), _progress
+            )
     finally:
         os.close(held)
     click.echo(

@@ -42,6 +42,7 @@ class _Token(Struct, frozen=True, forbid_unknown_fields=True):
     pin: str = ""
     module: str = ""
     uri: str = ""
+    shared_with: str = ""
     canary_every_s: Annotated[float, Meta(ge=0.1, le=3_600)] = 5.0
     fresh_canary_every_s: Annotated[float, Meta(ge=0.5, le=86_400)] = 60.0
     recycle_loads: Annotated[int, Meta(ge=0, le=10_000_000)] = 10_000
@@ -118,11 +119,15 @@ class PinSource(SecretSource):
 
 @dataclass(frozen=True, slots=True)
 class TokenConfig:
-    """Which token to use: the PKCS#11 module's path, the token's label and the PIN's place."""
+    """Which token to use: the PKCS#11 module's path, the token's label and the PIN's place.
+
+    ``shared_with`` is the data folder of the node that owns the token; None for a token of one's own.
+    """
 
     module: Path
     label: str
     pin: PinSource
+    shared_with: Path | None = None
 
     @property
     def is_softhsm(self) -> bool:
@@ -219,7 +224,10 @@ def _token(path: str | os.PathLike[str], file: _File) -> TokenConfig:
         raise ConfigError(f"{path}: token.label has {len(told['label'].encode())} bytes, at most {MAX_LABEL_BYTES}")
     if not told["pin"]:
         raise ConfigError(f"{path}: token.pin is missing: file:PATH or env:NAME")
-    return TokenConfig(_module(told["module"]), told["label"], _pin_source(path, told["pin"]))
+    shared_with = resolve(path, file.token.shared_with) if file.token.shared_with else None
+    if shared_with is not None and shared_with == resolve(path, file.data):
+        raise ConfigError(f"{path}: token.shared_with names this node's own data folder {shared_with}")
+    return TokenConfig(_module(told["module"]), told["label"], _pin_source(path, told["pin"]), shared_with)
 
 
 def _pin_source(path: str | os.PathLike[str], text: str) -> PinSource:

@@ -401,6 +401,8 @@ class Handlers(FollowsCluster):
         self._now_ms = ledger.clock.now_ms
         self._writing_ledger = False
         self._clock_complaint = ""
+        self.token_alarm = ""
+        """What is wrong with the places of the nodes that share this one's token."""
         self._next_complaint_s = 0.0
         self._clock = clock
         self._started_s = self._clock()
@@ -1152,7 +1154,14 @@ class Handlers(FollowsCluster):
             audit=self._audit.problem[:MAX_ERROR_DETAIL],
             store=self._ledger.problem[:MAX_ERROR_DETAIL],
             alarms=[
-                each for each in (self._manifest_problem(), self._audit.broken, *self._witness.alarms.values()) if each
+                each
+                for each in (
+                    self._manifest_problem(),
+                    self.token_alarm,
+                    self._audit.broken,
+                    *self._witness.alarms.values(),
+                )
+                if each
             ],
             clock=self._ledger.clock.complaint(),
             health=self._health.told(),

@@ -14,6 +14,7 @@ from engine.errors import TokenError
 
 __all__ = [
     "CANARY_FAILURES_MAX",
+    "CKR_PIN_INCORRECT",
     "EXIT_PIN",
     "EXIT_TOKEN",
     "CanaryFailed",
@@ -30,6 +31,7 @@ __all__ = [
     "wants_renewal",
 ]
 
+CKR_PIN_INCORRECT: Final = 0xA0
 CANARY_FAILURES_MAX: Final = 3
 """So many canaries in a row that fail for no clear reason mean that the device is gone."""
 EXIT_TOKEN: Final = 2

@@ -20,6 +20,7 @@ from engine.errors import EngineError
 from engine.protocol.requests import TokenHealth
 from nodes.config import TokenCare
 from nodes.health import (
+    CKR_PIN_INCORRECT,
     EXIT_PIN,
     EXIT_TOKEN,
     CanaryFailed,
@@ -38,7 +39,6 @@ from nodes.token import Token, TokenBusy
 
 __all__ = ["Keeper"]
 
-CKR_PIN_INCORRECT: Final = 0xA0
 LOOK_EVERY_S: Final = 1.0
 CANARY_AGAIN_S: Final = 0.2
 """The least time between two canaries that unclear failures ask for."""

@@ -27,7 +27,7 @@ from nodes.config import PinSource, TokenConfig
 from nodes.reseal import check_store, reseal_store
 from nodes.token import Token, open_beside_fresh, sync_tokens
 
-__all__ = ["STORE_NAME", "check_draft", "rotate", "settle"]
+__all__ = ["STORE_NAME", "check_draft", "is_pending", "rotate", "settle"]
 
 STORE_NAME: Final = "shares.db"
 DRAFT: Final = "rotation.new"
@@ -44,11 +44,16 @@ def rotate(
     verify: Callable[[], None],
     progress: Callable[[int, int], None],
 ) -> None:
-    """Give the node a fresh KEK and PIN. The caller has the data folder's lock.
+    """Give the node a fresh KEK and PIN. The caller has the data folder's lock, and no other node uses the token.
 
     ``new_pin`` is where the operator put the fresh PIN; None makes a random one, in the file of the old. ``verify`` has
     a fresh process call ``check_draft``, and raises what is wrong; ``progress`` is told (sealed anew, of all).
     """
+    if config.shared_with is not None:
+        raise ConfigError(
+            f"the token of {node!r} is that of the node with the data folder {config.shared_with}: a node that shares "
+            "a token can't change its KEK"
+        )
     if not config.is_softhsm:
         raise ConfigError(
             f"{config.module} is not SoftHSM: its token is no folder that can be made afresh. Put a node with "
@@ -98,7 +103,7 @@ def check_draft(config: TokenConfig, data: Path, node: str, new_pin: PinSource |
 
 def settle(config: TokenConfig, data: Path) -> None:
     """End a rotation that was cut off: carry it through if it counts, else throw it away. The caller has the lock."""
-    if not config.is_softhsm:
+    if not config.is_softhsm or config.shared_with is not None:
         return
     fresh_pin, old_pin = _beside(config.pin, "new"), _beside(config.pin, "old")
     valid = data / VALID
@@ -121,6 +126,11 @@ def settle(config: TokenConfig, data: Path) -> None:
             _erase(folder)
             sync_folder(data)
     failpoint("rotate.erased")
+
+
+def is_pending(data: Path) -> bool:
+    """Whether a rotation is being made in this data folder, or was cut off and is yet to be ended."""
+    return any((data / name).exists() for name in (DRAFT, VALID))
 
 
 def _beside(pin: PinSource, suffix: str) -> Path | None:

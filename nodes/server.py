@@ -41,6 +41,7 @@ from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
 from nodes.rotation import STORE_NAME, settle
 from nodes.selftest import run_self_tests
+from nodes.sharers import Mark, hold, leave_mark, list_marks, misplaced, owner_of, tell_owner
 from nodes.shares import ShareCache
 from nodes.store import ShareStore
 from nodes.supervisor import Beat
@@ -49,7 +50,7 @@ from nodes.tracing import NO_SPANS, FileTracer, Tracer
 from nodes.witness import Witness
 from nodes.workers import Jobs, Mailbox, Worker
 
-__all__ = ["Server", "load_membership"]
+__all__ = ["Server", "find_sharers", "load_membership"]
 
 TICK_S: Final = 1.0
 DRAIN_S: Final = 5.0
@@ -99,6 +100,15 @@ def load_membership(config: NodeConfig) -> tuple[Identity, Membership]:
     return identity, membership
 
 
+def find_sharers(config: NodeConfig, own: Mark, cluster: Cluster) -> list[Mark]:
+    """The nodes whose token this one uses, or that use its; ``ConfigError`` if they lie in another failure domain."""
+    home = config.token.shared_with
+    found = list_marks(config.data) if home is None else [owner_of(home)]
+    if problem := misplaced(cluster, own, found):
+        raise ConfigError(problem)
+    return found
+
+
 class Server:
     """A node ready to run. Making it opens everything and runs the self tests; ``EngineError`` says what failed."""
 
@@ -117,6 +127,9 @@ class Server:
         self._stopping_s = 0.0
         config.data.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._data_lock = lock_folder(config.data)
+        self._mark = Mark.of(identity, config.path)
+        self._sharers = find_sharers(config, self._mark, cluster.cluster)
+        self._token_lock = self._join_token(config)
         settle(config.token, config.data)
         token = Token(config.token, config.data, watch)
         lane = token.lane()
@@ -235,6 +248,16 @@ class Server:
         cluster.subscribe(self._taken)
         self._fast.cluster = cluster.cluster
 
+    def _join_token(self, config: NodeConfig) -> int | None:
+        """Say who uses the token; of one that is another node's, the descriptor that keeps it from being changed."""
+        home = config.token.shared_with
+        if home is None:
+            tell_owner(config.data, self._mark)
+            return None
+        held = hold(home)
+        leave_mark(home, self._mark)
+        return held
+
     def _told(self) -> tuple[int, bool]:
         """What is published. It is read beside the loop, and needs no more than to be nearly true."""
         return self._handlers.pending, self._handlers.serves and not self._stopping_s
@@ -248,6 +271,9 @@ class Server:
     def _manifest_taken(self, before: Cluster, now: Cluster) -> None:
         """By the loop: who may do what is asked of the manifest each time, so only what was kept is looked after."""
         self._store.note_cluster_serial(now.serial)
+        self._handlers.token_alarm = misplaced(now, self._mark, self._sharers)
+        if self._handlers.token_alarm:
+            log.error("a shared token crosses failure domains", reason=self._handlers.token_alarm)
         served = self._own.served(self._bind)
         if served:
             self._listener.serve({each.endpoint: each.pair for each in served})

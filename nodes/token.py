@@ -99,11 +99,15 @@ def _in_turn(config: TokenConfig, data: Path) -> Iterator[None]:
     if not config.is_softhsm:
         yield
         return
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    home = config.shared_with or data
+    if config.shared_with is None:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+    elif not (home / "tokens").is_dir():
+        raise TokenError(f"{home} holds no token to share; has `python -m nodes init` run for the node that owns it?")
     try:
-        descriptor = os.open(data / "tokens.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(home / "tokens.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise TokenError(f"{data}: {error.strerror}") from None
+        raise TokenError(f"{home}: {error.strerror}") from None
     try:
         end_s = time.monotonic() + TURN_WAIT_S
         while not _flock(descriptor) and time.monotonic() < end_s:
@@ -122,11 +126,12 @@ def _flock(descriptor: int) -> bool:
 
 
 def _softhsm_environment(config: TokenConfig, data: Path) -> None:
-    """Point SoftHSM at this node's own token folder; must happen before the module is loaded."""
+    """Point SoftHSM at the node's token folder, or its owner's; must happen before the module is loaded."""
     if not config.is_softhsm:
         return
-    tokens = data / "tokens"
-    tokens.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tokens = (config.shared_with or data) / "tokens"
+    if config.shared_with is None:
+        tokens.mkdir(mode=0o700, parents=True, exist_ok=True)
     conf = data / "softhsm2.conf"
     text = f"directories.tokendir = {tokens}\nobjectstore.backend = file\nlog.level = ERROR\nslots.removable = false\n"
     if not conf.exists() or conf.read_text(encoding="utf-8") != text:
@@ -222,8 +227,10 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
     The PIN goes to the configured file, which must not exist yet and must lie outside ``data`` (an ``env:`` source must
     already hold one of at least 32 characters). The KEK is an AES-256 key that encrypts and decrypts only, sensitive
     and never extractable.
-    SoftHSM never syncs its files, so they are synced here.
+    SoftHSM never syncs its files, so they are synced here. A token that is another node's is not made.
     """
+    if config.shared_with is not None:
+        raise ConfigError(f"the token {config.label!r} is that of the node with the data folder {config.shared_with}")
     _check_pin_place(config, data)
     with _in_turn(config, data):
         library, module = _load(config, data)

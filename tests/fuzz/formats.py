@@ -415,7 +415,10 @@ def _node_toml() -> list[bytes]:
     module = next((path for path in MODULE_PATHS if Path(path).is_file()), "/usr/lib/softhsm/libsofthsm2.so")
     full = {
         **least, "bind": "tcp://127.0.0.1:7001", "workers": 3,
-        "token": {"uri": f"pkcs11:token=my%20node;?module-path={module}&pin-source=file:/run/pin"},
+        "token": {
+            "uri": f"pkcs11:token=my%20node;?module-path={module}&pin-source=file:/run/pin",
+            "shared_with": "../node1/data",
+        },
         "cache": {"ttl_s": 1.5, "max_keys": 3, "max_uses": 4, "max_bytes": 16384, "share_ttl_s": 2, "max_shares": 0},
         "create": {"acknowledge": "all"}, "audit": {"mode": "strict", "head_every_s": 0.1}, "limits": {"burst_s": 2.0},
     }  # fmt: skip

@@ -293,6 +293,15 @@ def test_a_uri_names_token_module_and_pin_source(tmp_path: Path) -> None:
     assert parse_uri("pkcs11:token=t?pin-source=%2Fpin") == {"label": "t", "pin": "/pin"}
 
 
+def test_the_owner_of_a_shared_token_is_found_from_the_files_folder(tmp_path: Path) -> None:
+    token = {"label": "node1", "pin": "file:../pin", "shared_with": "../node1/data"}
+    config = load_node_config(written(tmp_path, token=token))
+    assert config.token.shared_with == tmp_path.parent / "node1" / "data"
+    assert load_node_config(written(tmp_path)).token.shared_with is None
+    with pytest.raises(ConfigError, match=r"token\.shared_with names this node's own data folder"):
+        load_node_config(written(tmp_path, token=token | {"shared_with": "./data/"}))
+
+
 def test_a_uris_escapes_are_resolved_once(tmp_path: Path) -> None:
     uri = "pkcs11:token=t?pin-source=file:/etc/a%2520b"
     config = load_node_config(written(tmp_path, token={"uri": uri}))

@@ -38,14 +38,15 @@ def raise_file_limit() -> None:
         raise EngineError(f"the limit on open files (ulimit -n) is {wanted}; at least {NEEDED_FILES} are needed")
 
 
-def lock_folder(path: Path) -> int:
+def lock_folder(path: Path, *, shared: bool = False) -> int:
     """Have the folder to oneself until the returned descriptor is closed, or the process ends.
 
-    ``ClusterError`` if another process has it. The descriptor is not inherited.
+    With ``shared`` others may have it too that ask for it so. ``ClusterError`` if another process has it. The
+    descriptor is not inherited.
     """
     descriptor = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise ClusterError(f"{path} is in use by another process") from None
