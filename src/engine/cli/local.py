@@ -48,13 +48,23 @@ def _events(settings: Settings) -> Iterator[Callable[[str], None]]:
 @click.option("--nodes", type=click.IntRange(1, 64), help=f"How many nodes; {NODES} by default.")
 @click.option("--threshold", type=click.IntRange(1, 64), help=f"Shares that give a key back; {THRESHOLD} by default.")
 @click.option("--domains", type=click.IntRange(1, 64), help=f"Sites the nodes are spread over; {DOMAINS} by default.")
+@click.option(
+    "--nodes-per-token", type=click.IntRange(1, 64), help="How many nodes share one token, on one host; 1 by default."
+)
 @common_options()
 @click.pass_obj
-def up(settings: Settings, folder: Path, nodes: int | None, threshold: int | None, domains: int | None) -> None:
+def up(
+    settings: Settings,
+    folder: Path,
+    nodes: int | None,
+    threshold: int | None,
+    domains: int | None,
+    nodes_per_token: int | None,
+) -> None:
     """Start a cluster on this machine, in DIR (./keyquorum-cluster by default).
 
-    Every node is a process with a SoftHSM token of its own; they go on after the command has ended, until
-    `keyquorum down`. A cluster that is already in the folder is started again, from its disks.
+    Every node is a process with a SoftHSM token, its own unless --nodes-per-token says otherwise; they go on after the
+    command has ended, until `keyquorum down`. A cluster that is already in the folder is started again, from its disks.
 
     \b
     Examples:
@@ -73,6 +83,7 @@ def up(settings: Settings, folder: Path, nodes: int | None, threshold: int | Non
                 threshold or _threshold(nodes),
                 folder,
                 domains=domains or DOMAINS,
+                nodes_per_token=nodes_per_token or 1,
                 detached=True,
                 on_event=tell,
             )

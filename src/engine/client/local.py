@@ -266,7 +266,8 @@ class LocalCluster:
     ``path`` is its folder; a cluster that is already there is started again, from its disks. Without a path the folder
     is a temporary one, removed at the end. ``threshold`` and ``shares`` are what its users should give to
     ``create_key``; ``domains`` is over how many sites the nodes are spread. ``clients`` are names of identities to
-    make, ``rules`` the policy (by default the first client may do everything, and the others nothing).
+    make, ``rules`` the policy (by default the first client may do everything, and the others nothing). Of
+    ``nodes_per_token`` nodes one after the other the first one owns a token that the others share, all on one host.
 
     Nodes whose process crashes or whose token hangs are restarted, unless ``supervised`` is off.
 
@@ -282,6 +283,7 @@ class LocalCluster:
         *,
         shares: int | None = None,
         domains: int = 3,
+        nodes_per_token: int = 1,
         clients: Sequence[str] = ("local",),
         rules: Sequence[PolicyRule] | None = None,
         detached: bool = False,
@@ -291,13 +293,16 @@ class LocalCluster:
     ) -> None:
         count = nodes if shares is None else shares
         _check_size(nodes, threshold, count, domains, clients)
+        if not 1 <= nodes_per_token <= MAX_NODES:
+            raise ValueError(f"{nodes_per_token} nodes per token; 1 to {MAX_NODES} are allowed")
         self._temporary = path is None
         self.path = Path(tempfile.mkdtemp(prefix="keyquorum-") if path is None else path).resolve()
         self._set_up(detached, start_timeout_s, on_event, supervised)
         try:
             self._check_free(_folder(self.path))
             with self._alone():
-                self._create_and_start(_Plan(nodes, threshold, count, domains, tuple(clients), rules), shares)
+                plan = _Plan(nodes, threshold, count, domains, nodes_per_token, tuple(clients), rules)
+                self._create_and_start(plan, shares)
         except BaseException:
             # What was started has been ended; what ran before us is not ours to end.
             self._release()
@@ -688,8 +693,8 @@ class LocalCluster:
             ports = [_free_port(held) for _ in range(2 * (plan.nodes + 1))]
             names = [f"node{number}" for number in range(1, plan.nodes + 1)]
             pin = self._write_manifest(plan, names, ports)
-            for name in names:
-                self._write_node(name, pin)
+            for number, name in enumerate(names):
+                self._write_node(name, pin, names[number - number % plan.nodes_per_token])
             values = {"identity": "identity.toml", "manifest": "../cluster.manifest", "manifest_pin": pin}
             write_toml(self.path / "balancer" / "balancer.toml", {"version": 1, **values, "data": "data"})
             write_toml(self.path / "operator" / "operator.toml", {"version": 1, **values})
@@ -706,7 +711,8 @@ class LocalCluster:
         members = [operator.member()]
         for number, name in enumerate(names):
             identity = create_identity(_folder(self.path / "nodes" / name) / "identity.toml", name, "node")
-            location = f"site{number % plan.domains + 1}/room1/rack{number // plan.domains + 1}/host{number + 1}"
+            host = number // plan.nodes_per_token
+            location = f"site{host % plan.domains + 1}/room1/rack{host // plan.domains + 1}/host{host + 1}"
             endpoint, publish = _loopback(ports[number]), _loopback(ports[plan.nodes + number])
             members.append(identity.member(endpoint=endpoint, publish_endpoint=publish, location=location))
             write_card(self.path / "nodes" / name / "node.card", members[-1], identity.signing)
@@ -728,7 +734,12 @@ class LocalCluster:
         identity: Identity = create_identity(_folder(self.path / "balancer") / "identity.toml", BALANCER, "balancer")
         return identity.member(endpoint=_loopback(port), publish_endpoint=_loopback(publish_port))
 
-    def _write_node(self, name: str, pin: str) -> None:
+    def _write_node(self, name: str, pin: str, owner: str) -> None:
+        """Write a node's configuration; ``owner`` is the node whose token it uses, itself maybe."""
+        # Fresh processes cost CPU time, and here all nodes share one machine.
+        token = {"label": owner, "pin": f"file:../../secrets/{owner}.pin", "fresh_canary_every_s": 300.0}
+        if owner != name:
+            token["shared_with"] = f"../{owner}/data"
         write_toml(
             self.path / "nodes" / name / "node.toml",
             {
@@ -737,8 +748,7 @@ class LocalCluster:
                 "manifest": "../../cluster.manifest",
                 "manifest_pin": pin,
                 "data": "data",
-                # Fresh processes cost CPU time, and here all nodes share one machine.
-                "token": {"label": name, "pin": f"file:../../secrets/{name}.pin", "fresh_canary_every_s": 300.0},
+                "token": token,
             },
         )
 
@@ -770,6 +780,7 @@ class _Plan:
     threshold: int
     shares: int
     domains: int
+    nodes_per_token: int
     clients: tuple[str, ...]
     rules: Sequence[PolicyRule] | None
 
