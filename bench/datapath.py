@@ -35,6 +35,7 @@ from rig import (
     MissingPeer,
     Noise,
     NoiseMeter,
+    Pair,
     Rig,
     machine,
     median_ratio,
@@ -548,6 +549,40 @@ def _checks(rig: Rig, scale: Scale, book: Book) -> None:
     )
 
 
+SHARING: Final = "one token"
+"""How the names of rows begin that have a cluster of their own, and are measured only when they are asked for."""
+
+
+def _sharing(scale: Scale, book: Book) -> None:
+    """Eight client processes at one node, and at two nodes on one token: what a second process is worth."""
+    names = {"sign": "ECDSA", "rsa": "RSA-2048", "gcm": "AES-GCM 1 KiB"}
+    with Pair() as pair:
+        for what, name in names.items():
+            one, both = (what + suffix for suffix in pair.SUFFIXES.values())
+            for each in (one, both):
+                pair.crew.rate(what=each, seconds=4 * scale.seconds)
+            found: dict[str, list[float]] = {one: [], both: []}
+            spread: list[float] = []
+            meter = NoiseMeter()
+            for number in range(max(2, scale.rounds // 2)):
+                for each in (one, both) if number % 2 else (both, one):
+                    before = pair.hits()
+                    found[each].append(pair.crew.rate(what=each, seconds=scale.seconds))
+                    if each == both:
+                        served = [count - before[node] for node, count in pair.hits().items()]
+                        spread.append(min(served) / max(1, sum(served)))
+            book.add(
+                f"{SHARING}, 8 clients at 2 nodes / at 1: {name}",
+                "free",
+                meter.noise(),
+                value=statistics.median(found[both]),
+                unit="1/s",
+                peer=f"1 node; of 2 the lesser served {statistics.median(spread):.0%}",
+                peer_value=statistics.median(found[one]),
+                ratio=median_ratio(found[both], found[one]),
+            )
+
+
 PLACED: Final = (_warm, _pipelined, _clients, _loading, _cold, _mixed)
 UNPLACED: Final = (_memory, _restart, _checks)
 
@@ -599,7 +634,9 @@ def _overlaid(scale: Scale, rounds: int | None, memory: int | None) -> Scale:
 
 
 @click.command()
-@click.option("--only", default="", metavar="TEXT", help="Rows whose name holds this text.")
+@click.option(
+    "--only", default="", metavar="TEXT", help=f"Rows whose name holds this text; {SHARING!r} has some more measured."
+)
 @click.option("--rounds", type=click.IntRange(1, 1000), help="Rounds of each rotation (30; 2 with --quick).")
 @click.option(
     "--memory-ops", type=click.IntRange(1000, 10_000_000), help="Operations of the row on memory (1,000,000)."
@@ -622,8 +659,11 @@ def main(
     book = Book(only, lambda text: click.echo(f"[{time.monotonic() - begun:4.0f} s] {text}"))
     click.echo(f"machine: {json.dumps(machine())}")
     try:
-        with Rig() as rig:
-            run(rig, scale, placements or tuple(Rig.PLACEMENTS), book)
+        if only.startswith(SHARING):
+            _sharing(scale, book)
+        else:
+            with Rig() as rig:
+                run(rig, scale, placements or tuple(Rig.PLACEMENTS), book)
     except MissingPeer as missing:
         raise click.ClickException(str(missing)) from None
     if not book.rows:

@@ -31,6 +31,7 @@ from pkcs11.util.ec import encode_named_curve_parameters
 
 import engine
 from engine import Engine, LocalCluster, PolicyRule
+from engine.protocol.requests import NodeStatus
 from nodes.config import PinSource, TokenConfig, load_node_config
 from nodes.token import Lane, Token, initialize_token
 
@@ -493,6 +494,52 @@ class Crew:
         """End them."""
         for worker in self._workers:
             end_process(worker)
+
+
+class Pair:
+    """Two nodes on one token, keys that one or both of them serve, and eight client processes."""
+
+    SUFFIXES: Final = {1: "-one", 2: "-both"}
+    """How many nodes serve a key -> what follows its name."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        try:
+            self._set_up()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _set_up(self) -> None:
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="keyquorum-bench-")))
+        names = [f"client{number}" for number in range(CLIENTS)]
+        rules = [PolicyRule(name, "*", ["*"]) for name in names]
+        self.cluster: LocalCluster = self._stack.enter_context(
+            LocalCluster(nodes=2, threshold=1, path=folder / "kq", nodes_per_token=2, clients=names, rules=rules)
+        )
+        self.kq: Engine = self._stack.enter_context(engine.connect(self.cluster.client_config))
+        # Holders alone combine, so a key's holders are the nodes that serve it. A warm use needs no share.
+        for shares, suffix in self.SUFFIXES.items():
+            for name in ("gcm", "sign", "rsa"):
+                self.kq.create_key(name + suffix, KEYS[name], threshold=1, shares=shares, timeout=60)
+        self.crew = Crew(self.cluster, names, None)
+        self._stack.callback(self.crew.close)
+        for suffix in self.SUFFIXES.values():
+            self.crew.order("add_keys", suffix=suffix)
+
+    def hits(self) -> dict[str, int]:
+        """How often each node found a loaded key."""
+        return {
+            member.name: sum(each.hits for each in member.status.caches if each.cache == "keys")
+            for member in self.kq.status()
+            if isinstance(member.status, NodeStatus)
+        }
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
 
 # --- all of it --------------------------------------------------------------------------------------------------------

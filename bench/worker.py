@@ -33,13 +33,20 @@ class Worker:
     def __init__(self, config: str, peer: list[str]) -> None:
         self._kq = engine.connect(config)
         self._p11: Uses | None = p11_uses(*peer) if peer else None
-        self._acts: dict[str, Act] = {
-            "sign": lambda: self._kq.sign("sign", digest=DIGEST),
-            "rsa": lambda: self._kq.sign("rsa", digest=DIGEST),
-            "gcm": lambda: self._kq.encrypt("gcm", DATA),
-        }
+        self._acts: dict[str, Act] = {}
+        self.add_keys()
         if self._p11 is not None:
             self._acts |= {"p11-sign": self._p11.sign, "p11-rsa": self._p11.rsa}
+
+    def add_keys(self, suffix: str = "", **_: Any) -> dict[str, Any]:
+        """Have the operations on the keys with this suffix too, by their names."""
+        sign, rsa, gcm = (name + suffix for name in ("sign", "rsa", "gcm"))
+        self._acts |= {
+            sign: lambda: self._kq.sign(sign, digest=DIGEST),
+            rsa: lambda: self._kq.sign(rsa, digest=DIGEST),
+            gcm: lambda: self._kq.encrypt(gcm, DATA),
+        }
+        return {}
 
     def close(self) -> None:
         """End the engine."""
@@ -135,6 +142,7 @@ def main() -> None:
     """Serve orders until the input ends."""
     worker = Worker(str(Path(sys.argv[1])), sys.argv[2:])
     orders = {"warm": worker.warm, "closed": worker.closed, "open": worker.open, "bulk": worker.bulk}
+    orders["add_keys"] = worker.add_keys
     try:
         for line in sys.stdin:
             order = json.loads(line)

@@ -90,6 +90,19 @@ def test_the_harness_measures_every_row_beside_its_peer(tmp_path: Path, monkeypa
 
 
 @pytest.mark.long
+def test_two_nodes_on_one_token_are_measured_beside_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have a cluster of their own, and are measured when they are asked for alone."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    output = tmp_path / "rows.json"
+    done = run("datapath.py", "--quick", "--only", "one token", "--output", output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(output)
+    assert [row["name"].partition(": ")[2] for row in rows] == ["ECDSA", "RSA-2048", "AES-GCM 1 KiB"]
+    assert all(row["peer_value"] > 0 and row["ratio"] > 0 and row["met"] is None for row in rows)
+    assert programs_of(str(tmp_path)) == []
+
+
+@pytest.mark.long
 def test_a_soak_loses_nothing_while_nodes_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`make soak`, for a minute: results checked, nodes killed and restarted, memory and descriptors flat."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
