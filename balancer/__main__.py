@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
@@ -13,12 +12,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-import highspy
 import structlog
 import zmq
 
 from balancer.config import Settings, load_settings, prepare_data
 from balancer.loop import QUEUED_TABLES, ControlLoop, Service, now_ms
+from balancer.optimizer import take_greeting
 from balancer.registry import SqliteRegistry
 from balancer.store import HistoryStore
 from engine.client.config import LOG_LEVELS, configure_logging
@@ -78,7 +77,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
     identity, membership = settings.identity, settings.membership
     _check_lifeline(lifeline)
     raise_file_limit()
-    _let_solver_greet()
+    take_greeting()
     with ExitStack() as stack:
         wake = _catch_signals(stack)
         registry = SqliteRegistry(prepare_data(settings), membership, identity.signing, now_ms())
@@ -125,19 +124,6 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             stack.callback(serve_pages(settings.http, Pages(loop, service, membership, identity.name)).close)
         _serve(service, listener, membership, served, wake, lifeline)
         log.info("stopped", balancer=identity.name)
-
-
-def _let_solver_greet() -> None:
-    """HiGHS prints a greeting on the standard output when its first solver is made: take it from there."""
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        highspy.Highs()
-        ctypes.CDLL(None).fflush(None)
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _check_lifeline(lifeline: int | None) -> None:

@@ -6,6 +6,9 @@ What the programs are is in ``balancer.routing`` and ``balancer.placement``; her
 
 from __future__ import annotations
 
+import ctypes
+import os
+
 import highspy
 import numpy as np
 
@@ -15,11 +18,32 @@ from balancer.rounding import plan_moves
 from balancer.routing import Assignment, AssignmentProblem, RoutingModel
 from engine.errors import EngineError
 
-__all__ = ["PlacementSolver", "RoutingSolver", "SolverError", "WarmSolver", "optimize_assignment", "optimize_placement"]
+__all__ = [
+    "PlacementSolver",
+    "RoutingSolver",
+    "SolverError",
+    "WarmSolver",
+    "optimize_assignment",
+    "optimize_placement",
+    "take_greeting",
+]
 
 ROUTING_S = 0.5
 PLACEMENT_S = 5.0
 """How long the programs may take where nothing else is said."""
+
+
+def take_greeting() -> None:
+    """HiGHS prints a greeting on the process's standard output when its first solver is made: let it go nowhere."""
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        highspy.Highs()
+        ctypes.CDLL(None).fflush(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 class SolverError(EngineError):

@@ -237,6 +237,7 @@ def initialize_token(config: TokenConfig, data: Path) -> None:
         if any(token.label == config.label for token in library.get_tokens()):
             raise TokenError(f"a token {config.label!r} exists already in {data}")
         _make_token(library, module, config.label, _new_pin(config))
+        module.finalize()  # so that this process can make another token, with another module too
     sync_tokens(data)
 
 

@@ -176,10 +176,10 @@ def test_a_node_that_missed_a_destruction_carries_it_out(own_cluster: LocalClust
     """A destroyed key is erased from a node that was down, when it comes back."""
     late = own_cluster.nodes[0]
     with engine.connect(own_cluster.client_config) as kq:
-        kq.create_key("doomed", "aes-256-gcm", threshold=3, shares=5)
+        create_whole_key(kq, "doomed", "aes-256-gcm", threshold=3, shares=5)
         own_cluster.kill(late)
         gone = kq.destroy_key("doomed")
-        assert gone.pending == (late,)
+        assert late in gone.pending
         own_cluster.start_node(late)
         until = time.monotonic() + 10
         while _shares_of(kq, late) != 0:
@@ -372,7 +372,7 @@ def test_a_destruction_outlives_the_client_that_ordered_it(own_cluster: LocalClu
     with engine.connect(config) as passing:
         passing.create_key("gone", "aes-256-gcm", threshold=2, shares=5)
         own_cluster.kill(late)
-        assert passing.destroy_key("gone").pending == (late,)
+        assert late in passing.destroy_key("gone").pending
     _sign_without(own_cluster, {"passing"})
     own_cluster.stop()
     own_cluster.start()

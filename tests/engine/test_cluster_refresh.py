@@ -16,6 +16,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from whole_keys import create_whole_key
 
 import engine
 from engine import Engine, LocalCluster
@@ -44,8 +45,8 @@ def agree(cluster: LocalCluster, name: str, epoch: int = 0, seconds: float = 20.
 
 def test_the_key_stays_and_the_epoch_grows(cluster: LocalCluster, kq: Engine) -> None:
     """Ciphertexts and signatures of before are good after, also cold; of the old shares no byte is left on any disk."""
-    kq.create_key("fresh/data", "aes-256-gcm", threshold=3, shares=5)
-    kq.create_key("fresh/sign", "rsa-4096-pss-sha256", threshold=3, shares=5)
+    create_whole_key(kq, "fresh/data", "aes-256-gcm", threshold=3, shares=5)
+    create_whole_key(kq, "fresh/sign", "rsa-4096-pss-sha256", threshold=3, shares=5)
     before = kq.encrypt("fresh/data", b"from before")
     signature, public = kq.sign("fresh/sign", b"m"), kq.public_key("fresh/sign")
     old = {node: rows(cluster, node, "fresh/data")[0][2] for node in cluster.nodes}
@@ -73,7 +74,7 @@ def test_the_key_stays_and_the_epoch_grows(cluster: LocalCluster, kq: Engine) ->
 
 def test_loaded_keys_stay_loaded(kq: Engine) -> None:
     """A refresh changes shares, not the key: no combiner has to gather again."""
-    kq.create_key("fresh/warm", "hmac-sha256", threshold=3, shares=5)
+    create_whole_key(kq, "fresh/warm", "hmac-sha256", threshold=3, shares=5)
     loaded = set(kq.prewarm("fresh/warm"))
     kq.refresh_key("fresh/warm")
     assert kq.flush("fresh/warm") == len(loaded) == 5
@@ -114,7 +115,7 @@ def test_what_has_no_share_to_renew_is_refused(kq: Engine) -> None:
 
 def test_refreshes_at_the_same_time_follow_each_other(cluster: LocalCluster, kq: Engine) -> None:
     """Each call gets an epoch of its own, and none is lost."""
-    kq.create_key("fresh/many", "aes-256-gcm", threshold=3, shares=5)
+    create_whole_key(kq, "fresh/many", "aes-256-gcm", threshold=3, shares=5)
     before = kq.encrypt("fresh/many", b"from before")
     with engine.connect(cluster.client_config) as other, ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(each.refresh_key, "fresh/many", timeout=60) for each in (kq, other) * 4]
@@ -127,7 +128,7 @@ def test_refreshes_at_the_same_time_follow_each_other(cluster: LocalCluster, kq:
 
 def test_users_notice_nothing_of_50_refreshes(cluster: LocalCluster, kq: Engine) -> None:
     """Warm and cold uses all the while, from two clients; not one error, not one wrong result."""
-    kq.create_key("fresh/load", "aes-256-gcm", threshold=3, shares=5)
+    create_whole_key(kq, "fresh/load", "aes-256-gcm", threshold=3, shares=5)
     before = kq.encrypt("fresh/load", b"from before")
     over = threading.Event()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -201,6 +202,8 @@ def test_the_plan_is_told_to_whom_the_policy_lets(cluster: LocalCluster) -> None
 def test_it_draws_on_a_terminal_until_it_is_interrupted(cluster: LocalCluster, tmp_path: Path) -> None:
     """Frame after frame on the other screen; Ctrl-C brings back the terminal as it was, and is no failure."""
     mine, its = pty.openpty()
+    # Where the tests run in the background of a shell it is ignored, and would be in the command.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     command = str(Path(sys.executable).with_name("keyquorum"))
     process = subprocess.Popen(
         [command, "--config", str(cluster.client_config), "top", "--every", "0.2"],
@@ -211,6 +214,7 @@ def test_it_draws_on_a_terminal_until_it_is_interrupted(cluster: LocalCluster, t
         env=os.environ | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     os.close(its)
     seen = b""
     try:
@@ -220,11 +224,9 @@ def test_it_draws_on_a_terminal_until_it_is_interrupted(cluster: LocalCluster, t
                 seen += os.read(mine, 65536)
         assert seen.count(b"QUEUE") >= 3, seen.decode(errors="replace")
         process.send_signal(signal.SIGINT)
-        while True:
-            try:
-                seen += os.read(mine, 65536) or b""
-            except OSError:  # the other end is closed
-                break
+        with contextlib.suppress(OSError):  # the other end is closed
+            while select.select([mine], [], [], WAIT_S)[0]:
+                seen += os.read(mine, 65536)
         assert process.wait(WAIT_S) == 0
     finally:
         process.kill()

@@ -91,8 +91,8 @@ class FaultCluster(LocalCluster):
                 for endpoint, port in behind.values():
                     self.network.listen(member.name, int(endpoint.rpartition(":")[2]), port)
 
-    def _write_node(self, name: str, pin: str) -> None:
-        super()._write_node(name, pin)
+    def _write_node(self, name: str, pin: str, owner: str) -> None:
+        super()._write_node(name, pin, owner)
         self.shims[name] = Shim(self.path / "shims" / name)
         config = self.config_file(name)
         token = tomllib.loads(config.read_text())["token"] | {"module": str(self.shims[name].library)}

@@ -43,6 +43,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "nodes.token.Lane.sign": "the token's answer; tests/nodes/test_token.py",
     "engine.client._histogram": "durations",
     "engine.protocol._fastlines": "writes alone",
+    "engine.protocol._nodestate": "numbers that the router took from what it had read",
     "nodes._usebuffer": "what a node of before left in its own folder; tests/nodes/test_audit.py",
     "nodes._fastpath": "reads by fastwire.h, which has a target, what a router took; tests/nodes/test_fastpath.py",
 }

@@ -183,7 +183,9 @@ def test_nobody_rotates_the_kek_of_a_token_that_is_shared(shared: Shared) -> Non
     told = shared.run(SHARER, "rotate-kek", code=1)
     assert "the token of 'node4' is that of the node with the data folder" in told
     identity = shared.folder.identities[SHARER]
+    held = hold(shared.data(OWNER))
     leave_mark(shared.data(OWNER), Mark.of(identity, shared.folder.config(SHARER)))
+    os.close(held)
     before = {path: path.read_bytes() for path in (shared.data(OWNER) / "tokens").rglob("*.object")}
     told = shared.run(OWNER, "rotate-kek", code=1)
     assert "is shared by 'node4', whose shares are sealed under the same KEK" in told
