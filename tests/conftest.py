@@ -1,7 +1,8 @@
 """Fixtures for tests on a real cluster: node processes with SoftHSM tokens and the balancer, over CURVE on loopback.
 
-``cluster`` is shared by all tests that break nothing; a test that kills or damages takes ``own_cluster``. Each ends its
-processes by their ids, also when a test fails, and they end by themselves when pytest dies.
+``cluster`` is shared by those tests of a file that break nothing; a test that kills or damages takes ``own_cluster``.
+Each ends its processes by their ids, also when a test fails, and they end by themselves when pytest dies. None lives
+longer than its file's tests: five idle nodes take a tenth of a processor.
 
 What is marked ``long`` runs only with KEYQUORUM_ASSURANCE=1 (``make assurance``, ``make crash``).
 """
@@ -64,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=long)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """Five nodes in three failure domains, 3-of-5."""
     path = tmp_path_factory.mktemp("cluster")
@@ -72,7 +73,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kq(cluster: LocalCluster) -> Iterator[Engine]:
     """The client that may do everything."""
     with engine.connect(cluster.client_config) as connected:
