@@ -21,10 +21,10 @@ from prometheus_client.registry import Collector
 from balancer.bank import accuracy
 from balancer.features import HORIZONS
 from balancer.loop import ControlLoop, Service, Standing, Told, now_ms
-from balancer.view import About, View, loads, plan_page
+from balancer.view import PlanPage, View, loads, plan_page
 from engine._version import __version__
 from engine.client.httpconfig import HttpConfig
-from engine.client.web import Answer, Page, WebServer, metrics_answer, text_answer
+from engine.client.web import Answer, Page, WebServer, metrics_answer, service_metrics, text_answer
 from engine.protocol.manifest import ClusterSource
 
 __all__ = ["Pages", "serve_pages"]
@@ -111,7 +111,7 @@ class Pages:
         with self._lock:
             standing, plan = self._loop.standing, self._loop.plan
             if self._plan is None or self._plan[0] is not standing or self._plan[1] is not plan:
-                about = About(
+                head = PlanPage(
                     self._name,
                     self._source.cluster.name,
                     self.cluster_serial,
@@ -120,9 +120,9 @@ class Pages:
                     self._loop.tick_ms,
                     standing.ticks,
                     standing.last_error,
-                    self._loop.series_problems,
+                    dict(self._loop.series_problems),
                 )
-                body = msgspec.json.encode(plan_page(about, standing.table, standing.view, plan))
+                body = msgspec.json.encode(plan_page(head, standing.table, standing.view, plan))
                 self._plan = standing, plan, body
             return self._plan[2]
 
@@ -177,27 +177,11 @@ class _Metrics(Collector):
                 ("fencing_epoch", "Grows with every start on this registry.", table.fencing_epoch),
                 ("table_expiry_timestamp_seconds", "When the last routing table expires.", table.expires_ms / MILLI),
             ]
-        counters: list[tuple[str, str, float]] = []
         if told is not None:
-            service = told.service
-            numbers += [
-                ("keys", "Committed keys in the registry, counted twice a minute.", told.keys),
-                ("requests_under_way", "Requests taken in and not yet answered.", service.under_way),
-                ("connections", "Connections that are open.", service.connections),
-                ("connections_max", "How many there may be.", service.connections_max),
-                ("descriptors", "Descriptors that are in use.", service.descriptors),
-                ("descriptors_max", "The limit on them.", service.descriptors_max),
-            ]
-            counters += [
-                ("requests_refused", "Requests beyond a limit.", service.refused),
-                ("garbage_messages", "Messages that were no requests.", service.garbage),
-                ("undeliverable_replies", "Replies that nobody took.", service.undeliverable),
-                ("connections_cut", "Connections beyond a limit that were cut.", service.cut),
-            ]
+            numbers.append(("keys", "Committed keys in the registry, counted twice a minute.", told.keys))
+            yield from service_metrics(told.service, "keyquorum_balancer")
         for name, text, value in numbers:
             yield GaugeMetricFamily(f"keyquorum_balancer_{name}", text, value)
-        for name, text, value in counters:
-            yield CounterMetricFamily(f"keyquorum_balancer_{name}", text, value)
 
     def _work(self) -> Iterator[Metric]:
         work = self._pages.loop.work

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 from msgspec import Struct
+from msgspec.structs import replace
 from numpy.typing import NDArray
 
 from balancer.bank import accuracy
@@ -231,28 +232,12 @@ class PlanPage(Struct, frozen=True):
     placement: PlacementPart | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class About:
-    """What a page says beside the view."""
-
-    balancer: str
-    cluster: str
-    cluster_serial: int
-    software: str
-    now_ms: int
-    tick_ms: int
-    ticks: int
-    problem: str
-    series_problems: Mapping[str, str] = field(default_factory=dict)
-
-
-def plan_page(about: About, table: RoutingTable | None, view: View | None, plan: Plan) -> PlanPage:
-    """All that the balancer shows, as it is told in JSON."""
-    page = {name: getattr(about, name) for name in About.__slots__} | {"series_problems": dict(about.series_problems)}
+def plan_page(head: PlanPage, table: RoutingTable | None, view: View | None, plan: Plan) -> PlanPage:
+    """All that the balancer shows, as it is told in JSON: ``head``, and what there is beside it."""
     if table is None or view is None:
-        return PlanPage(**page)
-    return PlanPage(
-        **page,
+        return head
+    return replace(
+        head,
         table=_table(table),
         nodes=_nodes(view, table, plan),
         classes=_classes(view),

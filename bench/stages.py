@@ -42,7 +42,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """The table. ``round_trip_us`` is the mean without timing, as the stages are means, ``traced_us`` with; ``gone`` could not be timed."""
+    """The table, in means. ``round_trip_us`` is without timing, ``traced_us`` with; ``gone`` could not be timed."""
 
     stages: tuple[Stage, ...]
     round_trip_us: float

@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from engine.client.httpconfig import HttpConfig
-from engine.client.web import Answer, WebServer, metrics_answer, text_answer
+from engine.client.web import Answer, WebServer, metrics_answer, service_metrics, text_answer
 from nodes.handlers import Snapshot
 
 __all__ = ["BOUNDS_S", "MetricsServer"]
@@ -77,7 +77,8 @@ class _Metrics(Collector):
 
     def _numbers(self) -> Iterator[Metric]:
         status = self._snapshot.status
-        service, health = status.service, status.health
+        health = status.health
+        yield from service_metrics(status.service, "keyquorum")
         waiting = GaugeMetricFamily("keyquorum_jobs_waiting", "Jobs that wait for a worker.", labels=["worker"])
         for worker, count in self._snapshot.waiting.items():
             waiting.add_metric([worker], count)
@@ -93,20 +94,11 @@ class _Metrics(Collector):
             ("cluster_serial", "Serial of the cluster manifest in force.", status.cluster_serial),
             ("shares", "Shares of live keys that are held.", status.shares),
             ("loaded_keys", "Keys in the token.", status.loaded),
-            ("requests_under_way", "Requests taken in and not yet answered.", service.under_way),
-            ("connections", "Connections that are open.", service.connections),
-            ("connections_max", "How many there may be.", service.connections_max),
-            ("descriptors", "Descriptors that are in use.", service.descriptors),
-            ("descriptors_max", "The limit on them.", service.descriptors_max),
             ("token_canary_age_seconds", "Since the node found its token well.", health.canary_age_ms / 1000),
             ("token_fresh_age_seconds", "Since a fresh process found it well.", health.fresh_age_ms / 1000),
         ):
             yield GaugeMetricFamily(f"keyquorum_{name}", text, value)
         for name, text, value in (
-            ("requests_refused", "Requests beyond a limit.", service.refused),
-            ("garbage_messages", "Messages that were no requests.", service.garbage),
-            ("undeliverable_replies", "Replies that nobody took.", service.undeliverable),
-            ("connections_cut", "Connections beyond a limit that were cut.", service.cut),
             ("token_renewals", "How often the token was opened anew.", health.renewals),
             ("token_objects_made", "Objects made in the token.", health.made),
         ):

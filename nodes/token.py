@@ -67,6 +67,7 @@ RENEWAL_PATIENCE_S: Final = 0.25
 TURN_WAIT_S: Final = 2.0
 """How long opening the token waits for other processes that open it. Then it goes on: one of them may be stopped."""
 TURN_LOOK_S: Final = 0.005
+"""How often it looks meanwhile: a lock of a file can't be waited for with a limit."""
 QUIET_WAIT_S: Final = 5.0
 """How long a renewal waits for the calls in progress."""
 WITNESS: Final = b"keyquorum-witness"

@@ -17,7 +17,7 @@ from balancer.forecast import ForecastState, predict_load
 from balancer.history import History
 from balancer.placement import Placement, Step
 from balancer.planner import Plan
-from balancer.view import TOTAL, TRACK_TICKS, About, PlanPage, View, Viewer, loads, plan_message, plan_page
+from balancer.view import TOTAL, TRACK_TICKS, PlanPage, View, Viewer, loads, plan_message, plan_page
 from engine.protocol.requests import CLASSES_TOLD, MOVES_TOLD, PLAN, REPLY_CODECS, ClassCount, NodeStats
 from engine.protocol.table import RoutingTable, pack_service
 
@@ -25,7 +25,7 @@ NODES = ("node-0", "node-1", "node-2")
 SIGN, SEAL = "sign/ed25519", "encrypt/aes-256-gcm"
 SECRET = "very-private-key"
 FIRST = 1_800_000_000
-ABOUT = About("bal", "prod", 3, "1.2", (FIRST + 50) * 1000, 1000, 50, "", {})
+HEAD = PlanPage("bal", "prod", 3, "1.2", (FIRST + 50) * 1000, 1000, 50, "", {})
 PAGE = Path(view_module.__file__).with_name("page")
 
 
@@ -67,7 +67,7 @@ def plan_of(steps: tuple[Step, ...] = (Step(0, 2, True), Step(0, 0, False))) -> 
 
 def page(seen: tuple[View, RoutingTable], plan: Plan | None = None) -> PlanPage:
     """The page as a reader of its JSON has it, who takes nothing that is not as it is declared."""
-    told = msgspec.json.encode(plan_page(ABOUT, seen[1], seen[0], plan or plan_of()))
+    told = msgspec.json.encode(plan_page(HEAD, seen[1], seen[0], plan or plan_of()))
     assert SECRET.encode() not in told
     return msgspec.json.decode(told, type=PlanPage, strict=True)
 
@@ -126,7 +126,7 @@ def test_classes_come_with_the_errors_of_their_forecasts(seen: tuple[View, Routi
 
 
 def test_before_the_first_table_there_is_only_what_is_known() -> None:
-    told = json.loads(msgspec.json.encode(plan_page(ABOUT, None, None, Plan())))
+    told = json.loads(msgspec.json.encode(plan_page(HEAD, None, None, Plan())))
     assert (told["balancer"], told["table"], told["history"], told["placement"]) == ("bal", None, None, None)
     assert (told["nodes"], told["classes"]) == ([], [])
 

@@ -7,10 +7,11 @@ import sys
 import threading
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from msgspec.structs import replace
+from steering import prefer, until
 
 import engine
 from engine import ClusterError, Engine, LocalCluster
@@ -68,20 +69,6 @@ def status(kq: Engine, node: str) -> NodeStatus:
 
 def hits(kq: Engine, node: str) -> int:
     return sum(each.hits for each in status(kq, node).caches if each.cache == "keys")
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    end = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not in time"
-        time.sleep(0.05)
-
-
-def prefer(kq: Engine, node: str) -> None:
-    """Have the client ask this node first."""
-    router = kq._calls.router
-    rank = router.rank
-    router.rank = lambda *about: tuple(sorted(rank(*about), key=lambda name: name != node))  # type: ignore[method-assign]
 
 
 class User:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from steering import prefer, until
 
 import engine
 from engine import Engine, LocalCluster
@@ -67,21 +68,6 @@ def status(kq: Engine, node: str) -> NodeStatus | None:
 def is_well(kq: Engine, node: str) -> bool:
     found = status(kq, node)
     return found is not None and not found.health.problem
-
-
-def until(condition: Callable[[], bool], what: str, tell: Callable[[], str] = str) -> None:
-    """Wait for it; ``tell`` says more if it does not come."""
-    end = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not in time; {tell()}"
-        time.sleep(0.05)
-
-
-def prefer(kq: Engine, node: str) -> None:
-    """Have the client try this node first: by itself it keeps away from one that was sick, and no fault strikes."""
-    router = kq._calls.router
-    rank = router.rank
-    router.rank = lambda *about: tuple(sorted(rank(*about), key=lambda name: name != node))  # type: ignore[method-assign]
 
 
 class Users:

@@ -16,7 +16,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -28,13 +28,15 @@ from urllib.parse import urlsplit
 import structlog
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from engine.client.config import check_private
 from engine.client.httpconfig import HttpConfig
 from engine.errors import ConfigError, EngineError
+from engine.protocol.requests import ServiceCount
 
-__all__ = ["Answer", "Page", "WebServer", "check_http", "metrics_answer", "text_answer"]
+__all__ = ["Answer", "Page", "WebServer", "check_http", "metrics_answer", "service_metrics", "text_answer"]
 
 REQUEST_TIMEOUT_S: Final = 5.0
 """From the connection to its request's last byte, TLS included; and for the answer to be taken."""
@@ -79,6 +81,25 @@ def metrics_answer(collector: Collector, accept: str) -> Answer:
     registry.register(collector)
     encode, kind = choose_encoder(accept)
     return Answer(encode(registry), kind)
+
+
+def service_metrics(service: ServiceCount, prefix: str) -> Iterator[Metric]:
+    """What every member's service counts; ``prefix`` begins the names."""
+    for name, text, value in (
+        ("requests_under_way", "Requests taken in and not yet answered.", service.under_way),
+        ("connections", "Connections that are open.", service.connections),
+        ("connections_max", "How many there may be.", service.connections_max),
+        ("descriptors", "Descriptors that are in use.", service.descriptors),
+        ("descriptors_max", "The limit on them.", service.descriptors_max),
+    ):
+        yield GaugeMetricFamily(f"{prefix}_{name}", text, value)
+    for name, text, value in (
+        ("requests_refused", "Requests beyond a limit.", service.refused),
+        ("garbage_messages", "Messages that were no requests.", service.garbage),
+        ("undeliverable_replies", "Replies that nobody took.", service.undeliverable),
+        ("connections_cut", "Connections beyond a limit that were cut.", service.cut),
+    ):
+        yield CounterMetricFamily(f"{prefix}_{name}", text, value)
 
 
 def check_http(config: HttpConfig) -> None:
