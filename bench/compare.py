@@ -1,8 +1,9 @@
 """Runs the benchmarks and holds their ratios to floors of the same run against the committed baseline.
 
-``python bench/compare.py`` compares and exits 1 on a regression; ``--save`` writes the baseline anew. A benchmark names
-its floors in ``extra_info["floor"]`` (their medians add up) and, if it does several operations a round, their number in
-``extra_info["operations"]``. Saved times of another machine say nothing; ratios carry over, within a tolerance.
+``python bench/compare.py`` compares and exits 1 on a regression; ``--save`` writes the baseline anew, ``--add`` puts
+what it lacks into it. A benchmark names its floors in ``extra_info["floor"]`` (their medians add up) and, if it does
+several operations a round, their number in ``extra_info["operations"]``. Saved times of another machine say nothing;
+ratios carry over, within a tolerance.
 
 Everything is measured twice, first of all as a control: what two runs of the same code differ by is noise. A ratio
 counts as a regression where the better one of both runs is worse than the baseline by more than that benchmark's
@@ -131,16 +132,17 @@ def show(found: list[dict[str, Any]], baseline: dict[str, float]) -> None:
 
 @click.command()
 @click.option("--save", is_flag=True, help="Write the measured ratios as the new baseline.")
+@click.option("--add", is_flag=True, help="Write those of benchmarks that the baseline lacks into it; the others stay.")
 @click.option("-k", "selection", default="", help="Only benchmarks that match, as pytest's -k.")
-def main(save: bool, selection: str) -> None:
+def main(save: bool, add: bool, selection: str) -> None:
     """Compare the benchmarks' ratios with the committed baseline; exit code 1 on a regression."""
     now = merge(ratios(measure(selection)), ratios(measure(selection)))
     baseline = {} if save else json.loads(BASELINE.read_text(encoding="utf-8"))
     found = rows(now, baseline)
     show(found, baseline)
     (OUTPUT / "compare.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if save:
-        saved = {row["name"]: row["ratio"] for row in found}
+    if save or add:
+        saved = {row["name"]: row["ratio"] for row in found} | baseline
         BASELINE.write_text(json.dumps(saved, indent=1) + "\n", encoding="utf-8")
     elif not selection:
         lost = sorted(set(baseline) - set(now))
