@@ -11,12 +11,13 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,23 @@ WHOLE_S = 30.0
 """How long a healed cluster may take until every member answers and is well."""
 MOUNT_S = 30
 CLONE_NEWNET = 0x40000000
+
+
+def port_in(endpoint: str) -> int:
+    """The port of a ``tcp://`` endpoint."""
+    return int(endpoint.rpartition(":")[2])
+
+
+def ports_behind(endpoints: Sequence[str]) -> dict[int, int]:
+    """A free port for each endpoint's: where its member is to listen while a proxy has the endpoint's own.
+
+    The endpoints' ports are bound meanwhile: nobody listens there yet, so that they would pass for free ones.
+    """
+    fronts = [port_in(endpoint) for endpoint in endpoints]
+    with contextlib.ExitStack() as held:
+        for port in fronts:
+            held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+        return {port: _free_port(held) for port in fronts}
 
 
 class Sick(Exception):
@@ -76,20 +94,17 @@ class FaultCluster(LocalCluster):
         self.network.processes = self.families
         pin = tomllib.loads((self.path / "balancer" / "balancer.toml").read_text())["manifest_pin"]
         cluster = load_cluster(self.path / "cluster.manifest", pin)
-        with contextlib.ExitStack() as held:
-            for member in cluster.members.values():
-                if member.role not in ("node", "balancer"):
-                    continue
-                behind = {"bind": (member.endpoint, _free_port(held))}
-                if member.publish_endpoint:
-                    behind["publish_bind"] = member.publish_endpoint, _free_port(held)
-                folder = self.path / ("balancer" if member.role == "balancer" else f"nodes/{member.name}")
-                change_toml(
-                    folder / ("balancer.toml" if member.role == "balancer" else "node.toml"),
-                    **{name: f"tcp://127.0.0.1:{port}" for name, (_, port) in behind.items()},
-                )
-                for endpoint, port in behind.values():
-                    self.network.listen(member.name, int(endpoint.rpartition(":")[2]), port)
+        servers = [member for member in cluster.members.values() if member.role in ("node", "balancer")]
+        behind = ports_behind([end for each in servers for end in (each.endpoint, each.publish_endpoint) if end])
+        for member in servers:
+            ends = {"bind": member.endpoint, "publish_bind": member.publish_endpoint}
+            folder = self.path / ("balancer" if member.role == "balancer" else f"nodes/{member.name}")
+            change_toml(
+                folder / ("balancer.toml" if member.role == "balancer" else "node.toml"),
+                **{name: f"tcp://127.0.0.1:{behind[port_in(end)]}" for name, end in ends.items() if end},
+            )
+            for port in (port_in(end) for end in ends.values() if end):
+                self.network.listen(member.name, port, behind[port])
 
     def _write_node(self, name: str, pin: str, owner: str) -> None:
         super()._write_node(name, pin, owner)
@@ -104,8 +119,7 @@ class FaultCluster(LocalCluster):
     def port_of(self, name: str) -> int:
         """The port that a member really listens at."""
         file = self.path / "balancer/balancer.toml" if name == BALANCER else self.config_file(name)
-        endpoint = tomllib.loads(file.read_text()).get("bind") or self.cluster.members[name].endpoint
-        return int(endpoint.rpartition(":")[2])
+        return port_in(tomllib.loads(file.read_text()).get("bind") or self.cluster.members[name].endpoint)
 
     def close(self) -> None:
         super().close()

@@ -24,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from controls import CONTROLS, try_control
 from course import NO_BALANCER, NOTHING, ONE_NODE, Fault, Session, carry_out, close_session, make_session, unexpected
+from harness import ports_behind
 from history import UNFINISHED, Event, Finding, Key, count_errors, errors_of, judge, longest_gap
 from matrix import DOCS, FAULTS, SEEDS, chosen, main, report, table
+from ports import free_ports
 from proxy import CUT, Network, Rule, flipped
 
 SIGNER = Ed25519PrivateKey.generate()
@@ -336,6 +338,14 @@ def test_a_flipped_bit_is_one() -> None:
     for _ in range(50):
         changed = flipped(bytes(8), rng)
         assert sum(byte.bit_count() for byte in changed) == 1
+
+
+def test_a_port_behind_a_proxy_is_no_members_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = free_ports(8)
+    monkeypatch.setattr("engine.client.local.PORTS", ports)
+    behind = ports_behind([f"tcp://127.0.0.1:{port}" for port in ports[:4]])
+    assert list(behind) == ports[:4]
+    assert set(behind.values()) == set(ports[4:])
 
 
 # --- real processes ---
