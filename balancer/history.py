@@ -39,6 +39,10 @@ WORKERS_MAX = 1_024
 """No node works on more requests at a time than this, so it can't be busy for longer than this times the clock."""
 WINDOW_REQUESTS = 2_000
 """A node's service time of a class is the mean of about so many of its newest requests."""
+NETWORK_US_MAX = 1_000_000
+NETWORK_NEWS_US = 100.0
+NETWORK_NEWS_PART = 0.25
+"""A node's network time that differs by less from the one in use, in microseconds or in parts of it, is no news."""
 DEAD_TICKS = 2
 """A node that was not heard for so many ticks counts as down: one lost report is no death."""
 
@@ -88,7 +92,8 @@ class HistorySnapshot:
     ``counts`` is (ticks, classes), requests in each tick, oldest first, NaN where no node was heard. ``requests`` and
     ``busy_us`` are (classes, nodes) over each node's newest requests. ``up`` and ``queue`` are by node. ``tick`` is the
     newest tick's number. ``pairs`` are (index of the class, placement group), the counts of which are also in their
-    class's; ``pair_counts`` is (ticks, pairs), of fewer ticks than ``counts`` where that is long.
+    class's; ``pair_counts`` is (ticks, pairs), of fewer ticks than ``counts`` where that is long. ``network_us``
+    (nodes,) is how long the network takes from the clients to each and back; 0 where nobody knows, or empty.
     """
 
     tick_ms: int
@@ -106,6 +111,7 @@ class HistorySnapshot:
     known: Known | None = None
     slow_known: Known | None = None
     hot: tuple[HotKey, ...] = ()
+    network_us: FloatArray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +146,8 @@ class _Seen:
 class _Told:
     """Reports side by side: ``requests`` and ``busy_us`` are (reports, classes); pairs are by report, then in order.
 
-    ``owner`` is the report's index of each pair, ``pairs`` their numbers. What is not ``true`` can't be.
+    ``owner`` is the report's index of each pair, ``pairs`` their numbers; ``network_us`` is
+    (reports,). What is not ``true`` can't be.
     """
 
     reports: tuple[NodeStats, ...]
@@ -150,6 +157,7 @@ class _Told:
     owner: IntArray
     pairs: IntArray
     pair_requests: IntArray
+    network_us: FloatArray
 
     def ends(self) -> IntArray:
         """(reports + 1,): where the pairs of each begin and end."""
@@ -210,6 +218,7 @@ class History:
         self._used = np.zeros(len(CLASSES), dtype=bool)
         self._requests: FloatArray = np.zeros((len(CLASSES), len(nodes)))
         self._busy_us: FloatArray = np.zeros((len(CLASSES), len(nodes)))
+        self._network_us: FloatArray = np.zeros(len(nodes))
         self._slow_read: tuple[tuple[object, ...], SlowHistory] | None = None
 
     @property
@@ -223,6 +232,7 @@ class History:
         for name in ("_requests", "_busy_us"):
             padded = np.hstack([getattr(self, name), np.zeros((len(CLASSES), 1))])  # column -1: of a new node
             setattr(self, name, padded[:, columns])
+        self._network_us = np.append(self._network_us, 0.0)[columns]
         self._seen = {node: seen for node, seen in self._seen.items() if node in nodes}
         self._nodes = tuple(nodes)
 
@@ -265,6 +275,7 @@ class History:
             pair_counts=self._fast.pairs.read(places),
             slow=self._slow_snapshot(used, places),
             hot=_hottest(state.hot for state, lives in zip(seen, up, strict=True) if state is not None and lives),
+            network_us=_frozen(self._network_us),
         )
 
     def stored(self, tick: int, minute: int) -> tuple[Stored, Stored]:
@@ -340,6 +351,7 @@ class History:
         """Enter the reports of the nodes in these columns; which of them can be true."""
         befores = [self._seen.get(self._nodes[column]) for column in columns.tolist()]
         self._remember(tick, columns, told)
+        self._hear_network(columns[told.true], told.network_us[told.true])
         self._used |= (told.requests[told.true] > 0).any(axis=0)
         known = told.true & np.array([before is not None for before in befores])
         if (told.true & ~known).any():
@@ -395,6 +407,14 @@ class History:
                 len(report.pairs) < PAIRS_TOLD,
                 _hot_keys(report) if report.hot else (),
             )
+
+    def _hear_network(self, columns: IntArray, told_us: FloatArray) -> None:
+        """Small changes are none: a plan for the placement, or a hot basis, is not to be lost over them."""
+        known_us = self._network_us[columns]
+        news = np.abs(told_us - known_us) > np.maximum(NETWORK_NEWS_US, NETWORK_NEWS_PART * known_us)
+        news |= known_us == 0.0
+        news &= told_us > 0.0  # else no client is connected just now
+        self._network_us[columns[news]] = told_us[news]
 
     def _add(self, tick: int, gap: int, requests: FloatArray) -> None:
         self._fast.classes.add(tick, gap, requests)
@@ -468,7 +488,8 @@ def _told(reports: Sequence[NodeStats]) -> _Told:
     owner, number, told = owner[order], number[order], told[order]
     twice = (owner[1:] == owner[:-1]) & (number[1:] == number[:-1])
     true[owner[1:][twice]] = False
-    return _Told(tuple(reports), true, requests, busy_us, owner, number, told)
+    network_us = np.array([float(min(report.network_us, NETWORK_US_MAX)) for report in reports])
+    return _Told(tuple(reports), true, requests, busy_us, owner, number, told, network_us)
 
 
 def _more(owner: IntArray, pairs: IntArray, requests: IntArray, befores: Sequence[_Seen | None]) -> IntArray:

@@ -20,6 +20,7 @@ __all__ = [
     "TableStamp",
     "assignment_problem",
     "generate_routing_table",
+    "network_times",
     "pair_load",
     "reissue_table",
     "service_times",
@@ -71,6 +72,18 @@ def _prior_us(request_class: str) -> float:
     return PRIOR_US.get(kind) or float(ALGORITHMS[algorithm].prior_us)
 
 
+def network_times(history: HistorySnapshot) -> FloatArray:
+    """How long the network takes from the clients to each node and back (nodes,), in microseconds.
+
+    A node that nobody has measured yet is taken for an average one; all are 0 while none is.
+    """
+    told = history.network_us
+    known = told[told > 0]
+    if not known.size:
+        return np.zeros(len(history.nodes))
+    return np.asarray(np.where(told > 0, told, known.mean()))
+
+
 @dataclass(frozen=True, slots=True)
 class PairLoad:
     """The load of the warmest (class, placement group) pairs, and which nodes hold their groups.
@@ -105,7 +118,7 @@ def assignment_problem(
     A row for each pair, and one for what is left of each class, which any node may serve, but none more than what is
     left of the groups that it holds.
     """
-    nodes = len(history.nodes)
+    nodes, network_us = len(history.nodes), network_times(history)
     capped = np.array([each.partition("/")[0] in CAPPED for each in history.classes], dtype=bool)
     whole = every_node(
         forecast.mean,
@@ -116,6 +129,7 @@ def assignment_problem(
         capped=capped,
         cap=CAP,
     )
+    whole = replace(whole, network_us=network_us[whole.nodes])
     if pairs is None or not len(pairs.demand):
         return whole
     known = np.bincount(pairs.row_class, pairs.demand, minlength=len(history.classes))
@@ -127,7 +141,7 @@ def assignment_problem(
         row_class=np.concatenate([pairs.row_class, whole.row_class]),
         indptr=np.concatenate([pairs.indptr, entries + whole.indptr[1:]]).astype(np.int32),
         nodes=np.concatenate([pairs.nodes, whole.nodes]),
-        network_us=np.concatenate([np.zeros(entries), whole.network_us]),
+        network_us=np.concatenate([network_us[pairs.nodes], whole.network_us]),
         most=np.concatenate([np.ones(entries), np.full(len(whole.nodes), held)]),
         fair=np.concatenate([np.ones(entries), whole.fair]),
     )

@@ -16,7 +16,7 @@ from balancer.forecast import Forecast
 from balancer.history import HistorySnapshot
 from balancer.optimizer import PlacementSolver, SolverError
 from balancer.placement import Infeasible, Placement, PlacementProblem, holders_wanted
-from balancer.plan import CAPACITY, service_times
+from balancer.plan import CAPACITY, network_times, service_times
 from balancer.program import FloatArray
 from engine.protocol.manifest import Cluster
 
@@ -74,7 +74,7 @@ def placement_problem(
             service_us=service,
             capacity=capacity,
             background=rest,
-            network_us=np.zeros(nodes),
+            network_us=network_times(history),
             price=np.zeros(nodes),
             up=up,
             domain=domain,

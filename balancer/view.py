@@ -135,13 +135,17 @@ class TablePart(Struct, frozen=True):
 
 
 class NodePart(Struct, frozen=True):
-    """A node: its queue, its price (seconds that others wait for one of its work), utilisation if the plan is made."""
+    """A node: its queue, its price (seconds that others wait for one of its work), utilisation if the plan is made.
+
+    ``network_us`` is how long the network takes from the clients to it and back in microseconds; None if not known.
+    """
 
     name: str
     up: bool
     queue: int
     price: float
     utilisation: float | None
+    network_us: float | None
 
 
 class ErrorPart(Struct, frozen=True):
@@ -269,6 +273,7 @@ def _nodes(view: View, table: RoutingTable, plan: Plan) -> list[NodePart]:
     prices = dict(zip(table.nodes, table.price, strict=True))
     used = () if plan.placement is None else plan.placement.utilisation.tolist()
     fits = len(used) == len(snapshot.nodes)
+    network_us = snapshot.network_us if snapshot.network_us.size else np.zeros(len(snapshot.nodes))
     return [
         NodePart(
             name,
@@ -276,6 +281,7 @@ def _nodes(view: View, table: RoutingTable, plan: Plan) -> list[NodePart]:
             snapshot.queue[at],
             prices.get(name, 0) / MILLI,
             _short(used[at]) if fits else None,
+            float(network_us[at]) or None,
         )
         for at, name in enumerate(snapshot.nodes)
     ]

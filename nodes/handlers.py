@@ -363,6 +363,7 @@ class Handlers(FollowsCluster):
         limits: ServiceLimits,
         health: Health,
         counts: Callable[[Admission], ServiceCount],
+        network_us: Callable[[], int],
         known: Callable[[Connection, str], bool] = lambda connection, member: False,
         fast: FastPath | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -396,6 +397,7 @@ class Handlers(FollowsCluster):
         self._limits = limits
         self._health = health
         self._service_counts = counts
+        self._network_us = network_us
         self._known = known
         self._fast = fast
         self._now_ms = ledger.clock.now_ms
@@ -1201,6 +1203,7 @@ class Handlers(FollowsCluster):
                 cluster_serial=self._cluster.serial,
                 hot_window_ms=int(self._hot.told_s * 1000),
                 hot=[(key, places[name], count) for key, name, count in self._hot.told if name in places],
+                network_us=self._network_us(),
             ),
         )
 

@@ -228,6 +228,7 @@ class Server:
             ledger=ledger,
             limits=self._listener.limits,
             counts=self._listener.counts,
+            network_us=self._listener.network_us,
             health=self._keeper,
             known=self._listener.connections.known,
             fast=None if armed() else self._fast,

@@ -56,6 +56,8 @@ class Loop:
         self._holders = dict(enumerate(simulation.holders))
         self._moving: dict[int, float] = {}
         self._agenda = Agenda(0.0, urgent=moves == "predictive")
+        ways_s = 2 * np.array(simulation.delay_s)
+        self._network_us = np.round(ways_s.mean(axis=0) * 1e6).astype(np.int64).tolist()
         self._learn(simulation)
 
     def _learn(self, simulation: Simulation) -> None:
@@ -95,6 +97,7 @@ class Loop:
             cluster_serial=1,
             hot_window_ms=0,
             hot=[],
+            network_us=self._network_us[node.index],
         )
 
     def tick(self, number: int, simulation: Simulation) -> RoutingTable | None:

@@ -52,6 +52,23 @@ def test_counters_become_differences() -> None:
     assert snapshot.busy_us[row].tolist() == [1000, 80]
 
 
+def test_the_networks_time_is_told_once_it_changed_much() -> None:
+    """A quarter and 100 us at least; what nobody knows now is as it was; what can't be is cut; nodes come and go."""
+    history = make()
+
+    def told(tick: int, **network_us: int) -> list[float]:
+        history.observe(tick, {node: replace(report(), network_us=us) for node, us in network_us.items()})
+        return history.snapshot().network_us.tolist()
+
+    assert told(0, a=20, b=0) == [20.0, 0.0]
+    assert told(1, a=110, b=2_000) == [20.0, 2_000.0]
+    assert told(2, a=130, b=2_400) == [130.0, 2_000.0]
+    assert told(3, a=0, b=2_600) == [130.0, 2_600.0]
+    assert told(4, a=10**15) == [1e6, 2_600.0]
+    history.follow(("b", "c"))
+    assert history.snapshot().network_us.tolist() == [2_600.0, 0.0]
+
+
 def test_a_restarted_node_counts_from_zero() -> None:
     """A new boot id means that all of its counts are new."""
     history = make(("a",))

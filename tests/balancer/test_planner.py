@@ -15,7 +15,8 @@ from structlog.testing import capture_logs
 from balancer.forecast import predict_load
 from balancer.groups import GroupPlaces
 from balancer.history import HistorySnapshot
-from balancer.plan import assignment_problem, pair_load
+from balancer.optimizer import optimize_assignment, optimize_placement
+from balancer.plan import assignment_problem, network_times, pair_load
 from balancer.planner import Plan, Planner, placement_problem
 
 CLASSES = ("sign/ed25519", "encrypt/aes-256-gcm")
@@ -105,6 +106,30 @@ def test_a_plan_is_made_from_the_highest_forecast(world: Any) -> None:
     assert len(set(problem.domain.tolist())) == 3
     assert problem.budget == 3
     assert placement_problem(state, forecast, world.cluster, {}, (2, 3)) is None
+
+
+def test_a_far_node_gets_less_to_do_and_to_hold(world: Any) -> None:
+    """Both programs know how far the clients are; a node that nobody measured is as far as the others on average."""
+    state = snapshot(world, rate=200.0)
+    forecast, known = predict_load(state), places(world, state)
+    far = known[0][0]
+    ways = np.full(6, 200.0)
+    ways[far], ways[known[0][1]] = 20_000.0, 0.0
+
+    def decided(state: HistorySnapshot) -> tuple[float, int]:
+        pairs = pair_load(state, forecast, known)
+        problem = assignment_problem(state, forecast, pairs)
+        split = optimize_assignment(problem).split
+        made = placement_problem(state, forecast, world.cluster, known, (2, 3))
+        assert made is not None
+        plan = optimize_placement(made[0])
+        return float(split[problem.nodes == far].sum()), sum(not step.add and step.node == far for step in plan.steps)
+
+    near = decided(state)
+    away = decided(replace(state, network_us=ways))
+    assert away[0] < near[0] / 2
+    assert away[1] > near[1]
+    assert network_times(replace(state, network_us=ways))[known[0][1]] == pytest.approx((20_000 + 4 * 200) / 5)
 
 
 def test_what_was_counted_last_counts_where_the_forecast_says_less(world: Any) -> None:

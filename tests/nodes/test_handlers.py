@@ -185,6 +185,7 @@ class Scene:
             limits=ServiceLimits(),
             health=self.health,
             counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
+            network_us=lambda: 0,
             known=lambda connection, member: connection.member == member,
             fast=SimpleNamespace(  # type: ignore[arg-type]
                 remember=lambda user, plan: self.plans.update({user + plan.verb: plan}), forget=self.plans.clear

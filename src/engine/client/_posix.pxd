@@ -27,6 +27,7 @@ cdef extern from "<sys/socket.h>" nogil:
     int SOCK_CLOEXEC
     int SOCK_NONBLOCK
     int accept4(int fd, void *address, void *length, int flags)
+    int getsockopt(int fd, int level, int option, void *value, unsigned *length)
     int setsockopt(int fd, int level, int option, const void *value, unsigned length)
     int shutdown(int fd, int how)
     ssize_t recv(int fd, void *buffer, size_t length, int flags)

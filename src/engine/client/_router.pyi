@@ -36,6 +36,11 @@ class Connection:
         """Whether the peer has proved a member's key."""
 
     @property
+    def network_us(self) -> int:
+        """The least time of late in microseconds that the network took to the peer and back (tcpi_min_rtt); 0 if not
+        known."""
+
+    @property
     def held(self) -> int:
         """Bytes that it has in memory: a message that is not whole, and replies that were not taken."""
 

@@ -21,6 +21,7 @@ from engine.client._posix cimport (
     accept4,
     close,
     explicit_bzero,
+    getsockopt,
     poll,
     pollfd,
     recv,
@@ -64,6 +65,7 @@ cdef extern from "<sys/epoll.h>" nogil:
 
 cdef extern from "<netinet/tcp.h>" nogil:
     int IPPROTO_TCP
+    int TCP_INFO
     int TCP_NODELAY
 
 cdef extern from *:
@@ -78,6 +80,7 @@ cdef enum:
     PARTS_MAX = 64     # frames of a message, which is none for anybody here if it has more than one
     KEPT_MIN = 1024
     WATCHED_MAX = 16
+    MIN_RTT_AT = 148   # of tcpi_min_rtt in Linux's struct tcp_info, which the C library's may be too short for
     MORE = 1
     COMMAND = 2
 
@@ -108,6 +111,17 @@ cdef class Connection:
     def proved(self):
         """Whether the peer has proved a member's key."""
         return self.curve.stage == KQ_OPEN
+
+    @property
+    def network_us(self):
+        """The least time of late that the network took to the peer and back, as TCP measured it; 0 if not known."""
+        cdef uint8_t[256] info
+        cdef unsigned length = sizeof(info)
+        cdef uint32_t least_us
+        if not self.open or getsockopt(self.fd, IPPROTO_TCP, TCP_INFO, info, &length) < 0 or length < MIN_RTT_AT + 4:
+            return 0
+        memcpy(&least_us, &info[MIN_RTT_AT], 4)
+        return 0 if least_us == 0xffffffff else least_us
 
     @property
     def held(self):

@@ -258,6 +258,7 @@ class NodeStats(Message, frozen=True):
 
     ``pairs`` are (index in ``classes``, placement group, requests). ``hot`` are the most used keys of the last whole
     window of ``hot_window_ms``, as (key, index in ``classes``, requests), estimates that are never too low.
+    ``network_us`` is its clients' mean way to it and back over the network; 0 if not known.
     """
 
     boot: Identifier
@@ -269,6 +270,7 @@ class NodeStats(Message, frozen=True):
     cluster_serial: UInt
     hot_window_ms: UInt
     hot: Annotated[list[tuple[KeyName, UInt, UInt]], Meta(max_length=HOT_KEYS_TOLD)]
+    network_us: UInt = 0
 
 
 class TokenHealth(Message, frozen=True):
