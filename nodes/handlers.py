@@ -147,6 +147,7 @@ from nodes.latency import (
     Latencies,
 )
 from nodes.ledger import GrantLedger
+from nodes.limits import GenerationLimit
 from nodes.operations import bound, check_operation, most_data
 from nodes.policy import check_key, check_verb
 from nodes.refresh import Coordinator
@@ -364,6 +365,7 @@ class Handlers(FollowsCluster):
         health: Health,
         counts: Callable[[Admission], ServiceCount],
         network_us: Callable[[], int],
+        generation: GenerationLimit,
         known: Callable[[Connection, str], bool] = lambda connection, member: False,
         fast: FastPath | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -398,6 +400,7 @@ class Handlers(FollowsCluster):
         self._health = health
         self._service_counts = counts
         self._network_us = network_us
+        self._generation = generation
         self._known = known
         self._fast = fast
         self._now_ms = ledger.clock.now_ms
@@ -1063,10 +1066,15 @@ class Handlers(FollowsCluster):
         begun = self._clock()
 
         def work(talker: Talker) -> KeyDescription:
+            busy_s = time.thread_time()
+            if call.verb == RequestType.GENERATE:
+                self._generation.begin(self._clock())
             try:
                 return self._conversation.create(talker, body.order, body.material, call.deadline_s)
             finally:
                 call.service_us = int((self._clock() - begun) * 1e6)
+                if call.verb == RequestType.GENERATE:
+                    self._generation.took(time.thread_time() - busy_s)
 
         self._aside(call, self._dealer, work)
 

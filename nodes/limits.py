@@ -1,4 +1,4 @@
-"""How many shares may leave a node: token buckets for each client, each asking combiner, and all. No clock."""
+"""How many shares may leave a node, and how long it may make keys: token buckets. No clock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from engine.client.admission import TokenBucket
 from engine.errors import Overloaded
 
-__all__ = ["Limits", "ReleaseLimits"]
+__all__ = ["GENERATE_PART", "GenerationLimit", "Limits", "ReleaseLimits"]
+
+GENERATE_PART = 0.25
+GENERATE_BURST_S = 4.0
+"""So many seconds' worth of its part a node has for making keys after a pause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +66,23 @@ class ReleaseLimits:
         if found is None:
             found = buckets[name] = TokenBucket(per_s, self._limits.burst_s, now_s)
         return found
+
+
+class GenerationLimit:
+    """The part of a node's processor time that making keys may take for ever; used by one thread.
+
+    An RSA key takes as long as thousands of uses. What is refused here another node may make, or this one a little later.
+    """
+
+    def __init__(self, part: float, now_s: float) -> None:
+        self._part = part
+        self._ms = TokenBucket(part * 1_000, GENERATE_BURST_S, now_s)
+
+    def begin(self, now_s: float) -> None:
+        """Before a key is made; ``Overloaded`` while those before have taken more than their part."""
+        if not self._ms.holds_one(now_s):
+            raise Overloaded(f"making keys has taken limits.generate_part = {self._part:g} of this node's time")
+
+    def took(self, seconds: float) -> None:
+        """So much processor time it took."""
+        self._ms.take(seconds * 1_000)

@@ -36,6 +36,7 @@ from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
 from nodes.keeper import Keeper
 from nodes.ledger import GrantLedger
+from nodes.limits import GenerationLimit
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
@@ -227,6 +228,7 @@ class Server:
             signatures=signatures,
             ledger=ledger,
             limits=self._listener.limits,
+            generation=GenerationLimit(config.generate_part, time.monotonic()),
             counts=self._listener.counts,
             network_us=self._listener.network_us,
             health=self._keeper,

@@ -46,7 +46,7 @@ class Policy(Protocol):
     def lost(self, client: int, node: int, now_s: float) -> None:
         """A request was lost with its connection, or refused because there is none."""
 
-    def back(self, client: int, node: int) -> None:
+    def back(self, client: int, node: int, now_s: float) -> None:
         """There is a connection to the node again."""
 
     hears: bool
@@ -458,7 +458,7 @@ class Simulation:
     def _come_back(self, node: Node) -> None:
         node.alive, node.noticed_s = True, NEVER
         for client in range(len(self.scenario.crowd.zones)):
-            self._policy.back(client, node.index)
+            self._policy.back(client, node.index, self.now_s)
 
     def _flush(self) -> None:
         for node in self.nodes:

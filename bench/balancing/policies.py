@@ -70,9 +70,9 @@ class Own:
         """The connection is gone."""
         self.routers[client].failed(self._names[node], now_s)
 
-    def back(self, client: int, node: int) -> None:
+    def back(self, client: int, node: int, now_s: float) -> None:
         """The connection is there again."""
-        self.routers[client].came_up(self._names[node])
+        self.routers[client].came_up(self._names[node], now_s)
 
     def heard(self, client: int, node: int, publication: bytes, now_s: float) -> None:
         """A publication, taken in as ``engine.client.follower`` does."""
@@ -128,7 +128,7 @@ class Rival(ABC):
         self._own[client][node] -= 1
         self._down[client][node] = True
 
-    def back(self, client: int, node: int) -> None:
+    def back(self, client: int, node: int, now_s: float) -> None:
         """It is asked again."""
         self._down[client][node] = False
 

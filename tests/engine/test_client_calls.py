@@ -891,5 +891,5 @@ def test_a_node_that_failed_is_probed_by_one_call_with_little_patience(world: Wo
     router.sent(first, play.now_s)
     router.failed(first, play.now_s)
     assert router.order(NODES, play.now_s + 1.5)[-1] == first  # twice as long as the others
-    router.came_up(first)
+    router.came_up(first, 0.0)
     assert router.order(NODES, play.now_s)[0] == first

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import CLASS, CLUSTER, NODES, table
 
-from engine.protocol._nodestate import DOWN_S, RELEARN_S, SNAPSHOT_MAX_AGE_S
+from engine.protocol._nodestate import DOWN_S, RELEARN_S, SLOW_START_S, SNAPSHOT_MAX_AGE_S
 from engine.protocol.routing import COLD_CHARGE_US, Router
 from engine.protocol.table import RoutingTable, pack_service
 from engine.protocol.wire import Load
@@ -72,7 +72,7 @@ def test_the_shortest_way_takes_the_node_that_the_order_puts_first(
         elif what == "late answer":
             router.learned_direct(node, "k", CLASS, Load(number, 100, True), passed, now)
         elif what == "up":
-            router.came_up(node)
+            router.came_up(node, now)
         elif what == "dropped":
             router.dropped(node)
         else:
@@ -163,6 +163,67 @@ def test_a_node_that_failed_is_last_until_its_time_is_over() -> None:
     assert router.rank(CLASS, "k", ("n1",), 10.0) == ("n1",)
     assert best(router, 10.0 + DOWN_S) == "n1"
     assert best(router, 10.0 + DOWN_S) != "n1"  # one request is enough to find out how it is
+
+
+def test_a_node_that_is_back_counts_in_full_little_by_little() -> None:
+    """It is dearer at first; with the others' queues as long as that is worth, it has its part at once."""
+    router = a_router()
+    for node in NODES:
+        answered(router, node, now=1.0, service=100)
+
+    def with_queues(queue: int, now: float) -> str:
+        for node in NODES[1:]:
+            answered(router, node, queue=queue, now=now, service=100)
+        return best(router, now)
+
+    router.failed("n1", 1.0)
+    assert with_queues(9, 1.1) != "n1"
+    router.came_up("n1", 1.2)
+    answered(router, "n1", now=1.2, service=100)
+    assert with_queues(2, 1.2) != "n1"
+    assert with_queues(200, 1.2) == "n1"
+    answered(router, "n1", now=1.2 + SLOW_START_S, service=100)
+    assert with_queues(2, 1.2 + SLOW_START_S) == "n1"
+
+
+def test_one_outlier_is_no_habit_and_a_slow_token_is_soon_known() -> None:
+    """A pause of a second changes the measured service by a fifth at most; one that is 5 times as slow shows."""
+    router = a_router()
+    for _ in range(20):
+        answered(router, "n1", service=100)
+    state = router._nodes["n1"]
+    answered(router, "n1", service=1_000_000)
+    assert state.service_us[CLASS] <= 120.001
+    assert state.usual_us <= 110.001
+    for _ in range(25):
+        answered(router, "n1", service=500)
+    assert state.service_us[CLASS] > 450
+
+
+def test_nodes_rest_from_a_class_of_which_they_did_more_than_its_cap() -> None:
+    """At a quarter a second's work is followed by three of rest, in which the others come first; no name is lost."""
+    router = a_router(table(caps=[250]))
+    router.worked("n1", CLASS, 1.0, 10.0)
+    assert router.order(NODES, 10.0, CLASS) == ("n2", "n3", "n4", "n1")
+    assert router.order(NODES, 10.0, "encrypt/aes-256-gcm") == NODES
+    assert router.order(NODES, 10.0) == NODES
+    for node in NODES[1:]:
+        router.worked(node, CLASS, 0.5, 10.0)
+    assert router.order(NODES, 10.1, CLASS) == ("n2", "n3", "n4", "n1")
+    assert router.order(NODES, 12.9, CLASS) == ("n2", "n3", "n4", "n1")
+    assert router.order(NODES, 13.0, CLASS) == NODES
+    router.failed("n3", 13.0)
+    router.worked("n2", CLASS, 0.5, 13.0)
+    assert router.order(NODES, 13.0, CLASS) == ("n1", "n4", "n2", "n3")
+
+
+def test_without_a_cap_no_node_rests() -> None:
+    router = a_router(table(caps=[1000]))
+    router.worked("n1", CLASS, 1.0, 10.0)
+    assert router.order(NODES, 10.0, CLASS) == NODES
+    alone = a_router()
+    alone.worked("n1", CLASS, 1.0, 10.0)
+    assert alone.order(NODES, 10.0, CLASS) == NODES
 
 
 def test_an_answer_ends_the_time_of_a_failure() -> None:

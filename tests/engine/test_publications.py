@@ -137,7 +137,7 @@ def test_a_node_that_publishes_and_answers_nothing_stays_down(world: World) -> N
     router.heard("node1", 0, 1.1)
     assert router.rank("encrypt/aes-256-gcm", "k", names, 1.1) == ("node2", "node1")
     assert router._nodes["node1"].down_for_s == DOWN_S
-    router.came_up("node1")
+    router.came_up("node1", 1.1)
     router.heard("node1", 0, 1.2)
     assert not router._nodes["node1"].down_for_s
 

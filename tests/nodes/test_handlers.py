@@ -51,7 +51,7 @@ from nodes.handlers import Handlers
 from nodes.health import TokenFault
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
-from nodes.limits import Limits
+from nodes.limits import GenerationLimit, Limits
 from nodes.peers import Peers
 from nodes.remember import SignatureCache
 from nodes.store import Row, ShareStore
@@ -186,6 +186,7 @@ class Scene:
             health=self.health,
             counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
             network_us=lambda: 0,
+            generation=GenerationLimit(1.0, 0.0),
             known=lambda connection, member: connection.member == member,
             fast=SimpleNamespace(  # type: ignore[arg-type]
                 remember=lambda user, plan: self.plans.update({user + plan.verb: plan}), forget=self.plans.clear

@@ -20,7 +20,7 @@ from engine.protocol.signed import Signed, read_unverified
 from nodes import ledger as ledger_module
 from nodes.clock import TrustedClock
 from nodes.ledger import MARK_EVERY_MS, PRUNE_EVERY_MS, RETRY_WINDOW_MS, GrantLedger
-from nodes.limits import TokenBucket
+from nodes.limits import GenerationLimit, TokenBucket
 from nodes.store import ShareStore, StoreCorrupt
 from nodes.token import Lane
 
@@ -104,6 +104,30 @@ def test_whatever_the_machines_clock_does_time_never_goes_back(steps: list[tuple
 
 
 # --- the buckets ---
+
+
+def test_making_keys_has_its_part_of_the_time_for_ever() -> None:
+    """A quarter, with a second's worth at once; one long one is paid for before the next, and no pause is saved up."""
+    limit = GenerationLimit(0.25, 0.0)
+    for _ in range(2):
+        limit.begin(0.0)
+        limit.took(0.5)
+    with pytest.raises(Overloaded, match=r"limits.generate_part = 0.25"):
+        limit.begin(0.0)
+    limit.begin(0.1)
+    limit.took(2.0)
+    with pytest.raises(Overloaded):
+        limit.begin(7.9)
+    made_s, now_s = 0.0, 100.0
+    while now_s < 1_100.0:
+        try:
+            limit.begin(now_s)
+        except Overloaded:
+            now_s += 0.01
+        else:
+            limit.took(0.1)
+            made_s, now_s = made_s + 0.1, now_s + 0.1
+    assert made_s == pytest.approx(250.0, rel=0.01)
 
 
 @given(

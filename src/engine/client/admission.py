@@ -118,9 +118,9 @@ class TokenBucket:
         self._at_s = max(self._at_s, now_s)
         return self._level >= 1.0
 
-    def take(self) -> None:
-        """Take a token that ``holds_one`` saw."""
-        self._level -= 1.0
+    def take(self, count: float = 1.0) -> None:
+        """Take a token that ``holds_one`` saw, or what is owed: then there is none until that has flowed in."""
+        self._level -= count
 
     def take_some(self, most: int, now_s: float) -> int:
         """Take up to so many tokens, a quarter of those there are at most; how many."""

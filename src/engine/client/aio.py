@@ -595,11 +595,13 @@ class AsyncEngine:
         member = self._members.get(peer)
         if member is None:
             raise NodeUnavailable(f"{peer!r} is no member with an endpoint")
-        came_up, said = self._calls.router.came_up, self._follower.heard_of
-        link = _Link(self._context, pair, member, self._loop, came_up, said)
+        link = _Link(self._context, pair, member, self._loop, self._came_up, self._follower.heard_of)
         link.current = self._own.current
         self._links[peer] = link
         return link
+
+    def _came_up(self, peer: str) -> None:
+        self._calls.router.came_up(peer, self._calls.clock())
 
     async def _many(
         self,

@@ -879,7 +879,8 @@ class Calls:
         raw = sign_envelope("order.create", self._now_ms(), create_orders.encode(order), self._signing)
         verb = RequestType.GENERATE if order.operation == "generate" else RequestType.IMPORT
         asked: set[str] = set()
-        described = yield from self._dealing(verb, order.name, Create(raw, material), trail, asked)
+        message, request_class = Create(raw, material), classify_request(verb, order.algorithm)
+        described = yield from self._dealing(verb, order.name, message, trail, asked, request_class)
         known = self._opened(order.name, described)
         if known.record.manifest.key_id != order.key_id:
             raise ManifestError(f"create {order.name!r}: the dealer answered with another key of that name")
@@ -893,23 +894,32 @@ class Calls:
         return known.info
 
     def _dealing(
-        self, verb: str, name: str, message: object, trail: _Trail, asked: set[str] | None = None
+        self,
+        verb: str,
+        name: str,
+        message: object,
+        trail: _Trail,
+        asked: set[str] | None = None,
+        request_class: str = "",
     ) -> Call[Any]:
         """Send an order to one dealer after the other until one carries it out; the order makes that idempotent.
 
-        ``asked`` takes in who was sent it.
+        ``asked`` takes in who was sent it. Those come last that have worked on this ``request_class`` for more than its
+        part of them.
         """
         without_registry = 0
         asked = set() if asked is None else asked
         while True:
             trail.begin_round()
             nodes = tuple(dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)))
-            for node in self.router.order(nodes, self.clock()):
+            for node in self.router.order(nodes, self.clock(), request_class):
                 if trail.left_s() <= 0:
                     break
                 timeout_s = trail.attempt_s(CREATE_ATTEMPT_MIN_S, 1 / 2)
                 asked.add(node)
+                begun_s = self.clock()
                 outcome = yield from self._ask(node, verb, message, timeout_s, counted=False)
+                self.router.worked(node, request_class, self.clock() - begun_s, self.clock())
                 if isinstance(outcome, _Lost):
                     trail.failures[node] = outcome.error
                     continue

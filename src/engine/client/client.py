@@ -466,7 +466,11 @@ class Engine:
         members = Servers(settings.source)
         identity = settings.own_curve()
         limit = max_channels or _channel_limit(len(members))
-        came_up = self._calls.router.came_up
+        calls = self._calls
+
+        def came_up(peer: str) -> None:
+            calls.router.came_up(peer, calls.clock())
+
         self._channels = _Channels(
             lambda: Channel(identity, members, self._context, came_up, self._follower.heard_of), limit
         )

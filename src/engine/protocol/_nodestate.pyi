@@ -16,6 +16,11 @@ CROWD_PART: float
 is charged. So the longer queues are, the more each class goes to the nodes that are quick with it, and the cluster does
 most when it must (compare the workload-weighted routing of Xie, Yekkehkhany and Lu, INFOCOM 2016)."""
 
+SLOW_START_S: float
+SLOW_START_TIMES: float
+"""A node that is back is taken to be so many times as dear more, less and less until it counts in full: nobody knows yet
+how it does, and all clients find its queue empty at the same moment (compare Envoy's slow start)."""
+
 @final
 class NodeState:
     """What one client knows of a node."""
@@ -42,12 +47,14 @@ class NodeState:
     down_for_s: float
     down_until_s: float
     probing: bool
+    slow_until_s: float
+    """Until when it is in its slow start."""
 
     def __new__(cls, name: str) -> NodeState: ...
     def down(self, now_s: float) -> None:
         """It failed."""
 
-    def up(self) -> None:
+    def up(self, now_s: float) -> None:
         """It answered, or a lost connection to it is there again."""
 
 def score(

@@ -9,6 +9,8 @@ RELEARN_S = 10.0
 DOWN_S = 1.0
 DOWN_MAX_S = 4.0
 CROWD_PART = 0.3
+SLOW_START_S = 2.0
+SLOW_START_TIMES = 3.0
 
 cdef enum:
     SENT_MAX_ = 256  # those of before count no more
@@ -19,6 +21,8 @@ cdef double RELEARN_ = RELEARN_S
 cdef double DOWN_ = DOWN_S
 cdef double DOWN_MAX_ = DOWN_MAX_S
 cdef double CROWD_ = CROWD_PART
+cdef double SLOW_START_ = SLOW_START_S
+cdef double SLOW_TIMES_ = SLOW_START_TIMES
 
 
 @cython.final
@@ -43,11 +47,12 @@ cdef class NodeState:
     cdef public double down_for_s
     cdef public double down_until_s
     cdef public bint probing
+    cdef public double slow_until_s
 
     def __cinit__(self, str name not None):
         self.name = name
         self.sent_s = deque(maxlen=SENT_MAX_)
-        self.seen_s = self.down_until_s = -FAR
+        self.seen_s = self.down_until_s = self.slow_until_s = -FAR
         self.settle_s = 0.001
         self.lanes = self.cost = 1.0
         self.round_trip_us = 300.0
@@ -60,8 +65,10 @@ cdef class NodeState:
             self.down_for_s = min(max(DOWN_, 2 * self.down_for_s), DOWN_MAX_)
             self.down_until_s = now_s + self.down_for_s
 
-    def up(self):
+    def up(self, double now_s):
         """It answered, or a lost connection to it is there again."""
+        if self.down_for_s:
+            self.slow_until_s = now_s + SLOW_START_
         self.down_for_s, self.down_until_s, self.probing = 0.0, -FAR, False
 
 
@@ -73,9 +80,12 @@ cdef double scored(
     measured = state.service_us.get(request_class) if age_s <= RELEARN_ else None
     cdef double service_us = told_us(state, request_class) if measured is None else measured
     cdef double score = service_us * state.cost + state.round_trip_us
-    cdef double waiting, own_us
+    cdef double waiting, own_us, times = 1.0
     if state not in loaded:
         score += cold_us
+    if state.slow_until_s > now_s:
+        times += SLOW_TIMES_ * (state.slow_until_s - now_s) / SLOW_START_
+        score *= times
     if score >= least:
         return score  # waiting only adds to it
     waiting = len(state.sent_s)
@@ -86,7 +96,7 @@ cdef double scored(
     waiting -= state.others
     if waiting > 0.0:
         own_us = service_us / state.lanes
-        score += waiting * ((state.wait_us if state.wait_us else own_us) + CROWD_ * own_us)
+        score += times * waiting * ((state.wait_us if state.wait_us else own_us) + CROWD_ * own_us)
     return score
 
 

@@ -24,6 +24,8 @@ SETTLE_TIMES = 2.0
 """After so many mean times of service a queue is half way from what it was told to be to what it is on average."""
 PRICE_PART = 0.1
 """A table's price is the dual of a split that does not look at queues. The router does, and needs this part of it."""
+OUTLIER_TIMES = 3.0
+"""One measured service counts as so many times what is usual at most: a pause of the node or its token is no habit."""
 COLD_CHARGE_US = 3_000.0
 COLD_CHARGE_MAX_US = 100_000.0
 """What a cold key is taken to cost until that is measured, and at most."""
@@ -96,6 +98,8 @@ class Router(FollowsCluster):
         # What requests took beyond service and way, where the key was known to be loaded and where it was not.
         self._warm_us, self._cold_us = 0.0, COLD_CHARGE_US
         self._paces: dict[tuple[str, bool], _Pace] = {}
+        self._resting: dict[tuple[str, str], float] = {}
+        """Until when a node is to rest from a class that has a cap, of which it did more than that."""
         self._indexed: _Indexed | None = None
         self.changes = 0
         """Counts what a choice that was made before should not outlive."""
@@ -201,7 +205,7 @@ class Router(FollowsCluster):
     ) -> None:
         anew = now_s - state.seen_s > RELEARN_S
         if state.down_for_s or state.probing:
-            state.up()
+            state.up(now_s)
         service_us = load.service_us
         beside_us = min(max(elapsed_us - service_us, 0.0), 1e6)
         # What a reply took beside its service is the way, and waiting; the least of it, of late, is the way.
@@ -210,13 +214,14 @@ class Router(FollowsCluster):
         state.round_trip_us = way_us
         if service_us and request_class:
             before = None if anew else state.service_us.get(request_class)
+            measured_us = float(service_us) if before is None else min(service_us, OUTLIER_TIMES * before)
             state.service_us[request_class] = (
-                float(service_us) if before is None else before + 0.1 * (service_us - before)
+                measured_us if before is None else before + 0.1 * (measured_us - before)
             )
             if anew or not state.usual_us:
-                state.usual_us = float(service_us)
+                state.usual_us = measured_us
             else:
-                state.usual_us += 0.05 * (service_us - state.usual_us)
+                state.usual_us += 0.05 * (measured_us - state.usual_us)
             state.settle_s = SETTLE_TIMES * 1e-6 * state.usual_us
             state.wait_us = state.usual_us / state.lanes
         self._told(state, load.queue, now_s)
@@ -289,12 +294,12 @@ class Router(FollowsCluster):
             self._state(node).down(now_s)
             self.changes += 1
 
-    def came_up(self, node: str) -> None:
+    def came_up(self, node: str, now_s: float) -> None:
         """A lost connection to the node is there again: it need not be tried last any more."""
         with self._lock:
             state = self._nodes.get(node)
             if state is not None:
-                state.up()
+                state.up(now_s)
 
     def took(self, request_class: str, cold: bool, seconds: float) -> None:
         """An exchange was answered after so many seconds."""
@@ -354,12 +359,33 @@ class Router(FollowsCluster):
             self._probe(states[scored[0][2]], now_s)
             return tuple(states[at].name for _, _, at in scored)
 
-    def order(self, names: Sequence[str], now_s: float) -> tuple[str, ...]:
-        """The names as given, but those last that are down."""
+    def order(self, names: Sequence[str], now_s: float, request_class: str = "") -> tuple[str, ...]:
+        """The names as given, but those later that worked on the class for longer than its cap, and last that are down.
+
+        Of those with too much of a class first the one that has had its rest first.
+        """
         with self._lock:
-            states = sorted(map(self._state, names), key=lambda state: state.down_until_s > now_s)
+            resting = self._resting
+            states = sorted(
+                map(self._state, names),
+                key=lambda state: (
+                    state.down_until_s > now_s,
+                    max(now_s, resting.get((state.name, request_class), now_s)),
+                ),
+            )
             self._probe(states[0], now_s)
             return tuple(state.name for state in states)
+
+    def worked(self, node: str, request_class: str, seconds: float, now_s: float) -> None:
+        """The node worked on a request of ours for so long; by a cap of its class it is to rest from the class then."""
+        indexed = self._indexed
+        row = None if indexed is None else indexed.rows.get(request_class)
+        if indexed is None or row is None or not 0 < indexed.table.caps[row] < 1000:
+            return
+        with self._lock:
+            place = node, request_class
+            since_s = max(now_s - seconds, self._resting.get(place, 0.0))
+            self._resting[place] = since_s + seconds * 1000 / indexed.table.caps[row]
 
     def _probe(self, state: NodeState, now_s: float) -> None:
         """If this node's time as down is over, one request finds out how it is; the others go elsewhere meanwhile."""
