@@ -71,7 +71,8 @@ class ReleaseLimits:
 class GenerationLimit:
     """The part of a node's processor time that making keys may take for ever; used by one thread.
 
-    An RSA key takes as long as thousands of uses. What is refused here another node may make, or this one a little later.
+    An RSA key takes as long as thousands of uses. What is refused here another node may make, or this one a little
+    later.
     """
 
     def __init__(self, part: float, now_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Making keys takes no more than its part of a node: what one node refuses others make, and uses are served meanwhile."""
+"""Making keys takes no more than its part of a node: what one node refuses, others make."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count, islice
-from pathlib import Path
 
 import pytest
 
