@@ -17,7 +17,7 @@ import click
 from balancing.arrivals import Arrivals, cluster_of, draw
 from balancing.control import Loop
 from balancing.events import Outcome, Simulation
-from balancing.plays import calm, death, flush, hour, shift, steady, surprise
+from balancing.plays import back, calm, death, flush, hour, shift, steady, surprise
 from balancing.policies import POLICIES
 from balancing.report import Target, mean_ms, p99_ms, recovered_s, row
 from balancing.scenarios import Scenario
@@ -28,6 +28,7 @@ from balancer.agenda import PLAN_S
 OWN: Final = "own"
 PERFECT: Final = "least completion, perfect"
 TWO_OWN: Final = "two choices, own"
+NO_SLOW_START: Final = "own, no slow start"
 TWO_FRESH: Final = "two choices, fresh probes"
 WEIGHTED: Final = "LP weights as ratios"
 
@@ -76,16 +77,17 @@ def rows(quick: bool, *, part: str = "test", tell: Teller = click.echo) -> list[
     shifts = (replace(each(scale.shift_s), **on) for each in (shift, surprise))
     result += _shift_rows(*shifts, seeds, tell)
     result += _death_rows(replace(death(scale.death_s), **on), seeds, tell)
+    result += _back_rows(replace(back(2 * scale.death_s), **on), seeds, tell)
     result += _flush_rows(replace(flush(scale.steady_s), **on), seeds, tell)
     result += _hour_rows(replace(hour(scale.hour_s), **on), tell)
     return result
 
 
 def _steady_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
-    found: dict[str, list[Outcome]] = {name: [] for name in POLICIES}
+    found: dict[str, list[Outcome]] = {name: [] for name in POLICIES if name != NO_SLOW_START}
     for seed in seeds:
         stage = Stage(scenario, seed)
-        for name in POLICIES:
+        for name in found:
             outcome = stage.play(name)
             found[name].append(outcome)
             tell(f"{scenario.name}, seed {seed}, {name}: {told(outcome)}")
@@ -102,7 +104,7 @@ def _steady_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list
         row(f"{head}: seeds in which it is unstable", [float(unstable[OWN])], "seeds", target=own_unstable),
         row(f"{head}: mean / without prices", mean[OWN], "ms", "own, no prices", mean["own, no prices"]),
     ]
-    for name in POLICIES:
+    for name in found:
         if name not in (OWN, "own, no prices"):
             result.append(row(f"{head}: mean of {name}, unstable in {unstable[name]}", mean[name], "ms"))
             result.append(row(f"{head}: p99 of {name}", p99[name], "ms"))
@@ -187,6 +189,19 @@ def _death_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[
         row(f"{scenario.name}: the same, worst seed", taken, "s", target=must, worst=True),
         row(f"{scenario.name}: {TWO_OWN}", rival, "s"),
     ]
+
+
+def _back_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:
+    """The first second after a node was there again."""
+    at_s = scenario.deaths[0].back_s
+    found: dict[str, list[float]] = {OWN: [], NO_SLOW_START: [], TWO_FRESH: []}
+    for seed in seeds:
+        stage = Stage(scenario, seed)
+        for name, p99s in found.items():
+            p99s.append(p99_ms(stage.play(name), at_s, at_s + 1.0))
+            tell(f"{scenario.name}, seed {seed}, {name}: p99 {p99s[-1]:.1f} ms in the first second")
+    peers = NO_SLOW_START, TWO_FRESH
+    return [row(f"{scenario.name}: p99 / {name}", found[OWN], "ms", name, found[name]) for name in peers]
 
 
 def _flush_rows(scenario: Scenario, seeds: Sequence[int], tell: Teller) -> list[Row]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import cycle, islice
 from types import MappingProxyType
 
 from balancing.scenarios import Crowd, Death, Flush, Hot, NodeSpec, Scenario, Site, Traffic
 
-__all__ = ["APART", "COMP", "PLAYS", "REL", "calm", "death", "flush", "hour", "shift", "steady", "surprise"]
+__all__ = ["APART", "COMP", "PLAYS", "REL", "back", "calm", "death", "flush", "hour", "shift", "steady", "surprise"]
 
 RSA = ("sign/rsa-2048-pss-sha256", "decrypt/rsa-2048-oaep-sha256")
 EC = ("sign/ecdsa-p256-sha256", "sign/ecdsa-p384-sha384", "sign/ed25519")
@@ -45,6 +46,18 @@ def death(seconds: int) -> Scenario:
         name="node death",
         deaths=(Death(0, seconds // 2 + 0.15),),
         traffic=Traffic(load=0.55, constant=True),
+    )
+
+
+def back(seconds: int) -> Scenario:
+    """A fast node comes back with nothing loaded, and is found idle by 64 clients at the same moment."""
+    at_s = seconds / 2
+    return replace(
+        steady("rel", seconds),
+        name="node back",
+        crowd=Crowd(tuple(islice(cycle(ZONES), 64))),
+        deaths=(Death(0, at_s - 2.0, at_s),),
+        traffic=Traffic(load=0.75, constant=True),
     )
 
 
@@ -108,6 +121,7 @@ PLAYS: Mapping[str, Callable[[], Scenario]] = MappingProxyType(
         "shift": lambda: shift(60),
         "surprise": lambda: surprise(60),
         "death": lambda: death(10),
+        "back": lambda: back(12),
         "flush": lambda: flush(10),
         "hour": lambda: hour(600),
     }

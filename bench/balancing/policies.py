@@ -33,11 +33,12 @@ class Own:
 
     hears = True
 
-    def __init__(self, simulation: Simulation, *, priced: bool = True) -> None:
+    def __init__(self, simulation: Simulation, *, priced: bool = True, slow_start: bool = True) -> None:
         source = Source(simulation.cluster)
         clients = range(len(simulation.scenario.crowd.zones))
         self.routers = [Router(source) for _ in clients]
         self._priced = priced
+        self._slow_start = slow_start
         self._names = [node.spec.name for node in simulation.nodes]
         self._numbers = {name: number for number, name in enumerate(self._names)}
         self._classes, self._keys = simulation.arrivals.classes, simulation.arrivals.names
@@ -72,7 +73,10 @@ class Own:
 
     def back(self, client: int, node: int, now_s: float) -> None:
         """The connection is there again."""
-        self.routers[client].came_up(self._names[node], now_s)
+        router, name = self.routers[client], self._names[node]
+        router.came_up(name, now_s)
+        if not self._slow_start:
+            router._nodes[name].slow_until_s = now_s
 
     def heard(self, client: int, node: int, publication: bytes, now_s: float) -> None:
         """A publication, taken in as ``engine.client.follower`` does."""
@@ -293,6 +297,7 @@ class Weighted(Rival):
 POLICIES: Mapping[str, Callable[[Simulation], Own | Rival]] = {
     "own": Own,
     "own, no prices": lambda simulation: Own(simulation, priced=False),
+    "own, no slow start": lambda simulation: Own(simulation, slow_start=False),
     "round robin": RoundRobin,
     "random": Uniform,
     "least outstanding, own": LeastOwn,

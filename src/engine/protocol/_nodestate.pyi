@@ -18,7 +18,7 @@ most when it must (compare the workload-weighted routing of Xie, Yekkehkhany and
 
 SLOW_START_S: float
 SLOW_START_TIMES: float
-"""A node that is back is taken to be so many times as dear more, less and less until it counts in full: nobody knows yet
+"""A node that is back is so many times dearer at first, and less and less so until it counts in full: nobody knows yet
 how it does, and all clients find its queue empty at the same moment (compare Envoy's slow start)."""
 
 @final

@@ -215,9 +215,7 @@ class Router(FollowsCluster):
         if service_us and request_class:
             before = None if anew else state.service_us.get(request_class)
             measured_us = float(service_us) if before is None else min(service_us, OUTLIER_TIMES * before)
-            state.service_us[request_class] = (
-                measured_us if before is None else before + 0.1 * (measured_us - before)
-            )
+            state.service_us[request_class] = measured_us if before is None else before + 0.1 * (measured_us - before)
             if anew or not state.usual_us:
                 state.usual_us = measured_us
             else:
