@@ -14,6 +14,8 @@ from harness import BALANCER
 
 import engine
 
+MINUTE_S = 60.0
+
 
 def kill_node(run: Run) -> None:
     victim = run.node()
@@ -88,14 +90,19 @@ def stop_balancer(run: Run) -> None:
     _stopped(run, [BALANCER])
 
 
-def _stopped(run: Run, names: list[str]) -> None:
-    """Stop processes (SIGSTOP): their connections stay open, and nobody answers."""
+def balancer_away(run: Run) -> None:
+    """For a minute: the last table is long past its time then, and the data path goes on by it."""
+    _stopped(run, [BALANCER], MINUTE_S)
+
+
+def _stopped(run: Run, names: list[str], seconds: float = 0.0) -> None:
+    """Stop processes (SIGSTOP): their connections stay open, and nobody answers. For so long at the least."""
     for name in names:
         pids = run.cluster.families()[name]
         run.undo.later(lambda name=name: run.cluster.signal_all(name, signal.SIGCONT))
         for _ in pids:
             run.cluster.signal_all(name, signal.SIGSTOP)
-    run.hold(1.0, 2.5)
+    run.hold(seconds + 1.0, seconds + 2.5)
 
 
 def kill_everything(run: Run) -> None:
@@ -151,6 +158,7 @@ FAULTS = [
     Fault("stop-node", "processes", "SIGSTOP of one node, SIGCONT", ONE_NODE, stop_node, quick=True),
     Fault("stop-two-nodes", "processes", "SIGSTOP of two nodes of five", TWO_NODES, stop_two_nodes),
     Fault("stop-balancer", "processes", "SIGSTOP of the balancer", NO_BALANCER, stop_balancer),
+    Fault("balancer-away", "processes", "SIGSTOP of the balancer for a minute", NO_BALANCER, balancer_away),
     Fault("kill-everything", "processes", "SIGKILL of all members at once", NOTHING, kill_everything),
     Fault(
         "kill-in-refresh", "processes", "SIGKILL of a node while shares are refreshed", ONE_NODE, kill_during_refresh
