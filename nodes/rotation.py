@@ -26,6 +26,7 @@ from engine.failpoints import failpoint
 from nodes.config import PinSource, TokenConfig
 from nodes.reseal import check_store, reseal_store
 from nodes.token import Token, open_beside_fresh, sync_tokens
+from nodes.tokenfile import KEPT
 
 __all__ = ["STORE_NAME", "check_draft", "is_pending", "rotate", "settle"]
 
@@ -112,6 +113,7 @@ def settle(config: TokenConfig, data: Path) -> None:
         _change_pin(config.pin, fresh_pin, old_pin)
         failpoint("rotate.pin-changed")
         _swap(valid / "tokens", data / "tokens", valid / "tokens.old")
+        _erase(data / KEPT)
         failpoint("rotate.token-changed")
         for suffix in ("-wal", "-shm"):
             if (valid / STORE_NAME).exists():

@@ -41,6 +41,7 @@ from engine.sharing import SecretBuffer
 from nodes._fasttoken import CallError, Guard, Key, Module, Session, Use
 from nodes.config import PinSource, TokenConfig
 from nodes.health import Kind, TokenFault, classify
+from nodes.tokenfile import secure_token_files
 
 __all__ = [
     "CallWatch",
@@ -95,7 +96,8 @@ def _in_turn(config: TokenConfig, data: Path) -> Iterator[None]:
     """Begin SoftHSM and log in while no other process does with the same token folder.
 
     At each login SoftHSM 2.6.1 empties the token's file, unlocks it and only then writes it again. Who begins or logs
-    in meanwhile finds no token, or a CKR_GENERAL_ERROR. What is open already is not disturbed.
+    in meanwhile finds no token, or a CKR_GENERAL_ERROR. What is open already is not disturbed. What a killed login left
+    empty is put back.
     """
     if not config.is_softhsm:
         yield
@@ -113,6 +115,7 @@ def _in_turn(config: TokenConfig, data: Path) -> Iterator[None]:
         end_s = time.monotonic() + TURN_WAIT_S
         while not _flock(descriptor) and time.monotonic() < end_s:
             time.sleep(TURN_LOOK_S)
+        secure_token_files(home)
         yield
     finally:
         os.close(descriptor)

@@ -117,6 +117,8 @@ def test_everything_is_sealed_anew_and_old_disks_are_useless(place: Place, tmp_p
     assert place.pin.stat().st_mode & 0o777 == 0o600
     assert old_sealed.keys() == new_sealed.keys()
     assert not set(old_sealed.values()) & set(new_sealed.values())
+    tokens = {each.name for each in (place.data / "tokens").iterdir()}
+    assert {each.name for each in (place.data / "tokens.kept").iterdir()} == tokens
     new_disk = place.copy(tmp_path / "new")
     for disk, right, wrong in ((old_disk, old_pin, new_pin), (new_disk, new_pin, old_pin)):
         pin = disk.parents[2] / "secrets" / f"{NODE}.pin"
@@ -140,6 +142,22 @@ def test_everything_is_sealed_anew_and_old_disks_are_useless(place: Place, tmp_p
     )
     assert mixed.returncode == 2
     assert "does not belong to the token" in mixed.stderr
+
+
+def test_a_token_whose_file_a_killed_login_left_empty_opens_again(place: Place) -> None:
+    """SoftHSM truncates it and then writes it. Without the copy the node would have lost its KEK, and every share."""
+    (file,) = (place.data / "tokens").glob("*/token.object")
+    whole = file.read_bytes()
+    (kept,) = place.data.glob("tokens.kept/*/token.object")
+    assert kept.stat().st_mode & 0o777 == 0o600
+    os.truncate(file, 0)
+    copied = kept.read_bytes()
+    kept.unlink()
+    assert "0 tokens are called 'node1'" in place.run("check-token").stderr
+    kept.write_bytes(copied)
+    place.check()
+    assert "was put back" in place.cluster.log_file(NODE).read_text(encoding="utf-8")
+    assert len(file.read_bytes()) == len(copied) == len(whole)
 
 
 def test_a_rotation_that_is_killed_at_any_step_leaves_a_node_that_works(place: Place) -> None:
