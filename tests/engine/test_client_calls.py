@@ -454,6 +454,16 @@ class TestDeadline:
         assert 2 <= play.seen.count(("", "pause")) <= 20
         assert play.now_s <= 102.1
 
+    @pytest.mark.parametrize("answer", [dead(), QuorumUnavailable("1 of 3", ["n1"])])
+    def test_in_a_moment_nobody_can_tell_what_is_missing(self, play: Play, answer: Any) -> None:
+        """With too little time for a cold key it is the deadline that was missed; with enough, what is missing."""
+        encrypt(play)
+        play.answers["encrypt"] = answer
+        with pytest.raises(DeadlineExceeded, match="not done in the time given"):
+            encrypt(play, 0.05)
+        with pytest.raises((NodeUnavailable, QuorumUnavailable)):
+            encrypt(play, 0.5)
+
     def test_nodes_that_come_back_within_the_deadline_serve(self, play: Play) -> None:
         encrypt(play)
         play.answers["encrypt"] = [dead()] * 12 + [Result(b"back")]

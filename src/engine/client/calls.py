@@ -321,7 +321,8 @@ class _Asked:
 class _Trail:
     """What one call has tried, and how much time it has left. ``clock`` counts seconds.
 
-    ``failures`` are this round's, ``earlier`` the newest of each node from the rounds before.
+    ``failures`` are this round's, ``earlier`` the newest of each node from the rounds before. A call is ``hurried``
+    that had less than ``ATTEMPT_MIN_S`` from the start.
     """
 
     what: str
@@ -331,6 +332,10 @@ class _Trail:
     failures: dict[str, Exception] = field(default_factory=dict)
     earlier: dict[str, Exception] = field(default_factory=dict)
     quorum: list[QuorumUnavailable | ShareCorrupt] = field(default_factory=list)
+    hurried: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hurried = not self.earlier and self.left_s() < ATTEMPT_MIN_S
 
     def left_s(self) -> float:
         return self.deadline_s - self.clock()
@@ -363,7 +368,7 @@ class _Trail:
     def end_round(self) -> Pause:
         """The pause before another round, or the verdict raised: when it is certain, or no time is left."""
         if self.quorum:
-            raise self.shortage()
+            raise self.in_time(self.shortage())
         # While this client's own CURVE key is being changed, all may refuse it for a moment.
         refused = any(isinstance(each, KeyRefused) for each in self.failures.values())
         changing = refused and not self.rounds and self.left_s() > PAUSE_FIRST_S
@@ -376,6 +381,12 @@ class _Trail:
         if self.left_s() <= seconds:
             raise self.verdict()
         return Pause(seconds)
+
+    def in_time(self, error: EngineError) -> EngineError:
+        """The error, unless the call had too little time to find out that nodes or shares are not to be had."""
+        if self.hurried and isinstance(error, QuorumUnavailable | NodeUnavailable):
+            return DeadlineExceeded(f"{self.what}: not done in the time given, too short to tell why ({error})")
+        return error
 
     def verdict(self) -> EngineError:
         """The error that the newest failures of all nodes amount to."""
@@ -398,7 +409,7 @@ class _Trail:
             return KeyPending(f"{self.what}: not known in time ({self.told()})")
         for kind in kinds:
             if all(isinstance(each, kind) for each in newest.values()):
-                return kind(f"{self.what}: {self.told()}")
+                return self.in_time(kind(f"{self.what}: {self.told()}"))
         return DeadlineExceeded(f"{self.what}: no node served it in time ({self.told()})")
 
 
