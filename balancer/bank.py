@@ -80,6 +80,18 @@ OLDER_PART = 0.6
 REGRESSED_ROWS = 300.0
 """Of so many rows the P90 is half the quantile regression's, of more it is more than half; the rest is conformal."""
 REGRESSOR_WINDOW = WINDOW
+SHIFT_STEPS = 2
+SHIFT_ERRORS = 6.0
+"""A series has left what was learnt of it when so many steps in a row were so many times the usual error away from what
+was said of them, to the same side. Until it is learnt anew it is said to stay where it is now."""
+SHIFT_SCORE = 2.0
+"""The score of its P90, in standard deviations of a Poisson count."""
+POISSON_SD = 0.5
+"""Of a root of a Poisson count."""
+P90_TIMES = 1.25
+P90_MORE = 3.0
+"""No P90 is more than so many times the most of the window, or of what is said, and so many standard deviations: a
+quantile learnt from a single step out of silence would be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,19 +374,24 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
             np.einsum("sc,sch->sh", columns, bank.over[here]) + bank.over_intercept[here] + level[here, LEVEL][:, None]
         )
     mixed, ewma = np.clip(mixed, 0.0, limit), np.clip(ewma, 0.0, limit)
+    shifted = _shifted(bank, roots, speaks)[:, None]
     said = np.where(speaks[:, None], mixed, ewma)
+    said = np.where(shifted, roots[-SHIFT_STEPS:].mean(axis=0)[:, None], said)
     lives = (tail.max(axis=0) > 0)[:, None]
     median = np.where(lives, counts_of(said), 0.0)
     variance = np.where(speaks[:, None], bank.variance, bank.variance_ewma)
     bias = np.where(speaks[:, None], bank.bias, bank.bias_ewma)
-    mean = np.where(lives, counts_of(said + bias, variance), 0.0)
+    mean = np.where(shifted, median, np.where(lives, counts_of(said + bias, variance), 0.0))
     above = np.where(speaks[:, None], bank.score, bank.score_ewma) * _scale(
         median, volatile[:, VOLATILITY], bank.scaling[:, :1], bank.scaling[:, 1]
     )
     regressed = np.maximum(counts_of(np.clip(np.nan_to_num(over), 0.0, limit)) - median, 0.0)
     part = bank.regressed[:, None] if len(counts) >= LAGS else 0.0
-    above = part * regressed + (1.0 - part) * above
-    p90 = np.where(lives, np.maximum(median + above * np.exp(bank.drift), mean), 0.0)
+    above = (part * regressed + (1.0 - part) * above) * np.exp(bank.drift)
+    above = np.where(shifted, SHIFT_SCORE * np.sqrt(median + 1.0), above)
+    most = np.maximum(tail.max(axis=0)[:, None], median)
+    p90 = np.minimum(median + above, P90_TIMES * most + P90_MORE * np.sqrt(most + 1.0))
+    p90 = np.where(lives, np.maximum(p90, mean), 0.0)
     median, mean, p90 = (np.minimum(each, COUNT_MAX) for each in (median, mean, p90))
     per_s = 1000.0 / bank.step_ms
     outlook = Outlook(
@@ -408,6 +425,21 @@ def accuracy(bank: Bank) -> Accuracy:
         np.where(unknown, np.nan, tracks.covered),
         np.where(unknown | ~np.isfinite(bias), np.nan, bias),
     )
+
+
+def _shifted(bank: Bank, roots: FloatArray, speaks: BoolArray) -> BoolArray:
+    """Which series (S,) have left what was learnt of them, by what was said of their newest steps."""
+    tracks = bank.tracks
+    origins = bank.step - 1 - np.arange(SHIFT_STEPS)
+    places = origins % HORIZONS
+    if len(roots) < SHIFT_STEPS or (tracks.steps[places] != origins).any():
+        return np.zeros(len(bank.series), dtype=bool)
+    said = np.where(speaks, tracks.said[places, :, 0], tracks.said_ewma[places, :, 0])
+    errors = roots[-1 : -1 - SHIFT_STEPS : -1] - roots_of(said)
+    variance = np.where(speaks, bank.variance[:, 0], bank.variance_ewma[:, 0])
+    usual = np.sqrt(np.maximum(variance, POISSON_SD**2))
+    away = np.abs(errors).min(axis=0) > SHIFT_ERRORS * usual
+    return np.asarray(away & (np.abs(np.sign(errors).sum(axis=0)) == SHIFT_STEPS))
 
 
 def _rests(bank: Bank) -> BoolArray:

@@ -116,6 +116,21 @@ def test_a_step_is_followed() -> None:
     assert predict_load(snapshot(series[:, None])).mean[0] == pytest.approx(200, rel=0.15)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.0, 1_000.0), (10.0, 1_000.0), (1_000.0, 0.0), (1_000.0, 4_000.0)])
+def test_another_level_is_known_after_three_ticks(before: float, after: float) -> None:
+    """After a minute of another level, and before anything is learnt anew; nor is that a wild quantile's then."""
+    random = np.random.default_rng(3)
+    series = random.poisson(np.repeat([before, after], [60, 90])).astype(float)
+    told = []
+    for end in range(2, len(series)):
+        told.append(predict_load(snapshot(series[:end, None], tick=end), told[-1].state if told else None))
+    for forecast in told[60 + 3 - 2 :]:
+        outlook = forecast.outlook
+        assert outlook.mean[0, 0] == pytest.approx(after, rel=0.2, abs=0.02 * before)
+        assert np.abs(outlook.median[0] - after).max() <= 0.1 * before + 0.4 * after
+        assert outlook.p90.max() <= 1.6 * max(before, after) + 10.0
+
+
 def test_it_is_a_pure_function_and_bounded() -> None:
     """The same snapshot gives the same forecast; at first the busiest classes alone get a Ridge."""
     random = np.random.default_rng(5)
