@@ -147,7 +147,7 @@ class Router(FollowsCluster):
     ) -> tuple[str, float, NodeState] | None:
         """Count a request to the best node that has the key loaded: the node, its patience in seconds, and its state.
 
-        None where another way is to be taken: no such node is best, or one that failed is due to be tried again.
+        None where another way is to be taken: no such node is best, or the best one failed and is to be tried again.
         """
         with self._lock:
             known = self._keys.get(key_name, _NOWHERE)
