@@ -15,10 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from balancing.arrivals import Arrivals
@@ -26,6 +27,7 @@ from balancing.events import Outcome, Simulation
 from balancing.measured import CLASS, Measured, poisson, spaced, staged
 from balancing.policies import POLICIES, Rival
 from balancing.scenarios import Scenario
+from numpy.typing import NDArray
 from resilience import gone
 from rig import open_loop
 
@@ -41,25 +43,89 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shim"))
 
 from shim_cluster import ShimCluster
 
-__all__ = ["OWN", "ChosenRouter", "Live"]
+__all__ = ["NODES", "OWN", "THRESHOLD", "ChosenRouter", "Live", "Played"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
 
 OWN: Final = "own"
 NODES: Final = 5
 THRESHOLD: Final = 3
 THREADS: Final = 12
 """Requests of one client that are under way at a time; more wait for a thread, which their latency tells."""
-VERB, ALGORITHM = CLASS.split("/")
+ALGORITHM: Final = CLASS.partition("/")[2]
 PACE: Final = 1.5
 """From one request to the next where none is to wait, in times of service."""
 START_S: Final = 0.3
 """From the start of the threads to the first request."""
 
 
-class ChosenRouter(Router):
-    """The client's router, but a rival of the simulator chooses which of the nodes that are up is asked first."""
+class Notes:
+    """What the routers of a play are told: which node answered a thread last, in what service, and what failed when."""
 
-    def __init__(self, source: ClusterSource, *, client: int, rival: Rival, numbers: Mapping[str, int]) -> None:
+    def __init__(self) -> None:
+        self.missed_s: list[float] = []
+        self._last = threading.local()
+
+    def answered(self, node: str, service_us: int) -> None:
+        """By the thread that asked."""
+        self._last.answer = node, service_us
+
+    def take(self) -> tuple[str, int]:
+        """What answered this thread since it was asked for that; no node where the router was not told of each answer.
+
+        While one request follows another to the same node, it is told of many of them as one.
+        """
+        found: tuple[str, int] = self._last.__dict__.pop("answer", ("", 0))
+        return found
+
+
+class NotingRouter(Router):
+    """The client's router, which notes what it is told."""
+
+    def __init__(self, source: ClusterSource, *, notes: Notes) -> None:
         super().__init__(source)
+        self._notes = notes
+
+    def answered_direct(
+        self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
+    ) -> None:
+        """An answer by the shortest way."""
+        self._notes.answered(node, load.service_us)
+        super().answered_direct(node, key_name, request_class, load, elapsed_s, now_s)
+
+    def answered(
+        self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
+    ) -> None:
+        """An answer by another way."""
+        self._notes.answered(node, load.service_us)
+        super().answered(node, key_name, request_class, load, elapsed_us, now_s)
+
+    def failed(self, node: str, now_s: float) -> None:
+        """No answer."""
+        self._notes.missed_s.append(now_s)
+        super().failed(node, now_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Playing:
+    """What becomes of each request, by number."""
+
+    notes: Notes
+    arrivals: Arrivals
+    numbers: Mapping[str, int]
+    latency_s: FloatArray
+    service_s: FloatArray
+    node: IntArray
+
+
+class ChosenRouter(NotingRouter):
+    """The same, but a rival of the simulator chooses which of the nodes that are up is asked first."""
+
+    def __init__(
+        self, source: ClusterSource, *, notes: Notes, client: int, rival: Rival, numbers: Mapping[str, int]
+    ) -> None:
+        super().__init__(source, notes=notes)
         self._client, self._rival, self._numbers = client, rival, numbers
         self._before = threading.local()
         """What a thread's request was to go to that finds no connection there, and asks for another way."""
@@ -96,33 +162,18 @@ class ChosenRouter(Router):
         by_number = {self._numbers[state.name]: state for state in up}
         for number, state in by_number.items():
             own[number] = state.outstanding
-        return by_number[self._rival.choose(self._client, 0, 0, tuple(by_number), now_s)]
+        numbers = tuple(by_number)
+        alone = len(numbers) == 1
+        return by_number[numbers[0] if alone else self._rival.choose(self._client, 0, 0, numbers, now_s)]
 
 
-@dataclass(slots=True)
-class _Notes:
-    """What a play saw beside the latencies: each warm answer's node and service, and when a node was missed first."""
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of a play: latencies and nodes, service where it is known (NaN elsewhere), when a node was missed."""
 
-    served: list[tuple[str, int]] = field(default_factory=list)
-    missed_s: list[float] = field(default_factory=list)
-
-
-def _noting(notes: _Notes, make: Callable[[ClusterSource], Router], source: ClusterSource) -> Router:
-    """A router that tells what it is told."""
-    router = make(source)
-    answered, failed = router.answered_direct, router.failed
-
-    def answered_direct(node: str, key: str, kind: str, load: Load, elapsed_s: float, now_s: float) -> None:
-        notes.served.append((node, load.service_us))
-        answered(node, key, kind, load, elapsed_s, now_s)
-
-    def was_missed(node: str, now_s: float) -> None:
-        notes.missed_s.append(now_s)
-        failed(node, now_s)
-
-    router.answered_direct = answered_direct  # type: ignore[method-assign]
-    router.failed = was_missed  # type: ignore[method-assign]
-    return router
+    outcome: Outcome
+    service_s: FloatArray
+    missed_s: tuple[float, ...]
 
 
 class Live:
@@ -132,16 +183,15 @@ class Live:
         names = tuple(f"client{number}" for number in range(clients))
         self._stack = contextlib.ExitStack()
         try:
-            self.cluster: ShimCluster = self._stack.enter_context(
-                ShimCluster(
-                    nodes=NODES,
-                    threshold=THRESHOLD,
-                    path=folder / "kq",
-                    clients=names,
-                    rules=[PolicyRule(name, "*", ["*"]) for name in names],
-                    start_timeout_s=180.0,
-                )
+            self.cluster = ShimCluster(
+                nodes=NODES,
+                threshold=THRESHOLD,
+                path=folder / "kq",
+                clients=names,
+                rules=[PolicyRule(name, "*", ["*"]) for name in names],
+                start_timeout_s=180.0,
             )
+            self._stack.enter_context(self.cluster)
             self.kq: Engine = self._stack.enter_context(engine.connect(self.cluster.client_config))
             self.keys = tuple(f"key{number}" for number in range(keys))
             self._digest = hashlib.sha256(b"what is signed").digest()
@@ -177,21 +227,22 @@ class Live:
     # --- playing ---
 
     @contextlib.contextmanager
-    def clients(self, policy: str, simulation: Simulation, notes: _Notes) -> Iterator[list[Engine]]:
+    def clients(
+        self, policy: str, simulation: Simulation, numbers: Mapping[str, int], notes: Notes
+    ) -> Iterator[list[Engine]]:
         """Clients that choose by the policy, and know that every node has every key loaded."""
-        numbers = {node.spec.name: node.index for node in simulation.nodes}
-        made: Callable[[int], Callable[[ClusterSource], Router]]
+        made: list[Callable[[ClusterSource], Router]]
         if policy == OWN:
-            made = lambda client: Router  # noqa: E731
+            made = [partial(NotingRouter, notes=notes) for _ in self.cluster.clients]
         else:
             rival = POLICIES[policy](simulation)
             assert isinstance(rival, Rival)
-            made = lambda client: partial(ChosenRouter, client=client, rival=rival, numbers=numbers)  # noqa: E731
+            choosing = partial(ChosenRouter, notes=notes, rival=rival, numbers=numbers)
+            made = [partial(choosing, client=at) for at in range(len(self.cluster.clients))]
         with contextlib.ExitStack() as stack:
             engines = []
-            for client, name in enumerate(self.cluster.clients):
-                settings = load_settings(self.cluster.client_config_of(name))
-                settings = replace(settings, router=partial(_noting, notes, made(client)))
+            for router, name in zip(made, self.cluster.clients, strict=True):
+                settings = replace(load_settings(self.cluster.client_config_of(name)), router=router)
                 engines.append(stack.enter_context(engine.connect(settings)))
             for each in engines:
                 for key in self.keys:
@@ -199,39 +250,43 @@ class Live:
                         raise RuntimeError(f"{key} is not loaded everywhere")
             yield engines
 
-    def play(self, policy: str, scenario: Scenario, arrivals: Arrivals, seed: int) -> tuple[Outcome, _Notes]:
-        """One policy's outcome; a node that dies in the scenario is killed, and started again afterwards."""
-        notes = _Notes()
+    def play(self, policy: str, scenario: Scenario, arrivals: Arrivals, seed: int) -> Played:
+        """One policy; a node that dies in the scenario is killed, and started again afterwards."""
+        size, notes = len(arrivals), Notes()
+        numbers = {name: number for number, name in enumerate(self.cluster.nodes)}
         simulation = Simulation(scenario, seed, arrivals, self.cluster.cluster)
-        latency = np.full(len(arrivals), np.nan)
-        with self.clients(policy, simulation, notes) as engines:
+        playing = Playing(notes, arrivals, numbers, np.full(size, np.nan), np.full(size, np.nan), np.full(size, -1))
+        with self.clients(policy, simulation, numbers, notes) as engines, contextlib.ExitStack() as stack:
             gc.collect()
             start_s = time.monotonic() + START_S
+            loops = stack.enter_context(ThreadPoolExecutor(len(engines)))
             running = []
             for client, kq in enumerate(engines):
                 mine = np.flatnonzero(arrivals.client == client).tolist()
                 due = [(start_s + float(arrivals.time_s[at]), at) for at in mine]
-                act = partial(self._act, kq, arrivals, latency)
-                running.append(threading.Thread(target=open_loop, args=(due, act, THREADS)))
+                running.append(loops.submit(open_loop, due, partial(self._act, kq, playing), THREADS))
+            for flush in scenario.flushes:
+                time.sleep(max(0.0, start_s + flush.at_s - time.monotonic()))
+                self.kq.flush()
+            for death in scenario.deaths:
+                time.sleep(max(0.0, start_s + death.at_s - time.monotonic()))
+                stack.enter_context(gone(self.cluster, self.kq, self.cluster.nodes[death.node], "killed"))
             for each in running:
-                each.start()
-            with contextlib.ExitStack() as stack:
-                for flush in scenario.flushes:
-                    time.sleep(max(0.0, start_s + flush.at_s - time.monotonic()))
-                    self.kq.flush()
-                for death in scenario.deaths:
-                    time.sleep(max(0.0, start_s + death.at_s - time.monotonic()))
-                    stack.enter_context(gone(self.cluster, self.kq, self.cluster.nodes[death.node], "killed"))
-                for each in running:
-                    each.join()
-                notes.missed_s = [at - start_s for at in notes.missed_s]
-        nowhere = np.full(len(arrivals), -1)
-        return Outcome(scenario, arrivals, latency, nowhere, nowhere, nowhere, 0), notes
+                each.result()
+            missed_s = tuple(sorted(at - start_s for at in notes.missed_s))
+        answered = (~np.isnan(playing.latency_s)).astype(np.int64)
+        lost = int(size - answered.sum())
+        outcome = Outcome(scenario, arrivals, playing.latency_s, playing.node, answered, answered, lost)
+        return Played(outcome, playing.service_s, missed_s)
 
-    def _act(self, kq: Engine, arrivals: Arrivals, latency: Any, due_s: float, at: int) -> None:
+    def _act(self, kq: Engine, playing: Playing, due_s: float, at: int) -> None:
+        playing.notes.take()
         with contextlib.suppress(engine.EngineError):
-            self.use(kq, arrivals.names[arrivals.key[at]])
-            latency[at] = time.monotonic() - due_s
+            self.use(kq, playing.arrivals.names[playing.arrivals.key[at]])
+            playing.latency_s[at] = time.monotonic() - due_s
+            node, service_us = playing.notes.take()
+            if node:
+                playing.node[at], playing.service_s[at] = playing.numbers[node], service_us * 1e-6
 
     # --- measuring ---
 
@@ -267,15 +322,15 @@ class Live:
     def _measured(self, guess: Measured, seconds: int, every_s: float) -> Measured:
         scenario = self.staged("measuring", guess, seconds, min(1.0, seconds / 3))
         arrivals = spaced(scenario, self.cluster.cluster, self.keys, guess, every_s, 1)
-        outcome, notes = self.play("round robin", scenario, arrivals, 1)
-        service: dict[str, list[float]] = {name: [] for name in self.cluster.nodes}
-        for node, us in notes.served:
-            service[node].append(us * 1e-6)
-        means = {name: statistics.fmean(found) for name, found in service.items()}
-        noise = tuple(each / means[name] for name, found in service.items() for each in found)
-        # None waits for another one, so they end in the order in which they come.
-        beside = outcome.latency_s - np.array([us * 1e-6 for _, us in notes.served])
-        return Measured(means, noise, float(np.mean(beside[arrivals.time_s >= scenario.warmup_s])))
+        played = self.play("round robin", scenario, arrivals, 1)
+        node, service_s, latency_s = played.outcome.node, played.service_s, played.outcome.latency_s
+        means, noise = {}, []
+        for number, name in enumerate(self.cluster.nodes):
+            found = service_s[node == number]
+            means[name] = float(found.mean())
+            noise += (found / found.mean()).tolist()
+        counted = (arrivals.time_s >= scenario.warmup_s) & (node >= 0)
+        return Measured(means, tuple(noise), float((latency_s - service_s)[counted].mean()))
 
     def staged(self, name: str, measured: Measured, seconds: int, warmup_s: float) -> Scenario:
         """A scenario on this cluster."""

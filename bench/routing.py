@@ -8,12 +8,14 @@ same run. It prints a table and writes ``build/bench/routing.json``.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Final
@@ -57,12 +59,8 @@ BUSY_LOAD: Final = 0.6
 """The load of the busy rows, of what all nodes can do together. Round robin would bring the slow node more than twice
 what it can do."""
 KILL_LOAD: Final = 0.45
-KILLED_S: Final = 3.0
-WATCHED_S: Final = 2.0
-"""When a node dies, and how long after that its effect is looked for; what comes later is the settled state."""
 FLUSH_KEYS: Final = 4
 FLUSH_LOAD: Final = 0.2
-FLUSHED_S: Final = 2.5
 BATCH: Final = 100
 VERB, ALGORITHM = "encrypt", "aes-256-gcm"
 
@@ -72,21 +70,26 @@ Teller = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is played: seconds of a play, seeds, and rounds."""
+    """How much is played: seconds of a play, seeds, and rounds.
+
+    A node dies, or keys are forgotten, at ``happens_s``; its effect is looked for in ``watched_s``, and later is the
+    settled state.
+    """
 
     measured_s: int
     slowed_s: int
     killed_s: int
-    flushed_s: int
     warmup_s: float
+    happens_s: float
+    watched_s: float
     seeds: int
     kills: int
     decisions: int
     epochs: int
 
 
-FULL: Final = Scale(6, 10, 7, 4, 2.0, 3, 4, 200, 6)
-QUICK: Final = Scale(2, 3, 6, 4, 1.0, 1, 1, 10, 1)
+FULL: Final = Scale(6, 10, 7, 2.0, 3.0, 2.0, 3, 4, 200, 6)
+QUICK: Final = Scale(2, 2, 3, 0.5, 1.0, 1.0, 1, 1, 10, 1)
 FIRST_SEED: Final = 31
 
 
@@ -105,8 +108,7 @@ def decision_rows(scale: Scale) -> list[Row]:
     acts: dict[str, Callable[[], Callable[[], object]]] = {"floor": lambda: _Empty().call}
     acts["class"] = lambda: lambda: classify_request(VERB, ALGORITHM)
     for count in (5, 24):
-        acts[f"direct, {count}"] = lambda count=count: _direct(count)  # type: ignore[misc]
-        acts[f"ranked, {count}"] = lambda count=count: _ranked(count)  # type: ignore[misc]
+        acts |= {f"direct, {count}": partial(_direct, count), f"ranked, {count}": partial(_ranked, count)}
     found: dict[str, list[float]] = {name: [] for name in acts}
     for _ in range(scale.decisions):
         for name, make in acts.items():
@@ -162,7 +164,7 @@ def _ranked(count: int) -> Callable[[], object]:
 
 
 @dataclass(slots=True)
-class Played:
+class Scene:
     """Outcomes of one scenario by policy: on the cluster, and of the same requests in the simulator."""
 
     real: dict[str, list[Outcome]] = field(default_factory=dict)
@@ -172,11 +174,11 @@ class Played:
 
     def play(self, live: Live, policy: str, scenario: Scenario, arrivals: Arrivals, seed: int) -> Outcome:
         """On the cluster."""
-        outcome, notes = live.play(policy, scenario, arrivals, seed)
-        self.real.setdefault(policy, []).append(outcome)
+        played = live.play(policy, scenario, arrivals, seed)
+        self.real.setdefault(policy, []).append(played.outcome)
         for death in scenario.deaths:
-            self.noticed_s += sorted(max(0.0, at - death.at_s) for at in notes.missed_s)[:1]
-        return outcome
+            self.noticed_s += [max(0.0, at - death.at_s) for at in played.missed_s[:1]]
+        return played.outcome
 
     def simulate(self, live: Live, first_seed: int) -> None:
         """The same in the simulator; deaths are noticed after the time that it took."""
@@ -190,7 +192,7 @@ class Played:
                 self.simulated.setdefault(policy, []).append(outcome)
 
     def truth(self, name: str, *window: float) -> list[Row]:
-        """What the simulator says beside what was: the larger over the smaller of both, and the policies' order.
+        """What the simulator says beside what was, and pairs of policies that it puts in another order by mean or p99.
 
         It is of what arrives in the window (seconds), or after the warm-up.
         """
@@ -199,12 +201,12 @@ class Played:
         rows = []
         for what, found, must in (("mean", means, 1.15), ("p99", p99s, 1.3)):
             for policy, (real, simulated) in found.items():
-                told = f"simulator, {name}, {policy}: {what}, the larger / the smaller"
+                told = f"simulator, {name}, {policy}: {what}"
                 rows.append(_apart(told, real, simulated, "simulated", must))
         pairs = [pair for found in (means, p99s) for pair in combinations(found.values(), 2)]
         if pairs:
             wrong = float(sum((one[0] < other[0]) != (one[1] < other[1]) for one, other in pairs))
-            told = f"simulator, {name}: pairs of policies in another order, of {len(pairs)} by mean or p99"
+            told = f"simulator, {name}: pairs in another order, of {len(pairs)}"
             rows.append(row(told, [wrong], "pairs", target=Target(0.0)))
         return rows
 
@@ -218,10 +220,11 @@ class Played:
 
 def _latencies(outcomes: Sequence[Outcome], window: Sequence[float]) -> FloatArray:
     """A request without an answer took for ever."""
-    return np.nan_to_num(np.concatenate([each.window(*window) for each in outcomes]), nan=np.inf)
+    return np.asarray(np.nan_to_num(np.concatenate([each.window(*window) for each in outcomes]), nan=np.inf))
 
 
 def _apart(name: str, one: float, other: float, peer: str, must: float | None = None) -> Row:
+    """How far two figures are apart: the ratio is the larger's over the smaller's."""
     ratio = max(one, other) / min(one, other)
     met = None if must is None else ratio <= must
     return Row(name, round(one, 4), "ms", peer, round(other, 4), round(ratio, 4), must, None, met)
@@ -242,40 +245,40 @@ def slowed_rows(live: Live, measured: Measured, scale: Scale, tell: Teller) -> l
     for told, rate in rates.items():
         name = f"one token slowed {SLOWED:g}x{told}"
         scenario = live.staged(name, measured, scale.slowed_s, scale.warmup_s)
-        played, policies = Played(), PLAYED if not told else (OWN, TWO)
+        scene, policies = Scene(), PLAYED if not told else (OWN, TWO)
         seeds = range(FIRST_SEED, FIRST_SEED + (scale.seeds if not told else max(1, scale.seeds - 1)))
         for seed in seeds:
             arrivals = live.arrivals(scenario, measured, rate, seed)
             for policy in policies:
-                outcome = played.play(live, policy, scenario, arrivals, seed)
+                outcome = scene.play(live, policy, scenario, arrivals, seed)
                 tell(f"{name}, {rate:.0f}/s, seed {seed}, {policy}: {_told(outcome)}")
-        p99 = {policy: [p99_ms(each) for each in outcomes] for policy, outcomes in played.real.items()}
+        p99 = {policy: [p99_ms(each) for each in outcomes] for policy, outcomes in scene.real.items()}
         for policy, target in ((ROUND_ROBIN, Target(0.3, 0.2)), (TWO, Target(0.8, 0.6))):
             if policy in p99:
                 rows.append(row(f"{name}: p99 / {policy}", p99[OWN], "ms", policy, p99[policy], target))
         if not told:
-            rows += _floor_rows(live, played, measured, rate, tell)
-        played.simulate(live, FIRST_SEED)
-        rows += played.truth(name)
-        rows.append(_lost_row(name, played))
+            rows += _floor_rows(live, scene, measured, rate, tell)
+        scene.simulate(live, FIRST_SEED)
+        rows += scene.truth(name)
+        rows.append(_lost_row(name, scene))
     return rows
 
 
-def _floor_rows(live: Live, played: Played, measured: Measured, rate: float, tell: Teller) -> list[Row]:
+def _floor_rows(live: Live, scene: Scene, measured: Measured, rate: float, tell: Teller) -> list[Row]:
     """How much a play differs from itself: the first seed once more."""
     rows = []
     for policy in (OWN, ROUND_ROBIN):
-        before = played.real[policy][0]
-        again, _ = live.play(policy, before.scenario, before.arrivals, FIRST_SEED)
+        before = scene.real[policy][0]
+        again = live.play(policy, before.scenario, before.arrivals, FIRST_SEED).outcome
         tell(f"{before.scenario.name}, once more, {policy}: {_told(again)}")
         for what, of in (("mean", mean_ms), ("p99", p99_ms)):
-            told = f"noise, {policy}: {what} of the same play again, the larger / the smaller"
+            told = f"noise, {policy}: {what}, played twice"
             rows.append(_apart(told, of(before), of(again), "the second time"))
     return rows
 
 
-def _lost_row(name: str, played: Played) -> Row:
-    lost = [float(sum(np.isnan(each.latency_s).sum() for each in played.real[OWN]))]
+def _lost_row(name: str, scene: Scene) -> Row:
+    lost = [float(sum(np.isnan(each.latency_s).sum() for each in scene.real[OWN]))]
     return row(f"{name}: requests without an answer", lost, "requests", target=Target(0.0))
 
 
@@ -290,32 +293,32 @@ def killed_rows(live: Live, measured: Measured, scale: Scale, tell: Teller) -> l
     """How long p99 is above 1.5 times the settled one, all kills together, and the simulator."""
     live.slow()
     rate = KILL_LOAD * sum(1 / each for each in measured.service_s.values())
-    played = Played()
+    scene = Scene()
     for number in range(scale.kills):
         scenario = live.staged("node killed", measured, scale.killed_s, scale.warmup_s)
-        scenario = replace(scenario, deaths=(Death(number % NODES, KILLED_S),))
+        scenario = replace(scenario, deaths=(Death(number % NODES, scale.happens_s),))
         arrivals = live.arrivals(scenario, measured, rate, FIRST_SEED + number)
         # The rivals' half of it is enough to compare them by.
         for policy in PLAYED if number < (scale.kills + 1) // 2 else (OWN,):
-            outcome = played.play(live, policy, scenario, arrivals, FIRST_SEED + number)
+            outcome = scene.play(live, policy, scenario, arrivals, FIRST_SEED + number)
             tell(f"node killed, {rate:.0f}/s, seed {FIRST_SEED + number}, {policy}: {_told(outcome)}")
-    played.simulate(live, FIRST_SEED)
+    scene.simulate(live, FIRST_SEED)
+    found = {policy: [_recovered_s(outcomes, scale)] for policy, outcomes in scene.real.items()}
     rows = [
-        row("node killed: until p99 is within 1.5x of the settled one", [_recovered_s(played.real[OWN])], "s",
-            target=Target(1.0, 0.5)),
-        row("node killed: the same in the simulator", [_recovered_s(played.simulated[OWN])], "s"),
-        *(row(f"node killed: the same, {policy}", [_recovered_s(played.real[policy])], "s") for policy in PLAYED[1:]),
-        row("node killed: until the first client notices", [statistics.median(played.noticed_s or [0.0]) * 1e3], "ms"),
-        _lost_row("node killed", played),
-    ]  # fmt: skip
-    return rows + played.truth("node killed", KILLED_S, KILLED_S + WATCHED_S)
+        row("node killed: until p99 is within 1.5x of the settled one", found[OWN], "s", target=Target(1.0, 0.5)),
+        row("node killed: the same in the simulator", [_recovered_s(scene.simulated[OWN], scale)], "s"),
+        *(row(f"node killed: the same, {policy}", found[policy], "s") for policy in PLAYED[1:]),
+        row("node killed: until the first client notices", [statistics.median(scene.noticed_s or [0.0]) * 1e3], "ms"),
+        _lost_row("node killed", scene),
+    ]
+    return rows + scene.truth("node killed", scale.happens_s, scale.happens_s + scale.watched_s)
 
 
-def _recovered_s(outcomes: Sequence[Outcome]) -> float:
-    after_s = np.concatenate([each.arrivals.time_s - KILLED_S for each in outcomes])
+def _recovered_s(outcomes: Sequence[Outcome], scale: Scale) -> float:
+    after_s = np.concatenate([each.arrivals.time_s - scale.happens_s for each in outcomes])
     latency_ms = np.nan_to_num(np.concatenate([each.latency_s for each in outcomes]), nan=np.inf) * 1e3
-    settled = np.percentile(latency_ms[after_s >= WATCHED_S], 99)
-    return last_above_s(after_s, latency_ms, SETTLED * float(settled), WATCHED_S)
+    settled = np.percentile(latency_ms[after_s >= scale.watched_s], 99)
+    return last_above_s(after_s, latency_ms, SETTLED * float(settled), scale.watched_s)
 
 
 # --- keys that are loaded nowhere -------------------------------------------------------------------------------------
@@ -329,15 +332,16 @@ def flushed_rows(live: Live, measured: Measured, scale: Scale, tell: Teller) -> 
     """
     live.slow()
     rate = FLUSH_LOAD * sum(1 / each for each in measured.service_s.values())
-    played = Played()
+    window = scale.happens_s, scale.happens_s + 1.0
+    scene = Scene()
     for number in range(scale.kills):
         seed = FIRST_SEED + number
-        scenario = live.staged("keys flushed", measured, scale.flushed_s, scale.warmup_s)
-        scenario = replace(scenario, flushes=(Flush(FLUSHED_S),))
-        outcome = played.play(live, OWN, scenario, live.arrivals(scenario, measured, rate, seed, FLUSH_KEYS), seed)
-        tell(f"keys flushed, {rate:.0f}/s, seed {seed}: {_told(outcome, FLUSHED_S, FLUSHED_S + 1.0)} then")
-    played.simulate(live, FIRST_SEED)
-    return [*played.truth("keys flushed", FLUSHED_S, FLUSHED_S + 1.0), _lost_row("keys flushed", played)]
+        scenario = live.staged("keys flushed", measured, math.ceil(scale.happens_s + 1.0), scale.warmup_s)
+        scenario = replace(scenario, flushes=(Flush(scale.happens_s),))
+        outcome = scene.play(live, OWN, scenario, live.arrivals(scenario, measured, rate, seed, FLUSH_KEYS), seed)
+        tell(f"keys flushed, {rate:.0f}/s, seed {seed}: {_told(outcome, *window)} then")
+    scene.simulate(live, FIRST_SEED)
+    return [*scene.truth("keys flushed", *window), _lost_row("keys flushed", scene)]
 
 
 # --- a new epoch ------------------------------------------------------------------------------------------------------
