@@ -81,6 +81,11 @@ bench-balancer: ## measure forecast, programs, ticks and simulated routing besid
 	@.ci/setup test,bench
 	@$(BIN)/python bench/control_loop.py $(BENCH_ARGS)
 
+.PHONY: bench-routing
+bench-routing: ## slow tokens and kill nodes beside rivals, on a real cluster and in the simulator (5 minutes); build/bench/routing.json
+	@.ci/setup test,bench
+	@$(BIN)/python bench/routing.py $(BENCH_ARGS)
+
 .PHONY: stages
 stages: ## say where the time of a warm AES-GCM goes, in client and node (BENCH_ARGS="--flame flame.svg --markdown")
 	@.ci/setup test,bench

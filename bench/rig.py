@@ -17,11 +17,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import pkcs11
 import zmq
@@ -50,6 +51,8 @@ CLIENTS: Final = 8
 P11_CLIENT: Final = ("/usr/lib/{}-linux-gnu/pkcs11/p11-kit-client.so", "/usr/lib64/pkcs11/p11-kit-client.so")
 TICKS: Final = os.sysconf("SC_CLK_TCK")
 START_S: Final = 30.0
+
+T = TypeVar("T")
 
 
 class MissingPeer(Exception):
@@ -219,6 +222,49 @@ def percentile(values: Iterable[float], share: float) -> float:
     """The value below which ``share`` of them are, by the nearest rank."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+# --- many at a time ---------------------------------------------------------------------------------------------------
+
+
+def in_threads(run: Callable[[int], None], count: int) -> None:
+    """Run in so many threads, this one among them, and raise the first failure of any."""
+    failures: list[Exception] = []
+
+    def guarded(index: int) -> None:
+        try:
+            run(index)
+        except Exception as error:
+            failures.append(error)
+
+    gc.collect()
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(1, count)]
+    for thread in threads:
+        thread.start()
+    guarded(0)
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def open_loop(due: Iterable[tuple[float, T]], act: Callable[[float, T], None], threads: int) -> None:
+    """Do each at its monotonic time, in order, or as soon after that as one of the threads is free."""
+    order = iter(due)
+    lock = threading.Lock()
+
+    def run(_: int) -> None:
+        while True:
+            with lock:
+                each = next(order, None)
+            if each is None:
+                return
+            ahead = each[0] - time.monotonic()
+            if ahead > 0:
+                time.sleep(ahead)
+            act(*each)
+
+    in_threads(run, threads)
 
 
 # --- the peers --------------------------------------------------------------------------------------------------------

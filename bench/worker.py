@@ -7,17 +7,15 @@ free for it. It knows no target.
 
 from __future__ import annotations
 
-import gc
 import json
 import random
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from rig import DATA, DIGEST, Uses, p11_uses
+from rig import DATA, DIGEST, Uses, in_threads, open_loop, p11_uses
 
 import engine
 
@@ -75,7 +73,7 @@ class Worker:
                 count += 1
             done[index] = count
 
-        _in_threads(run, threads)
+        in_threads(run, threads)
         return {"operations": sum(done), "seconds": time.monotonic() - start}
 
     def open(
@@ -88,24 +86,13 @@ class Worker:
         while at < start + seconds:
             due.append((at, draw.random() < rsa_share))
             at += draw.expovariate(rate)
-        order = iter(due)
-        lock = threading.Lock()
         taken: dict[bool, list[float]] = {False: [], True: []}
 
-        def run(index: int) -> None:
-            while True:
-                with lock:
-                    each = next(order, None)
-                if each is None:
-                    return
-                at, is_rsa = each
-                ahead = at - time.monotonic()
-                if ahead > 0:
-                    time.sleep(ahead)
-                self._acts["rsa" if is_rsa else "gcm"]()
-                taken[is_rsa].append((time.monotonic() - at) * 1e6)
+        def act(at: float, is_rsa: bool) -> None:
+            self._acts["rsa" if is_rsa else "gcm"]()
+            taken[is_rsa].append((time.monotonic() - at) * 1e6)
 
-        _in_threads(run, threads)
+        open_loop(due, act, threads)
         return {"gcm": [round(each, 1) for each in taken[False]], "rsa": [round(each, 1) for each in taken[True]]}
 
     def bulk(self, *, operations: int, **_: Any) -> dict[str, Any]:
@@ -115,27 +102,6 @@ class Worker:
             count = min(BULK, operations - first)
             assert len(self._kq.encrypt_many("gcm", [DATA] * count)) == count
         return {"operations": operations, "seconds": time.monotonic() - begun}
-
-
-def _in_threads(run: Callable[[int], None], count: int) -> None:
-    """Run in so many threads, and raise the first failure of any."""
-    failures: list[Exception] = []
-
-    def guarded(index: int) -> None:
-        try:
-            run(index)
-        except Exception as error:
-            failures.append(error)
-
-    gc.collect()
-    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(1, count)]
-    for thread in threads:
-        thread.start()
-    guarded(0)
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
 
 
 def main() -> None:

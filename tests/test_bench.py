@@ -5,6 +5,7 @@ What they measure here means nothing: the machine is busy with the other tests.
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,33 @@ def test_two_nodes_on_one_token_are_measured_beside_one(tmp_path: Path, monkeypa
     rows = rows_of(output)
     assert [row["name"].partition(": ")[2] for row in rows] == ["ECDSA", "RSA-2048", "AES-GCM 1 KiB"]
     assert all(row["peer_value"] > 0 and row["ratio"] > 0 and row["met"] is None for row in rows)
+    assert programs_of(str(tmp_path)) == []
+
+
+def test_routing_is_measured_on_a_real_cluster_and_in_the_simulator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each target has its row, nothing was lost on the cluster, and what is compared has a peer."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    output = tmp_path / "rows.json"
+    done = run("routing.py", "--quick", "--output", output)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["name"]: row for row in rows_of(output)}
+    for name, must, stretch in (
+        ("routing decision, 5 combiners", 3, 1.5),
+        ("routing decision, 24 combiners", 5, 3),
+        ("one token slowed 5x: p99 / round robin", 0.3, 0.2),
+        ("one token slowed 5x: p99 / two choices, own", 0.8, 0.6),
+        ("node killed: until p99 is within 1.5x of the settled one", 1, 0.5),
+        ("first requests after an epoch change: mean, prewarmed / not", 0.5, 0.3),
+    ):
+        assert (rows[name]["target"], rows[name]["stretch"]) == (must, stretch)
+    told = [row for row in rows.values() if row["peer"] == "simulated"]
+    policies = 3 + 2 + 3 + 1
+    assert [row["target"] for row in told].count(1.15) == [row["target"] for row in told].count(1.3) == policies
+    assert all(0 < row["value"] < math.inf and row["peer_value"] > 0 and row["ratio"] >= 1 for row in told)
+    assert sum("in another order" in name for name in rows) == 3
+    assert [row["value"] for name, row in rows.items() if "without an answer" in name] == [0] * 4
     assert programs_of(str(tmp_path)) == []
 
 

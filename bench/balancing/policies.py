@@ -92,7 +92,7 @@ class Own:
 
 
 class Rival(ABC):
-    """What the rivals have in common: own requests under way by (client, node), and nodes that are known to be down."""
+    """What the rivals have in common: own requests under way, and nodes that are known to be down."""
 
     hears = False
 
@@ -101,19 +101,20 @@ class Rival(ABC):
         self._nodes = simulation.nodes
         self._random = Random(f"{simulation.seed}/rival")
         clients, nodes = len(simulation.scenario.crowd.zones), len(self._nodes)
-        self._own = [[0] * nodes for _ in range(clients)]
+        self.own = [[0] * nodes for _ in range(clients)]
+        """Requests under way by client and node."""
         self._down = [[False] * nodes for _ in range(clients)]
 
     def pick(self, client: int, kind: int, key: int, holders: tuple[int, ...], now_s: float) -> int:
         """A choice among those that are up, if there are any."""
         down = self._down[client]
         up = tuple(at for at in holders if not down[at]) or holders
-        chosen = self._choose(client, kind, key, up, now_s) if len(up) > 1 else up[0]
-        self._own[client][chosen] += 1
+        chosen = self.choose(client, kind, key, up, now_s) if len(up) > 1 else up[0]
+        self.own[client][chosen] += 1
         return chosen
 
     @abstractmethod
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         """Which of the nodes, of which there are several; each rival has its own way."""
 
     def _two(self, up: tuple[int, ...]) -> tuple[int, int]:
@@ -125,11 +126,11 @@ class Rival(ABC):
         self, client: int, node: int, kind: int, key: int, queue: int, service_s: float, elapsed_s: float, now_s: float
     ) -> None:
         """One less is under way."""
-        self._own[client][node] -= 1
+        self.own[client][node] -= 1
 
     def lost(self, client: int, node: int, now_s: float) -> None:
         """It is not asked until it is back."""
-        self._own[client][node] -= 1
+        self.own[client][node] -= 1
         self._down[client][node] = True
 
     def back(self, client: int, node: int, now_s: float) -> None:
@@ -150,7 +151,7 @@ class RoundRobin(Rival):
         super().__init__(simulation)
         self._turn: dict[tuple[int, tuple[int, ...]], int] = {}
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         turn = self._turn.get((client, up), client)
         self._turn[client, up] = turn + 1
         return up[turn % len(up)]
@@ -159,15 +160,15 @@ class RoundRobin(Rival):
 class Uniform(Rival):
     """Any of them."""
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         return up[int(self._random.random() * len(up))]
 
 
 class LeastOwn(Rival):
     """Fewest of the client's own requests under way."""
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
-        own, random = self._own[client], self._random.random
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+        own, random = self.own[client], self._random.random
         return min(up, key=lambda at: (own[at], random()))
 
 
@@ -178,13 +179,13 @@ class LeastStale(Rival):
         super().__init__(simulation)
         self._second = -1
         self._told = [0] * len(self._nodes)
-        self._since = [[0] * len(self._nodes) for _ in self._own]
+        self._since = [[0] * len(self._nodes) for _ in self.own]
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         if int(now_s) != self._second:
             self._second = int(now_s)
             self._told = [node.pending for node in self._nodes]
-            self._since = [[0] * len(self._nodes) for _ in self._own]
+            self._since = [[0] * len(self._nodes) for _ in self.own]
         told, since, random = self._told, self._since[client], self._random.random
         chosen = min(up, key=lambda at: (told[at] + since[at], random()))
         since[chosen] += 1
@@ -198,24 +199,24 @@ class LeastPerfect(Rival):
         super().__init__(simulation)
         self._all = [0] * len(self._nodes)
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
-        own, random = self._own, self._random.random
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+        own, random = self.own, self._random.random
         return min(up, key=lambda at: (sum(line[at] for line in own), random()))
 
 
 class TwoOwn(Rival):
     """Of two at random, the one with fewer own requests under way (Mitzenmacher 2001)."""
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         first, second = self._two(up)
-        own = self._own[client]
+        own = self.own[client]
         return first if own[first] <= own[second] else second
 
 
 class TwoFresh(Rival):
     """Of two at random, the one with fewer requests in it at this moment: a probe that costs nothing."""
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         first, second = self._two(up)
         return first if self._nodes[first].pending <= self._nodes[second].pending else second
 
@@ -230,19 +231,19 @@ class PeakEwma(Rival):
 
     def __init__(self, simulation: Simulation) -> None:
         super().__init__(simulation)
-        self._cost = [[0.0] * len(self._nodes) for _ in self._own]
-        self._stamp = [[0.0] * len(self._nodes) for _ in self._own]
+        self._cost = [[0.0] * len(self._nodes) for _ in self.own]
+        self._stamp = [[0.0] * len(self._nodes) for _ in self.own]
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         first, second = self._two(up)
-        own, cost = self._own[client], self._cost[client]
+        own, cost = self.own[client], self._cost[client]
         return first if cost[first] * (own[first] + 1) <= cost[second] * (own[second] + 1) else second
 
     def reply(
         self, client: int, node: int, kind: int, key: int, queue: int, service_s: float, elapsed_s: float, now_s: float
     ) -> None:
         """A sample of the latency."""
-        self._own[client][node] -= 1
+        self.own[client][node] -= 1
         cost = self._cost[client]
         if elapsed_s > cost[node]:
             cost[node] = elapsed_s
@@ -255,7 +256,7 @@ class PeakEwma(Rival):
 class Perfect(Rival):
     """Least expected completion by perfect knowledge: every request in a node and on its way, and every mean time."""
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         service, delay = self._simulation.service_s[kind], self._simulation.delay_s[client]
         site = self._simulation.scenario.site
         best, least = up[0], math.inf
@@ -283,7 +284,7 @@ class Weighted(Rival):
         """There is a new split."""
         self._drawn = {}
 
-    def _choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
+    def choose(self, client: int, kind: int, key: int, up: tuple[int, ...], now_s: float) -> int:
         sums = self._drawn.get((kind, up))
         if sums is None:
             weights = self._simulation.weights[kind]

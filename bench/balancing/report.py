@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from figures import Row
+from numpy.typing import NDArray
 
 from balancing.events import Outcome
 
-__all__ = ["Target", "mean_ms", "p99_ms", "recovered_s", "row"]
+__all__ = ["SETTLED", "Target", "last_above_s", "mean_ms", "p99_ms", "recovered_s", "row"]
+
+FloatArray = NDArray[np.float64]
 
 BIN_S = 0.1
 SETTLED = 1.5
@@ -66,14 +69,19 @@ def p99_ms(outcome: Outcome, begin_s: float = -1.0, end_s: float = float("inf"))
 
 
 def recovered_s(outcome: Outcome, death_s: float, within_s: float, settled: tuple[float, float]) -> float:
-    """How long after a death the p99 of what arrives in a tenth of a second is more than 1.5 times the settled one.
+    """How long after a death the p99 of what arrives in a tenth of a second is more than 1.5 times the settled one."""
+    limit_ms = SETTLED * p99_ms(outcome, *settled)
+    return last_above_s(outcome.arrivals.time_s - death_s, outcome.latency_s * 1e3, limit_ms, within_s)
 
-    It is the end of the last such tenth in the time that is looked at; 0 if there is none.
+
+def last_above_s(after_s: FloatArray, latency_ms: FloatArray, limit_ms: float, within_s: float) -> float:
+    """The end of the last tenth of a second, in the time that is looked at, whose p99 is above a limit; 0 if none is.
+
+    ``after_s`` says when each request arrived.
     """
-    limit = SETTLED * p99_ms(outcome, *settled)
     last = 0.0
     for at in range(round(within_s / BIN_S)):
-        begin = death_s + at * BIN_S
-        if p99_ms(outcome, begin, begin + BIN_S) > limit:
+        within = latency_ms[(after_s >= at * BIN_S) & (after_s < (at + 1) * BIN_S)]
+        if len(within) and np.percentile(within, 99) > limit_ms:
             last = (at + 1) * BIN_S
     return last

@@ -226,6 +226,23 @@ def test_without_a_cap_no_node_rests() -> None:
     assert alone.order(NODES, 10.0, CLASS) == NODES
 
 
+def test_a_node_whose_time_is_over_keeps_nobody_from_the_shortest_way_unless_it_is_best() -> None:
+    """It has nothing loaded any more, so that the others come first until they are busy."""
+    router = a_router(table())
+    for node in ("n1", "n2"):
+        answered(router, node, service=100)
+    router.failed("n1", 0.0)
+    later = DOWN_S + 0.01
+    eligible = ("n1", "n2")
+    direct = router.begin_direct(CLASS, "k", eligible, later)
+    assert direct is not None
+    assert direct[0] == "n2"
+    router.dropped("n2")
+    answered(router, "n2", queue=int(COLD_CHARGE_US), now=later, service=100)
+    assert router.begin_direct(CLASS, "k", eligible, later) is None
+    assert best(router, later, eligible) == "n1"
+
+
 def test_an_answer_ends_the_time_of_a_failure() -> None:
     router = a_router(table())
     router.failed("n1", 10.0)

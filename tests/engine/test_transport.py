@@ -256,6 +256,34 @@ def test_a_listener_that_goes_away_ends_the_request_at_once(world: World, channe
     assert [type(arrival.error) for arrival in ended] == [NodeUnavailable]
 
 
+def test_a_peer_that_has_gone_keeps_no_request_waiting(
+    world: World, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the first one after that nor a later one waits for libzmq's next try: there is none to wait for."""
+    monkeypatch.setattr("engine.client.transport.CONNECT_TIMEOUT_S", 600.0)
+    monkeypatch.setattr("engine.client.transport.REDIAL_TIMEOUT_S", 600.0)
+    node = Node(world.node, world.cluster)
+    assert ask(channel, "n1", "flush", Flush(""), 600.0).dropped == 3
+    node.stop()
+    failed: list[Exception] = []
+
+    def knock() -> None:
+        for _ in range(3):
+            try:
+                channel.call("n1", "flush", FLUSH, 600.0)
+            except NodeUnavailable as error:
+                failed.append(error)
+            channel.poll(0.05)
+
+    beside = threading.Thread(target=knock, daemon=True)
+    beside.start()
+    beside.join(60)
+    assert len(failed) == 3, "a request waits for a peer that is not there"
+    node.start()
+    assert ask(channel, "n1", "flush", Flush(""), 60.0).dropped == 3
+    node.stop()
+
+
 def test_a_restart_while_idle_does_not_fail_the_next_request(world: World, channel: Channel) -> None:
     """The old disconnection is still unread then."""
     node = Node(world.node, world.cluster)

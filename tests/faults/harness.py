@@ -26,7 +26,6 @@ import zmq
 from proxy import Network
 
 import engine
-from engine import LocalCluster
 from engine.client.config import load_cluster, load_identity, write_toml
 from engine.client.local import _free_port
 from engine.client.transport import Channel, ask
@@ -34,7 +33,7 @@ from engine.protocol.grant import issue_grant
 from engine.protocol.manifest import open_key_manifest
 from engine.protocol.requests import BalancerStatus, Describe, ShareRelease
 from engine.sharing import Share, check_value, reconstruct_key
-from pkcs11_shim import Shim
+from shim_cluster import ShimCluster
 
 BALANCER = "balancer"
 NODES = 5
@@ -68,14 +67,13 @@ class Sick(Exception):
     """The cluster could not be made whole."""
 
 
-class FaultCluster(LocalCluster):
+class FaultCluster(ShimCluster):
     """Five nodes, 3-of-5, each with a shim before its token; with ``network`` all traffic goes through proxies."""
 
     def __init__(
         self, path: Path, network: Network | None = None, nodes: int = NODES, threshold: int = THRESHOLD
     ) -> None:
         self.network = network
-        self.shims: dict[str, Shim] = {}
         self.environments: dict[str, dict[str, str]] = {}
         super().__init__(
             nodes=nodes,
@@ -106,13 +104,6 @@ class FaultCluster(LocalCluster):
             for port in (port_in(end) for end in ends.values() if end):
                 self.network.listen(member.name, port, behind[port])
 
-    def _write_node(self, name: str, pin: str, owner: str) -> None:
-        super()._write_node(name, pin, owner)
-        self.shims[name] = Shim(self.path / "shims" / name)
-        config = self.config_file(name)
-        token = tomllib.loads(config.read_text())["token"] | {"module": str(self.shims[name].library)}
-        change_toml(config, token=token)
-
     def config_file(self, node: str) -> Path:
         return self.path / "nodes" / node / "node.toml"
 
@@ -123,8 +114,6 @@ class FaultCluster(LocalCluster):
 
     def close(self) -> None:
         super().close()
-        for shim in self.shims.values():
-            shim.close()
         if self.network is not None:
             self.network.forget()
 

@@ -89,6 +89,8 @@ class ClientSettings:
 
     file: Path | None = None
     """The identity's file, which is read again when its CURVE key changes."""
+    router: Callable[[ClusterSource], Router] = Router
+    """What chooses the node for each request, by the newest manifest."""
 
     @property
     def cluster(self) -> Cluster:
@@ -128,7 +130,7 @@ def make_calls(settings: ClientSettings) -> Calls:
     return Calls(
         settings.source,
         settings.identity.signing,
-        Router(settings.source),
+        settings.router(settings.source),
         clock=time.monotonic,
         now_ms=lambda: time.time_ns() // 1_000_000,
         random_bytes=os.urandom,

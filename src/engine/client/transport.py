@@ -256,6 +256,8 @@ class _Connection:
     first: bool = False
     ahead: bool = False
     """Dialled before it was needed, and never up yet."""
+    lost: bool = False
+    """It broke, or nobody listened where it was to lead: libzmq may be waiting for its next try."""
     pending: set[int] = field(default_factory=set)
 
 
@@ -380,17 +382,16 @@ class Channel:
     def _connected(self, peer: str, timeout_s: float) -> _Connection:
         connection = self._of_today(peer)
         if not connection.pending and int(connection.monitor.get(zmq.EVENTS)) & zmq.POLLIN:
-            # What broke while nothing was under way must not end the request that is sent now. Another socket dials at
-            # once, while this one may be waiting for its next try.
-            was_up = connection.up
+            # What broke while nothing was under way must not end the request that is sent now.
             self._read_monitor(connection.monitor)
-            if was_up and not (connection.up or connection.refused):
-                connection = self._reopen(peer)
         if connection.ahead and not (connection.up or connection.refused):
             # It may serve by now, and libzmq wait for its next try. Who is not there ends another one at once.
             self._drop(peer)
             connection = self._open(peer, first=True)
-        if not (connection.up or connection.pending) and time.monotonic() - connection.down_s > REOPEN_S:
+        if not (connection.up or connection.pending) and (
+            # Another socket dials at once, and tells as soon if nobody listens.
+            (connection.lost and not connection.refused) or time.monotonic() - connection.down_s > REOPEN_S
+        ):
             connection = self._reopen(peer)
         if not connection.up:
             dialling_s = time.monotonic() - connection.opened_s
@@ -482,6 +483,7 @@ class Channel:
         old = connection.monitor
         peer = self._by_monitor.pop(old)
         connection.monitor = watch(self._context, connection.socket, EVENTS)
+        connection.lost = connection.lost or connection.unreachable
         connection.first = connection.unreachable = False
         self._by_monitor[connection.monitor] = peer
         self._poller.unregister(old)
@@ -530,7 +532,8 @@ class Channel:
         while monitor.poll(0):
             event = parse_monitor_message(monitor.recv_multipart())["event"]
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                connection.up, connection.refused, connection.ahead = True, False, False
+                connection.up, connection.refused = True, False
+                connection.ahead = connection.lost = False
                 self._came_up(peer)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 connection.refused, connection.up = True, False
@@ -538,7 +541,7 @@ class Channel:
                 connection.unreachable = True
             elif event == zmq.EVENT_DISCONNECTED:
                 if connection.up:
-                    connection.down_s = time.monotonic()
+                    connection.down_s, connection.lost = time.monotonic(), True
                 connection.up = False
                 connection.greeting.lost()
                 for token in list(connection.pending):

@@ -78,4 +78,4 @@ def best(
     now_s: float,
     told_us: Callable[[NodeState, str], float],
 ) -> NodeState | None:
-    """The node of the least score; None if one that failed is due to be tried again, or none is up."""
+    """The node of the least score; None if that is one that failed and is to be tried again, or none is up."""

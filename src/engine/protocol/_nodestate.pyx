@@ -106,15 +106,13 @@ def score(NodeState state not None, str request_class not None, set loaded not N
 
 
 def best(tuple states not None, str request_class not None, set loaded not None, double cold_us, double now_s, told_us):
-    """The node of the least score; None if one that failed is due to be tried again, or none is up."""
+    """The node of the least score; None if that is one that failed and is to be tried again, or none is up."""
     cdef NodeState state, found = None
     cdef double least = FAR, this
     for state in states:
-        if state.down_for_s:
-            if state.down_until_s <= now_s:
-                return None
+        if state.down_until_s > now_s:
             continue
         this = scored(state, request_class, loaded, cold_us, now_s, told_us, least)
         if this < least:
             found, least = state, this
-    return found
+    return None if found is not None and found.down_for_s else found

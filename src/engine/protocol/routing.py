@@ -151,7 +151,7 @@ class Router(FollowsCluster):
     ) -> tuple[str, float, NodeState] | None:
         """Count a request to the best node that has the key loaded: the node, its patience in seconds, and its state.
 
-        None where another way is to be taken: no such node is best, or one that failed is due to be tried again.
+        None where another way is to be taken: no such node is best, or the best one failed and is to be tried again.
         """
         with self._lock:
             known = self._keys.get(key_name, _NOWHERE)
@@ -323,7 +323,7 @@ class Router(FollowsCluster):
         usual_s = PATIENCE_TIMES * (pace.mean_s + 4 * pace.deviation_s)
         if state.probing:
             return min(max(usual_s, PROBE_PATIENCE_MIN_S), PROBE_PATIENCE_S)
-        return min(max(usual_s, PATIENCE_MIN_S), PATIENCE_MAX_S)
+        return PATIENCE_MIN_S if usual_s < PATIENCE_MIN_S else min(usual_s, PATIENCE_MAX_S)
 
     def is_loaded(self, key_name: str, node: str) -> bool:
         """Whether the node's last reply said that it has the key loaded."""
@@ -410,8 +410,10 @@ class Router(FollowsCluster):
         return view
 
     def _cold_charge_us(self, known: _Known) -> float:
-        charge = min(max(self._cold_us - self._warm_us, 0.0), COLD_CHARGE_MAX_US)
-        return charge / (1.0 + COLD_PART * known.uses)
+        charge = self._cold_us - self._warm_us
+        if charge <= 0.0:  # comparisons, since each warm use comes along here, and min and max are calls
+            return 0.0
+        return (charge if charge < COLD_CHARGE_MAX_US else COLD_CHARGE_MAX_US) / (1.0 + COLD_PART * known.uses)
 
     def _told_us(self, state: NodeState, request_class: str) -> float:
         """A class's service time by the table, or else a first guess."""
