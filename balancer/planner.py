@@ -16,8 +16,7 @@ from balancer.forecast import Forecast
 from balancer.history import HistorySnapshot
 from balancer.optimizer import PlacementSolver, SolverError
 from balancer.placement import Infeasible, Placement, PlacementProblem, holders_wanted
-from balancer.plan import CAPACITY, service_times
-from balancer.program import FloatArray
+from balancer.plan import CAPACITY, load_ahead, service_times
 from engine.protocol.manifest import Cluster
 
 __all__ = ["Plan", "Planner", "placement_problem"]
@@ -25,8 +24,6 @@ __all__ = ["Plan", "Planner", "placement_problem"]
 SOLVER_S = 5.0
 MOVED_PART = 0.05
 """The part of the shares that one plan may move."""
-COUNTED = 2
-"""So many ticks tell what is asked for just now: one alone is noisy, more are late."""
 
 log = structlog.get_logger()
 
@@ -40,19 +37,15 @@ def placement_problem(
 ) -> tuple[PlacementProblem, tuple[int, ...]] | None:
     """What is to be placed, and the groups by row; None where no warm group is known.
 
-    The load is the highest P90 within both horizons: a move takes time, and is for what is to come. It is no less than
-    what was counted last, which a forecast follows some ticks behind where nobody could foresee it. Groups that are not
-    warm stay where they are; what they need is evenly spread.
+    The load is that of ``load_ahead``: a move takes time, and is for what is to come. Groups that are not warm stay
+    where they are; what they need is evenly spread.
     """
     of_pair = [(row, at, group) for at, (row, group) in enumerate(history.pairs) if group in places]
     groups = tuple(sorted({group for _, _, group in of_pair}))
     if not groups:
         return None
     number = {group: index for index, group in enumerate(groups)}
-    high = _highest(forecast.pair_outlook.p90, None if forecast.slow_pairs is None else forecast.slow_pairs.p90)
-    high = np.maximum(high, _counted(history.pair_counts, history.tick_ms))
-    whole = _highest(forecast.outlook.p90, None if forecast.slow is None else forecast.slow.p90)
-    whole = np.maximum(whole, _counted(history.counts, history.tick_ms))
+    high, whole = load_ahead(history, forecast)
     load = np.zeros((len(groups), len(history.classes)))
     for row, at, group in of_pair:
         load[number[group], row] += high[at]
@@ -88,19 +81,6 @@ def placement_problem(
         ),
         groups,
     )
-
-
-def _highest(ticks: FloatArray, minutes: FloatArray | None) -> FloatArray:
-    both = ticks if minutes is None else np.concatenate([ticks, minutes], axis=1)
-    return np.asarray(both.max(axis=1, initial=0.0))
-
-
-def _counted(counts: FloatArray, tick_ms: int) -> FloatArray:
-    """Requests per second over the newest ticks (ticks, series); 0 if no node was heard in one of them."""
-    newest = counts[-COUNTED:]
-    if not len(newest) or not np.isfinite(newest).all():
-        return np.zeros(counts.shape[1])
-    return np.asarray(newest.mean(axis=0) * 1000 / tick_ms)
 
 
 def _numbers(labels: Sequence[tuple[str, ...]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
