@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import structlog
@@ -90,11 +91,31 @@ def _numbers(labels: Sequence[tuple[str, ...]]) -> np.ndarray[tuple[int], np.dty
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The last good plan: its groups by row, and what was decided. ``text`` tells an operator, errors included."""
+    """The last good plan: its groups by row, its nodes by index, and what was decided.
+
+    ``text`` tells an operator, errors included.
+    """
 
     groups: tuple[int, ...] = ()
     placement: Placement | None = None
     text: str = "no plan yet"
+    nodes: tuple[str, ...] = ()
+
+    def moves(self, members: Collection[str], most: int) -> list[tuple[int, str, bool]]:
+        """The first ``most`` steps in their order, as (group, node, whether it is to hold it).
+
+        A group's steps, which belong together, are all there or none: none, if one of its nodes is no member any more.
+        """
+        found: list[tuple[int, str, bool]] = []
+        if self.placement is None or not self.nodes:
+            return found
+        for row, steps in groupby(self.placement.steps, key=lambda step: step.group):
+            told = [(self.groups[row], self.nodes[step.node], step.add) for step in steps]
+            if len(found) + len(told) > most:
+                break
+            if all(node in members for _, node, _ in told):
+                found += told
+        return found
 
 
 class Planner:
@@ -120,32 +141,34 @@ class Planner:
         if self._running is not None and not self._running.done():
             return
         ask = partial(placement_problem, history, forecast, cluster, dict(places), shape)
-        self._running = self._pool.submit(self._look, ask, self._clock())
+        self._running = self._pool.submit(self._look, ask, history.nodes, self._clock())
 
     def stop(self) -> None:
         """End, after the plan under way."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _look(self, ask: Callable[[], tuple[PlacementProblem, tuple[int, ...]] | None], now_s: float) -> None:
+    def _look(
+        self, ask: Callable[[], tuple[PlacementProblem, tuple[int, ...]] | None], nodes: tuple[str, ...], now_s: float
+    ) -> None:
         last = self.plan
         try:
             asked = ask()
             if asked is None:
                 self.plan = Plan(text="no warm placement group")
             elif self._agenda.due(*asked, now_s):
-                self.plan = self._made(*asked)
+                self.plan = self._made(*asked, nodes)
         except (Infeasible, SolverError) as error:
-            self.plan = Plan(last.groups, last.placement, str(error))
+            self.plan = replace(last, text=str(error))
         except Exception as error:  # whatever it is, the last good plan stays
-            self.plan = Plan(last.groups, last.placement, f"{type(error).__name__}: {error}")
+            self.plan = replace(last, text=f"{type(error).__name__}: {error}")
             if self.plan.text != last.text:
                 log.error("no placement", exc_info=True)
         if self.plan.text != last.text:
             log.info("placement", plan=self.plan.text)
 
-    def _made(self, problem: PlacementProblem, groups: tuple[int, ...]) -> Plan:
+    def _made(self, problem: PlacementProblem, groups: tuple[int, ...], nodes: tuple[str, ...]) -> Plan:
         made = self._solver.solve(problem, SOLVER_S)
-        return Plan(groups, made, _told(made, len(groups)))
+        return Plan(groups, made, _told(made, len(groups)), nodes)
 
 
 def _told(made: Placement, groups: int) -> str:
