@@ -42,8 +42,12 @@ POPULAR_MAX = 64
 """The most popular keys that are loaded again at a node which lost what it had."""
 POPULAR_SEEN = 4_096
 """So many of the newest used keys may be popular."""
-HELD_S = 10.0
-"""How long popular keys keep away from a node that lost them, until something is heard of it."""
+HELD_S = 60.0
+HELD_UNHEARD_S = 10.0
+"""How long popular keys keep away from a node that lost them, if nothing is heard of it: the latter is for a node of
+which no publications come, so that requests have to try how it is."""
+MISSED_S = 5.0
+"""A node that said so long ago, or less, that it has a key no more had it until a new epoch came."""
 PROBE_S = 1.0
 """How long one request that tries such a node again keeps others from it."""
 PATIENCE_MIN_S = 0.25
@@ -87,7 +91,7 @@ _NO_NODES: frozenset[NodeState] = frozenset()
 class _Known:
     """A key that was used: where it is loaded, where it is about to be (``coming``), and how often it was used here.
 
-    ``of_late`` are its uses as they counted at ``used_s``.
+    ``of_late`` are its uses as they counted at ``used_s``; ``missed`` are nodes that had lost it by ``missed_s``.
     """
 
     nodes: set[NodeState] = field(default_factory=set)
@@ -95,6 +99,8 @@ class _Known:
     coming: frozenset[NodeState] = _NO_NODES
     of_late: float = 0.0
     used_s: float = 0.0
+    missed: frozenset[NodeState] = _NO_NODES
+    missed_s: float = 0.0
     edition: Edition | None = None
     group: int = -1
 
@@ -104,6 +110,16 @@ class _Known:
 
     def used(self, uses: int, now_s: float) -> None:
         self.of_late, self.used_s = self.popularity(now_s) + uses, now_s
+
+    def misses(self, state: NodeState, now_s: float) -> None:
+        """A node has it loaded no more, by its own word."""
+        self.nodes.remove(state)
+        self.missed = frozenset({state}) | (self.missed if now_s - self.missed_s < MISSED_S else _NO_NODES)
+        self.missed_s = now_s
+
+    def had(self, now_s: float) -> frozenset[NodeState]:
+        """Where it is loaded, or was until a moment ago."""
+        return self.missed | self.nodes if now_s - self.missed_s < MISSED_S else frozenset(self.nodes)
 
 
 _NOWHERE = _Known()
@@ -150,6 +166,7 @@ class Router(FollowsCluster):
         self._paces: dict[tuple[str, bool], _Pace] = {}
         self._indexed: _Indexed | None = None
         self._lost: dict[NodeState, _Lost] = {}
+        self._publishing: set[NodeState] = set()
         self.prewarms = False
         """Whether somebody loads popular keys ahead, and is so to be told where: see ``engine.client.ahead``."""
         self.returned = False
@@ -283,17 +300,17 @@ class Router(FollowsCluster):
             state.wait_us = state.usual_us / state.lanes
         self._told(state, load.queue, now_s)
         if key_name:
-            self._learned_key(state, key_name, load.loaded, beside_us - way_us)
+            self._learned_key(state, key_name, load.loaded, beside_us - way_us, now_s)
             if request_class and (known := self._keys.get(key_name)) is not None:
                 known.used(1, now_s)
 
-    def _learned_key(self, state: NodeState, key_name: str, loaded: bool, more_us: float) -> None:
+    def _learned_key(self, state: NodeState, key_name: str, loaded: bool, more_us: float, now_s: float) -> None:
         known = self._keys.get(key_name)
         if known is not None and state in known.nodes:
             self._warm_us += 0.05 * (more_us - self._warm_us)
             known.uses += 1
             if not loaded:
-                known.nodes.remove(state)
+                known.misses(state, now_s)
                 self.changes += 1
         elif loaded:
             self._cold_us += 0.05 * (more_us - self._cold_us)
@@ -331,6 +348,7 @@ class Router(FollowsCluster):
             if now_s < state.seen_s:
                 return
             self._told(state, queue, now_s)
+            self._publishing.add(state)
             if serving and self._lost:
                 self._came_back(state)
             if not serving and state.down_until_s <= now_s:
@@ -407,7 +425,7 @@ class Router(FollowsCluster):
                 if gone.back:
                     del self._lost[state]
                     back.append((state.name, sorted(gone.keys)))
-                elif gone.held and now_s - gone.since_s > HELD_S:
+                elif gone.held and now_s - gone.since_s > (HELD_S if state in self._publishing else HELD_UNHEARD_S):
                     gone.held = False
                     for name in gone.keys:
                         if (known := self._keys.get(name)) is not None:
@@ -447,13 +465,12 @@ class Router(FollowsCluster):
             known.edition = edition
             if before is None:
                 return ()
-            had = tuple(known.nodes)
+            had_it = {state.name for state in known.had(now_s)}
             if not same:
                 known.nodes.clear()
                 self.changes += 1
             if known.popularity(now_s) < POPULAR_USES:
                 return ()
-            had_it = {state.name for state in had}
             wanted = tuple(name for name in edition.holders if name in had_it or name not in before.holders)
             for name in wanted:
                 self._expect(known, name)
