@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 from tables import CLASS, MEMBERS, NODES, NOW, description, signing, table
 
-from engine.client.ahead import AGAIN_S, BURST_S, PER_S, QUEUED_MAX, SPREAD_S, UNDER_WAY, Ahead, PrewarmStats, Warm
+from engine.client.ahead import (
+    AGAIN_S,
+    BURST_S,
+    PER_S,
+    QUEUED_MAX,
+    RENEW_S,
+    SPREAD_S,
+    UNDER_WAY,
+    Ahead,
+    PrewarmStats,
+)
 from engine.client.calls import Calls
 from engine.protocol.manifest import Cluster, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.routing import HALF_LIFE_S, HELD_S, HELD_UNHEARD_S, MISSED_S, POPULAR_MAX, POPULAR_USES, Router
@@ -67,9 +77,6 @@ class Stage:
         lines = [(group, list(nodes)) for group in dict.fromkeys(map(self.cluster.group_of, names))]
         assert self.router.install(table(self._counter, **({"hints": lines} | changes)))
         self.ahead.look()
-
-    def begin(self) -> list[tuple[str, str]]:
-        return [(warm.name, warm.node) for warm in self.ahead.begin()]
 
     def run(self, *, loaded: bool = True) -> list[tuple[str, str]]:
         """Begin and end all that is due now."""
@@ -152,16 +159,63 @@ def test_the_same_hint_is_one_request_for_a_while() -> None:
     assert stage.ahead.stats == PrewarmStats(sent=4, loaded=2, failed=2)
 
 
+def test_what_a_hint_had_loaded_is_asked_for_again_while_the_hint_stands() -> None:
+    """A node drops it after a while, and says so to nobody. What uses have loaded there, uses find out."""
+    stage = Stage()
+    stage.popular("k", uses=50)
+    stage.hint("k", nodes=[0, 1])
+    assert stage.run() == [("k", "n2")]
+    for _ in range(3):
+        stage.now_s += RENEW_S / 2
+        stage.hint("k", nodes=[0, 1])
+        assert stage.run() == []
+        stage.now_s += RENEW_S / 2
+        stage.popular("k")
+        stage.hint("k", nodes=[0, 1])
+        for _ in range(100):
+            stage.router.sent("n1", stage.now_s)
+        assert stage.best("k") == "n2"  # meanwhile it is used there
+        assert stage.run() == [("k", "n2")]
+
+
+def test_what_is_under_way_keeps_uses_away_whatever_is_wanted_meanwhile() -> None:
+    stage = Stage()
+    stage.popular("k", uses=400)
+    stage.hint("k", nodes=[1])
+    (warm,) = stage.ahead.begin()
+    stage.hint("k", nodes=[1])
+    for _ in range(50):
+        stage.router.sent("n1", stage.now_s)
+        stage.router.sent("n3", stage.now_s)
+    assert stage.best("k") != "n2"
+    stage.ahead.ended(warm, loaded=True)
+    assert stage.best("k") == "n2"
+
+
+def test_once_it_has_stopped_no_use_waits() -> None:
+    stage = Stage()
+    stage.popular("k", ("n1", "n2"))
+    stage.hint("k", nodes=[2])
+    stage.router.failed("n2", stage.now_s)
+    stage.ahead.stop()
+    stage.router.came_up("n2")
+    stage.know("k", change=1)
+    stage.hint("k", nodes=[1])
+    assert stage.router._keys["k"].coming == frozenset()
+    assert not stage.router.returned
+
+
 def test_requests_are_few_at_a_time_and_few_a_second() -> None:
     stage = Stage()
     names = [f"k{number}" for number in range(POPULAR_MAX + 20)]
     for number, name in enumerate(names):
         stage.popular(name, uses=3 + number)
     stage.hint(*names, nodes=[1])
-    assert len(stage.begin()) == UNDER_WAY
-    assert stage.begin() == []
-    for _ in range(UNDER_WAY):
-        stage.ahead.ended(Warm("k0", "n2"), loaded=True)
+    begun = stage.ahead.begin()
+    assert len(begun) == UNDER_WAY
+    assert stage.ahead.begin() == []
+    for warm in begun:
+        stage.ahead.ended(warm, loaded=True)
     assert len(stage.run()) == BURST - UNDER_WAY
     assert stage.ahead.wait_s() == pytest.approx(1.0 / PER_S)
     stage.now_s += 0.5

@@ -32,6 +32,9 @@ HINT_SPREAD_S: Final = 1.0
 """A request waits for a random part of this. A hint is of a load that is some ticks away."""
 AGAIN_S: Final = 30.0
 """A key is not loaded ahead again at the same node and in the same epoch within this."""
+RENEW_S: Final = 60.0
+"""Nodes drop loaded keys after a while. Where a key was loaded by a hint it is asked for again after this, as long as
+the hint stands: who has it still answers at once."""
 PER_S: Final = 20.0
 BURST_S: Final = 1.6
 """Requests a second, and for how many seconds' worth there is room: a tenth of the shares that a holder releases to a
@@ -138,19 +141,18 @@ class Ahead:
 
     def _want(self, wanted: Iterable[Warm], spread_s: float, now_s: float) -> None:
         added = False
-        for warm in wanted:
+        for warm in wanted if self._router.prewarms else ():
             place = (warm.name, warm.node)
             with self._lock:
                 new = place not in self._queued and len(self._queue) < QUEUED_MAX and self._due(warm, now_s)
                 if new:
+                    added = True
+                    self._router.expect(warm.name, warm.node)
                     self._queued.add(place)
                     due_s = now_s + spread_s * self._chance()
                     heapq.heappush(self._queue, (due_s, next(self._numbers), warm))
-            if new:
-                added = True
-                self._router.expect(warm.name, warm.node)
-            elif place not in self._queued:
-                self._router.warmed(warm.name, warm.node, None)
+                elif place not in self._queued:
+                    self._router.warmed(warm.name, warm.node, None)
         if added:
             self.woken()
 
@@ -158,9 +160,9 @@ class Ahead:
         """Whether it is worth a request: allowed, not loaded, and not asked for a moment ago in the same epoch."""
         if warm.node not in self._calls.cluster.nodes or not self._calls.may_use(warm.name):
             return False
-        if not warm.certain and self._router.is_loaded(warm.name, warm.node):
-            return False
         digest, sent_s = self._sent.get((warm.name, warm.node), (b"", 0.0))
+        if not warm.certain and self._router.is_loaded(warm.name, warm.node):
+            return digest != b"" and now_s - sent_s >= RENEW_S
         return digest != self._digest(warm.name) or now_s - sent_s >= AGAIN_S
 
     def _digest(self, name: str) -> bytes:
@@ -181,16 +183,15 @@ class Ahead:
     def begin(self) -> list[Warm]:
         """What is to be sent now, a few at a time; each is to be ``ended``."""
         begun: list[Warm] = []
-        passed: list[Warm] = []
         now_s = self._calls.clock()
         with self._lock:
             while self._queue and self._queue[0][0] <= now_s and self._under_way < UNDER_WAY:
                 if not self._bucket.holds_one(now_s):
                     break
                 warm = heapq.heappop(self._queue)[2]
-                self._queued.discard((warm.name, warm.node))
                 if not self._due(warm, now_s):
-                    passed.append(warm)
+                    self._queued.discard((warm.name, warm.node))
+                    self._router.warmed(warm.name, warm.node, None)
                     continue
                 self._bucket.take()
                 self._under_way += 1
@@ -200,8 +201,6 @@ class Ahead:
                 if len(self._sent) > REMEMBERED_MAX:
                     self._sent.popitem(last=False)
                 begun.append(warm)
-        for warm in passed:
-            self._router.warmed(warm.name, warm.node, None)
         return begun
 
     def ended(self, warm: Warm, *, loaded: bool) -> None:
@@ -209,7 +208,14 @@ class Ahead:
         with self._lock:
             self._under_way -= 1
             self._counts[1 if loaded else 2] += 1
-        self._router.warmed(warm.name, warm.node, loaded)
+            self._queued.discard((warm.name, warm.node))
+            self._router.warmed(warm.name, warm.node, loaded)
+
+    def stop(self) -> None:
+        """Nobody sends any more: no use waits for what will not be."""
+        with self._lock:
+            self._queue.clear()
+            self._router.stop_prewarming()
 
 
 def _by_name(table: RoutingTable) -> Mapping[int, tuple[str, ...]]:

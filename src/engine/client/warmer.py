@@ -76,10 +76,11 @@ class Warmer:
                 elif channel is not None and self.ahead.wait_s() is None:
                     channel.close()
                     channel = None
-        except zmq.ZMQError as error:
+        except Exception as error:  # the client goes on without it
             if not self._closed:
-                log.warning("keys are not loaded ahead any more", reason=str(error))
+                log.error("keys are not loaded ahead any more", exc_info=not isinstance(error, zmq.ZMQError))
         finally:
+            self.ahead.stop()
             if channel is not None:
                 channel.close()
 

@@ -413,6 +413,14 @@ class Router(FollowsCluster):
             gone.back = self.returned = True
             self._hold(state, gone)
 
+    def stop_prewarming(self) -> None:
+        """Nobody loads keys ahead any more."""
+        with self._lock:
+            self.prewarms = self.returned = False
+            self._lost.clear()
+            for known in self._keys.values():
+                known.coming = _NO_NODES
+
     def take_returned(self, now_s: float) -> list[tuple[str, list[str]]]:
         """The nodes that are back, each with the popular keys that it lost; they are given once.
 
@@ -485,7 +493,7 @@ class Router(FollowsCluster):
 
     def _expect(self, known: _Known, node: str) -> None:
         state = self._state(node)
-        if state not in known.nodes:
+        if self.prewarms and state not in known.nodes:
             known.coming |= {state}
 
     def warmed(self, key_name: str, node: str, loaded: bool | None) -> None:
