@@ -36,6 +36,8 @@ MAX_KEYS = 65_536
 MAX_VIEWS = 8_192
 HALF_LIFE_S = 30.0
 """A use counts half for how popular its key is after so long."""
+AT_ONCE_S = 0.1
+"""Uses so near to each other count as at the same time."""
 POPULAR_USES = 2.0
 """A key with fewer uses of late is not worth loading ahead of them."""
 POPULAR_MAX = 64
@@ -109,7 +111,9 @@ class _Known:
         return self.of_late * float(0.5 ** (max(0.0, now_s - self.used_s) / HALF_LIFE_S))
 
     def used(self, uses: int, now_s: float) -> None:
-        self.of_late, self.used_s = self.popularity(now_s) + uses, now_s
+        if now_s - self.used_s > AT_ONCE_S:
+            self.of_late, self.used_s = self.popularity(now_s), now_s
+        self.of_late += uses
 
     def misses(self, state: NodeState, now_s: float) -> None:
         """A node has it loaded no more, by its own word."""
@@ -556,18 +560,18 @@ class Router(FollowsCluster):
                 return tuple(state.name for state in states)
             known = self._keys.get(key_name, _NOWHERE)
             cold_us = self._cold_charge_us(known)
-            coming = known.coming if known.nodes else _NO_NODES
             scored = sorted(
                 (
                     state.down_until_s > now_s,
-                    state in coming,
                     score(state, request_class, known.nodes, cold_us, now_s, self._told_us),
                     at,
                 )
                 for at, state in enumerate(states)
             )
-            self._probe(states[scored[0][-1]], now_s)
-            return tuple(states[each[-1]].name for each in scored)
+            if known.coming and known.nodes:
+                scored.sort(key=lambda each: (each[0], states[each[2]] in known.coming))
+            self._probe(states[scored[0][2]], now_s)
+            return tuple(states[at].name for _, _, at in scored)
 
     def order(self, names: Sequence[str], now_s: float) -> tuple[str, ...]:
         """The names as given, but those last that are down."""
