@@ -21,6 +21,7 @@ from balancer.bank import Bank, accuracy
 from balancer.features import HORIZONS
 from balancer.forecast import Forecast, ForecastState, predict_load
 from balancer.groups import GroupPlaces
+from balancer.hints import plan_hints
 from balancer.history import SLOW_MS, History, HistorySnapshot
 from balancer.issue import TableIssuer
 from balancer.optimizer import RoutingSolver, optimize_assignment
@@ -161,15 +162,19 @@ def decide(
     *,
     solver: RoutingSolver | None = None,
     places: Mapping[int, Sequence[int]] | None = None,
+    before: RoutingTable | None = None,
 ) -> RoutingTable:
-    """One decision, a pure function of the snapshot: forecast (if none is given), assignment, table.
+    """One decision, a pure function of the snapshot: forecast (if none is given), assignment, hints, table.
 
-    ``solver`` only makes it quicker; ``places`` are the nodes that hold the warm groups.
+    ``solver`` only makes it quicker; ``places`` are the nodes that hold the warm groups; ``before`` is the table in
+    force, whose hints stay for as long as they have some use.
     """
-    forecast = forecast or predict_load(snapshot)
-    problem = assignment_problem(snapshot, forecast, pair_load(snapshot, forecast, places or {}))
+    forecast, places = forecast or predict_load(snapshot), places or {}
+    problem = assignment_problem(snapshot, forecast, pair_load(snapshot, forecast, places))
     assignment = optimize_assignment(problem, time_limit_s=time_limit_s, solver=solver)
-    return generate_routing_table(snapshot, forecast, assignment, stamp)
+    hinted = before.hints if before is not None and tuple(before.nodes) == snapshot.nodes else ()
+    hints = plan_hints(snapshot, forecast, problem, assignment, places, hinted)
+    return generate_routing_table(snapshot, forecast, assignment, stamp, hints=hints)
 
 
 class ControlLoop(FollowsCluster):
@@ -282,7 +287,7 @@ class ControlLoop(FollowsCluster):
             warm = [group for _, group in snapshot.pairs]
             places = self._places.of(self._cluster, snapshot.nodes, warm, self.shape[1])
             limit_s = SOLVER_PART * self._tick_s
-            table = decide(snapshot, stamp, limit_s, forecast, solver=self._solver, places=places)
+            table = decide(snapshot, stamp, limit_s, forecast, solver=self._solver, places=places, before=before.table)
             self._planner.offer(snapshot, forecast, self._cluster, places, self.shape)
             view: View | None = self._viewer.see(snapshot, forecast, places, table)
             error = ""

@@ -170,6 +170,7 @@ class _Metrics(Collector):
             ("cluster_serial", "Serial of the cluster manifest in force.", pages.cluster_serial),
             ("series_out", "External series that the forecast goes without.", len(pages.loop.series_problems)),
             ("planned_moves", "Steps of the newest plan for the placement groups.", len(moves)),
+            ("hinted_groups", "Placement groups that the table has hints for.", len(table.hints) if table else 0),
             ("table_counter", "Counter of the last routing table.", standing.counter),
         ]
         if table is not None:

@@ -20,6 +20,7 @@ __all__ = [
     "TableStamp",
     "assignment_problem",
     "generate_routing_table",
+    "load_ahead",
     "network_times",
     "pair_load",
     "reissue_table",
@@ -37,6 +38,8 @@ PERMILLE = 1000
 CAPPED = (RequestType.GENERATE.value,)
 CAP = 0.25
 """Slow requests take no more than this part of a node: capping them beats predicting them (measured)."""
+COUNTED = 2
+"""So many ticks tell what is asked for just now: one alone is noisy, more are late."""
 DOWN_PRICE = 1_000.0
 """What a node that is down costs: seconds of waiting for each second of its work."""
 
@@ -82,6 +85,36 @@ def network_times(history: HistorySnapshot) -> FloatArray:
     if not known.size:
         return np.zeros(len(history.nodes))
     return np.asarray(np.where(told > 0, told, known.mean()))
+
+
+def load_ahead(history: HistorySnapshot, forecast: Forecast) -> tuple[FloatArray, FloatArray]:
+    """The highest P90 within both horizons by pair and by class, in requests per second.
+
+    It is no less than what was counted last, which a forecast follows some ticks behind where nobody could foresee it.
+    """
+    return (
+        np.maximum(
+            _highest(forecast.pair_outlook.p90, None if forecast.slow_pairs is None else forecast.slow_pairs.p90),
+            _counted(history.pair_counts, history.tick_ms),
+        ),
+        np.maximum(
+            _highest(forecast.outlook.p90, None if forecast.slow is None else forecast.slow.p90),
+            _counted(history.counts, history.tick_ms),
+        ),
+    )
+
+
+def _highest(ticks: FloatArray, minutes: FloatArray | None) -> FloatArray:
+    both = ticks if minutes is None else np.concatenate([ticks, minutes], axis=1)
+    return np.asarray(both.max(axis=1, initial=0.0))
+
+
+def _counted(counts: FloatArray, tick_ms: int) -> FloatArray:
+    """Requests per second over the newest ticks (ticks, series); 0 if no node was heard in one of them."""
+    newest = counts[-COUNTED:]
+    if not len(newest) or not np.isfinite(newest).all():
+        return np.zeros(counts.shape[1])
+    return np.asarray(newest.mean(axis=0) * 1000 / tick_ms)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 
 import numpy as np
 import structlog
@@ -16,8 +17,7 @@ from balancer.forecast import Forecast
 from balancer.history import HistorySnapshot
 from balancer.optimizer import PlacementSolver, SolverError
 from balancer.placement import Infeasible, Placement, PlacementProblem, holders_wanted
-from balancer.plan import CAPACITY, network_times, service_times
-from balancer.program import FloatArray
+from balancer.plan import CAPACITY, load_ahead, network_times, service_times
 from engine.protocol.manifest import Cluster
 
 __all__ = ["Plan", "Planner", "placement_problem"]
@@ -25,8 +25,6 @@ __all__ = ["Plan", "Planner", "placement_problem"]
 SOLVER_S = 5.0
 MOVED_PART = 0.05
 """The part of the shares that one plan may move."""
-COUNTED = 2
-"""So many ticks tell what is asked for just now: one alone is noisy, more are late."""
 
 log = structlog.get_logger()
 
@@ -40,19 +38,15 @@ def placement_problem(
 ) -> tuple[PlacementProblem, tuple[int, ...]] | None:
     """What is to be placed, and the groups by row; None where no warm group is known.
 
-    The load is the highest P90 within both horizons: a move takes time, and is for what is to come. It is no less than
-    what was counted last, which a forecast follows some ticks behind where nobody could foresee it. Groups that are not
-    warm stay where they are; what they need is evenly spread.
+    The load is that of ``load_ahead``: a move takes time, and is for what is to come. Groups that are not warm stay
+    where they are; what they need is evenly spread.
     """
     of_pair = [(row, at, group) for at, (row, group) in enumerate(history.pairs) if group in places]
     groups = tuple(sorted({group for _, _, group in of_pair}))
     if not groups:
         return None
     number = {group: index for index, group in enumerate(groups)}
-    high = _highest(forecast.pair_outlook.p90, None if forecast.slow_pairs is None else forecast.slow_pairs.p90)
-    high = np.maximum(high, _counted(history.pair_counts, history.tick_ms))
-    whole = _highest(forecast.outlook.p90, None if forecast.slow is None else forecast.slow.p90)
-    whole = np.maximum(whole, _counted(history.counts, history.tick_ms))
+    high, whole = load_ahead(history, forecast)
     load = np.zeros((len(groups), len(history.classes)))
     for row, at, group in of_pair:
         load[number[group], row] += high[at]
@@ -90,19 +84,6 @@ def placement_problem(
     )
 
 
-def _highest(ticks: FloatArray, minutes: FloatArray | None) -> FloatArray:
-    both = ticks if minutes is None else np.concatenate([ticks, minutes], axis=1)
-    return np.asarray(both.max(axis=1, initial=0.0))
-
-
-def _counted(counts: FloatArray, tick_ms: int) -> FloatArray:
-    """Requests per second over the newest ticks (ticks, series); 0 if no node was heard in one of them."""
-    newest = counts[-COUNTED:]
-    if not len(newest) or not np.isfinite(newest).all():
-        return np.zeros(counts.shape[1])
-    return np.asarray(newest.mean(axis=0) * 1000 / tick_ms)
-
-
 def _numbers(labels: Sequence[tuple[str, ...]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
     known = {label: index for index, label in enumerate(dict.fromkeys(labels))}
     return np.array([known[label] for label in labels], dtype=np.int32)
@@ -110,11 +91,31 @@ def _numbers(labels: Sequence[tuple[str, ...]]) -> np.ndarray[tuple[int], np.dty
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The last good plan: its groups by row, and what was decided. ``text`` tells an operator, errors included."""
+    """The last good plan: its groups by row, its nodes by index, and what was decided.
+
+    ``text`` tells an operator, errors included.
+    """
 
     groups: tuple[int, ...] = ()
     placement: Placement | None = None
     text: str = "no plan yet"
+    nodes: tuple[str, ...] = ()
+
+    def moves(self, members: Collection[str], most: int) -> list[tuple[int, str, bool]]:
+        """The first ``most`` steps in their order, as (group, node, whether it is to hold it).
+
+        A group's steps, which belong together, are all there or none: none, if one of its nodes is no member any more.
+        """
+        found: list[tuple[int, str, bool]] = []
+        if self.placement is None or not self.nodes:
+            return found
+        for row, steps in groupby(self.placement.steps, key=lambda step: step.group):
+            told = [(self.groups[row], self.nodes[step.node], step.add) for step in steps]
+            if len(found) + len(told) > most:
+                break
+            if all(node in members for _, node, _ in told):
+                found += told
+        return found
 
 
 class Planner:
@@ -140,32 +141,34 @@ class Planner:
         if self._running is not None and not self._running.done():
             return
         ask = partial(placement_problem, history, forecast, cluster, dict(places), shape)
-        self._running = self._pool.submit(self._look, ask, self._clock())
+        self._running = self._pool.submit(self._look, ask, history.nodes, self._clock())
 
     def stop(self) -> None:
         """End, after the plan under way."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _look(self, ask: Callable[[], tuple[PlacementProblem, tuple[int, ...]] | None], now_s: float) -> None:
+    def _look(
+        self, ask: Callable[[], tuple[PlacementProblem, tuple[int, ...]] | None], nodes: tuple[str, ...], now_s: float
+    ) -> None:
         last = self.plan
         try:
             asked = ask()
             if asked is None:
                 self.plan = Plan(text="no warm placement group")
             elif self._agenda.due(*asked, now_s):
-                self.plan = self._made(*asked)
+                self.plan = self._made(*asked, nodes)
         except (Infeasible, SolverError) as error:
-            self.plan = Plan(last.groups, last.placement, str(error))
+            self.plan = replace(last, text=str(error))
         except Exception as error:  # whatever it is, the last good plan stays
-            self.plan = Plan(last.groups, last.placement, f"{type(error).__name__}: {error}")
+            self.plan = replace(last, text=f"{type(error).__name__}: {error}")
             if self.plan.text != last.text:
                 log.error("no placement", exc_info=True)
         if self.plan.text != last.text:
             log.info("placement", plan=self.plan.text)
 
-    def _made(self, problem: PlacementProblem, groups: tuple[int, ...]) -> Plan:
+    def _made(self, problem: PlacementProblem, groups: tuple[int, ...], nodes: tuple[str, ...]) -> Plan:
         made = self._solver.solve(problem, SOLVER_S)
-        return Plan(groups, made, _told(made, len(groups)))
+        return Plan(groups, made, _told(made, len(groups)), nodes)
 
 
 def _told(made: Placement, groups: int) -> str:

@@ -107,12 +107,7 @@ def plan_message(balancer: str, tick_ms: int, view: View | None, plan: Plan) -> 
         for at, name in enumerate(view.snapshot.classes)
     ]
     told.sort(key=lambda each: -max(each.load, each.mean))
-    steps = plan.placement.steps if plan.placement is not None else ()
-    moves = [
-        PlacementMove(plan.groups[step.group], nodes[step.node], step.add)
-        for step in steps[:MOVES_TOLD]
-        if step.node < len(nodes)
-    ]
+    moves = [PlacementMove(*move) for move in plan.moves(nodes, MOVES_TOLD)]
     return BalancerPlan(balancer, tick_ms, told[:CLASSES_TOLD], len(view.places), moves)
 
 
@@ -272,7 +267,7 @@ def _nodes(view: View, table: RoutingTable, plan: Plan) -> list[NodePart]:
     snapshot = view.snapshot
     prices = dict(zip(table.nodes, table.price, strict=True))
     used = () if plan.placement is None else plan.placement.utilisation.tolist()
-    fits = len(used) == len(snapshot.nodes)
+    fits = plan.nodes == snapshot.nodes
     network_us = snapshot.network_us if snapshot.network_us.size else np.zeros(len(snapshot.nodes))
     return [
         NodePart(
@@ -378,12 +373,13 @@ def _placement(view: View, plan: Plan) -> PlacementPart:
     for at, (_, group) in enumerate(view.snapshot.pairs):
         if group in load:
             load[group] += max(0.0, float(view.forecast.pair_mean[at]))
-    made, nodes = plan.placement, len(view.snapshot.nodes)
+    made, places = plan.placement, _places(view.snapshot.nodes)
     planned: dict[int, list[int]] = {}
-    steps: list[tuple[int, int, bool]] = []
-    if made is not None and all(node < nodes for holders in made.holders for node in holders):
-        planned = {group: list(holders) for group, holders in zip(plan.groups, made.holders, strict=True)}
-        steps = [(plan.groups[step.group], step.node, step.add) for step in made.steps[:STEPS_SHOWN]]
+    steps = [(group, places[node], add) for group, node, add in plan.moves(places, STEPS_SHOWN)]
+    for group, holders in zip(plan.groups, () if made is None else made.holders, strict=made is not None):
+        names = [plan.nodes[node] for node in holders]
+        if all(name in places for name in names):
+            planned[group] = [places[name] for name in names]
     hottest = sorted(load, key=lambda group: (-load[group], group))[:GROUPS_SHOWN]
     return PlacementPart(
         plan.text,

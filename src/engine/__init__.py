@@ -38,6 +38,7 @@ from engine.keys import ALGORITHMS, Algorithm, RequestType
 
 if TYPE_CHECKING:
     from engine import aio
+    from engine.client.ahead import PrewarmStats
     from engine.client.calls import Destroyed, KeyInfo, KeySummary, LatencyStats, MemberStatus
     from engine.client.client import ClientSettings, Engine, connect, load_settings
     from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
@@ -75,6 +76,7 @@ __all__ = [
     "NodeUnavailable",
     "Overloaded",
     "PolicyRule",
+    "PrewarmStats",
     "ProtocolError",
     "QuorumUnavailable",
     "RegistryUnavailable",
@@ -102,6 +104,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "engine.client.ahead": ("PrewarmStats",),
     "engine.client.calls": ("Destroyed", "KeyInfo", "KeySummary", "LatencyStats", "MemberStatus"),
     "engine.client.client": ("ClientSettings", "Engine", "connect", "load_settings"),
     "engine.client.files": ("decrypt_stream", "encrypt_stream", "sign_stream", "verify_stream"),

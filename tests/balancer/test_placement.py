@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -202,6 +203,81 @@ def test_lost_holders_are_replaced(seed: int, budget: int, load: float) -> None:
     lost = {group for group, count in enumerate(live) if count == 2}
     first = [step.group for step in answer.steps if step.add][: min(len(lost), 3)]
     assert set(first) <= lost
+
+
+def losing_a_domain(asked: PlacementProblem, row: Sequence[int]) -> int:
+    """How many live holders are left when the failure domain that has most of them is lost."""
+    live = [node for node in row if asked.up[node]]
+    return len(live) - max(Counter(asked.domain[live].tolist()).values(), default=0)
+
+
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([(3, 2, 3), (5, 3, 5), (4, 2, 4), (6, 2, 3), (4, 3, 6)]),
+    st.floats(0.1, 1.5),
+    st.sampled_from([1, 4, 1000]),
+    st.integers(0, 4),
+    st.floats(0.2, 2.0),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_plan_can_end_after_any_of_its_steps(
+    seed: int, shape: tuple[int, int, int], load: float, budget: int, down: int, skew: float
+) -> None:
+    """As a mover carries it out, whatever part of it: with nodes down, hot groups, and holders anywhere today.
+
+    After each step every group has the live holders that its threshold needs, as it had before, also when it loses any
+    failure domain, and in no fewer domains than before or after; nobody is dropped who is the last of what is needed;
+    and one group at a time has more holders than it had and is to have, by no more than its new ones.
+    """
+    domains, threshold, shares = shape
+    rng = np.random.default_rng(seed)
+    asked, _ = problem(
+        seed,
+        domains=domains,
+        threshold=threshold,
+        shares=shares,
+        load=load,
+        nodes=5 * domains,
+        budget=budget,
+        skew=skew,
+    )
+    up = np.ones(5 * domains, dtype=bool)
+    up[rng.choice(5 * domains, down, replace=False)] = False
+    today = asked.today.copy()
+    for group in rng.choice(20, 6, replace=False):  # as another rule, or a plan before, has left them
+        today[group] = rng.choice(5 * domains, shares, replace=False)
+    wanted = holders_wanted(
+        asked.load, asked.service_us, asked.capacity, up, asked.domain, asked.threshold, asked.wanted, today
+    )
+    asked = replace(asked, up=up, today=today, wanted=wanted)
+    if explain(asked):
+        return
+    answer = optimize_placement(asked, time_limit_s=60)
+    before = [holders_of(row) for row in asked.today]
+    state = [list(row) for row in before]
+    order = [step.group for step in answer.steps]
+    assert len(list(itertools.groupby(order))) == len(set(order))  # what is to be done for a group is done in one
+    for step in answer.steps:
+        row, old, new = state[step.group], before[step.group], answer.holders[step.group]
+        if step.add:
+            assert step.node not in row
+            row.append(step.node)
+        else:
+            row.remove(step.node)
+        live = [node for node in row if up[node]]
+        assert len(live) >= threshold
+        survivors = losing_a_domain(asked, row)
+        assert survivors >= min(losing_a_domain(asked, old), losing_a_domain(asked, new))
+        assert survivors >= min(losing_a_domain(asked, old), threshold)
+        ends = [len({int(asked.domain[node]) for node in each if up[node]}) for each in (old, new)]
+        assert len({int(asked.domain[node]) for node in live}) >= min(ends)
+        assert len(row) <= max(len(old), len(new)) + len(set(new) - set(old))
+        crowd = [
+            group for group, each in enumerate(state) if len(each) > max(len(before[group]), len(answer.holders[group]))
+        ]
+        assert crowd in ([], [step.group])
+    assert [sorted(row) for row in state] == [sorted(row) for row in answer.holders]
+    assert sum(len(set(new) - set(old)) for new, old in zip(answer.holders, before, strict=True)) <= budget
 
 
 def best_of_all(asked: PlacementProblem) -> tuple[float, bool]:

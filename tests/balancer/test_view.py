@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -18,7 +19,7 @@ from balancer.history import History
 from balancer.placement import Placement, Step
 from balancer.planner import Plan
 from balancer.view import TOTAL, TRACK_TICKS, PlanPage, View, Viewer, loads, plan_message, plan_page
-from engine.protocol.requests import CLASSES_TOLD, MOVES_TOLD, PLAN, REPLY_CODECS, ClassCount, NodeStats
+from engine.protocol.requests import CLASSES_TOLD, MOVES_TOLD, PLAN, REPLY_CODECS, ClassCount, NodeStats, PlacementMove
 from engine.protocol.table import RoutingTable, pack_service
 
 NODES = ("node-0", "node-1", "node-2")
@@ -62,7 +63,7 @@ def seen() -> tuple[View, RoutingTable]:
 
 def plan_of(steps: tuple[Step, ...] = (Step(0, 2, True), Step(0, 0, False))) -> Plan:
     placed = Placement(((1, 2), (1, 2)), steps, np.array([0.1, 0.2, 0.3]), 1.5, 2.0, 0.1, 1.0)
-    return Plan((7, 9), placed, "2 warm placement groups; 1 new holders would save 25%")
+    return Plan((7, 9), placed, "2 warm placement groups; 1 new holders would save 25%", NODES)
 
 
 def page(seen: tuple[View, RoutingTable], plan: Plan | None = None) -> PlanPage:
@@ -132,13 +133,25 @@ def test_before_the_first_table_there_is_only_what_is_known() -> None:
 
 
 def test_a_plan_of_other_nodes_or_none_is_no_harm(seen: tuple[View, RoutingTable]) -> None:
-    """The plan is half a minute old at times, and the cluster may have lost nodes since then."""
-    placed = Placement(((1, 5),), (Step(0, 5, True),), np.zeros(6), 1.0, 1.0, 0.0, 1.0)
-    told = page(seen, Plan((7,), placed, "old"))
+    """The plan is half a minute old at times, and the cluster may have lost nodes since then, or got others."""
+    steps = (Step(0, 2, True), Step(0, 1, False), Step(1, 3, True), Step(1, 2, False))
+    placed = Placement(((3, 2), (1, 3)), steps, np.zeros(4), 1.0, 1.0, 0.0, 1.0)
+    old = Plan((7, 9), placed, "old", ("gone", "node-1", "node-0", "node-2"))
+    told = page(seen, old)
     assert told.placement is not None
-    assert (told.placement.steps, told.placement.groups[0].planned) == ([], [])
+    assert told.placement.steps == [(7, 0, True), (7, 1, False), (9, 2, True), (9, 0, False)]
+    assert [each.planned for each in told.placement.groups] == [[2, 0], [1, 2]]
     assert told.nodes[0].utilisation is None
-    assert plan_message("bal", 1000, seen[0], Plan((7,), placed, "old")).moves == []
+    lost = replace(old, nodes=("node-1", "node-2", "node-0", "gone"))
+    told = page(seen, lost)
+    assert told.placement is not None
+    # All that is to be done for a group, or nothing.
+    assert told.placement.steps == [(7, 0, True), (7, 2, False)]
+    assert [each.planned for each in told.placement.groups] == [[], []]
+    assert plan_message("bal", 1000, seen[0], lost).moves == [
+        PlacementMove(7, "node-0", True),
+        PlacementMove(7, "node-2", False),
+    ]
     assert page(seen, Plan(text="no plan yet")).placement.cost is None  # type: ignore[union-attr]
 
 
@@ -148,8 +161,9 @@ def test_the_message_is_bounded_and_names_no_key(seen: tuple[View, RoutingTable]
     assert told.classes[0].mean > 0
     assert [(each.group, each.node, each.add) for each in told.moves] == [(7, "node-2", True), (7, "node-0", False)]
     assert told.groups == 2
-    many = tuple(Step(0, 2, True) for _ in range(10 * MOVES_TOLD))
-    assert len(plan_message("bal", 1000, seen[0], plan_of(many)).moves) == MOVES_TOLD
+    many = tuple(Step(number // 3 % 2, number % 3, number % 3 == 0) for number in range(10 * MOVES_TOLD))
+    # Nobody is told a part of what is to be done for a group.
+    assert len(plan_message("bal", 1000, seen[0], plan_of(many)).moves) == MOVES_TOLD - MOVES_TOLD % 3
     codec = REPLY_CODECS[PLAN]
     raw = codec.encode(told)
     assert codec.decode(raw) == told

@@ -326,7 +326,7 @@ def test_every_operation_of_the_policy_is_named() -> None:
 
 def test_the_files_of_a_client_are_those_of_the_code(tmp_path: Path) -> None:
     """The keys of client.toml and identity.toml with their types in order, and the form of the signing key."""
-    names = {inspect.IntType: "integer", inspect.FloatType: "number"}
+    names = {inspect.IntType: "integer", inspect.FloatType: "number", inspect.BoolType: "boolean"}
     told = [[(bare(row[0]), row[1]) for row in each[1:]] for each in tables(TEXT) if each[0][:2] == ["key", "TOML"]]
     for rows, kind in zip(told, (config.ClientConfig, config._IdentityFile), strict=True):
         fields = inspect.type_info(kind).fields  # type: ignore[attr-defined]
@@ -334,6 +334,7 @@ def test_the_files_of_a_client_are_those_of_the_code(tmp_path: Path) -> None:
         assert rows == found
     (default,) = re.findall(r"^\| `timeout_s` .* at most 600; (\d+) if it is not there \|$", TEXT, flags=re.MULTILINE)
     assert config.ClientConfig(1, "", "", "").timeout_s == float(default)
+    assert config.ClientConfig(1, "", "", "").prewarm
     key = config.create_identity(tmp_path / "identity.toml", "shop", "client").signing._private
     pkcs8 = key.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption())
     assert pkcs8[:-32].hex(" ") in TEXT

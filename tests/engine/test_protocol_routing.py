@@ -47,7 +47,9 @@ def test_the_order_has_every_eligible_node_once(eligible: list[str], tabled: boo
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(NODES),
-        st.sampled_from(["sent", "answered", "cold", "heard", "failed", "late", "late answer", "dropped", "up"]),
+        st.sampled_from(
+            ["sent", "answered", "cold", "heard", "failed", "late", "late answer", "dropped", "up", "expect", "warmed"]
+        ),
         st.integers(0, 30),
         st.floats(0, 0.4),
     ),
@@ -61,6 +63,7 @@ def test_the_shortest_way_takes_the_node_that_the_order_puts_first(
     events: list[tuple[str, str, int, float]], price: tuple[int, ...], lanes: list[int]
 ) -> None:
     router, now = a_router(table(price=price, lanes=lanes)), 0.0
+    router.prewarms = True
     for node, what, number, passed in events:
         now += passed
         if what == "sent":
@@ -75,6 +78,10 @@ def test_the_shortest_way_takes_the_node_that_the_order_puts_first(
             router.came_up(node, now)
         elif what == "dropped":
             router.dropped(node)
+        elif what == "expect":
+            router.expect("k", node)
+        elif what == "warmed":
+            router.warmed("k", node, number % 3 != 0)
         else:
             (router.failed if what == "failed" else router.late)(node, now)
     known = [node for node in NODES if router.is_loaded("k", node)]

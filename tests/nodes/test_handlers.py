@@ -493,6 +493,21 @@ def test_prewarming_loads_and_answers(scene: Scene) -> None:
     assert scene.outcome(scene.encrypt(grant=False)) == "ok"
 
 
+def test_many_who_prewarm_a_key_cost_one_gathering(scene: Scene) -> None:
+    """Those that come while it goes on wait for it; who comes later needs no grant, and spends none."""
+    grants = [scene.world.grant(scene.dealt, ME, "encrypt") for _ in range(4)]
+    numbers = [scene.send("prewarm", Prewarm("orders", b"", grant)) for grant in grants]
+    scene.talkers.run()
+    assert [scene.outcome(number) for number in numbers] == ["ok"] * 4
+    assert len(scene.gatherings) == 1
+    spent = len(scene.ledger)
+    for grant in (b"", grants[0], scene.world.grant(scene.dealt, ME, "encrypt")):
+        number = scene.send("prewarm", Prewarm("orders", b"", grant))
+        assert scene.outcome(number) == "ok"  # at once
+    assert len(scene.ledger) == spent == 4
+    assert len(scene.gatherings) == 1
+
+
 def test_a_key_is_used_only_so_often_and_then_gathered_again(world: Any, lane: Lane, store: ShareStore) -> None:
     scene = Scene(world, lane, store, max_uses=2)
     before = scene.objects()

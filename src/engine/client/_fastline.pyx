@@ -556,7 +556,8 @@ cdef class Shortcuts:
                 # How long the way was can't be told where many are on it; so that stays as it is known.
                 load = wire.Load(done.queue, done.service_us // done.uses, True)
                 elapsed_s = 1e-6 * (<double>done.service_us / done.uses + state.round_trip_us)
-                self._router.learned_direct(node, cut.name, cut.request_class, load, elapsed_s, kq_now_s())
+                self._router.learned_direct(node, cut.name, cut.request_class, load, elapsed_s, kq_now_s(),
+                                            done.uses)
         return results
 
     cdef int _many(self, _Cut cut, Line line, list uses, list results, size_t begin, size_t end, str node, object state,
@@ -706,7 +707,7 @@ cdef class Shortcuts:
         if uses:
             load = wire.Load(cut.queue, cut.service_us // uses, True)
             cut.uses, cut.service_us, cut.elapsed_s = 0, 0, 0  # before other threads go on, and add to them
-            self._router.learned_direct(cut.node, cut.name, cut.request_class, load, elapsed_s / uses, now_s)
+            self._router.learned_direct(cut.node, cut.name, cut.request_class, load, elapsed_s / uses, now_s, uses)
         return 0
 
     cdef object _run(self, _Cut cut, bytes data, bytes associated_data, bytes proof, bint digested, double timeout_s,

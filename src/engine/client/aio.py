@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
+from engine.client.ahead import PrewarmStats
 from engine.client.calls import (
     CREATE_TIMEOUT_S,
     Call,
@@ -34,13 +35,16 @@ from engine.client.calls import (
     succeeded,
 )
 from engine.client.client import (
-    CLOSE_WAIT_S,
     MAX_BATCH,
     WINDOW,
     ClientSettings,
     as_settings,
+    end_threads,
+    look_of,
     make_calls,
+    make_warmer,
     pair_items,
+    prewarm_stats_of,
 )
 from engine.client.config import CurveIdentity
 from engine.client.follower import Follower, TableStats
@@ -268,7 +272,10 @@ class AsyncEngine:
         self._own = settings.own_curve()
         self._links: dict[str, _Link] = {}
         self._room = asyncio.Semaphore(MAX_USES)
-        self._follower = Follower(self._context, settings.source, settings.own_curve(), self._calls.router)
+        self._warmer = make_warmer(settings, self._calls, self._context)
+        self._follower = Follower(
+            self._context, settings.source, settings.own_curve(), self._calls.router, news=look_of(self._warmer)
+        )
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -292,7 +299,7 @@ class AsyncEngine:
             link.close(EngineError("the engine is closed"))
         self._links.clear()
         # It asks members, and joins threads; that must not hold the loop.
-        await asyncio.to_thread(self._follower.end, CLOSE_WAIT_S)
+        await asyncio.to_thread(end_threads, self._follower, self._warmer)
 
     @property
     def cluster(self) -> Cluster:
@@ -313,6 +320,11 @@ class AsyncEngine:
     def table_stats(self) -> TableStats:
         """How many routing tables were installed and refused."""
         return self._follower.stats
+
+    @property
+    def prewarm_stats(self) -> PrewarmStats:
+        """As ``Engine.prewarm_stats``."""
+        return prewarm_stats_of(self._warmer)
 
     @property
     def latency_stats(self) -> dict[str, LatencyStats]:

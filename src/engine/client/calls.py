@@ -48,7 +48,7 @@ from engine.errors import (
     TokenError,
     UnsupportedAlgorithm,
 )
-from engine.keys import Algorithm, KeyKind, RequestType, algorithm, normalize_material, public_key_pem
+from engine.keys import OPERATIONS, Algorithm, KeyKind, RequestType, algorithm, normalize_material, public_key_pem
 from engine.protocol.grant import issue_grant
 from engine.protocol.manifest import (
     Cluster,
@@ -481,6 +481,8 @@ class Calls:
         self._random_bytes = random_bytes
         self._descriptions = _Descriptions()
         self._round_trips: dict[str, Histograms] = {}
+        self.on_description: Callable[[str, Description], None] = lambda name, known: None
+        """Told of each key that was described."""
 
     def round_trips(self) -> dict[str, LatencyStats]:
         """How long the answers to requests took, by request class."""
@@ -498,6 +500,10 @@ class Calls:
     def cluster(self) -> Cluster:
         """The newest manifest."""
         return self._source.cluster
+
+    def may_use(self, name: str) -> bool:
+        """Whether the policy lets this client have the key loaded: whoever may use it, or load it."""
+        return any(self.cluster.allows(self._signing.name, each, name) for each in (RequestType.PREWARM, *OPERATIONS))
 
     # --- uses of a key ---
 
@@ -731,7 +737,7 @@ class Calls:
             trail.begin_round()
             found = yield from self._describe_round(name, trail, unlike)
             if found is not None:
-                self._descriptions.put(name, found)
+                self._keep(name, found)
                 return found
             self._unknown(name, trail)
             pause = trail.end_round()
@@ -771,6 +777,10 @@ class Calls:
                     older = found.record.digest != unlike.record.digest
                     same = same or (unlike if older else found)
         return same
+
+    def _keep(self, name: str, description: Description) -> None:
+        self._descriptions.put(name, description)
+        self.on_description(name, description)
 
     def _unknown(self, name: str, trail: _Trail) -> None:
         """Raise ``KeyNotFound`` if a node said so and none knew the key; it names the nodes that could not be asked.
@@ -823,18 +833,48 @@ class Calls:
 
     def _prewarming(self, node: str, name: str, trail: _Trail) -> Call[str]:
         known = yield from self._described(name, trail)
-        # The grant names an operation this client may do: any of them would load the key as well.
-        able = sorted(known.algorithm.operations)
-        operation = next((each for each in able if self.cluster.allows(self._signing.name, each, name)), able[0])
         left_s = max(0.001, trail.left_s())
-        grant = self._grant(known.record, operation, node, left_s)
-        message = Prewarm(name, known.record.manifest.key_id, grant)
+        message = self._prewarm(known, node, left_s)
         outcome = yield from self._ask(node, RequestType.PREWARM, message, left_s, key_name=name, cold=True)
         if isinstance(outcome, _Lost):
             raise outcome.error
         if isinstance(outcome, Exception):
             raise outcome
         return node
+
+    def _prewarm(self, known: Description, node: str, left_s: float) -> Prewarm:
+        # The grant names an operation this client may do: any of them would load the key as well.
+        name, able = known.info.name, sorted(known.algorithm.operations)
+        operation = next((each for each in able if self.cluster.allows(self._signing.name, each, name)), able[0])
+        grant = self._grant(known.record, operation, node, left_s)
+        return Prewarm(name, known.record.manifest.key_id, grant)
+
+    def warm_at(self, node: str, name: str, timeout_s: float) -> Call[bool]:
+        """Have a holder load a key that is known here, beside everything else: whether it has it loaded now.
+
+        Where the node is no holder, or says that the key is another one by now, the key is described anew first. The
+        router is not told how the exchange went, for it is nobody's use of the key.
+        """
+        trail = self._trail(f"prewarm {name!r} at {node}", timeout_s)
+        known = self._descriptions.peek(name)
+        if known is not None and node in known.holders:
+            outcome = yield from self._warm(node, known, trail)
+            if not isinstance(outcome, StaleKey | KeyNotFound):
+                return not isinstance(outcome, Exception | _Lost)
+        if known is None:
+            return False
+        found = yield from self._describe_round(name, trail, known)
+        if found is None or not _newer(found, known):
+            return False
+        self._keep(name, found)
+        if node not in found.holders:
+            return False
+        return not isinstance((yield from self._warm(node, found, trail)), Exception | _Lost)
+
+    def _warm(self, node: str, known: Description, trail: _Trail) -> Call[Any]:
+        left_s = max(0.001, trail.left_s())
+        message = self._prewarm(known, node, left_s)
+        return (yield from self._ask(node, RequestType.PREWARM, message, left_s, counted=False))
 
     # --- creation and destruction ---
 
@@ -901,7 +941,7 @@ class Calls:
                 f"create {order.name!r}: {known.record.dealer!r} dealt the key, which was never asked to; it may know "
                 "it: destroy it"
             )
-        self._descriptions.put(order.name, known)
+        self._keep(order.name, known)
         return known.info
 
     def _dealing(
@@ -987,7 +1027,7 @@ class Calls:
                 raise ManifestError(
                     f"refresh {name!r}: the coordinator answered with epoch {told.epoch} of another time"
                 )
-            self._descriptions.put(name, new)
+            self._keep(name, new)
             if told.change == raw:
                 return new.info
             # What we knew was old already, or another's refresh came before ours: ours begins from there.

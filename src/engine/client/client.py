@@ -9,6 +9,7 @@ import heapq
 import itertools
 import math
 import os
+import random
 import resource
 import threading
 import time
@@ -23,6 +24,7 @@ import structlog
 import zmq
 
 from engine.client._fastline import Shortcuts
+from engine.client.ahead import Ahead, PrewarmStats
 from engine.client.calls import (
     CREATE_TIMEOUT_S,
     MAX_CIPHERTEXT,
@@ -49,6 +51,7 @@ from engine.client.follower import Follower, TableStats
 from engine.client.membership import OwnCurve, Servers, open_membership
 from engine.client.tracing import active_trace
 from engine.client.transport import Arrival, Channel, check_zmq_version, open_line
+from engine.client.warmer import Warmer
 from engine.errors import ConfigError, DeadlineExceeded, EngineError, Overloaded
 from engine.keys import RequestType
 from engine.protocol.manifest import Cluster, ClusterSource
@@ -81,7 +84,10 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class ClientSettings:
-    """Who the client is, where its verified cluster manifest is had from, and its default deadline in seconds."""
+    """Who the client is, where its verified cluster manifest is had from, and its default deadline in seconds.
+
+    With ``prewarm`` it has the keys that it uses loaded ahead.
+    """
 
     identity: Identity
     source: ClusterSource
@@ -89,6 +95,7 @@ class ClientSettings:
 
     file: Path | None = None
     """The identity's file, which is read again when its CURVE key changes."""
+    prewarm: bool = True
     router: Callable[[ClusterSource], Router] = Router
     """What chooses the node for each request, by the newest manifest."""
 
@@ -109,7 +116,7 @@ def load_settings(path: str | os.PathLike[str]) -> ClientSettings:
     if identity.role != "client":
         raise ConfigError(f"{Path(path)}: the identity {identity.name!r} is a {identity.role}'s, a client's is needed")
     membership = open_membership(resolve(path, config.manifest), config.manifest_pin, durable=False)
-    return ClientSettings(identity, membership, config.timeout_s, resolve(path, config.identity))
+    return ClientSettings(identity, membership, config.timeout_s, resolve(path, config.identity), config.prewarm)
 
 
 def as_settings(config: str | os.PathLike[str] | ClientSettings) -> ClientSettings:
@@ -135,6 +142,38 @@ def make_calls(settings: ClientSettings) -> Calls:
         now_ms=lambda: time.time_ns() // 1_000_000,
         random_bytes=os.urandom,
     )
+
+
+def make_warmer(settings: ClientSettings, calls: Calls, context: zmq.Context[Any]) -> Warmer | None:
+    """What has a client's keys loaded ahead; None where that is switched off."""
+    if not settings.prewarm:
+        return None
+    identity, members = settings.own_curve(), Servers(settings.source)
+    return Warmer(
+        Ahead(calls, random.random),
+        calls,
+        lambda: Channel(identity, members, context),
+        partial(drive_many, stop_at_error=False),
+    )
+
+
+def look_of(warmer: Warmer | None) -> Callable[[], None]:
+    """What a follower calls when there is news."""
+    return warmer.ahead.look if warmer is not None else lambda: None
+
+
+def prewarm_stats_of(warmer: Warmer | None) -> PrewarmStats:
+    """What a client had loaded ahead."""
+    return warmer.ahead.stats if warmer is not None else PrewarmStats(0, 0, 0)
+
+
+def end_threads(follower: Follower, warmer: Warmer | None) -> None:
+    """End the threads of a client with their context."""
+    if warmer is not None:
+        warmer.end()
+    follower.end(CLOSE_WAIT_S)
+    if warmer is not None:
+        warmer.join(CLOSE_WAIT_S)
 
 
 # --- drivers ---
@@ -485,7 +524,15 @@ class Engine:
             most=LINES_OF_CHANNEL * limit,
             max_ciphertext=MAX_CIPHERTEXT,
         )
-        self._follower = Follower(self._context, settings.source, settings.own_curve(), self._calls.router, self._reap)
+        self._warmer = make_warmer(settings, self._calls, self._context)
+        self._follower = Follower(
+            self._context,
+            settings.source,
+            settings.own_curve(),
+            self._calls.router,
+            self._reap,
+            look_of(self._warmer),
+        )
 
     def _reap(self) -> None:
         self._channels.reap(IDLE_MAX_S)
@@ -510,7 +557,7 @@ class Engine:
             return  # the sockets are the parent's
         self._shortcuts.close()
         self._channels.close()
-        self._follower.end(CLOSE_WAIT_S)
+        end_threads(self._follower, self._warmer)
 
     @property
     def cluster(self) -> Cluster:
@@ -531,6 +578,11 @@ class Engine:
     def table_stats(self) -> TableStats:
         """How many routing tables were installed and refused."""
         return self._follower.stats
+
+    @property
+    def prewarm_stats(self) -> PrewarmStats:
+        """How many keys were loaded ahead of their use."""
+        return prewarm_stats_of(self._warmer)
 
     @property
     def latency_stats(self) -> dict[str, LatencyStats]:

@@ -432,13 +432,14 @@ def load_cluster(manifest: str | os.PathLike[str], pin: str) -> Cluster:
 
 
 class ClientConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    """``client.toml``: who the client is, which cluster it trusts, and its default deadline."""
+    """``client.toml``: who the client is, which cluster it trusts, its default deadline, and whether it warms ahead."""
 
     version: Annotated[int, Meta(ge=1, le=1)]
     identity: str
     manifest: str
     manifest_pin: str
     timeout_s: Annotated[float, Meta(gt=0, le=600)] = 5.0
+    prewarm: bool = True
 
 
 def configure_logging(level: str = "") -> None:

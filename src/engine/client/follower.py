@@ -77,7 +77,10 @@ class _Subscription:
 
 
 class Follower(FollowsCluster):
-    """The thread; it ends when its context is terminated. ``chore`` is called every 10 s at the least."""
+    """The thread; it ends when its context is terminated. ``chore`` is called every 10 s at the least.
+
+    ``news`` is called when a table was put in force, or a node is back that lost popular keys.
+    """
 
     def __init__(
         self,
@@ -86,11 +89,13 @@ class Follower(FollowsCluster):
         own: OwnCurve,
         router: Router,
         chore: Callable[[], None] = lambda: None,
+        news: Callable[[], None] = lambda: None,
     ) -> None:
         self._context = context
         self._source = source
         self._router = router
         self._chore = chore
+        self._news = news
         self._installed = 0
         self._refused = 0
         self._last_refusal = ""
@@ -136,6 +141,8 @@ class Follower(FollowsCluster):
                 now = time.monotonic()
                 if tables or now >= next_chores_s:
                     self._look_for_manifest()
+                if tables or now >= next_chores_s or self._router.returned:
+                    self._news()
                 if now >= next_chores_s:
                     next_chores_s = now + CHORES_EVERY_S
                     self._renew_quiet(now)

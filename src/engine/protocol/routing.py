@@ -7,10 +7,12 @@ the network's round trip; and a charge where the key is cold. ``bench/simulator.
 
 from __future__ import annotations
 
+import heapq
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from engine.keys import ALGORITHMS
 from engine.protocol._nodestate import DOWN_S, RELEARN_S, NodeState, best, score
@@ -18,7 +20,7 @@ from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster
 from engine.protocol.table import RoutingTable
 from engine.protocol.wire import Load
 
-__all__ = ["Router"]
+__all__ = ["Edition", "Router"]
 
 SETTLE_TIMES = 2.0
 """After so many mean times of service a queue is half way from what it was told to be to what it is on average."""
@@ -34,6 +36,22 @@ COLD_PART = 0.25
 MAX_KEYS = 65_536
 """How many keys the router remembers as loaded somewhere."""
 MAX_VIEWS = 8_192
+HALF_LIFE_S = 30.0
+"""A use counts half for how popular its key is after so long."""
+AT_ONCE_S = 0.1
+"""Uses so near to each other count as at the same time."""
+POPULAR_USES = 2.0
+"""A key with fewer uses of late is not worth loading ahead of them."""
+POPULAR_MAX = 64
+"""The most popular keys that are loaded again at a node which lost what it had."""
+POPULAR_SEEN = 4_096
+"""So many of the newest used keys may be popular."""
+HELD_S = 60.0
+HELD_UNHEARD_S = 10.0
+"""How long popular keys keep away from a node that lost them, if nothing is heard of it: the latter is for a node of
+which no publications come, so that requests have to try how it is."""
+MISSED_S = 5.0
+"""A node that said so long ago, or less, that it has a key no more had it until a new epoch came."""
 PROBE_S = 1.0
 """How long one request that tries such a node again keeps others from it."""
 PATIENCE_MIN_S = 0.25
@@ -61,15 +79,69 @@ class _Pace:
         self.mean_s += (seconds - self.mean_s) / 8
 
 
+class Edition(NamedTuple):
+    """Which key a name means, in which epoch, and who holds it."""
+
+    key_id: bytes
+    version: int
+    epoch: int
+    holders: tuple[str, ...]
+
+
+_NO_NODES: frozenset[NodeState] = frozenset()
+
+
 @dataclass(slots=True, eq=False)
 class _Known:
-    """A key that was used: where it is loaded, and how often it was used here."""
+    """A key that was used: where it is loaded, where it is about to be (``coming``), and how often it was used here.
+
+    ``of_late`` are its uses as they counted at ``used_s``; ``missed`` are nodes that had lost it by ``missed_s``.
+    """
 
     nodes: set[NodeState] = field(default_factory=set)
     uses: int = 0
+    coming: frozenset[NodeState] = _NO_NODES
+    of_late: float = 0.0
+    used_s: float = 0.0
+    missed: frozenset[NodeState] = _NO_NODES
+    missed_s: float = 0.0
+    edition: Edition | None = None
+    group: int = -1
+
+    def popularity(self, now_s: float) -> float:
+        """Its uses of late: each counts half after ``HALF_LIFE_S``."""
+        return self.of_late * float(0.5 ** (max(0.0, now_s - self.used_s) / HALF_LIFE_S))
+
+    def used(self, uses: int, now_s: float) -> None:
+        if now_s - self.used_s > AT_ONCE_S:
+            self.of_late, self.used_s = self.popularity(now_s), now_s
+        self.of_late += uses
+
+    def misses(self, state: NodeState, now_s: float) -> None:
+        """A node has it loaded no more, by its own word."""
+        self.nodes.remove(state)
+        self.missed = frozenset({state}) | (self.missed if now_s - self.missed_s < MISSED_S else _NO_NODES)
+        self.missed_s = now_s
+
+    def had(self, now_s: float) -> frozenset[NodeState]:
+        """Where it is loaded, or was until a moment ago."""
+        return self.missed | self.nodes if now_s - self.missed_s < MISSED_S else frozenset(self.nodes)
 
 
 _NOWHERE = _Known()
+
+
+@dataclass(slots=True)
+class _Lost:
+    """The popular keys that a node had loaded when it failed, since when, and whether something is heard of it again.
+
+    They keep away from it (``held``) for a while, and again when it is back, until they are loaded there.
+    """
+
+    since_s: float
+    keys: set[str] = field(default_factory=set)
+    held: bool = True
+    back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +173,12 @@ class Router(FollowsCluster):
         self._resting: dict[tuple[str, str], float] = {}
         """Until when a node is to rest from a class that has a cap, of which it did more than that."""
         self._indexed: _Indexed | None = None
+        self._lost: dict[NodeState, _Lost] = {}
+        self._publishing: set[NodeState] = set()
+        self.prewarms = False
+        """Whether somebody loads popular keys ahead, and is so to be told where: see ``engine.client.ahead``."""
+        self.returned = False
+        """Whether a node that lost popular keys is back: then ``take_returned`` has something to give."""
         self.changes = 0
         """Counts what a choice that was made before should not outlive."""
 
@@ -158,6 +236,8 @@ class Router(FollowsCluster):
             if not known.nodes:
                 return None
             view, cold_us = self._view(eligible), self._cold_charge_us(known)
+            if known.coming:
+                view = tuple(state for state in view if state not in known.coming)
             first = best(view, request_class, known.nodes, cold_us, now_s, self._told_us)
             if first is None or first not in known.nodes:
                 return None
@@ -173,9 +253,9 @@ class Router(FollowsCluster):
             self._answered(node, key_name, request_class, load, elapsed_s * 1e6, now_s)
 
     def learned_direct(
-        self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float
+        self, node: str, key_name: str, request_class: str, load: Load, elapsed_s: float, now_s: float, uses: int = 1
     ) -> None:
-        """As ``answered_direct``, of requests that are not counted as under way.
+        """As ``answered_direct``, of so many requests that are not counted as under way.
 
         It tells of a while ago: a key that was forgotten since, after a flush, does not count as loaded by it.
         """
@@ -184,6 +264,8 @@ class Router(FollowsCluster):
             state, known = self._state(node), self._keys.get(key_name, _NOWHERE)
             still = key_name if state in known.nodes else ""
             self._learned(state, still, request_class, load, elapsed_s * 1e6, now_s)
+            if still and uses > 1:
+                known.used(uses - 1, now_s)
 
     def answered(
         self, node: str, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
@@ -206,6 +288,7 @@ class Router(FollowsCluster):
         anew = now_s - state.seen_s > RELEARN_S
         if state.down_for_s or state.probing:
             state.up(now_s)
+            self._came_back(state)
         service_us = load.service_us
         beside_us = min(max(elapsed_us - service_us, 0.0), 1e6)
         # What a reply took beside its service is the way, and waiting; the least of it, of late, is the way.
@@ -224,27 +307,34 @@ class Router(FollowsCluster):
             state.wait_us = state.usual_us / state.lanes
         self._told(state, load.queue, now_s)
         if key_name:
-            self._learned_key(state, key_name, load.loaded, beside_us - way_us)
+            self._learned_key(state, key_name, load.loaded, beside_us - way_us, now_s)
+            if request_class and (known := self._keys.get(key_name)) is not None:
+                known.used(1, now_s)
 
-    def _learned_key(self, state: NodeState, key_name: str, loaded: bool, more_us: float) -> None:
+    def _learned_key(self, state: NodeState, key_name: str, loaded: bool, more_us: float, now_s: float) -> None:
         known = self._keys.get(key_name)
         if known is not None and state in known.nodes:
             self._warm_us += 0.05 * (more_us - self._warm_us)
             known.uses += 1
             if not loaded:
-                known.nodes.remove(state)
+                known.misses(state, now_s)
                 self.changes += 1
         elif loaded:
             self._cold_us += 0.05 * (more_us - self._cold_us)
             if known is None:
-                known = self._keys[key_name] = _Known()
-                if len(self._keys) > MAX_KEYS:
-                    self._keys.popitem(last=False)
+                known = self._new_key(key_name)
             known.nodes.add(state)
+            known.coming -= {state}
             known.uses += 1
         else:
             return
         self._keys.move_to_end(key_name)
+
+    def _new_key(self, key_name: str) -> _Known:
+        known = self._keys[key_name] = _Known()
+        if len(self._keys) > MAX_KEYS:
+            self._keys.popitem(last=False)
+        return known
 
     def _told(self, state: NodeState, queue: float, now_s: float) -> None:
         """Take in a snapshot: it is as old as half the way, and what was sent on the other half it does not know."""
@@ -265,6 +355,9 @@ class Router(FollowsCluster):
             if now_s < state.seen_s:
                 return
             self._told(state, queue, now_s)
+            self._publishing.add(state)
+            if serving and self._lost:
+                self._came_back(state)
             if not serving and state.down_until_s <= now_s:
                 state.down_for_s, state.down_until_s = max(DOWN_S, state.down_for_s), now_s + DOWN_S
                 self.changes += 1
@@ -283,8 +376,11 @@ class Router(FollowsCluster):
             state.sent_s.clear()
             state.down(now_s)
             self.changes += 1
-            for known in self._keys.values():
-                known.nodes.discard(state)
+            lost = [(known, name) for name, known in self._keys.items() if state in known.nodes]
+            for known, _ in lost:
+                known.nodes.remove(state)
+            if lost and self.prewarms:
+                self._lose(state, lost, now_s)
 
     def late(self, node: str, now_s: float) -> None:
         """A request's patience is over: the node is tried last for a while, unless the answer still comes."""
@@ -298,6 +394,126 @@ class Router(FollowsCluster):
             state = self._nodes.get(node)
             if state is not None:
                 state.up(now_s)
+                self._came_back(state)
+
+    # --- what is loaded ahead ---
+
+    def _lose(self, state: NodeState, lost: Sequence[tuple[_Known, str]], now_s: float) -> None:
+        """Note the popular ones of the keys that a node has lost; they keep away from it for a while."""
+        popular = [(uses, name) for known, name in lost if (uses := known.popularity(now_s)) >= POPULAR_USES]
+        if not popular:
+            return
+        gone = self._lost.setdefault(state, _Lost(now_s))
+        gone.since_s, gone.held, gone.back = now_s, True, False
+        gone.keys.update(name for _, name in heapq.nlargest(POPULAR_MAX - len(gone.keys), popular))
+        self._hold(state, gone)
+
+    def _hold(self, state: NodeState, gone: _Lost) -> None:
+        for name in gone.keys:
+            known = self._keys.get(name)
+            if known is not None and state not in known.nodes:
+                known.coming |= {state}
+
+    def _came_back(self, state: NodeState) -> None:
+        gone = self._lost.get(state)
+        if gone is not None and not gone.back:
+            gone.back = self.returned = True
+            self._hold(state, gone)
+
+    def stop_prewarming(self) -> None:
+        """Nobody loads keys ahead any more."""
+        with self._lock:
+            self.prewarms = self.returned = False
+            self._lost.clear()
+            for known in self._keys.values():
+                known.coming = _NO_NODES
+
+    def take_returned(self, now_s: float) -> list[tuple[str, list[str]]]:
+        """The nodes that are back, each with the popular keys that it lost; they are given once.
+
+        Of a node that is silent for longer the keys keep away no more, so that requests try how it is.
+        """
+        with self._lock:
+            self.returned = False
+            back = []
+            for state, gone in list(self._lost.items()):
+                if gone.back:
+                    del self._lost[state]
+                    back.append((state.name, sorted(gone.keys)))
+                elif gone.held and now_s - gone.since_s > (HELD_S if state in self._publishing else HELD_UNHEARD_S):
+                    gone.held = False
+                    for name in gone.keys:
+                        if (known := self._keys.get(name)) is not None:
+                            known.coming -= {state}
+            return back
+
+    def popular(self, groups: Collection[int], most: int, now_s: float) -> list[tuple[str, int]]:
+        """The most popular of the newest used keys of these groups, each with its group."""
+        with self._lock:
+            newest = [
+                (uses, name, known)
+                for _, (name, known) in zip(range(POPULAR_SEEN), reversed(self._keys.items()), strict=False)
+                if (uses := known.popularity(now_s)) >= POPULAR_USES
+            ]
+        for _, name, known in newest:
+            if known.group < 0:
+                known.group = self._cluster.group_of(name)  # how many groups there are never changes
+        return [
+            (name, known.group)
+            for _, name, known in heapq.nlargest(
+                most, (each for each in newest if each[2].group in groups), key=lambda each: each[0]
+            )
+        ]
+
+    def described(self, key_name: str, edition: Edition, now_s: float) -> tuple[str, ...]:
+        """A key's description was read: where it is to be loaded now, if it is popular and was another one before.
+
+        In a new epoch that is where it was loaded, as far as that may have changed, and its new holders; another key of
+        the name has to be loaded where the one before was.
+        """
+        with self._lock:
+            known = self._keys.get(key_name) or self._new_key(key_name)
+            before = known.edition
+            same = before is not None and (before.key_id, before.version) == (edition.key_id, edition.version)
+            if before is not None and same and edition.epoch <= before.epoch:
+                return ()
+            known.edition = edition
+            if before is None:
+                return ()
+            had_it = {state.name for state in known.had(now_s)}
+            if not same:
+                known.nodes.clear()
+                self.changes += 1
+            if known.popularity(now_s) < POPULAR_USES:
+                return ()
+            wanted = tuple(name for name in edition.holders if name in had_it or name not in before.holders)
+            for name in wanted:
+                self._expect(known, name)
+            return wanted
+
+    def expect(self, key_name: str, node: str) -> None:
+        """The key is about to be loaded at the node: others that have it come first until then."""
+        with self._lock:
+            known = self._keys.get(key_name)
+            if known is not None:
+                self._expect(known, node)
+
+    def _expect(self, known: _Known, node: str) -> None:
+        state = self._state(node)
+        if self.prewarms and state not in known.nodes:
+            known.coming |= {state}
+
+    def warmed(self, key_name: str, node: str, loaded: bool | None) -> None:
+        """What was expected is over: the node has the key loaded, or it has not, or (None) nobody knows."""
+        with self._lock:
+            known = self._keys.get(key_name)
+            if known is not None:
+                state = self._state(node)
+                known.coming -= {state}
+                if loaded:
+                    known.nodes.add(state)
+                elif loaded is not None:
+                    known.nodes.discard(state)
 
     def took(self, request_class: str, cold: bool, seconds: float) -> None:
         """An exchange was answered after so many seconds."""
@@ -336,6 +552,7 @@ class Router(FollowsCluster):
                 self._keys.pop(key_name, None)
             else:
                 self._keys.clear()
+                self._lost.clear()
             self.changes += 1
 
     def rank(self, request_class: str, key_name: str, eligible: Sequence[str], now_s: float) -> tuple[str, ...]:
@@ -354,6 +571,8 @@ class Router(FollowsCluster):
                 )
                 for at, state in enumerate(states)
             )
+            if known.coming and known.nodes:
+                scored.sort(key=lambda each: (each[0], states[each[2]] in known.coming))
             self._probe(states[scored[0][2]], now_s)
             return tuple(states[at].name for _, _, at in scored)
 
