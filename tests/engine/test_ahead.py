@@ -198,7 +198,7 @@ def test_once_it_has_stopped_no_use_waits() -> None:
     stage.hint("k", nodes=[2])
     stage.router.failed("n2", stage.now_s)
     stage.ahead.stop()
-    stage.router.came_up("n2")
+    stage.router.came_up("n2", stage.now_s)
     stage.know("k", change=1)
     stage.hint("k", nodes=[1])
     assert stage.router._keys["k"].coming == frozenset()
@@ -354,7 +354,7 @@ def test_a_node_that_is_back_gets_what_it_had_loaded(how: str) -> None:
             assert stage.router.returned == before
             stage.router.heard(node, 0, stage.now_s)
         elif how == "connected":
-            stage.router.came_up(node)
+            stage.router.came_up(node, stage.now_s)
         else:
             stage.answer(node, "other")
     assert stage.router.returned
@@ -395,7 +395,7 @@ def test_of_many_keys_that_a_node_lost_the_most_popular_are_loaded() -> None:
     for number, name in enumerate(names):
         stage.popular(name, ("n2",), uses=3 + number)
     stage.router.failed("n2", stage.now_s)
-    stage.router.came_up("n2")
+    stage.router.came_up("n2", stage.now_s)
     stage.ahead.look()
     assert {warm.name for _, _, warm in stage.ahead._queue} == set(names[30:])
 
@@ -405,7 +405,7 @@ def test_a_flush_forgets_what_was_lost() -> None:
     stage.popular("k", ("n1", "n2"))
     stage.router.failed("n2", stage.now_s)
     stage.router.forget_loaded()
-    stage.router.came_up("n2")
+    stage.router.came_up("n2", stage.now_s)
     stage.ahead.look()
     assert stage.run() == []
 
@@ -434,6 +434,6 @@ def test_without_somebody_who_loads_nothing_is_held_back() -> None:
     stage.router.prewarms = False
     stage.popular("k", ("n1", "n2"))
     stage.router.failed("n2", stage.now_s)
-    stage.router.came_up("n2")
+    stage.router.came_up("n2", stage.now_s)
     assert not stage.router.returned
     assert stage.router._keys["k"].coming == frozenset()
