@@ -72,7 +72,12 @@ def absurd_tables(run: Run) -> None:
     def forge() -> bytes:
         order = genuine.fencing_epoch + 1, next(numbers)
         key = liar.identity.signing
-        kind = run.rng.randrange(5)
+        kind = run.rng.randrange(7)
+        if kind == 5:
+            everywhere = list(range(len(nodes)))
+            return table(key, nodes, classes, order=order, hints=[(group, everywhere) for group in range(2_000)])
+        if kind == 6:
+            return table(key, nodes, classes, order=order, cap=run.rng.choice((0, 1, most)))
         if kind == 0:
             return table(key, nodes, classes, order=order, price=lambda column: 0 if column == one else 10**9)
         if kind == 1:

@@ -140,6 +140,8 @@ def table(
     service_us: Callable[[int, int], int] = lambda row, column: 100,
     price: Callable[[int], int] = lambda column: 0,
     groups: list[tuple[int, list[int]]] | None = None,
+    hints: list[tuple[int, list[int]]] | None = None,
+    cap: int = 1000,
 ) -> bytes:
     """A routing table with such values, signed."""
     now_ms = time.time_ns() // 1_000_000
@@ -153,9 +155,9 @@ def table(
         classes=classes,
         service=pack_service([[service_us(row, column) for column in columns] for row in rows]),
         price=[price(column) for column in columns],
-        caps=[1000 for _ in rows],
+        caps=[cap for _ in rows],
         groups=groups or [],
-        hints=[],
+        hints=hints or [],
         forecast=[(0, 0) for _ in rows],
     )
     return seal_table(made, liar_key)
