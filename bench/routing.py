@@ -88,7 +88,7 @@ class Scale:
     epochs: int
 
 
-FULL: Final = Scale(6, 10, 7, 2.0, 3.0, 2.0, 3, 4, 200, 6)
+FULL: Final = Scale(6, 9, 6, 2.0, 2.5, 1.5, 3, 4, 200, 4)
 QUICK: Final = Scale(2, 2, 3, 0.5, 1.0, 1.0, 1, 1, 10, 1)
 FIRST_SEED: Final = 31
 
