@@ -250,6 +250,8 @@ def test_a_restart_that_this_client_had_no_part_in_is_noticed(cluster: LocalClus
     """It asks the node for nothing meanwhile; that it was started anew the node's publications tell."""
     a_popular_key(kq, "restarted")
     victim = kq.key_info("restarted").holders[0]
+    heard = {each.member.name: each.newest for each in kq._follower._subscriptions.values()}[victim]
+    until(lambda: heard is not None and heard.boot != b"", "the node is heard")
     cluster.kill(victim)
     cluster.start_node(victim)
     until(lambda: kq.prewarm_stats.loaded == 1, "it is loaded there again", lambda: str(kq.prewarm_stats))
