@@ -1,9 +1,9 @@
 """Hints: which of today's holders should have a group's popular keys loaded before its load comes. A pure function.
 
 A group's keys are warm where its load is served by now. When its highest P90 within the horizon would make these
-combiners too busy, the idlest of its other holders are named, as many as it takes. Clients load the keys that they use
-there, so that the first requests of a burst find more than one warm combiner. A hint stays until one combiner alone
-would do again, so that noise makes none come and go.
+combiners too busy, they are named with the idlest of its other holders, as many as it takes. Clients load the keys that
+they use there, so that the first requests of a burst find more than one warm combiner. A hint stays until one combiner
+alone would do again, so that noise makes none come and go.
 """
 
 from __future__ import annotations

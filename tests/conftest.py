@@ -33,6 +33,7 @@ LONG_FILES = (
     "engine/test_cli_cluster.py",
     "simulation/test_simulation.py",
     "engine/test_cluster_refresh.py",
+    "engine/test_cluster_ahead.py",
     "engine/test_cluster_shared.py",
     "nodes/test_rotation.py",
     "nodes/test_token_faults.py",

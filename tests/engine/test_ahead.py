@@ -389,6 +389,20 @@ def test_a_node_of_which_nothing_is_heard_is_tried_again(publishes: bool) -> Non
     assert stage.router._keys["k"].coming == frozenset()
 
 
+def test_a_node_that_was_started_anew_has_nothing_loaded() -> None:
+    """Also where no request of this client has failed there."""
+    stage = Stage()
+    stage.popular("k", ("n1", "n2"))
+    stage.popular("rare", ("n2",), uses=1)
+    stage.router.restarted("n2", stage.now_s)
+    assert stage.router.returned
+    assert not stage.router.is_loaded("rare", "n2")
+    stage.ahead.look()
+    assert stage.run() == [("k", "n2")]
+    stage.router.restarted("n3", stage.now_s)
+    assert not stage.router.returned
+
+
 def test_of_many_keys_that_a_node_lost_the_most_popular_are_loaded() -> None:
     stage = Stage()
     names = [f"k{number}" for number in range(POPULAR_MAX + 30)]

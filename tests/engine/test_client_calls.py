@@ -771,6 +771,70 @@ class TestQuestions:
         assert play.bodies[-1].grant == b""
 
 
+class TestWarmAt:
+    """A key is loaded beside everything else: nobody's use, so the router is told nothing of how it went."""
+
+    @pytest.fixture(autouse=True)
+    def _known(self, play: Play) -> None:
+        play.answers["prewarm"] = REPLY_CODECS["prewarm"].decode(b"\x90")
+        encrypt(play)
+        play.seen.clear()
+        play.bodies.clear()
+
+    def warm(self, play: Play, node: str = "n4", name: str = "k") -> bool:
+        return bool(play.run(play.calls.warm_at(node, name, 5.0)))
+
+    def test_it_is_one_request_with_a_grant(self, play: Play, world: World) -> None:
+        assert self.warm(play)
+        assert play.seen == [("n4", "prewarm")]
+        record = open_key_manifest(world.describe().manifest, world.cluster)
+        grant, _ = check_grant(play.bodies[0].grant, record, "n4", world.cluster, NOW_MS)
+        assert grant.operations == ["decrypt"]
+        assert not play.router.is_loaded("k", "n4")
+
+    def test_of_a_key_that_nothing_is_known_of_nothing_is_asked(self, play: Play) -> None:
+        assert not self.warm(play, name="other")
+        assert play.seen == []
+
+    @pytest.mark.parametrize("answer", [dead(), Overloaded("full"), QuorumUnavailable("few", ["n1"])])
+    def test_a_failure_is_no_word_about_the_node(self, play: Play, answer: Answer) -> None:
+        order = play.router.rank("encrypt/aes-256-gcm", "k", NODES, play.now_s)
+        play.answers["n4", "prewarm"] = answer
+        assert not self.warm(play)
+        assert play.seen == [("n4", "prewarm")]
+        assert play.router.rank("encrypt/aes-256-gcm", "k", NODES, play.now_s) == order
+
+    def test_a_new_epoch_is_learnt_and_asked_for(self, play: Play, world: World) -> None:
+        order = CreateOrder(b"i" * 16, "k", "aes-256-gcm", 3, 5, "generate", NOW_MS + 60_000)
+        raw = sign_envelope("order.create", 1, create_orders.encode(order), world.keys["app"])
+        change = RefreshOrder(b"i" * 16, "k", 1, bytes(16), NOW_MS + 60_000)
+        refresh = sign_envelope("order.refresh", 1, refresh_orders.encode(change), world.keys["app"])
+        told: list[int] = []
+        play.calls.on_description = lambda name, known: told.append(known.info.epoch)
+        play.answers["describe"] = world.deal(raw, refresh=refresh)
+        play.answers["prewarm"] = [StaleKey("another epoch"), play.answers["prewarm"]]
+        assert self.warm(play)
+        assert play.seen == [("n4", "prewarm"), ("n4", "describe"), ("n4", "prewarm")]
+        assert told == [2]
+        assert play.calls.peek("k").info.epoch == 2  # type: ignore[union-attr]
+        assert play.bodies[0].grant != play.bodies[2].grant
+
+    def test_where_nothing_newer_is_known_it_ends(self, play: Play) -> None:
+        play.answers["prewarm"] = StaleKey("another epoch")
+        assert not self.warm(play)
+        assert play.seen == [("n4", "prewarm"), ("n4", "describe")]
+
+    @pytest.mark.parametrize(
+        "answer", [dead(), KeyNotFound("none"), KeyDescription(b"no manifest", b"no certificate", []), None]
+    )
+    def test_a_node_that_is_no_holder_is_asked_what_it_knows(self, play: Play, answer: Answer) -> None:
+        """And it may say what it likes."""
+        if answer is not None:
+            play.answers["describe"] = answer
+        assert not self.warm(play, node="n9")
+        assert play.seen == [("n9", "describe")]
+
+
 def test_an_abandoned_call_leaves_nothing_under_way(play: Play) -> None:
     """A call that is closed at its exchange is told to the router like a failure."""
     encrypt(play)

@@ -197,20 +197,6 @@ def test_many_clients_at_once_load_a_key_once(cluster: LocalCluster, other: Engi
             each.close()
 
 
-def test_closing_ends_it(cluster: LocalCluster) -> None:
-    """In the middle of a long list, at once and without an error."""
-    with engine.connect(cluster.client_config) as kq:
-        for number in range(12):
-            a_popular_key(kq, f"closing/{number}")
-        with engine.connect(cluster.client_config_of("other")) as other:
-            other.flush()
-        for number in range(12):
-            kq.refresh_key(f"closing/{number}")
-        until(lambda: kq.prewarm_stats.sent > 0, "it began")
-    assert kq.prewarm_stats.sent < 12 * SIZE
-    assert not [thread for thread in threading.enumerate() if thread.name == "keyquorum-ahead"]
-
-
 # --- a node that comes back ---
 
 
@@ -249,7 +235,7 @@ def test_the_first_use_at_a_node_that_was_restarted_is_no_cold_one(tmp_path: Pat
             thread.start()
         try:
             local.kill(victim)
-            until(lambda: not kq._calls.router.is_loaded("k", victim), "the loss is noticed")
+            assert victim not in kq.prewarm("k", timeout=2)  # so that this client knows, whatever it had to do there
             local.start_node(victim)
             until(lambda: "encrypt" in asked(), "it is used again", lambda: str(kq.prewarm_stats))
         finally:
@@ -258,6 +244,18 @@ def test_the_first_use_at_a_node_that_was_restarted_is_no_cold_one(tmp_path: Pat
                 thread.join()
         assert not errors
         assert asked()[:2] == ["prewarm", "encrypt"]
+
+
+def test_a_restart_that_this_client_had_no_part_in_is_noticed(cluster: LocalCluster, kq: Engine, other: Engine) -> None:
+    """It asks the node for nothing meanwhile; that it was started anew the node's publications tell."""
+    a_popular_key(kq, "restarted")
+    victim = kq.key_info("restarted").holders[0]
+    heard = {each.member.name: each.newest for each in kq._follower._subscriptions.values()}[victim]
+    until(lambda: heard is not None and heard.boot != b"", "the node is heard")
+    cluster.kill(victim)
+    cluster.start_node(victim)
+    until(lambda: kq.prewarm_stats.loaded == 1, "it is loaded there again", lambda: str(kq.prewarm_stats))
+    assert other.flush("restarted") == SIZE
 
 
 # --- hints ---
@@ -409,6 +407,23 @@ def test_switched_off_a_hint_does_nothing(cluster: LocalCluster, other: Engine) 
             balancer.put_in_force(kq, hints=[hint(kq, "hinted/off", cold_nodes(kq, "hinted/off"))])
         assert kq.prewarm_stats.sent == 0
         assert other.flush("hinted/off") == 1
+
+
+def test_closing_ends_what_is_under_way(cluster: LocalCluster) -> None:
+    """A node that does not answer keeps nobody from closing."""
+    with engine.connect(cluster.client_config) as kq:
+        a_popular_key(kq, "closing", everywhere=False)
+        stopped = cold_nodes(kq, "closing")[0]
+        with pretending(cluster, kq) as balancer:
+            cluster.pause(stopped)
+            try:
+                balancer.put_in_force(kq, hints=[hint(kq, "closing", [stopped])])
+                until(lambda: kq.prewarm_stats.sent == 1, "it is under way")
+                kq.close()
+                assert kq.prewarm_stats == engine.PrewarmStats(sent=1, loaded=0, failed=1)
+                assert not [thread for thread in threading.enumerate() if thread.name == "keyquorum-ahead"]
+            finally:
+                cluster.resume(stopped)
 
 
 def test_a_table_that_gives_a_group_another_holder_has_its_keys_loaded_there(

@@ -354,9 +354,14 @@ def test_the_follower_gives_the_router_what_is_newer_and_counts_the_rest(world: 
             until(lambda count=count: made.stats.refused == count)
         assert "not newer" in made.stats.last_refusal
         assert queue_at(router) == 6
+        router.answered("node1", "k", "sign/ed25519", Load(6, 100, True), 300.0, time.monotonic())
+        publish(snapshot_codec.encode(snapshot(6, queue=1)))
+        until(lambda: queue_at(router) == 1)
+        assert router.is_loaded("k", "node1")
         publish(snapshot_codec.encode(snapshot(1, OTHER, queue=2)))
         until(lambda: queue_at(router) == 2)
-        publish(snapshot_codec.encode(snapshot(6, BOOT, queue=9)))
+        assert not router.is_loaded("k", "node1")  # it was started anew
+        publish(snapshot_codec.encode(snapshot(7, BOOT, queue=9)))
         until(lambda: made.stats.refused == len(refused) + 1)
         assert queue_at(router) == 2
 

@@ -852,8 +852,8 @@ class Calls:
     def warm_at(self, node: str, name: str, timeout_s: float) -> Call[bool]:
         """Have a holder load a key that is known here, beside everything else: whether it has it loaded now.
 
-        Where the node is no holder, or says that the key is another one by now, the key is described anew first. The
-        router is not told how the exchange went, for it is nobody's use of the key.
+        A node that is no holder, or says that the key is another one by now, is asked what it knows of it first: who
+        became a holder knows. The router is not told how the exchanges went, for they are nobody's use of the key.
         """
         trail = self._trail(f"prewarm {name!r} at {node}", timeout_s)
         known = self._descriptions.peek(name)
@@ -863,8 +863,16 @@ class Calls:
                 return not isinstance(outcome, Exception | _Lost)
         if known is None:
             return False
-        found = yield from self._describe_round(name, trail, known)
-        if found is None or not _newer(found, known):
+        described = yield from self._ask(
+            node, RequestType.DESCRIBE, Describe(name), max(0.001, trail.left_s()), counted=False
+        )
+        if isinstance(described, Exception | _Lost):
+            return False
+        try:
+            found = self._opened(name, described)
+        except (ManifestError, ProtocolError, AccessDenied):
+            return False
+        if not _newer(found, known):
             return False
         self._keep(name, found)
         if node not in found.holders:

@@ -262,9 +262,11 @@ class Follower(FollowsCluster):
             self._table(sealed, balancer)
 
     def _snapshot(self, node: str, newest: Newest, raw: bytes, now_s: float) -> None:
-        snapshot = snapshot_codec.decode(raw)
+        snapshot, boot = snapshot_codec.decode(raw), newest.boot
         if not newest.takes(snapshot):
             raise ProtocolError(f"{node}: snapshot {snapshot.number} is not newer than the one before")
+        if boot and boot != snapshot.boot:
+            self._router.restarted(node, now_s)
         self._router.heard(node, snapshot.queue, now_s, serving=snapshot.serving)
 
     def _look_for_manifest(self) -> None:

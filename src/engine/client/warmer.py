@@ -19,7 +19,7 @@ from engine.errors import EngineError
 
 __all__ = ["Warmer"]
 
-TIMEOUT_S: Final = 3.0
+TIMEOUT_S: Final = 5.0
 IDLE_S: Final = 5.0
 """A channel that had nothing to do for so long is closed."""
 

@@ -375,12 +375,22 @@ class Router(FollowsCluster):
             state.outstanding = max(0, state.outstanding - 1)
             state.sent_s.clear()
             state.down(now_s)
-            self.changes += 1
-            lost = [(known, name) for name, known in self._keys.items() if state in known.nodes]
-            for known, _ in lost:
-                known.nodes.remove(state)
-            if lost and self.prewarms:
-                self._lose(state, lost, now_s)
+            self._forget_at(state, now_s)
+
+    def restarted(self, node: str, now_s: float) -> None:
+        """The node was started anew, whether or not a request has failed there: nothing is loaded."""
+        with self._lock:
+            state = self._state(node)
+            self._forget_at(state, now_s)
+            self._came_back(state)
+
+    def _forget_at(self, state: NodeState, now_s: float) -> None:
+        self.changes += 1
+        lost = [(known, name) for name, known in self._keys.items() if state in known.nodes]
+        for known, _ in lost:
+            known.nodes.remove(state)
+        if lost and self.prewarms:
+            self._lose(state, lost, now_s)
 
     def late(self, node: str, now_s: float) -> None:
         """A request's patience is over: the node is tried last for a while, unless the answer still comes."""

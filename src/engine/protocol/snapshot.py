@@ -79,6 +79,11 @@ class Newest:
         self._number = 0
         self._over: deque[bytes] = deque(maxlen=BOOTS_KEPT)
 
+    @property
+    def boot(self) -> bytes:
+        """That of the newest; empty before the first."""
+        return self._boot
+
     def takes(self, snapshot: Snapshot) -> bool:
         """Whether it is newer than all that were taken; then it is the newest."""
         if snapshot.boot != self._boot:
