@@ -37,6 +37,7 @@ from balancer.quantile import QUANTILE
 __all__ = [
     "EMPTY",
     "NEVER",
+    "ROOT_TIMES",
     "Accuracy",
     "Bank",
     "Fit",
@@ -88,10 +89,12 @@ SHIFT_SCORE = 2.0
 """The score of its P90, in standard deviations of a Poisson count."""
 POISSON_SD = 0.5
 """Of a root of a Poisson count."""
+ROOT_TIMES = 1.5
+"""No root that is said is more than so many times the largest that was seen."""
 P90_TIMES = 1.25
 P90_MORE = 3.0
-"""No P90 is more than so many times the most of the window, or of what is said, and so many standard deviations: a
-quantile learnt from a single step out of silence would be."""
+"""No mean and no P90 is more than so many times the most of the window, or of the median, and so many standard
+deviations: what is learnt from a single step out of silence, or by a series that then lies, would be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,7 +357,7 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     tail = clean(counts[-WINDOW:])
     roots = roots_of(tail)
     level = last_levels(roots)
-    limit = (2.0 * np.maximum(bank.ceiling, roots.max(axis=0)))[:, None]
+    limit = (ROOT_TIMES * np.maximum(bank.ceiling, roots.max(axis=0)))[:, None]
     ewma = np.einsum("sa,sah->sh", level, bank.ewma)
     rests = _rests(bank)
     speaks = bank.ridge & ~rests & (len(counts) >= LAGS)
@@ -390,7 +393,8 @@ def advance(bank: Bank, counts: FloatArray, lengths: tuple[int, ...], known: Kno
     above = (part * regressed + (1.0 - part) * above) * np.exp(bank.drift)
     above = np.where(shifted, SHIFT_SCORE * np.sqrt(median + 1.0), above)
     most = np.maximum(tail.max(axis=0)[:, None], median)
-    p90 = np.minimum(median + above, P90_TIMES * most + P90_MORE * np.sqrt(most + 1.0))
+    most = P90_TIMES * most + P90_MORE * np.sqrt(most + 1.0)
+    mean, p90 = np.minimum(mean, most), np.minimum(median + above, most)
     p90 = np.where(lives, np.maximum(p90, mean), 0.0)
     median, mean, p90 = (np.minimum(each, COUNT_MAX) for each in (median, mean, p90))
     per_s = 1000.0 / bank.step_ms

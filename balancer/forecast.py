@@ -23,7 +23,19 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped] # comes with scikit-learn
 
-from balancer.bank import EMPTY, NEVER, Bank, Fit, Outlook, Regressed, advance, best_scaling, refitted, spread
+from balancer.bank import (
+    EMPTY,
+    NEVER,
+    ROOT_TIMES,
+    Bank,
+    Fit,
+    Outlook,
+    Regressed,
+    advance,
+    best_scaling,
+    refitted,
+    spread,
+)
 from balancer.features import (
     ALPHAS,
     COLUMNS,
@@ -274,6 +286,7 @@ def _fit(counts: FloatArray, lengths: tuple[int, ...], step: int, known: Known |
             guesses.append(told[split:, :many] @ matrix + constant + base[split:])
             origins.append((many, strength))
     choice, parts, mixed = _mix(guesses, by_ewma, said)
+    mixed = np.clip(mixed, 0.0, ROOT_TIMES * roots.max())
     coefficients, intercept = np.zeros((COLUMNS, HORIZONS)), np.zeros(HORIZONS)
     mix = ewma * (1.0 - parts)
     mix[LEVEL] += parts

@@ -33,7 +33,7 @@ CLASSES: tuple[str, ...] = tuple(
 )
 """Every class that is counted; a node's word for another one (of a newer version, say) is passed over."""
 HISTORY_TICKS_MAX = 7_200
-REQUESTS_PER_S_MAX = 10_000_000
+REQUESTS_PER_S_MAX = 1_000_000
 """More requests per second of one class than this are no node's: the report is dropped."""
 WORKERS_MAX = 1_024
 """No node works on more requests at a time than this, so it can't be busy for longer than this times the clock."""
@@ -354,9 +354,7 @@ class History:
         self._hear_network(columns[told.true], told.network_us[told.true])
         self._used |= (told.requests[told.true] > 0).any(axis=0)
         known = told.true & np.array([before is not None for before in befores])
-        if (told.true & ~known).any():
-            # Nobody knows when these were counted: they are the base line, and the tick was heard.
-            self._add(tick, 1, np.zeros(len(CLASSES)))
+        # What was never heard before was counted at any time: it is a base line, and says nothing of this tick.
         rows = np.flatnonzero(known)
         if not rows.size:
             return told.true

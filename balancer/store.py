@@ -1,7 +1,7 @@
 """The history on the disk, so that a balancer that starts again forecasts at once: SQLite, in a file of its own.
 
-Nothing depends on it: a file that is damaged, of another schema or of another tick length is set aside with a warning,
-and a disk that refuses is told once and tried again. Writing has a thread of its own; the control loop hands over
+Nothing depends on it: a file that is damaged or of another schema is set aside with a warning; one that is locked or
+that the disk refuses is left alone, told once and tried again. Writing has a thread of its own; the control loop hands over
 copies and never waits.
 """
 
@@ -29,8 +29,8 @@ SCHEMA = 1
 FAST, SLOW = 0, 1
 QUEUE_MAX = 8
 """Batches that wait for the disk; beyond it the newest is left out, as the next one says most of it again."""
-STEPS_AHEAD = 2
-"""Steps further in the future than this were written under a clock that was wrong."""
+DAMAGE = (sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+"""Not its tables, not a sound file, or no database: what else SQLite says is not the file's fault."""
 RETRY_S = 60.0
 COUNT_MAX = 1e12
 SERIES_MAX = 32_768
@@ -68,7 +68,10 @@ class HistoryStore:
                 self._forget_series(db, {number for stored in told for number in stored.pairs.tolist()})
                 return told
         except (sqlite3.Error, OSError, ValueError) as error:
-            self._set_aside(error)
+            if _is_damage(error):
+                self._set_aside(error)
+            else:
+                log.warning("history not read", file=str(self._path), reason=str(error), then="it goes on without")
         return _nothing(), _nothing()
 
     def save(self, fast: Stored, slow: Stored) -> None:
@@ -125,9 +128,9 @@ class HistoryStore:
         series = {int(number): (str(name), int(group)) for number, name, group in db.execute("SELECT * FROM series")}
         rows = db.execute(
             "SELECT step, counts FROM steps WHERE cadence = ? AND step > ? AND step <= ? ORDER BY step",
-            (cadence, newest - self._keep[cadence], newest + STEPS_AHEAD),
+            (cadence, newest - self._keep[cadence], newest),
         ).fetchall()
-        return _unpacked(series, [(int(step), bytes(counts)) for step, counts in rows if step <= newest])
+        return _unpacked(series, [(int(step), bytes(counts)) for step, counts in rows])
 
     def _forget_series(self, db: sqlite3.Connection, kept: set[int]) -> None:
         groups = db.execute("SELECT id, class, pg FROM series WHERE pg >= 0").fetchall()
@@ -158,9 +161,7 @@ class HistoryStore:
                     }
                     ended = self._write_until(db)
             except (sqlite3.Error, OSError, ValueError) as error:
-                if isinstance(error, ValueError) or (
-                    isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
-                ):
+                if _is_damage(error):
                     self._set_aside(error)
                 ended = self._wait_for_disk(error)
 
@@ -200,11 +201,15 @@ class HistoryStore:
                 (cadence, step, ids[above].astype(np.uint32).tobytes() + row[above].astype(np.float32).tobytes())
             )
         db.executemany("REPLACE INTO steps VALUES (?, ?, ?)", rows)
+        # So many rows up to this step are kept, whatever they are of. By their age, or because they are later, a clock that
+        # was wrong for a moment would erase all. What lies in the future is written over when its time comes.
         newest = int(stored.steps[-1])
-        db.execute(
-            "DELETE FROM steps WHERE cadence = ? AND (step <= ? OR step > ?)",
-            (cadence, newest - self._keep[cadence], newest + STEPS_AHEAD),
-        )
+        oldest = db.execute(
+            "SELECT step FROM steps WHERE cadence = ? AND step <= ? ORDER BY step DESC LIMIT 1 OFFSET ?",
+            (cadence, newest, self._keep[cadence]),
+        ).fetchone()
+        if oldest is not None:
+            db.execute("DELETE FROM steps WHERE cadence = ? AND step <= ?", (cadence, oldest[0]))
 
     def _id(self, db: sqlite3.Connection, name: str, group: int) -> int:
         number = self._ids.get((name, group))
@@ -215,6 +220,13 @@ class HistoryStore:
             db.execute("INSERT INTO series VALUES (?, ?, ?)", (number, name, group))
             self._ids[name, group] = number
         return number
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether the file itself is of no use."""
+    if isinstance(error, sqlite3.Error):
+        return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF in DAMAGE
+    return isinstance(error, ValueError)
 
 
 @contextlib.contextmanager

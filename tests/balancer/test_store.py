@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -77,15 +78,35 @@ def test_what_was_not_observed_is_unknown(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_was_wrong(tmp_path: Path) -> None:
-    """Steps of the future are not read, and leave the file with the next write."""
+    """Steps of the future are not read; neither they nor a balancer that ran in another time erase what is right."""
     tick = written(tmp_path, np.full(50, 10.0))
-    again = store(tmp_path)
-    fast, _ = again.load(tick - 30, 0)
+    right = store(tmp_path).load(tick, 0)[0].steps.tolist()
+    fast, _ = store(tmp_path).load(tick - 30, 0)
     assert fast.steps.tolist()[-1] == tick - 30
-    again.save(*history_of(np.full(5, 3.0), TICK - 500).stored(TICK - 600, 0))
-    again.close()
-    assert len(store(tmp_path).load(tick, 0)[0].steps) == 0
-    assert len(store(tmp_path).load(TICK - 490, 0)[0].steps) == 6
+    for off in (-500_000, 500_000):
+        again = store(tmp_path)
+        again.load(tick + off, 0)
+        again.save(*history_of(np.full(6, 3.0), TICK + off).stored(TICK + off - 100, 0))
+        again.close()
+        told = store(tmp_path).load(TICK + off + 10, 0)[0].steps.tolist()
+        assert told[-5:] == list(range(TICK + off + 2, TICK + off + 7))
+        assert store(tmp_path).load(tick, 0)[0].steps.tolist() == right
+
+
+def test_a_file_that_is_locked_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The balancer goes on without it; the next one reads it."""
+    tick = written(tmp_path, np.full(50, 10.0))
+    right = store(tmp_path).load(tick, 0)[0].steps.tolist()
+    connect = sqlite3.connect
+    with contextlib.closing(connect(tmp_path / "history.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", lambda *args, **more: connect(*args, **(more | {"timeout": 0.05})))
+        with structlog.testing.capture_logs() as told:
+            assert len(store(tmp_path).load(tick, 0)[0].steps) == 0
+        assert [each["then"] for each in told] == ["it goes on without"]
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("*.damaged"))
+    assert store(tmp_path).load(tick, 0)[0].steps.tolist() == right
 
 
 def test_another_tick_length_keeps_the_minutes_alone(tmp_path: Path) -> None:
@@ -125,7 +146,7 @@ def test_a_damaged_file_is_set_aside(tmp_path: Path, damage: str) -> None:
     assert [each["log_level"] for each in told] == ([] if damage == "empty" else ["warning"])
     kept.save(*history_of(np.full(20, 5.0)).stored(TICK, 0))
     kept.close()
-    assert len(store(tmp_path).load(tick, 0)[0].steps) == 21
+    assert len(store(tmp_path).load(tick, 0)[0].steps) == 20
 
 
 def test_a_disk_that_refuses_is_told_once(tmp_path: Path) -> None:
