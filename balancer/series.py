@@ -7,21 +7,26 @@ itself when it is well again.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import http.client
 import io
 import json
 import math
+import re
+import socket
+import stat
 import threading
 import time
 import tomllib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import numpy as np
 import structlog
@@ -56,6 +61,8 @@ JUMP_SAMPLES = 10
 STALE_PARTS = 5
 """A service's value counts for so many of its intervals."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+EVENT_FIELDS = frozenset({"start", "end", "value", "every_s"})
+DURATION = re.compile(r"\+?P(?:(\d+)W)?(?:(\d+)D)?(?:T(?:(\d+)H)?(?:(\d+)M)?(?:(\d+)S)?)?")
 FAR_S = 14 * 86_400.0
 """Events that come again are written out so far into the past and the future."""
 
@@ -186,9 +193,11 @@ class Source:
         # Events that come again are written out anew each hour.
         version = state.st_mtime_ns, state.st_size, int(self._clock() // 3600)
         if self._points is None or version != self._read_as:
+            if not stat.S_ISREG(state.st_mode):
+                raise SeriesError(f"{self._path} is no file")
             if state.st_size > BYTES_MAX:
                 raise SeriesError(f"{state.st_size} bytes, at most {BYTES_MAX} are read")
-            text = self._path.read_text(encoding="utf-8")
+            text = self._path.read_text(encoding="utf-8-sig")
             if self._table.kind == "csv":
                 points = read_values(text)
             else:
@@ -287,6 +296,9 @@ def _toml_events(text: str) -> list[tuple[float, float, float, float]]:
     listed = document.get("event", [])
     if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
         raise SeriesError("no [[event]]")
+    strange = sorted(set(document) - {"event"} | set().union(*listed) - EVENT_FIELDS)
+    if strange:
+        raise SeriesError(f"unknown: {', '.join(strange)[:80]}; an [[event]] has {', '.join(sorted(EVENT_FIELDS))}")
     return [
         (
             _moment(each.get("start", "")),
@@ -309,33 +321,57 @@ def _csv_events(text: str) -> list[tuple[float, float, float, float]]:
 
 
 def _ics_events(text: str) -> list[tuple[float, float, float, float]]:
-    """VEVENTs by DTSTART and DTEND (RFC 5545), times without a zone in UTC; rules for coming again are not read."""
+    """VEVENTs by DTSTART and DTEND or DURATION (RFC 5545), but those that are cancelled.
+
+    Times of a TZID are in that zone, those without any in UTC; rules for coming again are not read.
+    """
     events: list[tuple[float, float, float, float]] = []
     entry: dict[str, str] | None = None
+    zones: dict[str, str] = {}
+    if not text.lstrip().upper().startswith("BEGIN:VCALENDAR"):
+        raise SeriesError("no VCALENDAR")
     for line in text.replace("\r\n ", "").replace("\n ", "").splitlines():
         name, _, value = line.partition(":")
-        name = name.partition(";")[0].upper()
+        name, _, more = name.partition(";")
+        name = name.upper()
         if (name, value.upper()) == ("BEGIN", "VEVENT"):
-            entry = {}
+            entry, zones = {}, {}
         elif (name, value.upper()) == ("END", "VEVENT") and entry is not None:
             if "RRULE" in entry:
                 raise SeriesError("RRULE is not read; a .toml calendar has every_s")
-            start = _moment(entry.get("DTSTART", ""))
-            end = _moment(entry["DTEND"]) if "DTEND" in entry else start + 86_400.0
-            events.append((start, end, 1.0, 0.0))
+            start = _moment(entry.get("DTSTART", ""), zones.get("DTSTART", ""))
+            if "DTEND" in entry:
+                end = _moment(entry["DTEND"], zones.get("DTEND", ""))
+            else:
+                end = start + (_duration(entry["DURATION"]) if "DURATION" in entry else 86_400.0)
+            if entry.get("STATUS", "").upper() != "CANCELLED":
+                events.append((start, end, 1.0, 0.0))
             entry = None
         elif entry is not None:
             entry[name] = value
+            told = [each[5:] for each in more.split(";") if each.upper().startswith("TZID=")]
+            zones[name] = told[0].strip('"') if told else ""
     return events
+
+
+def _duration(text: str) -> float:
+    """Seconds of a DURATION (RFC 5545, 3.3.6)."""
+    found = DURATION.fullmatch(text.strip().upper())
+    if found is None or not any(found.groups()):
+        raise SeriesError(f"{text[:40]!r} is no duration")
+    weeks, days, hours, minutes, seconds = (float(each or 0) for each in found.groups())
+    return (((weeks * 7 + days) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _lines(text: str, head: str) -> list[list[str]]:
     rows = [row for row in csv.reader(io.StringIO(text)) if row and not row[0].startswith("#")]
+    if not rows:
+        raise SeriesError("no line in it")
     return rows[1:] if rows and rows[0][0].strip().lower() in (head, "timestamp") else rows
 
 
-def _moment(value: object) -> float:
-    """Seconds since the epoch."""
+def _moment(value: object, zone: str = "") -> float:
+    """Seconds since the epoch; a time that does not say its zone is of this one, or UTC."""
     if isinstance(value, datetime):
         told = value
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -343,18 +379,25 @@ def _moment(value: object) -> float:
     else:
         text = str(value).strip()
         try:
-            return _number(text) if not (len(text) == 8 and text.isdigit()) else _day(text)
+            return _number(text) if not (len(text) == 8 and text.isdigit()) else _day(text, _zone(zone))
         except SeriesError:
             pass
         try:
             told = datetime.fromisoformat(text)
         except ValueError:
             raise SeriesError(f"{text[:40]!r} is no time") from None
-    return (told if told.tzinfo else told.replace(tzinfo=UTC)).timestamp()
+    return (told if told.tzinfo else told.replace(tzinfo=_zone(zone))).timestamp()
 
 
-def _day(text: str) -> float:
-    return datetime.strptime(text, "%Y%m%d").replace(tzinfo=UTC).timestamp()
+def _day(text: str, zone: tzinfo) -> float:
+    return datetime.strptime(text, "%Y%m%d").replace(tzinfo=zone).timestamp()
+
+
+def _zone(name: str) -> tzinfo:
+    try:
+        return ZoneInfo(name) if name else UTC
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise SeriesError(f"no zone {name[:40]!r} is known here") from None
 
 
 def _number(value: object) -> float:
@@ -372,28 +415,40 @@ def _ask(table: SeriesTable) -> float:
     parts = urlsplit(table.url)
     until = time.monotonic() + table.timeout_s
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=table.timeout_s)
+    cut: threading.Timer | None = None
     try:
+        connection.connect()
+        # A time-out of the socket begins anew with each byte, so the whole question has one of its own.
+        cut = threading.Timer(max(0.0, until - time.monotonic()), _cut, (connection.sock,))
+        cut.daemon = True
+        cut.start()
         path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", path, headers={"Accept": "application/json"})
         reply = connection.getresponse()
         if reply.status != http.client.OK:
             raise SeriesError(f"status {reply.status}")
         body = b""
-        while len(body) <= REPLY_MAX:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise SeriesError(f"no whole answer within {table.timeout_s:g} s")
-            if connection.sock is not None:
-                connection.sock.settimeout(left)
-            piece = reply.read1(4096)
-            if not piece:
-                break
+        while len(body) <= REPLY_MAX and (piece := reply.read1(4096)):
             body += piece
+        if time.monotonic() > until:
+            raise TimeoutError
+    except (OSError, ValueError, http.client.HTTPException):
+        if time.monotonic() > until:
+            raise SeriesError(f"no whole answer within {table.timeout_s:g} s") from None
+        raise
     finally:
+        if cut is not None:
+            cut.cancel()
         connection.close()
     if len(body) > REPLY_MAX:
         raise SeriesError(f"more than {REPLY_MAX} bytes")
     return read_reply(body, table.field)
+
+
+def _cut(held: socket.socket) -> None:
+    """End a connection from another thread: who reads finds its end."""
+    with contextlib.suppress(OSError):
+        held.shutdown(socket.SHUT_RDWR)
 
 
 def read_reply(body: bytes, field: str) -> float:

@@ -1,8 +1,8 @@
 """The history on the disk, so that a balancer that starts again forecasts at once: SQLite, in a file of its own.
 
 Nothing depends on it: a file that is damaged or of another schema is set aside with a warning; one that is locked or
-that the disk refuses is left alone, told once and tried again. Writing has a thread of its own; the control loop hands over
-copies and never waits.
+that the disk refuses is left alone, told once and tried again. Writing has a thread of its own; the control loop hands
+over copies and never waits.
 """
 
 from __future__ import annotations
@@ -201,8 +201,8 @@ class HistoryStore:
                 (cadence, step, ids[above].astype(np.uint32).tobytes() + row[above].astype(np.float32).tobytes())
             )
         db.executemany("REPLACE INTO steps VALUES (?, ?, ?)", rows)
-        # So many rows up to this step are kept, whatever they are of. By their age, or because they are later, a clock that
-        # was wrong for a moment would erase all. What lies in the future is written over when its time comes.
+        # So many rows up to this step are kept, whatever they are of. By their age, or because they are later, a clock
+        # that was wrong for a moment would erase all. What lies in the future is written over when its time comes.
         newest = int(stored.steps[-1])
         oldest = db.execute(
             "SELECT step FROM steps WHERE cadence = ? AND step <= ? ORDER BY step DESC LIMIT 1 OFFSET ?",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -34,11 +35,18 @@ class Service:
 
     def __init__(self) -> None:
         self.body, self.status, self.delay_s, self.drips = b"1", 200, 0.0, False
+        self.before: list[bytes] = []
+        self.said = False
         service = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 time.sleep(service.delay_s)
+                for piece in service.before:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+                    time.sleep(0.05)
+                service.said = True
                 self.send_response(service.status)
                 self.end_headers()
                 for piece in (
@@ -125,15 +133,43 @@ def test_events_add_up_and_come_again() -> None:
         (".toml", "[[event]]\nstart = 5\nend = 5"),
         (".toml", "[[event]]\nstart = 5\nend = 6\nevery_s = 0.01"),
         (".toml", "[[event]]\nend = 6"),
+        (".toml", "[[events]]\nstart = 5\nend = 6"),
+        (".toml", "[[event]]\nstart = 5\nend = 6\nevry_s = 60"),
         (".csv", "1"),
-        (".ics", "BEGIN:VEVENT\nDTSTART:20270115\nRRULE:FREQ=DAILY\nEND:VEVENT"),
-        (".ics", "BEGIN:VEVENT\nEND:VEVENT"),
+        (".csv", ""),
+        (".ics", "BEGIN:VCALENDAR\nBEGIN:VEVENT\nDTSTART:20270115\nRRULE:FREQ=DAILY\nEND:VEVENT"),
+        (".ics", "BEGIN:VCALENDAR\nBEGIN:VEVENT\nEND:VEVENT"),
+        (".ics", "BEGIN:VCALENDAR\nBEGIN:VEVENT\nDTSTART;TZID=Mars/Base:20270115T080000\nEND:VEVENT"),
+        (".ics", "BEGIN:VCALENDAR\nBEGIN:VEVENT\nDTSTART:20270115T080000\nDURATION:soon\nEND:VEVENT"),
+        (".ics", "<html>not found</html>"),
     ],
 )
 def test_calendars_that_are_none(suffix: str, text: str) -> None:
     """What is no event is refused, not guessed."""
     with pytest.raises(SeriesError):
         read_events(text, suffix, NOW_S)
+
+
+def test_a_calendars_zones_durations_and_what_was_cancelled() -> None:
+    """RFC 5545: three in the morning in New York is eight in UTC; a cancelled event is none."""
+    event = "BEGIN:VEVENT\n{}\nDURATION:{}\nEND:VEVENT\n"
+    text = "BEGIN:VCALENDAR\n" + "".join(
+        (
+            event.format("DTSTART;TZID=America/New_York:20270115T030000", "PT1H"),
+            event.format("DTSTART:20270115T080000Z", "P1DT30M"),
+            event.format("STATUS:CANCELLED\nDTSTART:20270115T080000Z", "PT5H"),
+        )
+    )
+    points = read_events(text, ".ics", EIGHT_S)
+    when = EIGHT_S + np.array([-1.0, 0.0, 3599.0, 3600.0, 86_400.0 + 1799.0, 86_400.0 + 1800.0])
+    assert points.at(when).tolist() == [0, 2, 2, 1, 1, 0]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "load.csv")
+    source = Source(SeriesTable("load", "csv", file="load.csv"), tmp_path / "load.csv")
+    source.look()
+    assert "is no file" in source.problem
 
 
 def test_a_file_comes_goes_and_changes(tmp_path: Path) -> None:
@@ -241,6 +277,17 @@ def test_a_slow_service_has_its_time_and_no_more(service: Service, drips: bool) 
     source.look()
     assert source.points is None
     assert source.problem
+
+
+@pytest.mark.parametrize("before", [b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 200, b"HTTP/1.1 100 Continue\r\n\r\n" * 40])
+def test_a_service_that_drips_its_head_has_its_time_and_no_more(service: Service, before: bytes) -> None:
+    """Ten seconds of it: each byte comes before a socket's own time-out is over."""
+    step = 25 if before.endswith(b"\n") else 1
+    service.before = [before[at : at + step] for at in range(0, len(before), step)]
+    source = http(service, timeout_s=0.3)
+    source.look()
+    assert "no whole answer within 0.3 s" in source.problem
+    assert not service.said, "it was not waited for to the end"
 
 
 def test_a_service_that_is_not_there(service: Service) -> None:
