@@ -106,6 +106,10 @@ RESAVED_STEPS = 10
 """So many steps before those that are new are written again: late reports may have added to them."""
 FORECASTS_TOLD = 128
 SHAPE_S = 30.0
+FEW_KEYS = 100
+"""How often it is looked what shape the keys have; with fewer keys each second."""
+CLOCK_SET_S = 30.0
+"""Steps go by the clock again when it is so far from where it would be by the monotonic one: it was set."""
 USUAL_SHAPE = (2, 3)
 """Threshold and shares that keys are taken to have while there are none."""
 QUEUED_TABLES = 4
@@ -203,6 +207,7 @@ class ControlLoop(FollowsCluster):
         self._tick_ms = tick_ms
         self._tick_s = tick_ms / 1000
         self._lifetime_ms = max(LIFETIME_MS_MIN, LIFETIME_TICKS * tick_ms)
+        self._history_ticks = history_ticks
         self._history = History(tuple(cluster.cluster.nodes), tick_ms=tick_ms, ticks=history_ticks)
         self._series = series or ExternalSeries(())
         self._store = store
@@ -261,7 +266,10 @@ class ControlLoop(FollowsCluster):
         with Channel(self._own, Servers(self._source), self._context, heartbeats=True) as channel:
             channel.dial(self._cluster.nodes)
             while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
-                started = time.monotonic()
+                started, step = time.monotonic(), now_ms() // self._tick_ms
+                if abs(step - first - tick) * self._tick_s > CLOCK_SET_S:
+                    self._begin_anew(first + tick, step)
+                    begun, first, tick = started, step, 0
                 try:
                     self._tick(channel, first + tick)
                 except Exception as error:  # the loop outlives every failure; the data path does not need this tick
@@ -313,6 +321,14 @@ class ControlLoop(FollowsCluster):
         slow = snapshot.slow
         of_slow = None if slow is None else self._series.known(slow.step, len(slow.counts), slow.step_ms)
         return replace(snapshot, known=known, slow_known=of_slow)
+
+    def _begin_anew(self, tick: int, step: int) -> None:
+        """Go on at another step than the one that was due, with what is known of the time before that."""
+        log.warning("the clock was set", by_s=round((step - tick) * self._tick_s), then="the history goes by it")
+        self._save(tick)
+        self._history = History(self._history.nodes, tick_ms=self._tick_ms, ticks=self._history_ticks)
+        self._learned = self._saved = None
+        self._restore(step - 1)
 
     def _restore(self, tick: int) -> None:
         """Begin with what an earlier process counted; without it if anything is wrong with that."""
@@ -507,6 +523,8 @@ class Service(FollowsCluster):
             self._loop.shape = self._registry.usual_shape() or self._loop.shape
         except EngineError as error:
             log.warning("the keys' shape is not known", reason=str(error))
+        if self._keys < FEW_KEYS:  # the next one may be of another shape than all of them
+            self._next_shape_s = now_s
 
     def _answer(self, incoming: Incoming) -> None:
         verb, member = incoming.request.verb, incoming.member

@@ -112,6 +112,9 @@ class PlacementProblem:
             raise ValueError("capacity has a value that is not above 0")
         if self.today.size and not -1 <= self.today.min() <= self.today.max() < nodes:
             raise ValueError(f"today has a node outside 0..{nodes - 1}")
+        today = np.sort(self.today, axis=1)
+        if np.any((today[:, 1:] == today[:, :-1]) & (today[:, 1:] >= 0)):
+            raise ValueError("today has a group that a node holds twice")
         if np.any(self.threshold < 1) or np.any(self.wanted < self.threshold):
             raise ValueError("a group has a threshold below 1 or above the holders it is to have")
         if self.budget < 0:

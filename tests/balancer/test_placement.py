@@ -447,6 +447,7 @@ def test_a_price_drives_groups_away() -> None:
         ({"capacity": np.zeros(12)}, "capacity has a value that is not above 0"),
         ({"wanted": np.full(20, 1)}, "above the holders"),
         ({"today": np.full((20, 3), 12)}, r"today has a node outside 0\.\.11"),
+        ({"today": np.tile([1, -1, 1], (20, 1))}, "a group that a node holds twice"),
         ({"budget": -1}, "budget of -1"),
         ({"domain": np.zeros(3)}, "domain has shape"),
     ],

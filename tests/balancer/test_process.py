@@ -571,6 +571,29 @@ def test_the_last_good_table_stays_when_the_solver_fails(site: Site, monkeypatch
         until(lambda: not loop.standing.last_error)
 
 
+def test_the_history_follows_a_clock_that_is_set(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two hours back and forth again: steps are those of the clock, and what was known of that time is there again."""
+    real = loop_module.now_ms
+    off_ms = [0]
+    monkeypatch.setattr(loop_module, "now_ms", lambda: real() + off_ms[0])
+    store = HistoryStore(tmp_path / "history.db", tick_ms=50, ticks=300)
+
+    def follows() -> Any:
+        """The newest step, if it is the clock's."""
+        view = loop.standing.view
+        step = view.snapshot.tick if view is not None else 0
+        return abs(step * 50 - loop_module.now_ms()) < 10_000 and loop.standing
+
+    with control_loop(site, store=store) as loop:
+        before = until(lambda: (standing := follows()) and standing.ticks > 5 and standing)
+        known = len(before.view.snapshot.counts)
+        for off_ms[0] in (-7_200_000, 0):
+            again = until(follows)
+            assert not again.last_error
+        assert until(lambda: len(loop.standing.view.snapshot.counts) >= known)
+        assert loop.standing.counter > before.counter
+
+
 def test_subscribers_that_go_keep_no_table_from_the_others(site: Site) -> None:
     """What libzmq itself says of a connection that ended carries no key and no descriptor."""
     context: zmq.Context[Any] = zmq.Context()
