@@ -50,7 +50,7 @@ LEVEL = 3
 """Index of the alpha whose level the columns are relative to."""
 LEVEL_COLUMNS = (0, 1, 2, 4, 5)
 """Indexes of the alphas whose levels are columns."""
-PERIODS_MS = (60_000, 300_000, 900_000, 3_600_000, 86_400_000, 604_800_000)
+PERIODS_MS = (60_000, 120_000, 300_000, 600_000, 900_000, 1_800_000, 3_600_000, 86_400_000, 604_800_000)
 """The waves that loads have: by the clock."""
 HARMONICS = 3
 CYCLES = 3

@@ -302,11 +302,24 @@ def test_levels_are_those_of_the_recursion(roots: np.ndarray) -> None:
     assert last_levels(roots[:, None])[0] == pytest.approx(level, rel=1e-9, abs=1e-6)
 
 
+def test_bursts_of_each_other_minute_are_seen_ahead() -> None:
+    """Ten seconds of them, as jobs by the clock come: the next step is forecast with half of the naive error."""
+    random = np.random.default_rng(5)
+    series = random.poisson(np.where(np.arange(900) % 120 < 10, 520.0, 20.0)).astype(float)
+    medians, state = [], None
+    for end in range(500, len(series)):
+        forecast = predict_load(snapshot(series[:end, None], tick=end), state)
+        state = forecast.state
+        medians.append(forecast.outlook.median[0, 0])
+    error = np.abs(np.array(medians) - series[500:]).mean()
+    assert error < 0.7 * np.abs(series[499:-1] - series[500:]).mean()
+
+
 def test_periods_are_those_of_the_clock() -> None:
     """A minute in seconds, a day in tens of minutes; none that is too short, or of which there are no three waves."""
-    assert period_steps(1000, 1000) == (60, 300, 0, 0, 0, 0)
-    assert period_steps(600_000, 2016) == (0, 0, 0, 0, 144, 0)
-    assert period_steps(7_000, 10**6) == (0, 0, 0, 0, 0, 86_400)
+    assert period_steps(1000, 1000) == (60, 120, 300, 0, 0, 0, 0, 0, 0)
+    assert period_steps(600_000, 2016) == (0, 0, 0, 0, 0, 0, 0, 144, 0)
+    assert period_steps(7_000, 10**6) == (0, 0, 0, 0, 0, 0, 0, 0, 86_400)
     assert ROWS_MIN > HORIZONS
 
 
