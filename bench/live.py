@@ -24,9 +24,9 @@ from typing import Final
 import numpy as np
 from balancing.arrivals import Arrivals
 from balancing.events import Outcome, Simulation
-from balancing.measured import CLASS, Measured, poisson, spaced, staged
+from balancing.measured import CLASS, Measured, poisson, site_of, spaced, staged
 from balancing.policies import POLICIES, Rival
-from balancing.scenarios import Scenario
+from balancing.scenarios import Scenario, Site
 from numpy.typing import NDArray
 from resilience import gone
 from rig import open_loop
@@ -55,7 +55,9 @@ THREADS: Final = 12
 """Requests of one client that are under way at a time; more wait for a thread, which their latency tells."""
 ALGORITHM: Final = CLASS.partition("/")[2]
 PACE: Final = 1.5
-"""From one request to the next where none is to wait, in times of service."""
+"""From one request to the next at a node where none is to wait, in times of service."""
+SETTLE_S: Final = 0.7
+"""The first part of what is measured, in which connections are made, does not count."""
 START_S: Final = 0.3
 """From the start of the threads to the first request."""
 
@@ -290,19 +292,41 @@ class Live:
 
     # --- measuring ---
 
-    def measure(self, slow: str, times: float, seconds: int) -> tuple[Measured, Measured]:
-        """The site with all tokens alike, and with one that is slow: requests at an even pace, none waits for another.
+    # Requests follow each other at an even pace, each node in its turn, so that none waits for another one.
 
-        What a request takes beside its service, a late start included, is measured with all alike: there the pace is
-        nearly that of what is played, and processors that sleep longer wake more slowly.
-        """
+    def service(self, slow: str, times: float, seconds: int) -> tuple[Measured, Measured]:
+        """Service with all tokens alike, and with one that sleeps so many times as long; the charge for a cold key."""
         self.slow()
         cold_s = self._cold_s()
-        guess = Measured(dict.fromkeys(self.cluster.nodes, self.base_s), (1.0,), 0.0)
-        alike = replace(self._measured(guess, seconds, PACE * self.base_s), cold_s=cold_s)
+        alike = self._service(seconds, PACE * self.base_s / NODES)
         self.slow({slow: times})
-        one_slow = self._measured(guess, seconds, PACE * times * self.base_s)
-        return alike, replace(one_slow, way_s=alike.way_s, cold_s=cold_s)
+        one_slow = self._service(seconds, PACE * times * self.base_s / NODES)
+        return replace(alike, cold_s=cold_s), replace(one_slow, cold_s=cold_s)
+
+    def way_s(self, rate: float, seconds: int) -> float:
+        """What a request takes beside its service, a late start included, with all tokens alike, at ``rate`` a second.
+
+        It is not the same at each rate: the longer processors and threads sleep the more slowly they wake.
+        """
+        self.slow()
+        played = self._evenly(seconds, 1 / rate)
+        return float(
+            np.nanmean((played.outcome.latency_s - played.service_s)[played.outcome.arrivals.time_s >= SETTLE_S])
+        )
+
+    def _service(self, seconds: int, every_s: float) -> Measured:
+        played = self._evenly(seconds, every_s)
+        means, noise = {}, []
+        for number, name in enumerate(self.cluster.nodes):
+            found = played.service_s[played.outcome.node == number]
+            means[name] = float(found.mean())
+            noise += (found / found.mean()).tolist()
+        return Measured(means, tuple(noise))
+
+    def _evenly(self, seconds: int, every_s: float) -> Played:
+        guess = Measured(dict.fromkeys(self.cluster.nodes, self.base_s), (1.0,))
+        scenario = self.staged("measuring", guess, seconds, SETTLE_S)
+        return self.play("round robin", scenario, spaced(scenario, self.cluster.cluster, self.keys, guess, every_s), 1)
 
     def _cold_s(self) -> float:
         """What the first use of a key takes more than the next one, where no node has it loaded and no client knows."""
@@ -319,24 +343,15 @@ class Live:
                 more.append(2 * loaded - begun - time.monotonic())
         return statistics.fmean(more)
 
-    def _measured(self, guess: Measured, seconds: int, every_s: float) -> Measured:
-        scenario = self.staged("measuring", guess, seconds, min(1.0, seconds / 3))
-        arrivals = spaced(scenario, self.cluster.cluster, self.keys, guess, every_s, 1)
-        played = self.play("round robin", scenario, arrivals, 1)
-        node, service_s, latency_s = played.outcome.node, played.service_s, played.outcome.latency_s
-        means, noise = {}, []
-        for number, name in enumerate(self.cluster.nodes):
-            found = service_s[node == number]
-            means[name] = float(found.mean())
-            noise += (found / found.mean()).tolist()
-        counted = (arrivals.time_s >= scenario.warmup_s) & (node >= 0)
-        return Measured(means, tuple(noise), float((latency_s - service_s)[counted].mean()))
+    # --- what is played ---
+
+    def site(self, measured: Measured) -> Site:
+        """This cluster as the simulator takes it."""
+        return site_of(self.cluster.cluster, self.cluster.nodes, measured)
 
     def staged(self, name: str, measured: Measured, seconds: int, warmup_s: float) -> Scenario:
         """A scenario on this cluster."""
-        return staged(
-            name, self.cluster.cluster, self.cluster.nodes, len(self.cluster.clients), measured, seconds, warmup_s
-        )
+        return staged(name, self.site(measured), len(self.cluster.clients), seconds, warmup_s)
 
     def arrivals(
         self, scenario: Scenario, measured: Measured, rate: float, seed: int, keys: int | None = None

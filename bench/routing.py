@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -77,6 +77,7 @@ class Scale:
     """
 
     measured_s: int
+    way_s: int
     slowed_s: int
     killed_s: int
     warmup_s: float
@@ -88,8 +89,8 @@ class Scale:
     epochs: int
 
 
-FULL: Final = Scale(6, 9, 6, 2.0, 2.5, 1.5, 3, 4, 200, 4)
-QUICK: Final = Scale(2, 2, 3, 0.5, 1.0, 1.0, 1, 1, 10, 1)
+FULL: Final = Scale(5, 2, 9, 6, 2.0, 2.5, 1.5, 3, 4, 200, 4)
+QUICK: Final = Scale(2, 1, 2, 3, 0.5, 1.0, 1.0, 1, 1, 10, 1)
 FIRST_SEED: Final = 31
 
 
@@ -163,30 +164,36 @@ def _ranked(count: int) -> Callable[[], object]:
 # --- what is played on both -------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
 class Scene:
     """Outcomes of one scenario by policy: on the cluster, and of the same requests in the simulator."""
 
-    real: dict[str, list[Outcome]] = field(default_factory=dict)
-    simulated: dict[str, list[Outcome]] = field(default_factory=dict)
-    noticed_s: list[float] = field(default_factory=list)
-    """After how long a death was noticed first, by play."""
+    def __init__(self, live: Live, measured: Measured, rate: float, scale: Scale) -> None:
+        self.real: dict[str, list[Outcome]] = {}
+        self.simulated: dict[str, list[Outcome]] = {}
+        self.noticed_s: list[float] = []
+        """After how long a death was noticed first, by play."""
+        self._live, self._measured, self._rate, self._scale = live, measured, rate, scale
+        self._ways_s = [live.way_s(rate, scale.way_s)]
 
-    def play(self, live: Live, policy: str, scenario: Scenario, arrivals: Arrivals, seed: int) -> Outcome:
+    def play(self, policy: str, scenario: Scenario, arrivals: Arrivals, seed: int) -> Outcome:
         """On the cluster."""
-        played = live.play(policy, scenario, arrivals, seed)
+        played = self._live.play(policy, scenario, arrivals, seed)
         self.real.setdefault(policy, []).append(played.outcome)
         for death in scenario.deaths:
             self.noticed_s += [max(0.0, at - death.at_s) for at in played.missed_s[:1]]
         return played.outcome
 
-    def simulate(self, live: Live, first_seed: int) -> None:
-        """The same in the simulator; deaths are noticed after the time that it took."""
+    def simulate(self, tell: Teller) -> None:
+        """The same in the simulator, by the way as it was before and after, and the time until deaths were noticed."""
+        live = self._live
+        way_s = statistics.fmean([*self._ways_s, live.way_s(self._rate, self._scale.way_s)])
+        tell(f"way {way_s * 1e3:.2f} ms")
+        site = live.site(replace(self._measured, way_s=way_s))
         detection_s = statistics.median(self.noticed_s) if self.noticed_s else 0.0
         for policy, outcomes in self.real.items():
             for number, each in enumerate(outcomes):
-                scenario = replace(each.scenario, detection_s=detection_s)
-                simulation = Simulation(scenario, first_seed + number, each.arrivals, live.cluster.cluster)
+                scenario = replace(each.scenario, site=site, detection_s=detection_s)
+                simulation = Simulation(scenario, FIRST_SEED + number, each.arrivals, live.cluster.cluster)
                 loop = Loop(simulation) if policy == OWN else None
                 outcome = simulation.run(POLICIES[policy](simulation), loop)
                 self.simulated.setdefault(policy, []).append(outcome)
@@ -241,16 +248,17 @@ def slowed_rows(live: Live, measured: Measured, scale: Scale, tell: Teller) -> l
         ", busy": BUSY_LOAD * sum(1 / each for each in service_s.values()),
     }
     rows: list[Row] = []
-    live.slow({live.cluster.nodes[SLOW]: SLOWED})
+    slow = {live.cluster.nodes[SLOW]: SLOWED}
     for told, rate in rates.items():
         name = f"one token slowed {SLOWED:g}x{told}"
         scenario = live.staged(name, measured, scale.slowed_s, scale.warmup_s)
-        scene, policies = Scene(), PLAYED if not told else (OWN, TWO)
+        scene, policies = Scene(live, measured, rate, scale), PLAYED if not told else (OWN, TWO)
+        live.slow(slow)
         seeds = range(FIRST_SEED, FIRST_SEED + (scale.seeds if not told else max(1, scale.seeds - 1)))
         for seed in seeds:
             arrivals = live.arrivals(scenario, measured, rate, seed)
             for policy in policies:
-                outcome = scene.play(live, policy, scenario, arrivals, seed)
+                outcome = scene.play(policy, scenario, arrivals, seed)
                 tell(f"{name}, {rate:.0f}/s, seed {seed}, {policy}: {_told(outcome)}")
         p99 = {policy: [p99_ms(each) for each in outcomes] for policy, outcomes in scene.real.items()}
         for policy, target in ((ROUND_ROBIN, Target(0.3, 0.2)), (TWO, Target(0.8, 0.6))):
@@ -258,7 +266,7 @@ def slowed_rows(live: Live, measured: Measured, scale: Scale, tell: Teller) -> l
                 rows.append(row(f"{name}: p99 / {policy}", p99[OWN], "ms", policy, p99[policy], target))
         if not told:
             rows += _floor_rows(live, scene, measured, rate, tell)
-        scene.simulate(live, FIRST_SEED)
+        scene.simulate(tell)
         rows += scene.truth(name)
         rows.append(_lost_row(name, scene))
     return rows
@@ -291,18 +299,17 @@ def _told(outcome: Outcome, *window: float) -> str:
 
 def killed_rows(live: Live, measured: Measured, scale: Scale, tell: Teller) -> list[Row]:
     """How long p99 is above 1.5 times the settled one, all kills together, and the simulator."""
-    live.slow()
     rate = KILL_LOAD * sum(1 / each for each in measured.service_s.values())
-    scene = Scene()
+    scene = Scene(live, measured, rate, scale)
     for number in range(scale.kills):
         scenario = live.staged("node killed", measured, scale.killed_s, scale.warmup_s)
         scenario = replace(scenario, deaths=(Death(number % NODES, scale.happens_s),))
         arrivals = live.arrivals(scenario, measured, rate, FIRST_SEED + number)
         # The rivals' half of it is enough to compare them by.
         for policy in PLAYED if number < (scale.kills + 1) // 2 else (OWN,):
-            outcome = scene.play(live, policy, scenario, arrivals, FIRST_SEED + number)
+            outcome = scene.play(policy, scenario, arrivals, FIRST_SEED + number)
             tell(f"node killed, {rate:.0f}/s, seed {FIRST_SEED + number}, {policy}: {_told(outcome)}")
-    scene.simulate(live, FIRST_SEED)
+    scene.simulate(tell)
     found = {policy: [_recovered_s(outcomes, scale)] for policy, outcomes in scene.real.items()}
     rows = [
         row("node killed: until p99 is within 1.5x of the settled one", found[OWN], "s", target=Target(1.0, 0.5)),
@@ -330,17 +337,16 @@ def flushed_rows(live: Live, measured: Measured, scale: Scale, tell: Teller) -> 
     Our routing alone: the load is so low that all are alike. What gathering costs is processor time, which here all
     nodes share, so there are few keys.
     """
-    live.slow()
     rate = FLUSH_LOAD * sum(1 / each for each in measured.service_s.values())
     window = scale.happens_s, scale.happens_s + 1.0
-    scene = Scene()
+    scene = Scene(live, measured, rate, scale)
     for number in range(scale.kills):
         seed = FIRST_SEED + number
         scenario = live.staged("keys flushed", measured, math.ceil(scale.happens_s + 1.0), scale.warmup_s)
         scenario = replace(scenario, flushes=(Flush(scale.happens_s),))
-        outcome = scene.play(live, OWN, scenario, live.arrivals(scenario, measured, rate, seed, FLUSH_KEYS), seed)
+        outcome = scene.play(OWN, scenario, live.arrivals(scenario, measured, rate, seed, FLUSH_KEYS), seed)
         tell(f"keys flushed, {rate:.0f}/s, seed {seed}: {_told(outcome, *window)} then")
-    scene.simulate(live, FIRST_SEED)
+    scene.simulate(tell)
     return [*scene.truth("keys flushed", *window), _lost_row("keys flushed", scene)]
 
 
@@ -397,9 +403,9 @@ def measure(parts: Sequence[str], scale: Scale, tell: Teller) -> list[Row]:
         Live(Path(folder), CLIENTS, KEYS, BASE_S) as live,
     ):
         if {"slowed", "killed", "flushed"} & set(parts):
-            alike, slow = live.measure(live.cluster.nodes[SLOW], SLOWED, scale.measured_s)
+            alike, slow = live.service(live.cluster.nodes[SLOW], SLOWED, scale.measured_s)
             tell(f"service {_range_ms(alike.service_s)} ms, one slow {_range_ms(slow.service_s)} ms, "
-                 f"way {alike.way_s * 1e3:.2f} ms, a cold key {alike.cold_s * 1e3:.2f} ms more")  # fmt: skip
+                 f"a cold key {alike.cold_s * 1e3:.2f} ms more")  # fmt: skip
         if "slowed" in parts:
             rows += slowed_rows(live, slow, scale, tell)
         if "killed" in parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -13,7 +13,7 @@ from balancing.arrivals import Arrivals
 from balancing.scenarios import Crowd, NodeSpec, Scenario, Site, Traffic
 from engine.protocol.manifest import Cluster
 
-__all__ = ["CLASS", "Measured", "poisson", "spaced", "staged"]
+__all__ = ["CLASS", "Measured", "poisson", "site_of", "spaced", "staged"]
 
 CLASS: Final = "verify/rsa-2048-pkcs1-sha256"
 """What is asked for: it is made by a worker thread of the node one after the other, and costs little CPU time."""
@@ -33,26 +33,27 @@ class Measured:
 
     service_s: Mapping[str, float]
     noise: tuple[float, ...]
-    way_s: float
+    way_s: float = 0.0
     cold_s: float = 0.0
 
 
-def staged(
-    name: str, cluster: Cluster, nodes: Sequence[str], clients: int, measured: Measured, seconds: int, warmup_s: float
-) -> Scenario:
-    """A scenario on the site as measured: all nodes hold every key, and have it loaded."""
-    site = Site(
+def site_of(cluster: Cluster, nodes: Sequence[str], measured: Measured) -> Site:
+    """The site as measured: every node holds all keys, and has them loaded."""
+    return Site(
         tuple(NodeSpec(node, ZONE) for node in nodes),
         near_s=measured.way_s / 2,
-        # With the way to the other holders and back it is the whole charge.
-        release_s=max(0.0, measured.cold_s - measured.way_s),
-        load_s=0.0,
         groups=cluster.groups,
         threshold=len(nodes) // 2 + 1,
         shares=len(nodes),
+        # With the way to the other holders and back it is the whole charge.
+        release_s=max(0.0, measured.cold_s - measured.way_s),
+        load_s=0.0,
     )
-    crowd = Crowd((ZONE,) * clients)
-    return Scenario(name, site, crowd, Traffic(), seconds, warmup_s=warmup_s, past_s=PAST_TICKS)
+
+
+def staged(name: str, site: Site, clients: int, seconds: int, warmup_s: float) -> Scenario:
+    """A scenario there, in which nothing happens yet."""
+    return Scenario(name, site, Crowd((ZONE,) * clients), Traffic(), seconds, warmup_s=warmup_s, past_s=PAST_TICKS)
 
 
 def poisson(
@@ -64,12 +65,11 @@ def poisson(
     return _over_keys(scenario, cluster, keys, measured, np.sort(random.random(count)) * scenario.seconds, random)
 
 
-def spaced(
-    scenario: Scenario, cluster: Cluster, keys: Sequence[str], measured: Measured, every_s: float, seed: int
-) -> Arrivals:
-    """One request after another at an even pace, so that none waits for another one."""
-    random = np.random.default_rng([seed, 9])
-    return _over_keys(scenario, cluster, keys, measured, np.arange(every_s, scenario.seconds, every_s), random)
+def spaced(scenario: Scenario, cluster: Cluster, keys: Sequence[str], measured: Measured, every_s: float) -> Arrivals:
+    """One request after another at an even pace, all of one client: by round robin each node has time for its own."""
+    random = np.random.default_rng(9)
+    made = _over_keys(scenario, cluster, keys, measured, np.arange(every_s, scenario.seconds, every_s), random)
+    return replace(made, client=np.zeros_like(made.client))
 
 
 def _over_keys(
