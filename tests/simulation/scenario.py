@@ -86,6 +86,7 @@ from nodes.gather import Gathering
 from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
 from nodes.ledger import MARK_EVERY_MS, RETRY_WINDOW_MS, GrantLedger
+from nodes.limits import GenerationLimit
 from nodes.peers import HEDGE_MIN_S
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
@@ -396,6 +397,8 @@ class Node(Proc):
             limits=ServiceLimits(),
             health=SimHealth(),
             counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
+            network_us=lambda: 0,
+            generation=GenerationLimit(1.0, 0.0),
             clock=self.clock,
         )
         self.catalogue.watch(lambda entry: self._soon(lambda: self.handlers.key_changed(entry)))
