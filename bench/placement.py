@@ -323,6 +323,7 @@ class Cluster:
                 cluster_serial=1,
                 hot_window_ms=0,
                 hot=[],
+                network_us=0,
             )
             for index, name in enumerate(self.names)
         }

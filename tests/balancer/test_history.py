@@ -20,7 +20,7 @@ def report(boot: bytes = BOOT, *, uptime_ms: int = 10**9, queue: int = 0, **coun
     """Counters ``sign=(requests, busy_us)`` and ``encrypt=...``."""
     names = {"sign": SIGN, "encrypt": ENCRYPT, "new": "sign/of-tomorrow"}
     classes = [ClassCount(names[name], requests, 0, busy_us) for name, (requests, busy_us) in counts.items()]
-    return NodeStats(boot, uptime_ms, queue, classes, [], [], 1, 0, [])
+    return NodeStats(boot, uptime_ms, queue, classes, [], [], 1, 0, [], 0)
 
 
 def make(nodes: tuple[str, ...] = ("a", "b"), ticks: int = 10) -> History:
@@ -106,7 +106,7 @@ def test_a_tick_without_any_report_is_unknown() -> None:
         report(sign=(20, 5)),
         report(sign=(10**12, 20)),
         report(sign=(20, 10**13)),
-        NodeStats(BOOT, 0, 0, [ClassCount(SIGN, 20, 0, 20), ClassCount(SIGN, 30, 0, 30)], [], [], 1, 0, []),
+        NodeStats(BOOT, 0, 0, [ClassCount(SIGN, 20, 0, 20), ClassCount(SIGN, 30, 0, 30)], [], [], 1, 0, [], 0),
     ],
     ids=["requests fell", "busy fell", "exploding", "too busy", "twice"],
 )
@@ -246,7 +246,7 @@ def told(
     classes = [ClassCount(name, sum(n for (c, _), n in counts.items() if c == name), 0, 0) for name in names]
     pairs = [(names.index(name), group, count) for (name, group), count in counts.items()]
     keys = [(key, names.index(name), count) for key, name, count in hot]
-    return NodeStats(boot, 10**9, 0, classes, pairs, [], 1, 10_000 if hot else 0, keys)
+    return NodeStats(boot, 10**9, 0, classes, pairs, [], 1, 10_000 if hot else 0, keys, 0)
 
 
 def pair_series(history: History) -> dict[tuple[str, int], list[float]]:
@@ -280,7 +280,7 @@ def test_false_pairs_drop_the_report(pairs: list[tuple[int, int, int]]) -> None:
     """A class that is not told, a pair twice, more than the class counted, a group of no cluster."""
     history = make(("a",))
     history.observe(0, {"a": told({(SIGN, 3): 4})})
-    false = NodeStats(BOOT, 10**9, 0, [ClassCount(SIGN, 10, 0, 0)], pairs, [], 1, 0, [])
+    false = NodeStats(BOOT, 10**9, 0, [ClassCount(SIGN, 10, 0, 0)], pairs, [], 1, 0, [], 0)
     assert history.observe(1, {"a": false}) == ("a",)
 
 

@@ -203,7 +203,7 @@ class CountingNode:
                 served += 50
                 classes = [ClassCount(SIGN, served, 0, served * 200)]
                 pairs, hot = ([], []) if self._group is None else ([(0, self._group, served)], [(SECRET, 0, served)])
-                stats = NodeStats(boot, served, 0, classes, pairs, [], 1, 1000, hot)
+                stats = NodeStats(boot, served, 0, classes, pairs, [], 1, 1000, hot, 0)
                 self._listener.reply(incoming, Status.OK, REPLY_CODECS[STATS].encode(stats))
 
     def close(self) -> None:

@@ -30,7 +30,9 @@ def history_of(counts: np.ndarray, first: int = TICK) -> History:
     for index, count in enumerate([0, *counts.tolist()]):
         total += int(count)
         told = [ClassCount("sign/ed25519", total, 0, total)]
-        history.observe(first + index, {"a": NodeStats(b"a" * 16, 10**9, 0, told, [(0, 7, total // 2)], [], 1, 0, [])})
+        history.observe(
+            first + index, {"a": NodeStats(b"a" * 16, 10**9, 0, told, [(0, 7, total // 2)], [], 1, 0, [], 0)}
+        )
     return history
 
 

@@ -34,7 +34,7 @@ def stats(node: int, tick: int) -> NodeStats:
     """A node that has served 10 signatures and 20 encryptions more each tick, the latter with keys of group 7 and 9."""
     classes = [ClassCount(SIGN, 10 * tick, 0, 2_000 * tick), ClassCount(SEAL, 20 * tick, 0, 1_000 * tick)]
     pairs = [(1, 7, 15 * tick), (1, 9, 5 * tick)]
-    return NodeStats(bytes([node]) * 16, tick, node, classes, pairs, [], 1, 1000, [(SECRET, 1, 15)])
+    return NodeStats(bytes([node]) * 16, tick, node, classes, pairs, [], 1, 1000, [(SECRET, 1, 15)], 0)
 
 
 def table(history: Any, prices: list[int], counter: int = 1) -> RoutingTable:

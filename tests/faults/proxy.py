@@ -234,24 +234,33 @@ class Network:
         task.add_done_callback(lambda _: _abort(writer))
 
     async def _serve(self, gate: _Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        target = gate.target
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", gate.to_port)
         except OSError:
             gate.down.set()
             return
         try:
-            source = self._who(writer.get_extra_info("peername")[1], writer.get_extra_info("sockname")[1])
-        except BaseException:
+            await self._join(gate.target, reader, writer, far_reader, far_writer)
+        finally:
             _abort(far_writer)
-            raise
+
+    async def _join(
+        self,
+        target: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        far_reader: asyncio.StreamReader,
+        far_writer: asyncio.StreamWriter,
+    ) -> None:
+        """Pass on both ways until one side ends."""
+        source = self._who(writer.get_extra_info("peername")[1], writer.get_extra_info("sockname")[1])
         self.seen.add((source, target))
         if self._rule(source, target).refuse:
             self.spoiled += 1
-            _abort(far_writer)
             return
         for each in (writer, far_writer):
-            each.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):  # it may have gone by now
+                each.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         link = _Link(source, target, writer, far_writer)
         self._links.add(link)
         ways = [

@@ -946,7 +946,7 @@ def _stats_samples() -> list[bytes]:
 
     codec = REPLY_CODECS[STATS]
     counts = [ClassCount("encrypt/aes-256-gcm", 100, 1, 2000), ClassCount("sign/ed25519", 5, 0, 700)]
-    mine = NodeStats(bytes(16), 60_000, 2, counts, [(0, 1, 60), (1, 7, 5)], [], 1, 10_000, [("orders", 0, 40)])
+    mine = NodeStats(bytes(16), 60_000, 2, counts, [(0, 1, 60), (1, 7, 5)], [], 1, 10_000, [("orders", 0, 40)], 20)
     try:
         made = [codec.encode(mine)]
     except TypeError:

@@ -270,7 +270,7 @@ class NodeStats(Message, frozen=True):
     cluster_serial: UInt
     hot_window_ms: UInt
     hot: Annotated[list[tuple[KeyName, UInt, UInt]], Meta(max_length=HOT_KEYS_TOLD)]
-    network_us: UInt = 0
+    network_us: UInt
 
 
 class TokenHealth(Message, frozen=True):
