@@ -119,6 +119,7 @@ def test_routing_is_measured_on_a_real_cluster_and_in_the_simulator(
         ("one token slowed 5x: p99 / two choices, own", 0.8, 0.6),
         ("node killed: until p99 is within 1.5x of the settled one", 1, 0.5),
         ("first requests after an epoch change: mean, prewarmed / not", 0.5, 0.3),
+        ("first requests after an epoch change: mean, by the client itself / not", 0.5, 0.3),
     ):
         assert (rows[name]["target"], rows[name]["stretch"]) == (must, stretch)
     told = [row for row in rows.values() if row["peer"] == "simulated"]
