@@ -548,7 +548,7 @@ class Service(FollowsCluster):
         if verb in REGISTRY_VERBS and member.role != "node":
             raise AccessDenied(f"{member.name!r} is a {member.role}; {verb} is for nodes")
         may_see = member.role != "client" or self._cluster.allows_any_key(member.name, RequestType.STATUS)
-        if verb == PLAN and not may_see:
+        if verb in (PLAN, RequestType.STATUS) and not may_see:
             raise AccessDenied(f"{member.name!r} may not see the {verb}: no rule of the policy gives it `status`")
         reply = handler(member.name, REQUEST_CODECS[verb].decode(incoming.request.body))
         codec = balancer_status_codec if verb == RequestType.STATUS else REPLY_CODECS[verb]

@@ -113,6 +113,10 @@ class Catalogue:
         """The prepared next epoch of a committed key."""
         return self._next.get(key_id)
 
+    def knows(self, key_id: bytes) -> bool:
+        """Whether there is a row of that key, in whatever state."""
+        return key_id in self._by_id
+
     def committed(self, key_id: bytes) -> Entry:
         """The live key of that id; ``StaleKey`` otherwise."""
         entry = self._by_id.get(key_id)

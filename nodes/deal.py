@@ -93,7 +93,7 @@ from nodes.gather import Gathering
 from nodes.peers import Peers
 from nodes.token import Lane
 
-__all__ = ["REPLY_MARGIN_S", "Conversation", "Cursor", "Gathered", "Talker"]
+__all__ = ["Conversation", "Cursor", "Gathered", "Talker"]
 
 GRACE_S: Final = 2.0
 """How long a dealer waits for the last holders once enough have confirmed."""
@@ -102,8 +102,6 @@ COMMIT_WAIT_S: Final = 1.0
 REGISTRY_TIMEOUT_S: Final = 2.0
 REGISTRY_PATIENCE_S: Final = 1.0
 REDIAL_S: Final = 0.05
-REPLY_MARGIN_S: Final = 0.05
-"""What a gathering leaves of the client's deadline for its answer."""
 MAX_SYNC_PAGES: Final = 10_000
 
 log = structlog.get_logger()
@@ -197,8 +195,7 @@ class Conversation(FollowsCluster):
         plan = self.peers.plan(self._others(entry), entry.manifest.threshold - (own is not None), self._clock())
         gathering = Gathering(entry.manifest, plan.holders, own, plan.hedge_s)
         try:
-            until_s = deadline_s - REPLY_MARGIN_S
-            secret = self._drive(talker.channel, gathering, entry, grant, until_s, extensions, meanwhile)
+            secret = self._drive(talker.channel, gathering, entry, grant, deadline_s, extensions, meanwhile)
         finally:
             gathering.close()
         for holder in gathering.corrupt:

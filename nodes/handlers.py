@@ -127,7 +127,7 @@ from nodes._fastpath import FastPath, Plan
 from nodes.audit import AuditLog
 from nodes.cache import Cache, CacheLimits, CacheStatistics
 from nodes.catalogue import Catalogue, Entry
-from nodes.deal import REPLY_MARGIN_S, Conversation, Cursor, Gathered, Talker
+from nodes.deal import Conversation, Cursor, Gathered, Talker
 from nodes.health import Kind, TokenFault
 from nodes.heavy import WINDOW_S, HeavyHitters, PairCounts
 from nodes.holder import ShareHolder
@@ -234,6 +234,9 @@ STEPS: Final[dict[str, str]] = {
 """Verb -> the failpoints of its end: ``.recorded`` once the audit record is durable, ``.answered`` after the reply."""
 RECORDED: Final = {verb: f"{step}.recorded" for verb, step in STEPS.items()}
 ANSWERED: Final = {verb: f"{step}.answered" for verb, step in STEPS.items()}
+REPLY_MARGIN_S: Final = 0.05
+REPLY_PART: Final = 0.25
+"""What a gathering leaves of the client's deadline for its answer: so much, and of a short one that part at most."""
 COMPLAIN_EVERY_S: Final = 60.0
 """How often the log repeats that the machine's clock is behind."""
 
@@ -292,6 +295,11 @@ class _Call:
     span: Span | None = None
     spent_s: list[float] = field(default_factory=lambda: [-1.0] * len(STAGES))
     """Seconds of each of ``STAGES``; negative where it was not there."""
+
+    @property
+    def gather_until_s(self) -> float:
+        """Until when its key may be gathered: something of its time is left for the answer."""
+        return self.deadline_s - min(REPLY_MARGIN_S, REPLY_PART * (self.deadline_s - self.started_s))
 
     def spend(self, stage: int, seconds: float) -> None:
         """Add to a stage's time."""
@@ -779,10 +787,12 @@ class Handlers(FollowsCluster):
         worker: Worker[Any],
         work: Callable[[Any], Any],
         then: Callable[[Any], Any] = lambda message: message,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         """Have a worker make the reply's message, unless the client's deadline is over by then.
 
-        ``then`` is called by the loop and makes the message of what the worker gave.
+        ``then`` is called by the loop and makes the message of what the worker gave; ``ended`` too, whatever came of
+        it.
         """
 
         submitted_s = self._clock()
@@ -799,6 +809,7 @@ class Handlers(FollowsCluster):
                     call.spend(WORK, self._clock() - begun_s)
 
         def done(result: Any, error: Exception | None) -> None:
+            ended()
             if error is None:
                 self._answer(call, then(result))
             else:
@@ -887,7 +898,7 @@ class Handlers(FollowsCluster):
         span = leader.call.span
         with child_of(span, "gather") as extensions:
             gathered = self._conversation.gather(
-                talker, entry, leader.grant, leader.call.deadline_s, extensions, self._ledger.flush
+                talker, entry, leader.grant, leader.call.gather_until_s, extensions, self._ledger.flush
             )
             try:
                 self._ledger.flush()
@@ -969,8 +980,8 @@ class Handlers(FollowsCluster):
         waiting = self._gathering[entry.row.key_id]
         now = self._clock()
         rest = []
-        if now >= leader.call.deadline_s - REPLY_MARGIN_S:
-            rest = [each for each in waiting if each.call.deadline_s - REPLY_MARGIN_S > now]
+        if now >= leader.call.gather_until_s:
+            rest = [each for each in waiting if each.call.gather_until_s > now]
             self._gathering[entry.row.key_id] = [each for each in waiting if each not in rest]
         self._release_waiting(entry, None, error)
         self._gather_again(entry, rest)
@@ -1065,18 +1076,29 @@ class Handlers(FollowsCluster):
             )
         begun = self._clock()
 
+        # What was carried out already is told again, however much else was made.
+        limited = order.operation == "generate" and not self._catalogue.knows(order.key_id)
+        if limited:
+            self._generation.begin(order.algorithm, begun)
+        busy_s = [0.0]
+
         def work(talker: Talker) -> KeyDescription:
-            busy_s = time.thread_time()
-            if call.verb == RequestType.GENERATE:
-                self._generation.begin(self._clock())
+            since_s = time.thread_time()
             try:
                 return self._conversation.create(talker, body.order, body.material, call.deadline_s)
             finally:
                 call.service_us = int((self._clock() - begun) * 1e6)
-                if call.verb == RequestType.GENERATE:
-                    self._generation.took(time.thread_time() - busy_s)
+                busy_s[0] = time.thread_time() - since_s
 
-        self._aside(call, self._dealer, work)
+        def ended() -> None:
+            if limited:
+                self._generation.ended(order.algorithm, busy_s[0])
+
+        try:
+            self._aside(call, self._dealer, work, ended=ended)
+        except Overloaded:
+            ended()
+            raise
 
     def _destroy(self, call: _Call, body: Destroy) -> None:
         order, signed = open_destroy_order(body.order, self._cluster, self._now_ms())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from engine.client.admission import TokenBucket
@@ -12,6 +13,8 @@ __all__ = ["GENERATE_PART", "GenerationLimit", "Limits", "ReleaseLimits"]
 GENERATE_PART = 0.25
 GENERATE_BURST_S = 4.0
 """So many seconds' worth of its part a node has for making keys after a pause."""
+GENERATE_S = {"rsa": 0.1}
+"""What making a key is taken for until one was made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +75,27 @@ class GenerationLimit:
     """The part of a node's processor time that making keys may take for ever; used by one thread.
 
     An RSA key takes as long as thousands of uses. What is refused here another node may make, or this one a little
-    later.
+    later. A key is charged what its like took of late when it is asked for, so that none has to wait in a queue that
+    the limit does not let through, and what it really took once it is made.
     """
 
     def __init__(self, part: float, now_s: float) -> None:
         self._part = part
         self._ms = TokenBucket(part * 1_000, GENERATE_BURST_S, now_s)
+        self._usual_s: dict[str, float] = {}
+        self._charged: dict[str, deque[float]] = {}
 
-    def begin(self, now_s: float) -> None:
-        """Before a key is made; ``Overloaded`` while those before have taken more than their part."""
+    def begin(self, algorithm: str, now_s: float) -> None:
+        """A key of this algorithm is asked for; ``Overloaded`` while those before have taken more than their part."""
         if not self._ms.holds_one(now_s):
             raise Overloaded(f"making keys has taken limits.generate_part = {self._part:g} of this node's time")
+        usual_s = self._usual_s.get(algorithm, GENERATE_S.get(algorithm.partition("-")[0], 0.0))
+        self._charged.setdefault(algorithm, deque()).append(usual_s)
+        self._ms.take(usual_s * 1_000)
 
-    def took(self, seconds: float) -> None:
-        """So much processor time it took."""
-        self._ms.take(seconds * 1_000)
+    def ended(self, algorithm: str, seconds: float) -> None:
+        """It is made or was given up, after so much processor time; 0 if it was not begun."""
+        self._ms.take((seconds - self._charged[algorithm].popleft()) * 1_000)
+        if seconds > 0.0:
+            usual_s = self._usual_s.get(algorithm, seconds)
+            self._usual_s[algorithm] = usual_s + 0.2 * (seconds - usual_s)

@@ -41,7 +41,7 @@ from engine.sharing import SecretBuffer
 from nodes._fasttoken import CallError, Guard, Key, Module, Session, Use
 from nodes.config import PinSource, TokenConfig
 from nodes.health import Kind, TokenFault, classify
-from nodes.tokenfile import secure_token_files
+from nodes.tokenfile import keep_token_files, restore_token_files
 
 __all__ = [
     "CallWatch",
@@ -115,8 +115,9 @@ def _in_turn(config: TokenConfig, data: Path) -> Iterator[None]:
         end_s = time.monotonic() + TURN_WAIT_S
         while not _flock(descriptor) and time.monotonic() < end_s:
             time.sleep(TURN_LOOK_S)
-        secure_token_files(home)
+        restore_token_files(home)
         yield
+        keep_token_files(home)  # nobody but who got in knows that they are whole
     finally:
         os.close(descriptor)
 

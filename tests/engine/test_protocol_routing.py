@@ -116,7 +116,7 @@ def test_what_a_cold_key_costs_is_measured() -> None:
             router.sent("n3", 0.0)
             router.answered("n3", f"k{number}", CLASS, Load(0, 100, True), 400.0 + cold_s * 1e6, 0.0)
         answered(router, "n1", service=100)
-        assert router.rank(CLASS, "k", ("n1", "n2"), 20.0)[0] == chosen
+        assert router.rank(CLASS, "k", ("n1", "n2"), 9.0)[0] == chosen
 
 
 def test_a_key_in_frequent_use_is_soon_loaded_elsewhere_too() -> None:
@@ -191,6 +191,27 @@ def test_a_node_that_is_back_counts_in_full_little_by_little() -> None:
     assert with_queues(200, 1.2) == "n1"
     answered(router, "n1", now=1.2 + SLOW_START_S, service=100)
     assert with_queues(2, 1.2 + SLOW_START_S) == "n1"
+
+
+def test_a_node_that_publishes_and_was_taken_for_slow_is_tried_again() -> None:
+    """What it publishes says nothing of how quick it is: it is measured anew after a while, as if it said nothing."""
+    router = a_router(table(service=(100, 100, 100, 100)))
+    for _ in range(40):
+        for node in NODES[:2]:
+            answered(router, node, now=1.0, service=100 if node == "n2" else 5_000)
+    assert best(router, 1.0, NODES[:2]) == "n2"
+    for second in range(2, 60):
+        answered(router, "n2", now=float(second), service=150)
+        router.heard("n1", 0, float(second))
+    assert best(router, 60.0, NODES[:2]) == "n1"
+    answered(router, "n1", now=60.0, service=90)
+    assert router._nodes["n1"].service_us[CLASS] == 90.0
+
+
+def test_a_first_measurement_is_no_more_than_an_outlier() -> None:
+    router = a_router(table(service=(100, 100, 100, 100)))
+    answered(router, "n1", service=50_000)
+    assert router._nodes["n1"].service_us[CLASS] < 330.0
 
 
 def test_one_outlier_is_no_habit_and_a_slow_token_is_soon_known() -> None:

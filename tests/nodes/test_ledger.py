@@ -110,24 +110,38 @@ def test_making_keys_has_its_part_of_the_time_for_ever() -> None:
     """A quarter, with a second's worth at once; one long one is paid for before the next, and no pause is saved up."""
     limit = GenerationLimit(0.25, 0.0)
     for _ in range(2):
-        limit.begin(0.0)
-        limit.took(0.5)
+        limit.begin("ed25519", 0.0)
+        limit.ended("ed25519", 0.5)
     with pytest.raises(Overloaded, match=r"limits.generate_part = 0.25"):
-        limit.begin(0.0)
-    limit.begin(0.1)
-    limit.took(2.0)
+        limit.begin("ed25519", 0.0)
+    limit.begin("ed25519", 0.1)
+    limit.ended("ed25519", 2.0)
     with pytest.raises(Overloaded):
-        limit.begin(7.9)
+        limit.begin("ed25519", 7.9)
     made_s, now_s = 0.0, 100.0
     while now_s < 1_100.0:
         try:
-            limit.begin(now_s)
+            limit.begin("ed25519", now_s)
         except Overloaded:
             now_s += 0.01
         else:
-            limit.took(0.1)
+            limit.ended("ed25519", 0.1)
             made_s, now_s = made_s + 0.1, now_s + 0.1
     assert made_s == pytest.approx(250.0, rel=0.01)
+
+
+def test_keys_that_wait_to_be_made_count_as_what_their_like_took() -> None:
+    """So of a flood a few are taken, and none waits behind what the limit does not let through."""
+    limit = GenerationLimit(0.25, 0.0)
+    limit.begin("rsa-4096-pss-sha256", 0.0)
+    limit.ended("rsa-4096-pss-sha256", 0.4)
+    for _ in range(2):
+        limit.begin("rsa-4096-pss-sha256", 0.0)
+    with pytest.raises(Overloaded):
+        limit.begin("rsa-4096-pss-sha256", 0.0)
+    for _ in range(2):  # given up before they were begun
+        limit.ended("rsa-4096-pss-sha256", 0.0)
+    limit.begin("rsa-4096-pss-sha256", 0.0)
 
 
 @given(

@@ -7,7 +7,9 @@ from typing import final
 SNAPSHOT_MAX_AGE_S: float
 """After so long without an answer, own requests under way count in any case."""
 RELEARN_S: float
-"""What a node was measured to do is forgotten so long after its last answer, or it might be avoided for ever."""
+"""What a node was measured to do with a class is forgotten so long after its last answer to one, and the way to it
+counts half as much with each such time without any answer, or it might be avoided for ever. What it publishes is no
+answer."""
 DOWN_S: float
 DOWN_MAX_S: float
 """How long a node that failed is tried last: doubled up to the maximum each time that it fails anew after that."""
@@ -44,6 +46,10 @@ class NodeState:
     """A request's own service and what it costs others, per time of service."""
     round_trip_us: float
     service_us: dict[str, float]
+    measured_s: dict[str, float]
+    """When that was measured last."""
+    way_s: float
+    """When it answered last."""
     down_for_s: float
     down_until_s: float
     probing: bool

@@ -44,6 +44,8 @@ cdef class NodeState:
     cdef public double cost
     cdef public double round_trip_us
     cdef public dict service_us
+    cdef public dict measured_s
+    cdef public double way_s
     cdef public double down_for_s
     cdef public double down_until_s
     cdef public bint probing
@@ -52,11 +54,11 @@ cdef class NodeState:
     def __cinit__(self, str name not None):
         self.name = name
         self.sent_s = deque(maxlen=SENT_MAX_)
-        self.seen_s = self.down_until_s = self.slow_until_s = -FAR
+        self.seen_s = self.down_until_s = self.slow_until_s = self.way_s = -FAR
         self.settle_s = 0.001
         self.lanes = self.cost = 1.0
         self.round_trip_us = 300.0
-        self.service_us = {}
+        self.service_us, self.measured_s = {}, {}
 
     def down(self, double now_s):
         """It failed; of many requests that fail together one counts."""
@@ -76,10 +78,14 @@ cdef double scored(
     NodeState state, str request_class, set loaded, double cold_us, double now_s, object told_us, double least
 ) except -1.0:
     """The score, or anything that is not below ``least`` where it would not be either."""
-    cdef double age_s = now_s - state.seen_s
-    measured = state.service_us.get(request_class) if age_s <= RELEARN_ else None
+    cdef double age_s = now_s - state.seen_s, silent_s = now_s - state.way_s, way_us = state.round_trip_us
+    measured = state.service_us.get(request_class)
+    if measured is not None and now_s - <double>state.measured_s[request_class] > RELEARN_:
+        measured = None
+    if RELEARN_ < silent_s < FAR:
+        way_us *= 0.5 ** (silent_s / RELEARN_ - 1.0)
     cdef double service_us = told_us(state, request_class) if measured is None else measured
-    cdef double score = service_us * state.cost + state.round_trip_us
+    cdef double score = service_us * state.cost + way_us
     cdef double waiting, own_us, times = 1.0
     if state not in loaded:
         score += cold_us

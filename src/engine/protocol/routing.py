@@ -285,7 +285,8 @@ class Router(FollowsCluster):
     def _learned(
         self, state: NodeState, key_name: str, request_class: str, load: Load, elapsed_us: float, now_s: float
     ) -> None:
-        anew = now_s - state.seen_s > RELEARN_S
+        anew = now_s - state.way_s > RELEARN_S
+        state.way_s = now_s
         if state.down_for_s or state.probing:
             state.up(now_s)
             self._came_back(state)
@@ -296,8 +297,12 @@ class Router(FollowsCluster):
         way_us += (0.25 if beside_us < way_us else 0.002) * (beside_us - way_us)
         state.round_trip_us = way_us
         if service_us and request_class:
-            before = None if anew else state.service_us.get(request_class)
-            measured_us = float(service_us) if before is None else min(service_us, OUTLIER_TIMES * before)
+            before = state.service_us.get(request_class)
+            if before is not None and now_s - state.measured_s[request_class] > RELEARN_S:
+                before = None
+            usual_us = self._told_us(state, request_class) if before is None else before
+            measured_us = min(float(service_us), OUTLIER_TIMES * usual_us)
+            state.measured_s[request_class] = now_s
             state.service_us[request_class] = measured_us if before is None else before + 0.1 * (measured_us - before)
             if anew or not state.usual_us:
                 state.usual_us = measured_us
