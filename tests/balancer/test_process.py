@@ -114,6 +114,7 @@ class Site:
                 ("balancer", "balancer"),
                 ("alice", "client"),
                 ("stranger", "client"),
+                ("guest", "client"),
                 *((f"node-{i}", "node") for i in range(3)),
             ]
         }
@@ -405,6 +406,16 @@ def test_every_request_is_answered(site: Site) -> None:
             call(node, REGISTRY_OUTCOME, Outcome(b"x" * 16, 0))
         notice = call(node, REGISTRY_OUTCOME, Outcome(b"x" * 16, 5))
         assert (notice.state, open_abort(notice.document, site.cluster).attempt) == ("aborted", 5)
+        assert status(client).keys == 0
+
+
+def test_a_client_without_a_rule_sees_nothing_of_the_cluster(site: Site) -> None:
+    """It may get tables, by which requests go; how many keys there are, and the plan, are for those who have `status`."""
+    with running(site), connected(site, "guest") as guest, connected(site, "alice") as client:
+        assert call(guest, TABLE, Empty())
+        for verb in (PLAN, "status"):
+            with pytest.raises(AccessDenied, match=f"'guest' may not see the {verb}"):
+                raise_for_status(guest.call("balancer", verb, b"\x90", PATIENCE_S))
         assert status(client).keys == 0
 
 

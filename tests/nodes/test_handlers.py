@@ -288,6 +288,16 @@ def test_many_requests_wait_for_one_gathering(scene: Scene) -> None:
     assert scene.handlers.pending == 0
 
 
+def test_a_cold_key_has_most_of_a_short_deadline(scene: Scene) -> None:
+    """Of a long one all but 50 ms, of a short one three quarters: it may be loaded then too, and is warm the next time."""
+    for timeout_ms, part_s in ((60_000, 59.95), (40, 0.03)):
+        begun_s = scene.handlers._clock()
+        scene.encrypt(timeout_ms=timeout_ms)
+        scene.talkers.run()
+        assert scene.gatherings[-1][1] - begun_s == pytest.approx(part_s, abs=0.005)
+        scene.send("flush", Flush("orders"))
+
+
 def stages(scene: Scene, request_class: str) -> dict[str, int]:
     """How often each stage of a class was noted, as the verb tells it."""
     number = scene.send("latency", Empty())
