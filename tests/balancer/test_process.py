@@ -410,7 +410,7 @@ def test_every_request_is_answered(site: Site) -> None:
 
 
 def test_a_client_without_a_rule_sees_nothing_of_the_cluster(site: Site) -> None:
-    """It may get tables, by which requests go; how many keys there are, and the plan, are for those who have `status`."""
+    """It may get tables, by which requests go; the number of keys and the plan are for those who have `status`."""
     with running(site), connected(site, "guest") as guest, connected(site, "alice") as client:
         assert call(guest, TABLE, Empty())
         for verb in (PLAN, "status"):

@@ -289,7 +289,7 @@ def test_many_requests_wait_for_one_gathering(scene: Scene) -> None:
 
 
 def test_a_cold_key_has_most_of_a_short_deadline(scene: Scene) -> None:
-    """Of a long one all but 50 ms, of a short one three quarters: it may be loaded then too, and is warm the next time."""
+    """Of a long one all but 50 ms, of a short one three quarters: so it may be loaded, and be warm the next time."""
     for timeout_ms, part_s in ((60_000, 59.95), (40, 0.03)):
         begun_s = scene.handlers._clock()
         scene.encrypt(timeout_ms=timeout_ms)
