@@ -47,15 +47,16 @@ from engine.protocol.manifest import (
     CreateOrder,
     FollowsCluster,
     KeyRecord,
+    ReshareOrder,
     aborts,
     certificates,
     check_successor,
     open_certificate,
+    open_change_order,
     open_create_order,
     open_destroy_order,
     open_key_manifest,
     open_receipt,
-    open_refresh_order,
     read_key_manifest,
     receipts_needed,
 )
@@ -98,7 +99,7 @@ class Registry(Protocol):
         """Reserve the name of a client's create order for one attempt of ``dealer``."""
 
     def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
-        """Begin an attempt of ``dealer`` to carry out a client's refresh order on a committed key."""
+        """Begin an attempt of ``dealer`` to carry out a client's refresh or reshare order on a committed key."""
 
     def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
         """Make the current attempt's manifest the key's; the commit certificate."""
@@ -334,14 +335,14 @@ class SqliteRegistry(FollowsCluster):
         return Reserved(attempt, list(holders), notices, b"", b"")
 
     def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
-        """Begin an attempt of ``dealer`` to refresh a committed key; earlier attempts are aborted for good.
+        """Begin an attempt of ``dealer`` to refresh or reshare a committed key; earlier ones are aborted for good.
 
         If the epoch that the order names is not the last one any more, the last one comes back as attempt 0.
         ``manifest`` and ``certificate`` are the dealer's: an epoch that is newer than the books is taken in first, for
         its holders know better than a registry that fell back. ``KeyNotFound``; ``AccessDenied``; ``ManifestError``:
         the order is forged, expired or of another key; ``Overloaded``: a change by another order is under way.
         """
-        wanted, signed = open_refresh_order(order, self._cluster, now_ms)
+        wanted, signed = open_change_order(order, self._cluster, now_ms)
         row = self._row(wanted.key_id)
         if row is None or row.state != _State.COMMITTED or row.text != wanted.name:
             raise KeyNotFound(f"no key {wanted.name!r} of this id is committed")
@@ -351,16 +352,16 @@ class SqliteRegistry(FollowsCluster):
             return Reserved(0, _names(row), [], row.manifest, row.certificate)
         if current.epoch < wanted.from_epoch:
             raise ManifestError(
-                f"the order refreshes epoch {wanted.from_epoch} of {wanted.name!r}, not {current.epoch}"
+                f"the order replaces epoch {wanted.from_epoch} of {wanted.name!r}, the last is {current.epoch}"
             )
         if current.holder(dealer) is None:
-            raise AccessDenied(f"{dealer!r} is no holder of {wanted.name!r} and can't refresh it")
+            raise AccessDenied(f"{dealer!r} is no holder of {wanted.name!r} and can't change it")
         with self._transaction("change"):
             before = self._change(wanted.key_id)
             if before is not None and before.pending and before.order_digest != signed.digest:
                 wait_ms = before.began_ms + CHANGE_LEASE_MS - now_ms
                 if 0 < wait_ms <= CHANGE_LEASE_MS:
-                    raise Overloaded(f"{wanted.name!r} is being refreshed; its coordinator has {wait_ms} ms left")
+                    raise Overloaded(f"{wanted.name!r} is being changed; its coordinator has {wait_ms} ms left")
             attempt = max(row.attempt, before.attempt if before else 0, self._refused(wanted.key_id)) + 1
             if attempt > MAX_ATTEMPT:
                 raise ValueError(f"attempt {attempt} of {wanted.name!r}; the limit is {MAX_ATTEMPT}")
@@ -375,6 +376,8 @@ class SqliteRegistry(FollowsCluster):
                     expires_ms=wanted.expires_ms,
                 )
             )
+            if isinstance(wanted, ReshareOrder):
+                self._note_change(wanted.key_id, wanted.holders)
         # Those after the last commit alone: what was committed once is never called aborted.
         given_up = range(max(row.attempt + 1, attempt - ABORTS_MAX), attempt)
         notices = [self._notice(wanted.key_id, each) for each in given_up]
@@ -393,6 +396,7 @@ class SqliteRegistry(FollowsCluster):
             row,
             attempt=told.attempt,
             dealer=record.dealer.encode(),
+            holders="\n".join(holder.node for holder in told.holders).encode(),
             manifest_hash=record.digest,
             manifest=manifest,
             certificate=certificate,
@@ -408,7 +412,9 @@ class SqliteRegistry(FollowsCluster):
         if change is not None and change.attempt <= newer.attempt:
             self._put_change(replace(change, state=_ChangeState.ENDED))
         self._put(newer)
-        self._note_change(newer.key_id, _names(newer))
+        # Who leaves hears of it too, and who was to come by an attempt that was given up.
+        told = self._store.execute("SELECT node FROM shares WHERE key_id = ?", (row.key_id,)).fetchall()
+        self._note_change(row.key_id, list({*_names(newer), *(node.decode() for (node,) in told)}))
 
     def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
         """Make the manifest the key's; the certificate. The same manifest again gets the same certificate.
@@ -435,6 +441,7 @@ class SqliteRegistry(FollowsCluster):
                 state=_State.COMMITTED,
                 attempt=told.attempt,
                 dealer=record.dealer.encode(),
+                holders="\n".join(holder.node for holder in told.holders).encode(),
                 manifest_hash=record.digest,
                 manifest=manifest,
                 certificate=certificate,
@@ -598,7 +605,7 @@ class SqliteRegistry(FollowsCluster):
                 f"attempt {told.attempt} of {told.name!r} can't commit: attempt {change.attempt} is {state}"
             )
         check_successor(record, read_key_manifest(row.manifest))
-        if open_refresh_order(told.change, self._cluster, now_ms)[1].digest != change.order_digest:
+        if open_change_order(told.change, self._cluster, now_ms)[1].digest != change.order_digest:
             raise ManifestError(f"key manifest of {told.name!r}: its order is not the one of this attempt")
         if record.dealer != change.dealer.decode():
             raise ManifestError(

@@ -36,7 +36,7 @@ def _waits(entry: Entry) -> bool:
 class Catalogue:
     """Entries by key id, and the committed ones by name; safe for several threads.
 
-    A key has one entry, and while it is refreshed a second one: the prepared share of the next epoch.
+    A key has one entry, and while its shares are replaced a second one: the prepared share of the next epoch.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
@@ -44,6 +44,7 @@ class Catalogue:
         self._by_id: dict[bytes, Entry] = {}
         self._by_name: dict[str, Entry] = {}
         self._next: dict[bytes, Entry] = {}
+        self._moved: dict[str, Entry] = {}
         self._pending: dict[str, set[bytes]] = {}
         self._watchers: list[Callable[[Entry], None]] = []
         for row in sorted(rows, key=lambda row: row.epoch):
@@ -65,6 +66,10 @@ class Catalogue:
             self._next.pop(row.key_id, None)
             self._by_id[row.key_id] = entry
             self._note_pending(entry)
+            if row.state == "moved":
+                self._moved[row.name] = entry
+            elif (moved := self._moved.get(row.name)) is not None and moved.row.key_id == row.key_id:
+                del self._moved[row.name]
             if row.state == "committed":
                 self._by_name[row.name] = entry
             elif (named := self._by_name.get(row.name)) is not None and named.row.key_id == row.key_id:
@@ -105,12 +110,16 @@ class Catalogue:
         """The live key of that name."""
         return self._by_name.get(name)
 
+    def moved(self, name: str) -> Entry | None:
+        """The key of that name that this node held a share of once, as others hold it now."""
+        return self._moved.get(name)
+
     def by_id(self, key_id: bytes) -> Entry | None:
         """The key of that id in whatever state."""
         return self._by_id.get(key_id)
 
     def next_of(self, key_id: bytes) -> Entry | None:
-        """The prepared next epoch of a committed key."""
+        """The prepared next epoch of a committed key, or of one that moved and comes back."""
         return self._next.get(key_id)
 
     def knows(self, key_id: bytes) -> bool:

@@ -93,7 +93,7 @@ from nodes.gather import Gathering
 from nodes.peers import Peers
 from nodes.token import Lane
 
-__all__ = ["Conversation", "Cursor", "Gathered", "Talker"]
+__all__ = ["COMMIT_WAIT_S", "Conversation", "Cursor", "Gathered", "Talker"]
 
 GRACE_S: Final = 2.0
 """How long a dealer waits for the last holders once enough have confirmed."""

@@ -50,13 +50,15 @@ from engine.protocol.manifest import (
     FollowsCluster,
     Member,
     RefreshOrder,
+    ReshareOrder,
     aborts,
     destroy_orders,
     open_create_order,
     open_destroy_order,
     open_refresh_order,
+    open_reshare_order,
+    read_change_order,
     read_key_manifest,
-    refresh_orders,
 )
 from engine.protocol.requests import (
     AUDIT_HEAD,
@@ -67,13 +69,16 @@ from engine.protocol.requests import (
     REPLY_CODECS,
     REQUEST_CODECS,
     SHARE_ABORT,
+    SHARE_ACCEPT,
     SHARE_COMMIT,
     SHARE_DEAL,
     SHARE_DESTROY,
+    SHARE_LEAVE,
     SHARE_PREPARE,
     SHARE_REFRESH,
     SHARE_RELEASE,
     SHARE_RENEW,
+    SHARE_RESHARE,
     STAGES,
     STATS,
     Abort,
@@ -101,14 +106,18 @@ from engine.protocol.requests import (
     OutcomeReply,
     Prewarm,
     Refresh,
+    Reshare,
     Result,
     ServiceCount,
+    ShareAccept,
     ShareCommit,
     ShareDeal,
+    ShareLeave,
     SharePrepare,
     ShareRefresh,
     ShareRelease,
     ShareRenew,
+    ShareReshare,
     SyncEntry,
     TokenHealth,
     classify_request,
@@ -176,12 +185,15 @@ DURABLE_VERBS: Final = frozenset(
         RequestType.IMPORT,
         RequestType.DESTROY,
         RequestType.REFRESH,
+        RequestType.RESHARE,
         SHARE_PREPARE,
         SHARE_COMMIT,
         SHARE_ABORT,
         SHARE_RELEASE,
         SHARE_DESTROY,
         SHARE_RENEW,
+        SHARE_ACCEPT,
+        SHARE_LEAVE,
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
@@ -203,6 +215,7 @@ WITHOUT_TOKEN: Final = frozenset(
         SHARE_COMMIT,
         SHARE_ABORT,
         SHARE_DESTROY,
+        SHARE_LEAVE,
     }
 )
 """Verbs that need no token, and are served while it is out of service."""
@@ -222,6 +235,7 @@ STEPS: Final[dict[str, str]] = {
     RequestType.IMPORT: "dealer.create",
     RequestType.DESTROY: "dealer.destroy",
     RequestType.REFRESH: "dealer.refresh",
+    RequestType.RESHARE: "dealer.reshare",
     SHARE_PREPARE: "holder.prepare",
     SHARE_COMMIT: "holder.commit",
     SHARE_ABORT: "holder.abort",
@@ -230,6 +244,9 @@ STEPS: Final[dict[str, str]] = {
     SHARE_DEAL: "holder.deal",
     SHARE_REFRESH: "holder.refresh",
     SHARE_RENEW: "holder.renew",
+    SHARE_RESHARE: "holder.reshare",
+    SHARE_ACCEPT: "holder.accept",
+    SHARE_LEAVE: "holder.leave",
 }
 """Verb -> the failpoints of its end: ``.recorded`` once the audit record is durable, ``.answered`` after the reply."""
 RECORDED: Final = {verb: f"{step}.recorded" for verb, step in STEPS.items()}
@@ -443,6 +460,7 @@ class Handlers(FollowsCluster):
             RequestType.IMPORT: self._create,
             RequestType.DESTROY: self._destroy,
             RequestType.REFRESH: self._refresh,
+            RequestType.RESHARE: self._reshare,
             RequestType.DESCRIBE: self._describe,
             RequestType.LIST: self._list,
             RequestType.PREWARM: self._prewarm,
@@ -462,6 +480,9 @@ class Handlers(FollowsCluster):
             SHARE_DEAL: self._share_deal,
             SHARE_REFRESH: self._share_refresh,
             SHARE_RENEW: self._share_renew,
+            SHARE_RESHARE: self._share_reshare,
+            SHARE_ACCEPT: self._share_accept,
+            SHARE_LEAVE: self._share_leave,
         }
 
     @property
@@ -831,7 +852,10 @@ class Handlers(FollowsCluster):
                 self._doubted |= doubted
                 self.look_again()
                 raise KeyPending(f"whether the key {name!r} was made is not known yet on {self._node}")
-            # A key of n shares is on the first n of its group: if there is one, it is on those before this node.
+            moved = self._catalogue.moved(name)
+            if moved is not None:
+                raise _moved(moved)
+            # A key of n shares is made on the first n of its group: if there is one, those before this node know it.
             order = self._cluster.group_holders(self._cluster.group_of(name))
             before = order[: order.index(self._node)] if self._node in order else order
             if before:
@@ -1110,11 +1134,16 @@ class Handlers(FollowsCluster):
         )
 
     def _refresh(self, call: _Call, body: Refresh) -> None:
-        order, signed = open_refresh_order(body.order, self._cluster, self._now_ms())
-        self._ordered(call, order, signed)
-        self._aside(call, self._dealer, lambda talker: self._coordinator.refresh(talker, body.order, call.deadline_s))
+        self._change(call, body.order, *open_refresh_order(body.order, self._cluster, self._now_ms()))
 
-    def _ordered(self, call: _Call, order: DestroyOrder | RefreshOrder, signed: Signed) -> Entry:
+    def _reshare(self, call: _Call, body: Reshare) -> None:
+        self._change(call, body.order, *open_reshare_order(body.order, self._cluster, self._now_ms()))
+
+    def _change(self, call: _Call, raw_order: bytes, order: RefreshOrder | ReshareOrder, signed: Signed) -> None:
+        self._ordered(call, order, signed)
+        self._aside(call, self._dealer, lambda talker: self._coordinator.change(talker, raw_order, call.deadline_s))
+
+    def _ordered(self, call: _Call, order: DestroyOrder | RefreshOrder | ReshareOrder, signed: Signed) -> Entry:
         """The key that an order of the one who asks is about."""
         call.key = order.name
         if signed.issuer != call.incoming.member.name:
@@ -1122,6 +1151,8 @@ class Handlers(FollowsCluster):
         entry = self._catalogue.by_id(order.key_id)
         if entry is None or entry.row.name != order.name:
             raise KeyNotFound(f"no key {order.name!r} with id {order.key_id.hex()} on {self._node}")
+        if entry.row.state == "moved":
+            raise _moved(entry)
         return entry
 
     def _describe(self, call: _Call, body: Describe) -> None:
@@ -1309,16 +1340,28 @@ class Handlers(FollowsCluster):
         self._aside(call, self._local, lambda lane: self._holder.destroy(body), forget)
 
     def _share_deal(self, call: _Call, body: ShareDeal) -> None:
-        call.key = refresh_orders.decode(read_unverified(body.order).payload).name
+        call.key = read_change_order(body.order).name
         self._aside(call, self._local, lambda lane: self._renewer.deal(lane, body, call.incoming.member))
 
     def _share_refresh(self, call: _Call, body: ShareRefresh) -> None:
-        call.key = refresh_orders.decode(read_unverified(body.order).payload).name
+        call.key = read_change_order(body.order).name
         self._aside(call, self._local, lambda lane: self._renewer.refresh(lane, body, call.incoming.member))
 
     def _share_renew(self, call: _Call, body: ShareRenew) -> None:
         call.key = read_key_manifest(body.manifest).manifest.name
         self._aside(call, self._local, lambda lane: self._renewer.renew(lane, body, call.incoming.member))
+
+    def _share_reshare(self, call: _Call, body: ShareReshare) -> None:
+        call.key = read_change_order(body.order).name
+        self._aside(call, self._local, lambda lane: self._renewer.reshare(lane, body, call.incoming.member))
+
+    def _share_accept(self, call: _Call, body: ShareAccept) -> None:
+        call.key = read_key_manifest(body.manifest).manifest.name
+        self._aside(call, self._local, lambda lane: self._renewer.accept(lane, body, call.incoming.member))
+
+    def _share_leave(self, call: _Call, body: ShareLeave) -> None:
+        call.key = read_key_manifest(body.manifest).manifest.name
+        self._aside(call, self._local, lambda lane: self._holder.leave(body))
 
     # --- the heads of audit logs ---
 
@@ -1577,7 +1620,7 @@ class Handlers(FollowsCluster):
 
     def key_changed(self, entry: Entry) -> None:
         """Another version of a key, or its end: what was loaded leaves. A new epoch of a version changes nothing."""
-        if entry.row.state == "destroyed":
+        if entry.row.state in ("destroyed", "moved"):
             self._forget(entry.row.key_id)
         elif entry.row.state == "committed":
             current = _cached_as(entry)
@@ -1602,6 +1645,11 @@ class Handlers(FollowsCluster):
                     return
                 self._holder.shares.drop_older(grant.key_id, grant.version, grant.epoch)
         self.look_again()
+
+
+def _moved(entry: Entry) -> Moved:
+    """Who holds a key of which this node had a share once."""
+    return Moved(entry.row.name, [holder.node for holder in entry.manifest.holders][:MOVED_MAX])
 
 
 def _cached_as(entry: Entry) -> tuple[bytes, int]:

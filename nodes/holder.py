@@ -48,6 +48,7 @@ from engine.protocol.requests import (
     Prepared,
     ReleasedShare,
     ShareCommit,
+    ShareLeave,
     SharePrepare,
     ShareRelease,
     SyncEntry,
@@ -100,7 +101,9 @@ class ShareHolder(FollowsCluster):
         """Store a share durably, read it back, unseal and check it; the answer is the signed receipt."""
         record = open_key_manifest(body.manifest, self._cluster, self._now_ms())
         if record.manifest.epoch != 1:
-            raise ManifestError(f"epoch {record.manifest.epoch} of {record.manifest.name!r} comes by a refresh alone")
+            raise ManifestError(
+                f"epoch {record.manifest.epoch} of {record.manifest.name!r} comes by a refresh or reshare"
+            )
         share = self._check_offer(record, body, sender)
         self._make_room(record, body.aborts)
         return self.store_prepared(lane, record, share, body.salt)
@@ -121,12 +124,16 @@ class ShareHolder(FollowsCluster):
         failpoint("holder.prepare.signed")
         return Prepared(receipt)
 
+    def check_algorithm(self, name: str) -> None:
+        """Refuse a key that this node's token can't serve."""
+        if name not in self._algorithms:
+            raise UnsupportedAlgorithm(f"the token of {self._node!r} can't serve {name!r}")
+
     def _check_offer(self, record: KeyRecord, body: SharePrepare, sender: Member) -> Share:
         manifest = record.manifest
         if record.dealer != sender.name:
             raise AccessDenied(f"{sender.name!r} sends a share that {record.dealer!r} dealt")
-        if manifest.algorithm not in self._algorithms:
-            raise UnsupportedAlgorithm(f"the token of {self._node!r} can't serve {manifest.algorithm!r}")
+        self.check_algorithm(manifest.algorithm)
         mine = manifest.holder(self._node)
         share = Share(body.x, body.y)
         if mine is None or mine.x != body.x:
@@ -163,27 +170,23 @@ class ShareHolder(FollowsCluster):
         return Empty()
 
     def settle(self, entry: Entry, certificate: bytes) -> Entry:
-        """The committed entry after what the certificate proves: that of the key, or of its next epoch.
+        """The entry after what the certificate proves: that of the key, or of its next epoch.
 
         A certificate of another epoch changes nothing: of an earlier one, or of one that this node never prepared. Nor
         does one of an attempt that this node has pledged not to follow: others count on that.
         """
-        if entry.row.state == "committed":
+        if entry.row.state in ("committed", "moved"):
             coming = self._catalogue.next_of(entry.row.key_id)
             if coming is None or read_certificate(certificate) != coming.record.digest:
                 return entry
-            if self.pledged(entry) > coming.row.attempt:
-                open_certificate(certificate, coming.record, self._cluster)
-                log.error(
-                    "a certificate of an attempt that was given up: the registry contradicts itself",
-                    key=entry.row.name,
-                    attempt=coming.row.attempt,
-                )
+            if self._gave_up(coming, certificate):
                 return entry
             return self._advance(entry, coming, certificate)
         if entry.row.state == "destroyed":
             raise StaleKey(f"the key {entry.row.name!r} with this id was destroyed on {self._node}")
         open_certificate(certificate, entry.record, self._cluster)
+        if self._gave_up(entry, certificate):
+            return entry
         named = self._catalogue.by_name(entry.row.name)
         if named is not None and named.row.key_id != entry.row.key_id:
             raise KeyExists(f"the key {entry.row.name!r} exists with another id")
@@ -192,12 +195,29 @@ class ShareHolder(FollowsCluster):
         failpoint("holder.commit.written")
         return self._catalogue.put(row)
 
+    def _gave_up(self, coming: Entry, certificate: bytes) -> bool:
+        """Whether this node told others that it will not follow the attempt that is certified now."""
+        if self.pledged(coming.row.key_id) <= coming.row.attempt:
+            return False
+        open_certificate(certificate, coming.record, self._cluster)
+        self._contradicted(coming.record)
+        return True
+
+    @staticmethod
+    def _contradicted(record: KeyRecord) -> None:
+        log.error(
+            "a certificate of an attempt that was given up: the registry contradicts itself",
+            key=record.manifest.name,
+            attempt=record.manifest.attempt,
+        )
+
     def _advance(self, entry: Entry, coming: Entry, certificate: bytes) -> Entry:
         """Make the prepared epoch the committed one, and erase the share of the epoch before in the same transaction.
 
         At no time has this node neither: the certificate says that all holders have stored their new share.
         """
-        check_successor(coming.record, entry.record)
+        if entry.row.state == "committed":  # else it was held against its predecessor when it was stored
+            check_successor(coming.record, entry.record)
         open_certificate(certificate, coming.record, self._cluster)
         failpoint("holder.commit.checked")
         now_ms = self._now_ms()
@@ -208,13 +228,94 @@ class ShareHolder(FollowsCluster):
         self._erase_soon()
         return advanced
 
-    def pledged(self, entry: Entry) -> int:
+    def pledged(self, key_id: bytes) -> int:
         """The first attempt at the next epoch that this node may still follow, by what it told others; 0 for any."""
-        return self._store.pledged(entry.row.key_id)
+        return self._store.pledged(key_id)
 
-    def pledge(self, entry: Entry, attempt: int) -> None:
+    def pledge(self, key_id: bytes, attempt: int) -> None:
         """Never go on to an epoch that an attempt below this one made; durable when this returns."""
-        self._store.pledge(entry.row.key_id, attempt)
+        self._store.pledge(key_id, attempt)
+
+    def receive(self, record: KeyRecord, certificate: bytes) -> None:
+        """Be ready to take a share of the epoch after ``record``, if that is certified and nothing known here is later.
+
+        A share that was prepared for an epoch which others made in another attempt is deleted.
+        """
+        manifest = record.manifest
+        open_certificate(certificate, record, self._cluster)
+        named = self._catalogue.by_name(manifest.name)
+        if named is not None and named.row.key_id != manifest.key_id:
+            raise KeyExists(f"the key {manifest.name!r} exists with another id")
+        entry = self._catalogue.by_id(manifest.key_id)
+        if entry is None:
+            return
+        if read_certificate(certificate) in (entry.record.digest, self._next_digest(entry)):
+            entry = self.settle(entry, certificate)
+        if entry.row.state == "prepared" and entry.row.epoch <= manifest.epoch:
+            self._supersede(entry, record)
+            return
+        if entry.row.state == "destroyed":
+            raise StaleKey(f"the key {manifest.name!r} with this id was destroyed on {self._node}")
+        if entry.row.state == "committed" and entry.record.digest != record.digest:
+            raise StaleKey(f"{self._node} holds another epoch {entry.row.epoch} of {manifest.name!r}")
+        if entry.row.state == "moved" and entry.row.epoch > manifest.epoch:
+            raise StaleKey(f"{self._node} knows the later epoch {entry.row.epoch} of {manifest.name!r}")
+
+    def _next_digest(self, entry: Entry) -> bytes:
+        coming = self._catalogue.next_of(entry.row.key_id)
+        return coming.record.digest if coming is not None else b""
+
+    def leave(self, body: ShareLeave) -> Empty:
+        """Erase the share of a key that others hold now, as the certificate of the later epoch proves."""
+        record = open_key_manifest(body.manifest, self._cluster)
+        entry = self._catalogue.by_id(record.manifest.key_id)
+        if entry is not None:
+            self._leave(entry, record, body.certificate)
+        return Empty()
+
+    def _leave(self, entry: Entry, record: KeyRecord, certificate: bytes) -> None:
+        """Keep who holds the key now in the place of the share. All of these have stored and checked theirs.
+
+        An epoch that is not the next one is good too: its holders have seen those between.
+        """
+        manifest, row = record.manifest, entry.row
+        if manifest.holder(self._node) is not None:
+            raise ManifestError(f"{self._node} is a holder of epoch {manifest.epoch} of {manifest.name!r}")
+        open_certificate(certificate, record, self._cluster)
+        if row.state == "destroyed":
+            return
+        if row.state == "prepared":
+            if row.epoch <= manifest.epoch and row.manifest_hash != record.digest:
+                self._supersede(entry, record)
+            return
+        if row.epoch >= manifest.epoch:
+            if row.epoch == manifest.epoch and row.manifest_hash != record.digest:
+                raise ManifestError(f"two manifests of epoch {row.epoch} of {row.name!r}; {self._node} keeps the first")
+            return
+        if row.epoch + 1 == manifest.epoch:
+            check_successor(record, entry.record)
+        if self.pledged(row.key_id) > manifest.attempt:
+            self._contradicted(record)
+            return
+        failpoint("holder.leave.checked")
+        moved = self._store.advance(self._row(record, "moved", certificate=certificate))
+        failpoint("holder.leave.written")
+        self._catalogue.put(moved)
+        self._erase_soon()
+
+    def _supersede(self, entry: Entry, record: KeyRecord) -> None:
+        """Delete a prepared share in whose place others have an epoch that is certified: it never will be valid.
+
+        Not for an attempt that this node has pledged not to follow: for a later one the holders of before keep theirs.
+        """
+        if self.pledged(entry.row.key_id) > record.manifest.attempt:
+            self._contradicted(record)
+            raise ManifestError(
+                f"attempt {record.manifest.attempt} of {entry.row.name!r} was given up, as others were told here"
+            )
+        self._store.delete(entry.row)
+        self._catalogue.remove(entry.row)
+        self._erase_traces()
 
     def _erase_soon(self) -> None:
         """Empty the store's log of what was erased now, or where it is in use, at the next ``tidy``."""
@@ -239,6 +340,9 @@ class ShareHolder(FollowsCluster):
         entry = self._catalogue.by_id(notice.key_id)
         if entry is not None and entry.row.state == "prepared" and entry.row.attempt == notice.attempt:
             failpoint("holder.abort.checked")
+            if entry.row.epoch > 1:
+                self._catalogue.put(self._store.put(replace(entry.row, document=raw)))
+                return
             self._store.delete(entry.row)
             failpoint("holder.abort.deleted")
             self._catalogue.remove(entry.row)
@@ -309,7 +413,7 @@ class ShareHolder(FollowsCluster):
 
     def _changed(self, entry: Entry) -> None:
         """Let cached shares go that rest on what is no longer the truth."""
-        if entry.row.state == "destroyed":
+        if entry.row.state == "destroyed" or entry.row.state == "moved":
             self.shares.drop(entry.row.key_id, "changed")
         elif entry.row.state == "committed":
             self.shares.keep_only(_share_key(entry))
@@ -355,15 +459,21 @@ class ShareHolder(FollowsCluster):
         if entry is not None and entry.row.manifest == item.manifest and entry.row.state == item.state:
             return None
         record = open_key_manifest(item.manifest, self._cluster)
-        if record.manifest.key_id != item.key_id or record.manifest.holder(self._node) is None:
-            raise ManifestError(f"the registry's entry for {item.key_id.hex()} is not this node's")
+        if record.manifest.key_id != item.key_id:
+            raise ManifestError(f"the registry's entry for {item.key_id.hex()} is of another key")
+        if record.manifest.holder(self._node) is None:  # it was a holder once
+            if entry is None:
+                return None
+            if item.state == "committed":
+                self._leave(entry, record, item.certificate)
+                return None
         if item.state == "committed":
+            if entry is not None and entry.row.state == "prepared" and entry.row.epoch > record.manifest.epoch:
+                return None
             if entry is not None and entry.row.manifest_hash != record.digest and entry.row.state == "prepared":
                 # Another attempt was committed; this one never will be, as the certificate proves.
                 open_certificate(item.certificate, record, self._cluster)
-                self._store.delete(entry.row)
-                self._catalogue.remove(entry.row)
-                self._erase_traces()
+                self._supersede(entry, record)
                 entry = None
             if entry is None:
                 self._adopt(record, item.certificate)
@@ -419,7 +529,7 @@ class ShareHolder(FollowsCluster):
     def _row(
         self,
         record: KeyRecord,
-        state: Literal["prepared", "committed", "destroyed"],
+        state: Literal["prepared", "committed", "moved", "destroyed"],
         *,
         certificate: bytes = b"",
         document: bytes = b"",

@@ -1,4 +1,4 @@
-"""The coordinator of a refresh: it carries what the holders say to each other, and has the registry commit the result.
+"""The coordinator of a refresh or reshare: it carries what the holders say to each other, and has the registry commit.
 
 It runs on the ``dealer`` worker and may wait for peers. It can read no part that is dealt, and nobody takes its word:
 each holder checks the statements of all others for itself (``nodes.renewer``). Until the registry has committed, the
@@ -30,12 +30,13 @@ from engine.protocol.manifest import (
     FollowsCluster,
     Holder,
     KeyRecord,
+    ReshareOrder,
     check_successor,
     key_manifests,
     open_certificate,
+    open_change_order,
     open_key_manifest,
     open_receipt,
-    open_refresh_order,
 )
 from engine.protocol.refresh import (
     Deal,
@@ -51,21 +52,29 @@ from engine.protocol.requests import (
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
     REQUEST_CODECS,
+    SHARE_ACCEPT,
     SHARE_DEAL,
+    SHARE_LEAVE,
     SHARE_REFRESH,
     SHARE_RENEW,
+    SHARE_RESHARE,
     Change,
     Commit,
     KeyDescription,
     Outcome,
     Reserved,
+    ShareAccept,
     ShareDeal,
+    ShareLeave,
     ShareRefresh,
     ShareRenew,
+    ShareReshare,
 )
+from engine.protocol.reshare import check_reshare_size, check_sub_shares
 from engine.protocol.signed import SigningKey, sign_envelope
+from engine.sharing import check_placement
 from nodes.catalogue import Catalogue, Entry
-from nodes.deal import Conversation, Talker
+from nodes.deal import COMMIT_WAIT_S, Conversation, Talker
 
 __all__ = ["Coordinator"]
 
@@ -86,7 +95,7 @@ class _Dealt:
 
 @dataclass(frozen=True, slots=True)
 class _Stated:
-    """A set of t deals that passed, with every holder's statement on it."""
+    """A set of deals that passed, with every new holder's statement on it."""
 
     deals: tuple[_Dealt, ...]
     raws: tuple[bytes, ...]
@@ -94,7 +103,7 @@ class _Stated:
 
 
 class Coordinator(FollowsCluster):
-    """Refreshes keys that this node holds a share of."""
+    """Refreshes and reshares keys that this node holds a share of."""
 
     def __init__(
         self,
@@ -113,53 +122,65 @@ class Coordinator(FollowsCluster):
         self._now_ms = now_ms
         self._clock = clock
 
-    def refresh(self, talker: Talker, raw_order: bytes, deadline_s: float) -> KeyDescription:
+    def change(self, talker: Talker, raw_order: bytes, deadline_s: float) -> KeyDescription:
         """Replace the shares of the epoch that the client's order names; the description of the key after it.
 
         Idempotent: if that epoch is not the last one any more, there is nothing to do. ``QuorumUnavailable`` names the
-        holders that are down; ``ValueError``: the key is too large for its number of shares, or has threshold 1.
+        holders that are down; ``ValueError``: the key is too large for its number of shares, has threshold 1 and is to
+        be refreshed, or has too few holders for a reshare that can be checked.
         """
-        order, signed = open_refresh_order(raw_order, self._cluster, self._now_ms())
+        order, signed = open_change_order(raw_order, self._cluster, self._now_ms())
         entry = self._catalogue.committed(order.key_id)
-        self._check(entry, order.name)
+        if entry.row.name != order.name:
+            raise ManifestError(f"the order names {order.name!r}, the key is {entry.row.name!r}")
         if entry.row.epoch > order.from_epoch:
             return KeyDescription(entry.row.manifest, entry.row.certificate, [])
         if entry.row.epoch < order.from_epoch:
             raise StaleKey(f"{self._node} knows epoch {entry.row.epoch} of {order.name!r}, not {order.from_epoch} yet")
+        reshare = order if isinstance(order, ReshareOrder) else None
+        if reshare is None:
+            self._check(entry)
+        else:
+            self._check_reshare(entry, raw_order, reshare)
+        step = "dealer.refresh" if reshare is None else "dealer.reshare"
         change = Change(raw_order, entry.row.manifest, entry.row.certificate)
         reserved = self._conversation.ask_registry(talker.channel, REGISTRY_CHANGE, change, deadline_s)
-        failpoint("dealer.refresh.reserved")
+        failpoint(f"{step}.reserved")
         if reserved.attempt == 0:
             return self._conversation.already(talker, reserved)
-        terms = Terms(entry.record, reserved.attempt, signed.digest)
+        terms = Terms(entry.record, reserved.attempt, signed.digest, order)
+        names = [holder.node for holder in terms.holders]
         certificate = b""
         record: KeyRecord | None = None
         try:
             dealt = self._deals(talker.channel, terms, raw_order, entry, deadline_s)
-            failpoint("dealer.refresh.dealt")
-            stated = self._statements(talker.channel, terms, raw_order, dealt, deadline_s)
+            failpoint(f"{step}.dealt")
+            states = self._statements if reshare is None else self._state
+            stated = states(talker.channel, terms, raw_order, entry, dealt, deadline_s)
             record = self._manifest(terms, raw_order, stated)
-            failpoint("dealer.refresh.stated")
-            receipts = self._renew(talker.channel, record, terms, stated, reserved, deadline_s)
-            failpoint("dealer.refresh.renewed")
+            failpoint(f"{step}.stated")
+            receipts = self._renew(talker.channel, record, terms, entry, stated, reserved, deadline_s)
+            failpoint(f"{step}.renewed")
             certificate = self._conversation.ask_registry(
                 talker.channel, REGISTRY_COMMIT, Commit(record.raw, receipts), deadline_s
             ).certificate
         except (EngineError, ValueError) as error:
-            holders = [holder.node for holder in entry.manifest.holders]
             attempt = Outcome(order.key_id, reserved.attempt)
-            certificate = self._conversation.give_up(talker.channel, order.name, attempt, holders, error)
+            certificate = self._conversation.give_up(talker.channel, order.name, attempt, names, error)
             if record is None:
                 raise
-        failpoint("dealer.refresh.committed")
-        holders = list(open_certificate(certificate, record, self._cluster))
-        self._conversation.announce(talker.channel, record, certificate, holders, deadline_s)
-        failpoint("dealer.refresh.announced")
-        return KeyDescription(record.raw, certificate, [])
+        failpoint(f"{step}.committed")
+        open_certificate(certificate, record, self._cluster)
+        self._conversation.announce(talker.channel, record, certificate, names, deadline_s)
+        failpoint(f"{step}.announced")
+        warnings = []
+        if reshare is not None:
+            warnings = self._warnings(reshare) + self._dismiss(talker.channel, record, terms, certificate, deadline_s)
+            failpoint("dealer.reshare.dismissed")
+        return KeyDescription(record.raw, certificate, warnings[:16])
 
-    def _check(self, entry: Entry, name: str) -> None:
-        if entry.row.name != name:
-            raise ManifestError(f"the order names {name!r}, the key is {entry.row.name!r}")
+    def _check(self, entry: Entry) -> None:
+        name = entry.row.name
         if entry.manifest.threshold < 2:
             raise ValueError(f"{name!r} has threshold 1: its share is the key itself, and no refresh changes it")
         if not entry.row.sealed:
@@ -168,10 +189,49 @@ class Coordinator(FollowsCluster):
             )
         check_size(entry.record, len(entry.row.sealed))  # a little more than the share's own length
 
+    def _check_reshare(self, entry: Entry, raw_order: bytes, order: ReshareOrder) -> None:
+        manifest = entry.manifest
+        names = [holder.node for holder in manifest.holders]
+        strangers = [name for name in order.without if name not in names]
+        if strangers:
+            raise ValueError(
+                f"{', '.join(strangers)} is no holder of {order.name!r}, and so there is nothing to give up"
+            )
+        dealers = [name for name in names if name not in order.without]
+        if len(dealers) <= manifest.threshold:
+            raise ValueError(
+                f"{order.name!r} can't be reshared by {len(dealers)} of its {len(names)} holders: it takes "
+                f"{manifest.threshold + 1}, one more than its threshold, to see that none deals a false share"
+            )
+        check_reshare_size(entry.record, entry.row.certificate, raw_order, order, len(entry.row.sealed))
+
+    def _warnings(self, order: ReshareOrder) -> list[str]:
+        """What is to be said of the placement that the client ordered."""
+        level = self._cluster.domain_level
+        return list(check_placement(self._cluster.locations, order.holders, order.threshold, domain_level=level))
+
+    def _dismiss(
+        self, channel: Channel, record: KeyRecord, terms: Terms, certificate: bytes, deadline_s: float
+    ) -> list[str]:
+        """Have the holders of before that are none any more erase their share; a warning of those that did not say so.
+
+        They learn it from the registry's books, too.
+        """
+        leaving = [each.node for each in terms.before.manifest.holders if record.manifest.holder(each.node) is None]
+        body = REQUEST_CODECS[SHARE_LEAVE].encode(ShareLeave(record.raw, certificate))
+        until_s = min(deadline_s, self._clock() + COMMIT_WAIT_S)
+        pending = []
+        here = [name for name in leaving if name in self._cluster.nodes]
+        for name, reply in self._conversation.ask_all(channel, SHARE_LEAVE, dict.fromkeys(here, body), until_s, None):
+            if isinstance(reply, EngineError):
+                log.warning("a share is not erased yet", key=record.manifest.name, holder=name, reason=str(reply))
+                pending.append(name)
+        return [f"{', '.join(pending)} did not say yet that its old share is erased"] if pending else []
+
     def _everybody(
         self, channel: Channel, verb: str, messages: dict[str, Any], deadline_s: float, what: str
     ) -> dict[str, Any]:
-        """The replies of all holders; else the first refusal, or ``QuorumUnavailable`` that names the silent."""
+        """The replies of all these; else the first refusal, or ``QuorumUnavailable`` that names the silent."""
         bodies = {name: REQUEST_CODECS[verb].encode(message) for name, message in messages.items()}
         replies: dict[str, Any] = {}
         silent: dict[str, EngineError] = {}
@@ -184,31 +244,39 @@ class Coordinator(FollowsCluster):
                 replies[holder] = reply
         if silent:
             told = "; ".join(f"{name}: {error}" for name, error in silent.items())
-            raise QuorumUnavailable(f"{what}: a refresh needs all {len(bodies)} holders ({told})", list(silent))
+            raise QuorumUnavailable(f"{what} needs all {len(bodies)} holders ({told})", list(silent))
         return replies
 
     def _deals(self, channel: Channel, terms: Terms, raw_order: bytes, entry: Entry, deadline_s: float) -> list[_Dealt]:
-        """A deal of every holder, in the manifest's order; those that don't verify are left out."""
+        """A deal of every dealer, in the manifest's order. Those that don't verify are left out of a refresh."""
         message = ShareDeal(raw_order, terms.attempt, entry.record.digest, entry.row.certificate)
         now = self._clock()
         until_s = now + (deadline_s - now) * DEAL_PART
-        names = [holder.node for holder in entry.manifest.holders]
-        replies = self._everybody(channel, SHARE_DEAL, dict.fromkeys(names, message), until_s, entry.row.name)
+        names = [holder.node for holder in terms.dealers]
+        replies = self._everybody(channel, SHARE_DEAL, dict.fromkeys(names, message), until_s, _what(terms))
         dealt = []
         for name in names:
             reply = replies[name]
             try:
                 deal = open_deal(terms, reply.statement, self._cluster)
-                if deal.dealer.node != name or len(reply.parts) != len(names):
+                if deal.dealer.node != name or len(reply.parts) != len(terms.holders):
                     raise ManifestError(f"{name} sent the deal of another, or {len(reply.parts)} parts")
             except EngineError as error:
+                if isinstance(terms.change, ReshareOrder):
+                    raise ShareCorrupt(f"{entry.row.name!r}: {name} sent a bad deal: {error}", [name]) from None
                 log.error("bad deal", key=entry.row.name, dealer=name, reason=str(error))
                 continue
             dealt.append(_Dealt(reply.statement, deal, tuple(reply.parts)))
         return dealt
 
     def _statements(
-        self, channel: Channel, terms: Terms, raw_order: bytes, dealt: Sequence[_Dealt], deadline_s: float
+        self,
+        channel: Channel,
+        terms: Terms,
+        raw_order: bytes,
+        entry: Entry,
+        dealt: Sequence[_Dealt],
+        deadline_s: float,
     ) -> _Stated:
         """Every holder's statement on the first t deals that all can use.
 
@@ -220,7 +288,7 @@ class Coordinator(FollowsCluster):
         while len(usable) >= manifest.threshold:
             chosen = tuple(usable[: manifest.threshold])
             try:
-                return self._state(channel, terms, raw_order, chosen, deadline_s)
+                return self._state(channel, terms, raw_order, entry, chosen, deadline_s)
             except ShareCorrupt as error:
                 problem = error
                 named = {each.deal.dealer.node for each in chosen} & set(error.holders[:1])
@@ -233,27 +301,42 @@ class Coordinator(FollowsCluster):
         )
 
     def _state(
-        self, channel: Channel, terms: Terms, raw_order: bytes, chosen: Sequence[_Dealt], deadline_s: float
+        self,
+        channel: Channel,
+        terms: Terms,
+        raw_order: bytes,
+        entry: Entry,
+        chosen: Sequence[_Dealt],
+        deadline_s: float,
     ) -> _Stated:
-        manifest = terms.before.manifest
         deals = open_deals(terms, [each.raw for each in chosen], self._cluster)
-        messages = {
-            holder.node: ShareRefresh(
-                raw_order, terms.attempt, [each.raw for each in chosen], [each.parts[place] for each in chosen]
-            )
-            for place, holder in enumerate(manifest.holders)
-        }
-        replies = self._everybody(channel, SHARE_REFRESH, messages, deadline_s, manifest.name)
-        raws = tuple(replies[holder.node].statement for holder in manifest.holders)
+        raw_deals = [each.raw for each in chosen]
+        names = [holder.node for holder in terms.holders]
+        dealt = {name: [each.parts[place] for each in chosen] for place, name in enumerate(names)}
+        messages: dict[str, ShareRefresh | ShareReshare]
+        if isinstance(terms.change, ReshareOrder):
+            before = terms.before.raw, entry.row.certificate
+            messages = {
+                name: ShareReshare(*before, raw_order, terms.attempt, raw_deals, parts) for name, parts in dealt.items()
+            }
+            verb, check = SHARE_RESHARE, check_sub_shares
+        else:
+            messages = {name: ShareRefresh(raw_order, terms.attempt, raw_deals, parts) for name, parts in dealt.items()}
+            verb, check = SHARE_REFRESH, check_parts
+        replies = self._everybody(channel, verb, messages, deadline_s, _what(terms))
+        raws = tuple(replies[name].statement for name in names)
         statements = tuple(open_part_statement(terms, deals, raw, self._cluster) for raw in raws)
-        check_parts(terms, deals, statements)
+        check(terms, deals, statements)
         return _Stated(tuple(chosen), raws, statements)
 
     def _manifest(self, terms: Terms, raw_order: bytes, stated: _Stated) -> KeyRecord:
-        """The manifest of the new epoch: the one before with the new commitments."""
-        before = terms.before
+        """The manifest of the new epoch: the one before with the new commitments, and what a reshare changes."""
+        before, change = terms.before, terms.change
+        reshare = isinstance(change, ReshareOrder)
         manifest = replace(
             before.manifest,
+            threshold=change.threshold if isinstance(change, ReshareOrder) else before.manifest.threshold,
+            sharing=b"" if reshare else before.manifest.resharing,
             epoch=terms.epoch,
             attempt=terms.attempt,
             holders=[Holder(each.holder.node, each.holder.x, each.commitment) for each in stated.statements],
@@ -270,25 +353,33 @@ class Coordinator(FollowsCluster):
         channel: Channel,
         record: KeyRecord,
         terms: Terms,
+        entry: Entry,
         stated: _Stated,
         reserved: Reserved,
         deadline_s: float,
     ) -> list[bytes]:
         """Have every holder store its new share; their receipts."""
-        messages = {
-            holder.node: ShareRenew(
-                record.raw,
-                [each.raw for each in stated.deals],
-                [each.parts[place] for each in stated.deals],
-                list(stated.raws),
-                list(reserved.aborts),
+        raw_deals, raws, aborts = [each.raw for each in stated.deals], list(stated.raws), list(reserved.aborts)
+        before = terms.before.raw, entry.row.certificate
+        reshare = isinstance(terms.change, ReshareOrder)
+        messages: dict[str, ShareRenew | ShareAccept] = {}
+        for place, holder in enumerate(terms.holders):
+            parts = [each.parts[place] for each in stated.deals]
+            messages[holder.node] = (
+                ShareAccept(*before, record.raw, raw_deals, parts, raws, aborts)
+                if reshare
+                else ShareRenew(record.raw, raw_deals, parts, raws, aborts)
             )
-            for place, holder in enumerate(terms.before.manifest.holders)
-        }
-        replies = self._everybody(channel, SHARE_RENEW, messages, deadline_s, record.manifest.name)
+        verb = SHARE_ACCEPT if reshare else SHARE_RENEW
+        replies = self._everybody(channel, verb, messages, deadline_s, _what(terms))
         receipts = []
         for name, reply in replies.items():
             if open_receipt(reply.receipt, record, self._cluster) != name:
                 raise ManifestError(f"{name} sent the receipt of another")
             receipts.append(reply.receipt)
         return receipts
+
+
+def _what(terms: Terms) -> str:
+    kind = "reshare" if isinstance(terms.change, ReshareOrder) else "refresh"
+    return f"{terms.before.manifest.name}: a {kind}"

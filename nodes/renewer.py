@@ -1,4 +1,4 @@
-"""A holder's side of a refresh: deal zero, say what the new share would be, store it. It runs on the ``local`` worker.
+"""A holder's side of a refresh or reshare: deal, say what the new share would be, store it. It runs on ``local``.
 
 No step waits for a peer, and until the last one nothing is kept: parts are encrypted to their holders, this node's own
 too, and come back with the next question. What is stored in the end was checked here against everybody's statements, so
@@ -10,22 +10,29 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from engine.errors import AccessDenied, ManifestError, QuorumUnavailable, ShareCorrupt, StaleKey
 from engine.failpoints import failpoint
 from engine.protocol.manifest import (
+    Cluster,
     ClusterSource,
     FollowsCluster,
     KeyRecord,
     Member,
+    RefreshOrder,
+    ReshareOrder,
     check_successor,
+    open_change_order,
     open_key_manifest,
     open_refresh_order,
+    open_reshare_order,
 )
 from engine.protocol.refresh import (
     BadDeal,
     Deal,
     NewShare,
+    PartStatement,
     Terms,
     check_parts,
     check_size,
@@ -33,20 +40,33 @@ from engine.protocol.refresh import (
     new_share,
     open_deals,
     open_part_statement,
+    open_parts,
     sign_part_statement,
 )
-from engine.protocol.requests import Dealt, Prepared, Refreshed, ShareDeal, ShareRefresh, ShareRenew
-from engine.protocol.signed import SigningKey
-from engine.sharing import FINGERPRINT_BYTES, commitment, deal_zero
+from engine.protocol.requests import (
+    Dealt,
+    Prepared,
+    Refreshed,
+    ShareAccept,
+    ShareDeal,
+    ShareRefresh,
+    ShareRenew,
+    ShareReshare,
+)
+from engine.protocol.reshare import check_sub_shares, merged_share
+from engine.protocol.signed import Signed, SigningKey
+from engine.sharing import FINGERPRINT_BYTES, Share, commitment, deal_sub_shares, deal_zero
 from nodes.catalogue import Catalogue, Entry
 from nodes.holder import ShareHolder
 from nodes.token import Lane
 
 __all__ = ["Renewer"]
 
+R = TypeVar("R")
+
 
 class Renewer(FollowsCluster):
-    """The refreshing of one node's shares. ``curve_secrets`` gives its X25519 private keys, ``now_ms`` the time."""
+    """The new shares of one node. ``curve_secrets`` gives its X25519 private keys, ``now_ms`` the time."""
 
     def __init__(
         self,
@@ -66,14 +86,21 @@ class Renewer(FollowsCluster):
         self._now_ms = now_ms
 
     def deal(self, lane: Lane, body: ShareDeal, sender: Member) -> Dealt:
-        """This node's sharing of zero for all holders. Nothing is kept of it."""
-        entry, terms = self._begin(body.order, body.attempt, sender, body.certificate)
+        """This node's sharing of zero for all holders, or of its share for the new ones. Nothing is kept of it."""
+        entry, terms = self._begin(open_change_order, body.order, body.attempt, sender, body.certificate)
         if entry.record.digest != body.manifest_hash:
             raise StaleKey(f"{self._node} holds another epoch {entry.row.epoch} of {entry.row.name!r}")
         share, _ = self._holder.own_share(lane, entry)
-        check_size(entry.record, len(share.y))
-        xs = [holder.x for holder in entry.manifest.holders]
-        updates = deal_zero(len(share.y) + FINGERPRINT_BYTES, threshold=entry.manifest.threshold, xs=xs)
+        xs = [holder.x for holder in terms.holders]
+        if isinstance(terms.change, ReshareOrder):
+            # Or what was prepared in an earlier attempt could be committed, and this share be erased for it, after its
+            # holders have put that of this attempt in its place.
+            self._holder.pledge(entry.row.key_id, terms.attempt)
+            masked = Share(share.x, share.y + os.urandom(FINGERPRINT_BYTES))
+            updates = deal_sub_shares(masked, threshold=terms.change.threshold, xs=xs)
+        else:
+            check_size(entry.record, len(share.y))
+            updates = deal_zero(len(share.y) + FINGERPRINT_BYTES, threshold=entry.manifest.threshold, xs=xs)
         drawn = os.urandom(64 * len(xs))
         statement, parts = deal_parts(terms, self._signing, self._cluster, updates, self._now_ms(), drawn)
         failpoint("holder.deal.dealt")
@@ -85,10 +112,10 @@ class Renewer(FollowsCluster):
         It is a pledge too: this node will follow no earlier attempt. The statements of all so are what lets a holder
         put this attempt's share in the place of an earlier one's.
         """
-        entry, terms = self._begin(body.order, body.attempt, sender)
+        entry, terms = self._begin(open_refresh_order, body.order, body.attempt, sender)
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._new_share(lane, entry, terms, deals, body.parts)
-        self._holder.pledge(entry, terms.attempt)
+        self._holder.pledge(entry.row.key_id, terms.attempt)
         failpoint("holder.refresh.pledged")
         statement = sign_part_statement(terms, deals, new, self._signing, self._now_ms())
         failpoint("holder.refresh.stated")
@@ -99,26 +126,93 @@ class Renewer(FollowsCluster):
         record = open_key_manifest(body.manifest, self._cluster, self._now_ms())
         if record.dealer != sender.name:
             raise AccessDenied(f"{sender.name!r} sends the manifest of {record.dealer!r}")
-        entry, terms = self._begin(record.manifest.change, record.manifest.attempt, sender, renews=record.digest)
+        change, attempt = record.manifest.change, record.manifest.attempt
+        entry, terms = self._begin(open_refresh_order, change, attempt, sender, renews=record.digest)
         check_successor(record, entry.record)
-        for notice in body.aborts:
-            self._holder.abort(notice)
-        coming = self._catalogue.next_of(entry.row.key_id)
-        if coming is not None and coming.record.digest != record.digest and not coming.row.document:
-            raise ManifestError(f"{entry.row.name!r}: attempt {coming.row.attempt} is neither committed nor aborted")
+        self._make_room(record, body.aborts)
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._new_share(lane, entry, terms, deals, body.parts)
-        self._check(record, terms, deals, body.statements, new)
+        self._check(check_parts, record, terms, deals, body.statements, new)
         return self._holder.store_prepared(lane, record, new.share, new.salt)
 
+    def reshare(self, lane: Lane, body: ShareReshare, sender: Member) -> Refreshed:
+        """As ``refresh``, by a node that is to hold a share of a key by the client's reshare order."""
+        terms = self._receive(body.before, body.certificate, body.order, body.attempt, sender)
+        deals = open_deals(terms, body.deals, self._cluster)
+        new = self._merged(terms, deals, body.parts)
+        self._holder.pledge(terms.before.manifest.key_id, terms.attempt)
+        failpoint("holder.reshare.pledged")
+        statement = sign_part_statement(terms, deals, new, self._signing, self._now_ms())
+        failpoint("holder.reshare.stated")
+        return Refreshed(statement)
+
+    def accept(self, lane: Lane, body: ShareAccept, sender: Member) -> Prepared:
+        """As ``renew``, by such a node; it may hold a share of the key already, or none."""
+        record = open_key_manifest(body.manifest, self._cluster, self._now_ms())
+        if record.dealer != sender.name:
+            raise AccessDenied(f"{sender.name!r} sends the manifest of {record.dealer!r}")
+        change, attempt = record.manifest.change, record.manifest.attempt
+        terms = self._receive(body.before, body.certificate, change, attempt, sender, renews=record.digest)
+        check_successor(record, terms.before)
+        self._make_room(record, body.aborts)
+        deals = open_deals(terms, body.deals, self._cluster)
+        new = self._merged(terms, deals, body.parts)
+        self._check(check_sub_shares, record, terms, deals, body.statements, new)
+        return self._holder.store_prepared(lane, record, new.share, new.salt)
+
+    def _make_room(self, record: KeyRecord, aborts: Sequence[bytes]) -> None:
+        """Take in abort notices; refuse to replace a prepared share that may still become valid."""
+        for notice in aborts:
+            self._holder.abort(notice)
+        coming = self._coming(record.manifest.key_id)
+        if coming is not None and coming.record.digest != record.digest and not coming.row.document:
+            raise ManifestError(
+                f"{record.manifest.name!r}: attempt {coming.row.attempt} is neither committed nor aborted"
+            )
+
+    def _coming(self, key_id: bytes) -> Entry | None:
+        """The prepared share of the next epoch, whether this node holds one of the last or not."""
+        entry = self._catalogue.by_id(key_id)
+        return entry if entry is not None and entry.row.state == "prepared" else self._catalogue.next_of(key_id)
+
+    def _receive(
+        self,
+        before: bytes,
+        certificate: bytes,
+        raw_order: bytes,
+        attempt: int,
+        sender: Member,
+        renews: bytes = b"",
+    ) -> Terms:
+        """As ``_begin``, for a node that is to hold a share: by the certified manifest of the epoch before."""
+        order, signed = open_reshare_order(raw_order, self._cluster, self._now_ms())
+        record = open_key_manifest(before, self._cluster)
+        manifest = record.manifest
+        if (manifest.key_id, manifest.name, manifest.epoch) != (order.key_id, order.name, order.from_epoch):
+            raise ManifestError(f"the order replaces epoch {order.from_epoch} of {order.name!r}, not the one that came")
+        if manifest.holder(sender.name) is None:
+            raise AccessDenied(f"{sender.name!r} is no holder of {order.name!r} and can't reshare it")
+        if self._node not in order.holders:
+            raise ManifestError(f"{self._node!r} is not to hold a share of {order.name!r}")
+        self._holder.check_algorithm(manifest.algorithm)
+        self._holder.receive(record, certificate)
+        self._check_attempt(record, attempt, renews)
+        return Terms(record, attempt, signed.digest, order)
+
     def _begin(
-        self, raw_order: bytes, attempt: int, sender: Member, certificate: bytes = b"", renews: bytes = b""
+        self,
+        open_order: Callable[[bytes, Cluster, int | None], tuple[RefreshOrder | ReshareOrder, Signed]],
+        raw_order: bytes,
+        attempt: int,
+        sender: Member,
+        certificate: bytes = b"",
+        renews: bytes = b"",
     ) -> tuple[Entry, Terms]:
         """What a step rests on: the client's order, the epoch it names, which this node holds, and the attempt.
 
         ``renews`` is the hash of the manifest that is to be stored: an attempt has one, and no other is taken for it.
         """
-        order, signed = open_refresh_order(raw_order, self._cluster, self._now_ms())
+        order, signed = open_order(raw_order, self._cluster, self._now_ms())
         entry = self._catalogue.by_id(order.key_id)
         if entry is not None and entry.row.state != "destroyed" and certificate:
             entry = self._holder.settle(entry, certificate)
@@ -126,41 +220,58 @@ class Renewer(FollowsCluster):
             raise StaleKey(f"{self._node} has no committed key {order.name!r} with id {order.key_id.hex()}")
         if entry.row.epoch != order.from_epoch:
             raise StaleKey(
-                f"the order refreshes epoch {order.from_epoch} of {order.name!r}, {self._node} holds {entry.row.epoch}"
+                f"the order replaces epoch {order.from_epoch} of {order.name!r}, {self._node} holds {entry.row.epoch}"
             )
         if entry.manifest.holder(sender.name) is None:
-            raise AccessDenied(f"{sender.name!r} is no holder of {order.name!r} and can't refresh it")
+            raise AccessDenied(f"{sender.name!r} is no holder of {order.name!r} and can't change it")
         if not entry.row.sealed:
             raise QuorumUnavailable(
-                f"{self._node} is a holder of {order.name!r}, but has no share; a refresh needs all", [self._node]
+                f"{self._node} is a holder of {order.name!r}, but has no share to deal with", [self._node]
             )
-        coming = self._catalogue.next_of(order.key_id)
-        known = max(entry.row.attempt + 1, self._holder.pledged(entry))
+        self._check_attempt(entry.record, attempt, renews)
+        return entry, Terms(entry.record, attempt, signed.digest, order)
+
+    def _check_attempt(self, before: KeyRecord, attempt: int, renews: bytes) -> None:
+        key_id = before.manifest.key_id
+        coming = self._coming(key_id)
+        known = max(before.manifest.attempt + 1, self._holder.pledged(key_id))
         if coming is not None:
             known = max(known, coming.row.attempt + (coming.record.digest != renews))
         if attempt < known:
             raise ManifestError(
-                f"attempt {attempt} of {order.name!r} was given out before; {self._node} knows {known}: the registry "
-                "has fallen back to an older state"
+                f"attempt {attempt} of {before.manifest.name!r} was given out before; {self._node} knows {known}: the "
+                "registry has fallen back to an older state"
             )
-        return entry, Terms(entry.record, attempt, signed.digest)
 
     def _new_share(
         self, lane: Lane, entry: Entry, terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes]
     ) -> NewShare:
         old, _ = self._holder.own_share(lane, entry)
+        return self._by_either_key(lambda secret: new_share(terms, deals, parts, old, self._node, secret))
+
+    def _merged(self, terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes]) -> NewShare:
+        opened = self._by_either_key(lambda secret: open_parts(terms, deals, parts, self._node, secret))
+        return merged_share(terms, deals, opened)
+
+    def _by_either_key(self, make: Callable[[bytes], R]) -> R:
         *earlier, last = self._curve_secrets()
         for secret in earlier:  # while its key changes, a dealer may know the one of before alone
             with contextlib.suppress(BadDeal):
-                return new_share(terms, deals, parts, old, self._node, secret)
-        return new_share(terms, deals, parts, old, self._node, last)
+                return make(secret)
+        return make(last)
 
     def _check(
-        self, record: KeyRecord, terms: Terms, deals: Sequence[Deal], raw_statements: Sequence[bytes], new: NewShare
+        self,
+        check: Callable[[Terms, Sequence[Deal], Sequence[PartStatement]], None],
+        record: KeyRecord,
+        terms: Terms,
+        deals: Sequence[Deal],
+        raw_statements: Sequence[bytes],
+        new: NewShare,
     ) -> None:
         """All statements against the deals, the manifest and each other; this node's own against its share."""
         statements = [open_part_statement(terms, deals, raw, self._cluster) for raw in raw_statements]
-        check_parts(terms, deals, statements)
+        check(terms, deals, statements)
         for holder, statement in zip(record.manifest.holders, statements, strict=True):
             if holder.commitment != statement.commitment:
                 raise ManifestError(f"the manifest commits {holder.node!r} to another share than {holder.node!r} told")

@@ -35,7 +35,7 @@ SEALED_NAME: Final = "sealed/"
 SECRET_BYTES: Final = 32
 ROW_KEY: Final = "row"
 """The secret that rows are authenticated with."""
-State = Literal["prepared", "committed", "destroyed"]
+State = Literal["prepared", "committed", "moved", "destroyed"]
 
 _SCHEMA_1: Final = """
 CREATE TABLE keys (
@@ -72,7 +72,8 @@ class Row:
 
     ``sealed`` is the share under the KEK, or empty where the node missed the creation; ``certificate`` is empty until
     the commit; ``document`` is the client's destroy order once destroyed, or the abort notice on the next epoch of a
-    key that is kept until another attempt replaces it. Invariant: a destroyed key has no share.
+    key that is kept until another attempt replaces it. ``moved``: others hold the key now, as its manifest says.
+    Invariant: a destroyed key and one that moved have no share.
     """
 
     key_id: bytes
@@ -357,10 +358,10 @@ class ShareStore:
 
     def commit(self, row: Row, certificate: bytes, now_ms: int) -> Row:
         """Mark a prepared row as committed."""
-        return self.put(replace(row, state="committed", certificate=certificate, changed_ms=now_ms))
+        return self.put(replace(row, state="committed", certificate=certificate, document=b"", changed_ms=now_ms))
 
     def advance(self, row: Row) -> Row:
-        """Make this committed epoch the only one: the rows of the key's other epochs go, shares and all, with it.
+        """Make this epoch, committed or moved, the only one: the key's other rows go, shares and all, with it.
 
         secure_delete overwrites them; ``truncate_log`` follows.
         """

@@ -36,6 +36,7 @@ LONG_FILES = (
     "engine/test_cluster_ahead.py",
     "engine/test_cluster_shared.py",
     "nodes/test_rotation.py",
+    "engine/test_cluster_reshare.py",
     "nodes/test_token_faults.py",
     "fuzz/test_fuzz.py",
     "nodes/test_supervisor.py",

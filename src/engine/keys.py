@@ -50,6 +50,7 @@ class RequestType(StrEnum):
     IMPORT = "import"
     DESTROY = "destroy"
     REFRESH = "refresh"
+    RESHARE = "reshare"
     DESCRIBE = "describe"
     LIST = "list"
     PREWARM = "prewarm"

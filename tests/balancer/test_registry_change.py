@@ -1,4 +1,4 @@
-"""The registry's part in a refresh: one attempt at a time, each epoch after the last, and no word taken back."""
+"""The registry's part in a refresh or reshare: one attempt at a time, each epoch after the last, no word taken back."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from balancer.registry import CHANGE_LEASE_MS, SqliteRegistry
 from engine.errors import AccessDenied, KeyNotFound, ManifestError, Overloaded, RegistryUnavailable
 from engine.protocol.manifest import (
     CLOCK_SKEW_MS,
+    Holder,
     RefreshOrder,
+    ReshareOrder,
     key_manifests,
     open_abort,
     open_certificate,
     open_key_manifest,
     refresh_orders,
+    reshare_orders,
 )
 from engine.protocol.signed import read_unverified, sign_envelope
 
@@ -47,6 +50,25 @@ class Key:
         )
         payload = refresh_orders.encode(replace(order, **changes))
         return sign_envelope("order.refresh", 1, payload, self.world.keys[client])
+
+    def reshare_order(self, holders: list[str], threshold: int = 2, **changes: Any) -> bytes:
+        self.nonce += 1
+        nonce = self.nonce.to_bytes(16, "big")
+        order = ReshareOrder(
+            self.key_id, "orders", self.told.epoch, threshold, holders, [], nonce, self.world.now_ms + 60_000
+        )
+        payload = reshare_orders.encode(replace(order, **changes))
+        return sign_envelope("order.reshare", 1, payload, self.world.keys["alice"])
+
+    def reshared(self, order: bytes, attempt: int, **changes: Any) -> bytes:
+        told = reshare_orders.decode(read_unverified(order).payload)
+        holders = [Holder(node, x, bytes([attempt]) * 32) for x, node in enumerate(told.holders, 1)]
+        return self.next_manifest(order, attempt, **{"threshold": told.threshold, "holders": holders, **changes})
+
+    def books(self, node: str) -> list[tuple[int, str]]:
+        """The epochs and states that a node is told of the key."""
+        entries = self.registry.sync(node, 0).entries
+        return [(key_manifests.decode(read_unverified(each.manifest).payload).epoch, each.state) for each in entries]
 
     def change(self, order: bytes, dealer: str = "", later_ms: int = 0) -> Any:
         now_ms = self.world.now_ms + later_ms
@@ -126,7 +148,7 @@ def test_the_same_order_again_aborts_its_earlier_attempt(key: Key) -> None:
 def test_another_order_waits_until_the_coordinator_counts_as_dead(key: Key) -> None:
     first, other = key.order(), key.order()
     key.change(first)
-    with pytest.raises(Overloaded, match="is being refreshed"):
+    with pytest.raises(Overloaded, match="is being changed"):
         key.change(other, later_ms=CHANGE_LEASE_MS - 1)
     taken = key.change(other, later_ms=CHANGE_LEASE_MS)
     assert taken.attempt == 3
@@ -263,3 +285,92 @@ def test_a_damaged_row_of_a_change_is_noticed(key: Key, path: Path) -> None:
     key.registry = key.world.open(path)
     with pytest.raises(RegistryUnavailable, match="damaged"):
         key.change(key.order())
+
+
+# --- a reshare ---
+
+
+def test_a_reshare_changes_holders_and_threshold(key: Key) -> None:
+    """Who comes is told, and who leaves; the next coordinator is one of the new holders, and the books name them."""
+    nodes = key.world.nodes
+    before = [each.node for each in key.told.holders]
+    after = [*(node for node in nodes if node not in before), before[0]]
+    order = key.reshare_order(after, 3)
+    manifest = key.reshared(order, key.change(order).attempt)
+    given = key.world.receipts(manifest)
+    with pytest.raises(ManifestError, match=f"receipts of 3 holders, {len(after)} are needed"):
+        key.commit(manifest, given[:3])
+    key.certificate, key.manifest = key.commit(manifest, given), manifest
+    assert key.registry.reserve(key.created, "node-0", key.world.now_ms).holders == after
+    for node in nodes:
+        assert key.books(node) == [(2, "committed")], node
+    with pytest.raises(AccessDenied, match="is no holder"):
+        key.change(key.order(), before[1])
+    refresh = key.order()
+    sharing = {"sharing": key.told.change, "dealer": after[0]}
+    attempt = key.change(refresh, after[0]).attempt
+    with pytest.raises(ManifestError, match="differs from the client's order"):
+        key.commit(key.next_manifest(refresh, attempt, after[0]))
+    assert key.commit(key.next_manifest(refresh, attempt, **sharing))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"threshold": 1}, "differs from the client's reshare order"),
+        ({"check_value": b"x" * 32}, "can't change check_value"),
+        ({"epoch": 3}, "differs from the client's reshare order"),
+        ({"holders": [Holder("node-0", 1, bytes(32)), Holder("node-1", 2, bytes(32))]}, "client's reshare order"),
+    ],
+)
+def test_another_reshare_than_was_ordered_does_not_commit(key: Key, changes: dict[str, Any], match: str) -> None:
+    order = key.reshare_order(key.world.nodes[:4])
+    attempt = key.change(order).attempt
+    with pytest.raises(ManifestError, match=match):
+        key.commit(key.reshared(order, attempt, **changes))
+    other = key.reshare_order(key.world.nodes[:4])
+    with pytest.raises(ManifestError, match="its order is not the one of this attempt"):
+        key.commit(key.reshared(other, attempt))
+    assert key.commit(key.reshared(order, attempt))
+
+
+def test_who_was_to_come_by_an_attempt_that_was_given_up_hears_of_the_next_epoch(key: Key) -> None:
+    """It may have stored a share, which it can erase by that; a key that is destroyed is told to all of them too."""
+    stranger = next(node for node in key.world.nodes if node not in {each.node for each in key.told.holders})
+    assert key.books(stranger) == []
+    attempt = key.change(key.reshare_order([key.dealer, stranger])).attempt
+    assert key.books(stranger) == [(1, "committed")]
+    last = key.registry.sync(stranger, 0).last
+    key.registry.abort(key.key_id, attempt, key.dealer)
+    key.refresh()
+    (entry,) = key.registry.sync(stranger, last).entries
+    assert entry.manifest == key.manifest
+    assert key.books(stranger) == [(2, "committed")]
+
+
+def test_a_registry_that_fell_back_takes_in_other_holders(key: Key, path: Path) -> None:
+    key.registry.close()
+    copy = path.read_bytes()
+    key.registry = key.world.open(path)
+    after = key.world.nodes[1:5]
+    order = key.reshare_order(after)
+    manifest = key.reshared(order, key.change(order).attempt)
+    key.certificate, key.manifest = key.commit(manifest), manifest
+    key.registry.close()
+    for leftover in path.parent.glob("registry.db-*"):
+        leftover.unlink()
+    path.write_bytes(copy)
+    key.registry = key.world.open(path)
+    assert key.change(key.order(), after[0]).holders == after
+    assert key.books(after[-1]) == [(2, "committed")]
+
+
+def test_who_may_reshare(key: Key) -> None:
+    for changes, error, match in (
+        ({"holders": ["node-0", "node-1", "node-9"]}, ManifestError, "is no node"),
+        ({"from_epoch": 2}, ManifestError, "the order replaces epoch 2 of 'orders', the last is 1"),
+        ({"name": "other"}, KeyNotFound, "no key 'other'"),
+        ({"expires_ms": 1}, ManifestError, "expired"),
+    ):
+        with pytest.raises(error, match=match):
+            key.change(key.reshare_order(**{"holders": key.world.nodes[:3], **changes}))

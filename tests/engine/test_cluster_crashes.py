@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,6 +43,7 @@ ROUNDS = 4
 ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.", "registry.adopt.")
 """Points that no life of a key here passes: tests/nodes/test_rotation.py and test_crash_points.py go through them."""
 REFRESH = (".refresh.", "holder.deal.", "holder.renew.", "registry.change.")
+RESHARE = (".reshare.", "holder.accept.", "holder.leave.")
 
 
 def _helped(point: str) -> str:
@@ -79,6 +81,7 @@ class Crashes:
     threshold: int = 2
     destroying: bool = False
     refreshing: bool = False
+    resharing: bool = False
     _number: int = 0
 
     # --- one life of a key, each call repeated until it is acknowledged ---
@@ -97,8 +100,18 @@ class Crashes:
         if self.refreshing:
             self._again(lambda: self.kq.refresh_key(name, timeout=PATIENCE_S))
             assert self._again(lambda: self.kq.decrypt(name, kept.ciphertext, timeout=PATIENCE_S)) == name.encode()
+        if self.resharing:
+            self._move(name)
+            assert self._again(lambda: self.kq.decrypt(name, kept.ciphertext, timeout=PATIENCE_S)) == name.encode()
         if self.destroying or len(self.kept) > KEPT:
             self.destroy(self.rng.choice(list(self.kept)))
+
+    def _move(self, name: str) -> None:
+        """From the victim to the others, and back to all."""
+        others = [node for node in self.cluster.nodes if node != VICTIM]
+        for threshold, holders in ((1, others), (self.kept[name].threshold, [VICTIM, *others])):
+            move = partial(self.kq.reshare_key, name, threshold, holders=holders, timeout=PATIENCE_S)
+            self._again(move)
 
     def _use_at_victim(self, name: str, kept: _Kept) -> None:
         """One operation by the node that may be meant to die of it; it has the key loaded, so no grant is needed."""
@@ -202,6 +215,7 @@ class Crashes:
         self.threshold = 3 if "holder.release." in setting else 2
         self.destroying = ".destroy." in setting
         self.refreshing = any(part in setting for part in REFRESH)
+        self.resharing = any(part in setting for part in RESHARE)
         if self.cluster.running()[process] is not None:
             self.cluster.kill(process)
         with contextlib.suppress(engine.ClusterError):  # it may die while it starts
@@ -311,11 +325,11 @@ SAMPLE = [
     point
     for point in NODE_POINTS
     if (point.endswith((".recorded", ".answered")) or point.startswith(("combiner.", "holder.release.", "store.")))
-    and not any(part in point for part in REFRESH)
+    and not any(part in point for part in (*REFRESH, *RESHARE))
 ]
 """What tests/nodes/test_crash_points.py can't pass: it calls holders, dealer and registry without their processes.
 
-Members also die in tests/engine/test_cluster_refresh.py.
+Members also die in tests/engine/test_cluster_refresh.py and test_cluster_reshare.py.
 """
 
 
@@ -347,7 +361,7 @@ def test_random_crashes(crashes: Crashes) -> None:
     begun = time.monotonic()
     until = begun + float(os.environ.get("KEYQUORUM_CRASH_S", "600"))
     rng = crashes.rng
-    crashes.refreshing = True
+    crashes.refreshing = crashes.resharing = True
     while time.monotonic() < until:
         settings = {
             node: f"{rng.choice(NODE_POINTS)}=kill@{rng.randint(1, 12)}"

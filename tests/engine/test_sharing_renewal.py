@@ -24,7 +24,10 @@ from engine.sharing import (
     refresh_share,
     refresh_shares,
     reshare,
+    sharing_faults,
+    sub_share_gaps,
     sum_recovery_parts,
+    wrong_sub_sharings,
 )
 
 relaxed = settings(deadline=None)
@@ -244,6 +247,153 @@ def test_every_lost_share_of_every_helpers() -> None:
         for lost in shares:
             if lost not in helping:
                 assert recover_share(helping, threshold=3, lost=lost.x) == lost
+
+
+# The check of a reshare.
+
+
+def test_faults_of_a_sharing_are_those_that_leave_its_polynomial() -> None:
+    shares = generate_shares(b"x" * 16, threshold=2, shares=5)
+    wrong = Share(3, b"y" * 16)
+    assert sharing_faults(shares, threshold=2) == ()
+    assert sharing_faults([wrong, *shares[:2], *shares[3:]], threshold=2) == (3,)
+    assert sharing_faults([wrong, *shares[:2]], threshold=2) is None
+    assert sharing_faults([wrong, shares[0]], threshold=2) == ()  # any two lie on a line
+
+
+def test_gaps_of_true_sub_shares_share_zero_and_others_do_not() -> None:
+    """For rows that are unit vectors a gap's sums are its own bytes."""
+    length, xs = 16, [1, 2, 3, 4]
+    old = generate_shares(b"s" * length, threshold=2, shares=4)
+    rows = [bytes(place == row for place in range(length)) for row in range(16)]
+
+    def gaps(false: dict[int, bytes]) -> dict[int, list[Share]]:
+        dealt = {
+            share.x: deal_sub_shares(Share(share.x, false.get(share.x, share.y)), threshold=2, xs=xs) for share in old
+        }
+        told = [
+            sub_share_gaps({old_x: subs[place] for old_x, subs in dealt.items()}, threshold=2, weights=rows)
+            for place in range(len(xs))
+        ]
+        return {share.x: [each[place] for each in told] for place, share in enumerate(old[2:])}
+
+    assert wrong_sub_sharings([1, 2], gaps({}), threshold=2) == ()
+    for liar in (1, 2, 3, 4):
+        assert wrong_sub_sharings([1, 2], gaps({liar: b"t" * length}), threshold=2) == (liar,)
+    assert wrong_sub_sharings([1, 2], gaps({1: b"t" * length, 3: b"u" * length}), threshold=2) is None
+    assert sub_share_gaps({share.x: Share(1, share.y) for share in old[:2]}, threshold=2, weights=rows) == []
+    assert wrong_sub_sharings([1, 2], {}, threshold=2) == ()
+
+
+class Span:
+    """What can be computed of unknown bytes from linear sums of them, over the field: the oracle of secrecy."""
+
+    def __init__(self) -> None:
+        self.rows: dict[object, dict[object, int]] = {}
+
+    def _reduced(self, known: dict[object, int]) -> dict[object, int]:
+        left = {name: value for name, value in known.items() if value}
+        while pivot := next((name for name in left if name in self.rows), None):
+            factor = left[pivot]
+            for name, value in self.rows[pivot].items():
+                left[name] = left.get(name, 0) ^ multiply(factor, value)
+            left = {name: value for name, value in left.items() if value}
+        return left
+
+    def learn(self, known: dict[object, int]) -> None:
+        left = self._reduced(known)
+        if not left:
+            return
+        pivot = next(iter(left))
+        scale = inverse(left[pivot])
+        row = {name: multiply(scale, value) for name, value in left.items()}
+        for other in self.rows.values():
+            if factor := other.pop(pivot, 0):
+                for name, value in row.items():
+                    if name != pivot:
+                        other[name] = other.get(name, 0) ^ multiply(factor, value)
+                other[pivot] = 0
+        self.rows[pivot] = row
+
+    def hides(self, unknown: Sequence[object]) -> int:
+        """How many of these, and of all sums of them, it leaves open."""
+        before = len(self.rows)
+        for name in unknown:
+            self.learn({name: 1})
+        return len(self.rows) - before
+
+
+def power(x: int, exponent: int) -> int:
+    return 1 if exponent == 0 else multiply(x, power(x, exponent - 1))
+
+
+def plus(*terms: tuple[int, dict[object, int]]) -> dict[object, int]:
+    total: dict[object, int] = {}
+    for factor, known in terms:
+        for name, value in known.items():
+            total[name] = total.get(name, 0) ^ multiply(factor, value)
+    return total
+
+
+@pytest.mark.parametrize(("old", "dealers", "new", "holders"), [(1, 2, 2, 3), (2, 3, 2, 3), (2, 4, 3, 4), (3, 5, 2, 3)])
+def test_all_that_is_told_shows_less_than_a_threshold_nothing(old: int, dealers: int, new: int, holders: int) -> None:
+    """t - 1 old and t' - 1 new holders with all that is published: every gap in whole, and the masked sums.
+
+    With one old holder more they can compute the key, and with one new: so it is not the oracle that sees nothing.
+    Two bytes are shared and three masks.
+    """
+    length, masks = 2, 3
+    # What each dealer shares is linear in the key's bytes, the old coefficients, its masks and the new coefficients.
+    shares = {
+        x: [
+            plus((1, {("key", byte): 1}), *((power(x, d), {("old", byte, d): 1}) for d in range(1, old)))
+            for byte in range(length)
+        ]
+        + [{("mask", x, row): 1} for row in range(masks)]
+        for x in range(1, dealers + 1)
+    }
+    dealt = {
+        (x, i): [
+            plus((1, shares[x][place]), *((power(i, d), {("new", x, place, d): 1}) for d in range(1, new)))
+            for place in range(length + masks)
+        ]
+        for x in shares
+        for i in range(1, holders + 1)
+    }
+
+    def view(corrupt_old: int, corrupt_new: int) -> Span:
+        span = Span()
+        for x in range(1, corrupt_old + 1):
+            for place in range(length + masks):
+                span.learn(shares[x][place])
+                for d in range(1, new):
+                    span.learn({("new", x, place, d): 1})
+        for (_, i), parts in dealt.items():
+            if i <= corrupt_new:
+                for part in parts:
+                    span.learn(part)
+        first = list(shares)[:old]
+        for i in range(1, holders + 1):
+            for x in shares:
+                for row in range(masks):
+                    weighted = [(17 * x + 5 * row + byte + 2, dealt[x, i][byte]) for byte in range(length)]
+                    span.learn(plus(*weighted, (1, dealt[x, i][length + row])))
+            for x in list(shares)[old:]:
+                for byte in range(length):
+                    gap = [(1, dealt[x, i][byte])]
+                    for other in first:
+                        weight = 1
+                        for third in first:
+                            if third != other:
+                                weight = multiply(weight, multiply(x ^ third, inverse(other ^ third)))
+                        gap.append((weight, dealt[other, i][byte]))
+                    span.learn(plus(*gap))
+        return span
+
+    key = [("key", byte) for byte in range(length)]
+    assert view(old - 1, new - 1).hides(key) == length
+    assert view(old, 0).hides(key) == 0
+    assert view(old - 1, new).hides(key) == 0
 
 
 # Refusals.

@@ -60,6 +60,7 @@ from engine.protocol.manifest import (
     open_key_manifest,
     open_receipt,
     open_refresh_order,
+    open_reshare_order,
     read_certificate,
     read_key_manifest,
 )
@@ -83,8 +84,8 @@ SKEW_MS: Final = 5_000
 QUARTER_MS: Final = 15 * 60_000
 NAMES: Final = (*ROLES, "stranger", "nobody")
 _KINDS: Final = (
-    "grant", "receipt", "certificate", "abort", "key", "order.create", "order.destroy", "order.refresh", "cluster",
-    "card", "table", "table.delta", "audit.head", "refresh.deal", "refresh.part", "x", "",
+    "grant", "receipt", "certificate", "abort", "key", "order.create", "order.destroy", "order.refresh",
+    "order.reshare", "cluster", "card", "table", "table.delta", "audit.head", "refresh.deal", "refresh.part", "x", "",
 )  # fmt: skip
 
 
@@ -250,6 +251,16 @@ def _other_order(raw: bytes, now: bool, kind: str, codec: Any, operation: str) -
     return tree
 
 
+def _reshare_order(raw: bytes, now: bool) -> list[Any]:
+    tree = _other_order(raw, now, "order.reshare", documents.reshare_orders, "reshare")
+    _, _, _, threshold, holders, without = tree[:6]
+    require(threshold <= len(holders), "reshare order: a threshold above the number of shares is accepted")
+    require(len(set(holders)) == len(holders), "reshare order: a node twice")
+    require(len(set(without)) == len(without), "reshare order: a node twice is given up")
+    require(not now or all(node in NODES for node in holders), "reshare order: a holder is no node")
+    return tree
+
+
 # --- the targets of a key's documents ---
 
 
@@ -279,8 +290,21 @@ def _take_manifest(raw: bytes) -> str:
         record = open_key_manifest(raw, world.cluster)
     _, _, tree = verified(raw, "key", keys_of("node"), documents.key_manifests)
     key_id, name, version, epoch, attempt, algorithm, threshold, holders, public, _, order, previous, change = tree[:13]
+    sharing = tree[13] if len(tree) > 13 else b""
     told = _create_order(order, now is not None and epoch == 1)
-    require([key_id, name, algorithm, threshold, len(holders)] == told[:5], "key manifest: not what was ordered")
+    require([key_id, name, algorithm] == told[:3], "key manifest: not what was ordered")
+    resharing = change if change and read_unverified(change).kind == "order.reshare" else sharing
+    if resharing:
+        shape = _reshare_order(resharing, False)
+        require(shape[2] < epoch, "key manifest: a reshare order of later on")
+        require(
+            [key_id, name, threshold, [node for node, _, _ in holders]] == [*shape[:2], *shape[3:5]], "another shape"
+        )
+        require([x for _, x, _ in holders] == list(range(1, len(holders) + 1)), "key manifest: other indices")
+        require(resharing == change or sharing == resharing, "key manifest: an order that nobody looks at")
+        require(not (resharing == change and sharing), "key manifest: two reshare orders")
+    else:
+        require([threshold, len(holders)] == told[3:5], "key manifest: not the shape that was ordered")
     require(version == 1 and attempt >= 1, "key manifest: version or attempt")
     require(len({node for node, _, _ in holders}) == len(holders), "key manifest: a node holds two shares")
     require(len({x for _, x, _ in holders}) == len(holders), "key manifest: two shares of one x")
@@ -288,10 +312,13 @@ def _take_manifest(raw: bytes) -> str:
     if now is not None:
         require(all(node in NODES for node, _, _ in holders), "key manifest: a holder is no node")
     if epoch == 1:
-        require(previous == change == b"", "key manifest: the first one has a predecessor")
+        require(previous == change == sharing == b"", "key manifest: the first one has a predecessor")
     else:
         require(len(previous) == 32, "key manifest: no predecessor")
-        order = _other_order(change, now is not None, "order.refresh", documents.refresh_orders, "refresh")
+        if resharing and resharing == change:
+            order = _reshare_order(change, now is not None)
+        else:
+            order = _other_order(change, now is not None, "order.refresh", documents.refresh_orders, "refresh")
         require([key_id, name, epoch - 1] == order[:3], "key manifest: not the change that was ordered")
     require(read_key_manifest(raw).manifest == record.manifest, "key manifest: read twice, two manifests")
     try:
@@ -302,8 +329,10 @@ def _take_manifest(raw: bytes) -> str:
     require(
         (previous, epoch, attempt > old.attempt) == (world.first.record.digest, 2, True), "a successor that is none"
     )
-    same = [(node, x) for node, x, _ in holders] == [(each.node, each.x) for each in old.holders]
-    require(same and tree[9] == old.check_value and public == old.public_key, "a refresh changes more than it may")
+    require(tree[9] == old.check_value and public == old.public_key, "a new epoch changes more than it may")
+    if not (resharing and resharing == change):
+        same = [(node, x) for node, x, _ in holders] == [(each.node, each.x) for each in old.holders]
+        require(same and threshold == old.threshold and not sharing, "a refresh changes more than it may")
     return "successor" + ("" if now is not None else ", old")
 
 
@@ -620,7 +649,7 @@ class _Refresh:
     def __init__(self) -> None:
         self.world = world = the_world()
         self.order = world.refresh_order(world.first)
-        self.terms = Terms(world.first.record, 2, hashlib.sha256(opened(self.order)[1]).digest())  # type: ignore[index]
+        self.terms = Terms.of(world.first.record, 2, self.order)
         self.length = len(world.first.secret)
         self.dealt: dict[str, tuple[bytes, list[bytes]]] = {}
         for node in HOLDERS:
@@ -789,7 +818,10 @@ def _key_documents() -> list[bytes]:
         *(world.destroy_order(each) for each in dealt),
         *(world.refresh_order(each, "carol" if each is world.shared else "alice") for each in dealt),
         *(each.record.raw for each in dealt),
+        *(world.reshare_order(each, "carol" if each is world.shared else "alice") for each in dealt),
         world.second.raw,
+        world.moved.raw,
+        world.after.raw,
         *(world.receipt(world.first.record, node) for node in HOLDERS),
         world.certificate(world.first.record),
         world.certificate(world.second),
@@ -821,6 +853,7 @@ def document_targets() -> list[Target]:
         "refresh order", open_refresh_order,
         lambda raw, now: _other_order(raw, now, "order.refresh", documents.refresh_orders, "refresh"),
     )  # fmt: skip
+    move = _orders("reshare order", open_reshare_order, _reshare_order)
     return [
         target(
             "envelope",
@@ -836,6 +869,7 @@ def document_targets() -> list[Target]:
         target("order.create", lambda: _of("order.create"), create, 4, manifest + "open_create_order"),
         target("order.destroy", lambda: _of("order.destroy"), destroy, 2, manifest + "open_destroy_order"),
         target("order.refresh", lambda: _of("order.refresh"), change, 2, manifest + "open_refresh_order"),
+        target("order.reshare", lambda: _of("order.reshare"), move, 2, manifest + "open_reshare_order"),
         target(
             "key",
             lambda: _of("key"),
@@ -938,6 +972,7 @@ def document_targets() -> list[Target]:
             _take_part,
             0.5,
             base + "refresh.new_share",
+            base + "refresh.open_parts",
             base + "refresh._open_part",
             base + "refresh.seal_part",
             change=_change_part,

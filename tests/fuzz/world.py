@@ -19,6 +19,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from msgspec.structs import replace
 from schema import MARK
 
 import engine.protocol.signed
@@ -37,6 +38,7 @@ from engine.protocol.manifest import (
     PolicyRule,
     Receipt,
     RefreshOrder,
+    ReshareOrder,
     Retiring,
     aborts,
     certificates,
@@ -50,6 +52,7 @@ from engine.protocol.manifest import (
     open_key_manifest,
     receipts,
     refresh_orders,
+    reshare_orders,
 )
 from engine.protocol.signed import DOMAIN, SigningKey, sign_envelope
 from engine.protocol.wire import Codec
@@ -62,7 +65,7 @@ ROLES: Final = {"op": "operator", "op2": "operator", "op3": "operator", "alice":
                 "carol": "client", "balancer": "balancer"} | dict.fromkeys(NODES, "node")  # fmt: skip
 RULES: Final = (
     PolicyRule("alice", "*", ["*"]),
-    PolicyRule("carol", "shared/*", ["encrypt", "generate", "refresh"]),
+    PolicyRule("carol", "shared/*", ["encrypt", "generate", "refresh", "reshare"]),
     PolicyRule("bo?", "b[ao]x", ["destroy", "import"]),
 )
 QUICK: Final = b"quick\0\0\0"
@@ -155,6 +158,8 @@ class World:
         self.pair = self.deal("tls", "ed25519", threshold=2, client="alice")
         self.shared = self.deal("shared/box", "aes-128-gcm", threshold=2, client="carol")
         self.second = self._refreshed(self.first)
+        self.moved = self._moved(self.first)
+        self.after = self._after(self.moved)
 
     def curve(self, name: str) -> X25519PrivateKey:
         """A member's CURVE key."""
@@ -218,6 +223,33 @@ class World:
         manifest = KeyManifest(
             old.key_id, old.name, 1, 2, 2, old.algorithm, old.threshold, holders, old.public_key, old.check_value,
             old.order, dealt.record.digest, self.refresh_order(dealt),
+        )  # fmt: skip
+        return open_key_manifest(self.signed(key_manifests, "key", manifest, "node2"), self.cluster, NOW_MS)
+
+    def reshare_order(self, dealt: Dealt, client: str = "alice") -> bytes:
+        """An order to share a key of three holders among two others."""
+        told, nonce = dealt.manifest, material(f"move {dealt.manifest.name}", 16)
+        holders = [HOLDERS[1], NODES[-1]]
+        order = ReshareOrder(told.key_id, told.name, told.epoch, 2, holders, [HOLDERS[0]], nonce, NOW_MS + 60_000)
+        return self.signed(reshare_orders, "order.reshare", order, client)
+
+    def _moved(self, dealt: Dealt) -> KeyRecord:
+        """Another manifest of a second epoch: after a reshare."""
+        old = dealt.manifest
+        holders = [Holder(node, x, material(f"moved {node}", 32)) for x, node in enumerate((HOLDERS[1], NODES[-1]), 1)]
+        manifest = KeyManifest(
+            old.key_id, old.name, 1, 2, 2, old.algorithm, 2, holders, old.public_key, old.check_value,
+            old.order, dealt.record.digest, self.reshare_order(dealt),
+        )  # fmt: skip
+        return open_key_manifest(self.signed(key_manifests, "key", manifest, "node2"), self.cluster, NOW_MS)
+
+    def _after(self, before: KeyRecord) -> KeyRecord:
+        """The manifest of a refresh after that."""
+        old = before.manifest
+        order = RefreshOrder(old.key_id, old.name, 2, material("after", 16), NOW_MS + 60_000)
+        manifest = replace(
+            old, epoch=3, attempt=3, previous=before.digest, sharing=old.change,
+            change=self.signed(refresh_orders, "order.refresh", order, "alice"),
         )  # fmt: skip
         return open_key_manifest(self.signed(key_manifests, "key", manifest, "node2"), self.cluster, NOW_MS)
 

@@ -42,6 +42,7 @@ from engine.protocol.manifest import (
     PolicyRule,
     Receipt,
     RefreshOrder,
+    ReshareOrder,
     aborts,
     certificates,
     chain_pin,
@@ -53,6 +54,7 @@ from engine.protocol.manifest import (
     open_key_manifest,
     receipts,
     refresh_orders,
+    reshare_orders,
 )
 from engine.protocol.requests import Empty, Operate, ShareCommit, SharePrepare, ShareRelease
 from engine.protocol.signed import SigningKey, sign_envelope
@@ -253,6 +255,28 @@ class World:
             **changes,
         }
         return self.signed(refresh_orders, "order.refresh", RefreshOrder(**fields), client)
+
+    def reshare_order(
+        self,
+        record: KeyRecord,
+        *,
+        client: str | SigningKey = "alice",
+        expires_in_ms: int = 60_000,
+        **changes: Any,
+    ) -> bytes:
+        manifest = record.manifest
+        fields = {
+            "key_id": manifest.key_id,
+            "name": manifest.name,
+            "from_epoch": manifest.epoch,
+            "threshold": manifest.threshold,
+            "holders": [holder.node for holder in manifest.holders],
+            "without": [],
+            "nonce": os.urandom(16),
+            "expires_ms": self.now_ms + expires_in_ms,
+            **changes,
+        }
+        return self.signed(reshare_orders, "order.reshare", ReshareOrder(**fields), client)
 
     def grant(
         self,

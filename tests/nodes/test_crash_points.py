@@ -59,11 +59,12 @@ POINTS = [
     if point.startswith(("dealer.", "holder.", "registry.", "store."))
     and not point.endswith((".recorded", ".answered"))
     and not point.startswith(
-        ("holder.release.", "holder.deal.", "holder.renew.", "registry.change.", "registry.adopt.")
+        ("holder.release.", "holder.deal.", "holder.renew.", "holder.leave.", "registry.change.", "registry.adopt.")
     )
     and ".refresh." not in point
+    and ".reshare." not in point
 ]
-"""Points that are passed without a node's process around them, but those of a refresh."""
+"""Points that are passed without a node's process around them, but those of a refresh or reshare."""
 
 
 class Crash(BaseException):

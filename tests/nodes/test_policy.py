@@ -84,7 +84,8 @@ def test_what_no_rule_allows_is_denied(world: Any, verb: str) -> None:
 def test_a_rule_allows_its_own_operation_and_what_comes_with_it(world: Any, verb: str, granted: str) -> None:
     cluster = cluster_with(world, PolicyRule("alice", "orders", [granted]))
     implied = {
-        RequestType.DESCRIBE: OPERATIONS | {RequestType.DESCRIBE, RequestType.DESTROY, RequestType.REFRESH},
+        RequestType.DESCRIBE: OPERATIONS
+        | {RequestType.DESCRIBE, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE},
         RequestType.PREWARM: OPERATIONS | {RequestType.PREWARM},
     }
     expected = granted in implied.get(RequestType(verb), {verb})

@@ -463,13 +463,16 @@ BUGS: dict[str, Bug] = {
         first=340,
     ),
     "old-share-kept": Bug("a refresh keeps the share of the epoch before", _keeps_old_epoch),
+    "moved-share-kept": Bug(
+        "who is no holder any more keeps its share", _replace(ShareHolder, "_leave", lambda *given: None)
+    ),
     "early-acknowledgement": Bug("a key is acknowledged before the registry's commit", _early_acknowledgement, 400),
     "few-receipts": Bug("a key is committed with the receipts of t-1 holders", _few_receipts, 400),
     "order-forgotten": Bug("a retry of an order makes another key", _forgets_order),
     "two-of-a-name": Bug("two keys may have one name", _no_names, needs=frozenset({"two creators"})),
     "unsynced": Bug("the stores are not synced at a commit", _unsynced),
     "abort-committed": Bug("an abort notice deletes a committed share", _aborts_anything),
-    "prepared-dropped": Bug("prepared shares are dropped at a start", _drops_prepared, 400, first=250),
+    "prepared-dropped": Bug("prepared shares are dropped at a start", _drops_prepared, 500, first=250),
     "receipt-first": Bug("a receipt is given before the share is stored", _receipt_first, 600),
     "certificate": Bug(
         "a holder does not check the commit certificate", _trusts_certificates, needs=frozenset({"rogue"})

@@ -63,7 +63,9 @@ def run(seeds: range, bug: str) -> int:
                 sys.stderr.write(f"{error}\n")
                 return 1
             totals.update(seeds=1, events=report.steps, gathers=report.gathers, releases=report.releases)
-            totals.update(keys=report.keys, refreshes=report.refreshes, checked=report.checked)
+            totals.update(
+                keys=report.keys, refreshes=report.refreshes, reshares=report.reshares, checked=report.checked
+            )
             totals.update(f"feature {each}" for each in report.features)
             if len(seeds) <= 100:
                 write(seed=seed, trace=report.trace)

@@ -555,7 +555,7 @@ class World:
         self.used: dict[tuple[str, str, bytes], tuple[bytes, int, float]] = {}
         self.on_release: Callable[[str, Any, Any], None] = lambda holder, body, sender: None
         self.gathered: set[tuple[str, bytes]] = set()
-        self.refreshes = 0
+        self.refreshes = self.reshares = 0
         self.checked = 0
         self.healed = False
         self.nodes = {name: Node(self, name) for name in NODES}
@@ -802,8 +802,11 @@ def owner(world: World, client: Client, name: str, *, destroys: bool) -> Script:
         yield from world.checked_use(key, r.choice(USES[algorithm]), client, r.choice((0.3, 1.0, 2.0)))
         if r.random() < 0.25:
             yield from repeat_order(world, client, name, algorithm, key.order)
-        if r.random() < 0.15:
+        change = r.random()
+        if change < 0.15:
             yield from refresh(world, client, key)
+        elif change < 0.3:
+            yield from reshare(world, client, key)
     if destroys:
         yield r.random()
         key.destroying = True
@@ -818,6 +821,18 @@ def refresh(world: World, client: Client, key: Acknowledged) -> Script:
         world.refreshes += 1
         if made.epoch < 2 or made.key_id != key.key_id:
             raise Violated(f"a refresh of {key.name!r} gave epoch {made.epoch} of {made.key_id}")
+        key.epoch = max(key.epoch, made.epoch)
+
+
+def reshare(world: World, client: Client, key: Acknowledged) -> Script:
+    """Share a key among other nodes, as many as before."""
+    holders = world.sim.random.sample(NODES, world.shares)
+    call = partial(client.calls.reshare_key, key.name, world.threshold, None, holders, (), 2.0)
+    made, error = yield f"reshare {key.name} to {','.join(holders)}", call, 2.0
+    if error is None:
+        world.reshares += 1
+        if made.epoch < 2 or made.key_id != key.key_id or list(made.holders) != holders:
+            raise Violated(f"a reshare of {key.name!r} gave epoch {made.epoch} of {made.key_id} at {made.holders}")
         key.epoch = max(key.epoch, made.epoch)
 
 
@@ -1089,6 +1104,7 @@ class Report:
     checked: int
     releases: int
     refreshes: int
+    reshares: int
     keys: int
     features: tuple[str, ...]
 
@@ -1154,6 +1170,7 @@ def run_seed(seed: int, how: str = "") -> Report:
         world.checked,
         world.releases,
         world.refreshes,
+        world.reshares,
         keys,
         tuple(world.features),
     )
@@ -1241,7 +1258,7 @@ def _check_books(world: World) -> None:
 
 
 def _given_up(row: Any) -> bool:
-    """Whether it is the share of an aborted refresh, which stays with the notice on it until the next refresh."""
+    """Whether it is the share of an aborted refresh or reshare, which stays with the notice on it until the next."""
     if row.state != "prepared" or row.epoch == 1 or not row.document:
         return False
     notice = aborts.decode(read_unverified(row.document).payload)
@@ -1258,11 +1275,19 @@ def _check_key(booked: Any, key: Acknowledged, stored: dict[str, list[Any]]) -> 
     if key.destroyed or booked.state == DESTROYED:
         if not key.destroying:
             raise Violated(f"the key {name!r} was destroyed and nobody ordered it")
-        kept = [holder for holder, its in rows.items() if any(row.state != "destroyed" for row in its)]
+        # Who left before is not told by the dealer: it has no share, and learns it from the books within seconds.
+        kept = [holder for holder, its in rows.items() if any(row.state != "destroyed" or row.sealed for row in its)]
+        kept = [holder for holder in kept if [(row.state, row.sealed) for row in rows[holder]] != [("moved", b"")]]
         if booked.state != DESTROYED or kept:
             raise Violated(f"the destroyed key {name!r} is still at {kept}, in the books as {booked.state}")
         key.destroyed = True
         return
+    left = {
+        holder
+        for holder, its in rows.items()
+        if [(row.state, row.sealed) for row in its] == [("moved", b"")] and its[0].epoch <= manifest.epoch
+    }
+    rows = {holder: its for holder, its in rows.items() if holder not in left}
     states = {holder: [(row.epoch, row.state, bool(row.sealed)) for row in its] for holder, its in rows.items() if its}
     need = key.stored if manifest.epoch == 1 else [each.node for each in manifest.holders]
     current = {
@@ -1271,6 +1296,7 @@ def _check_key(booked: Any, key: Acknowledged, stored: dict[str, list[Any]]) -> 
         if len(its) == 1 and (its[0].state, its[0].manifest_hash) == ("committed", booked.manifest_hash)
     }
     lost = [each for each in need if each not in current or not rows[each][0].sealed]
+    lost += [each for each in left if manifest.holder(each) is not None]
     if lost or len(current) < len(states):
         raise Violated(
             f"{name!r}: {lost} gave receipts for epoch {manifest.epoch} and have no share of it, or others differ; "

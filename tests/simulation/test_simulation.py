@@ -87,6 +87,7 @@ def test_no_seed_violates_an_invariant(runner: Runner) -> None:
     assert totals["keys"] > SEEDS
     assert totals["gathers"] > SEEDS
     assert totals["refreshes"] > SEEDS // 10
+    assert totals["reshares"] > SEEDS // 20
     assert totals["checked"] > SEEDS // 2
     features = {name: count for name, count in totals.items() if name.startswith("feature ")}
     faults = ("point", "die", "commit", "break", "cut", "loss", "double", "slow", "step", "full")

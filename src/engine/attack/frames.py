@@ -31,6 +31,7 @@ from engine.protocol.requests import (
     Operate,
     Prewarm,
     Refresh,
+    Reshare,
 )
 from engine.protocol.wire import HIGHEST_VERSION, PROTOCOL_VERSION, Request, reply_codec, request_codec
 
@@ -209,6 +210,7 @@ def _samples(stage: Stage) -> dict[type[Any], object]:
         Create: Create(b"", b""),
         Destroy: Destroy(b"x"),
         Refresh: Refresh(b"x" * 3),
+        Reshare: Reshare(b"x" * 3),
         Describe: Describe(name),
         ListKeys: ListKeys("*", "", 10),
         Prewarm: Prewarm(name, b"", b""),

@@ -11,7 +11,7 @@ from engine.attack.model import Attack, NotRun, Trial
 from engine.attack.stage import REFUSALS, Answer, Stage, judge, now_ms
 from engine.attack.target import PREFIX
 from engine.keys import OPERATIONS, RequestType
-from engine.protocol.manifest import AbortNotice, CreateOrder, DestroyOrder
+from engine.protocol.manifest import AbortNotice, CreateOrder, DestroyOrder, RefreshOrder, ReshareOrder
 from engine.protocol.requests import (
     AUDIT_HEAD,
     HELLO,
@@ -41,6 +41,7 @@ from engine.protocol.requests import (
     Prewarm,
     Refresh,
     Reserve,
+    Reshare,
     ShareCommit,
     SharePrepare,
     ShareRelease,
@@ -165,7 +166,7 @@ def policy(stage: Stage, trial: Trial) -> None:
 def _may(stage: Stage, client: str, verb: str, name: str) -> bool:
     every: tuple[str, ...] = (verb,)
     if verb == RequestType.DESCRIBE:
-        every = (verb, *OPERATIONS, RequestType.DESTROY, RequestType.REFRESH)
+        every = (verb, *OPERATIONS, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE)
     elif verb == RequestType.PREWARM:
         every = (verb, *OPERATIONS)
     return any(stage.cluster.allows(client, each, name) for each in every)
@@ -309,6 +310,9 @@ def unsigned_orders(stage: Stage, trial: Trial) -> None:
         "order.create",
         CreateOrder(os.urandom(16), f"{PREFIX}{stage.run_id}/stolen", "aes-256-gcm", 1, 1, "generate", expires),
     )
+    about = manifest.key_id, manifest.name, manifest.epoch
+    fresh = _signed(stage, "order.refresh", RefreshOrder(*about, os.urandom(16), expires))
+    moved = _signed(stage, "order.reshare", ReshareOrder(*about, 1, [stage.nodes[0]], [], os.urandom(16), expires))
     tries: list[tuple[str, str, object, bool]] = [
         ("the first client's destroy order, sent by the second", RequestType.DESTROY, Destroy(mine), True),
         ("the second client's destroy order, sent by the first", RequestType.DESTROY, Destroy(theirs), False),
@@ -317,6 +321,9 @@ def unsigned_orders(stage: Stage, trial: Trial) -> None:
         ("a create order as a destroy order", RequestType.DESTROY, Destroy(create), False),
         ("a create order as a refresh order", RequestType.REFRESH, Refresh(create), False),
         ("a destroy order as a refresh order", RequestType.REFRESH, Refresh(mine), False),
+        ("a refresh order as a reshare order", RequestType.RESHARE, Reshare(fresh), False),
+        ("a reshare order as a refresh order", RequestType.REFRESH, Refresh(moved), False),
+        ("the first client's reshare order, sent by the second", RequestType.RESHARE, Reshare(moved), True),
     ]
     held = REFUSALS
     for node in stage.nodes:

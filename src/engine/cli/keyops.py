@@ -92,7 +92,7 @@ def _read(path: str, limit: int, what: str) -> bytes:
 
 @click.group(no_args_is_help=True)
 def key() -> None:
-    """Create, import, show, refresh and destroy keys.
+    """Create, import, show, refresh, reshare and destroy keys.
 
     \b
     Examples:
@@ -102,6 +102,7 @@ def key() -> None:
       keyquorum key list 'orders/*' -o json
       keyquorum key public tls --out tls.pem
       keyquorum key refresh orders
+      keyquorum key reshare orders --threshold 3 --shares 5
       keyquorum key destroy orders
     """
 
@@ -223,6 +224,35 @@ def refresh(settings: Settings, name: str) -> None:
     """
     with _engine(settings) as kq, spinner(settings, f"refreshing {name}"):
         info = kq.refresh_key(name, timeout=settings.timeout_s)
+    _emit_info(settings, asdict(info))
+
+
+@key.command("reshare")
+@_name
+@click.option("--threshold", type=int, metavar="T", help="How many shares suffice; by default as before.")
+@click.option("--shares", type=int, metavar="N", help="How many holders, the first of the key's placement group.")
+@click.option("--holder", "holders", multiple=True, metavar="NODE", help="A node to hold a share; once for each.")
+@click.option(
+    "--without", multiple=True, metavar="NODE", help="A holder that is given up, and need not be up; once for each."
+)
+@common_options(connects=True)
+@click.pass_obj
+def reshare(
+    settings: Settings,
+    name: str,
+    threshold: int | None,
+    shares: int | None,
+    holders: tuple[str, ...],
+    without: tuple[str, ...],
+) -> None:
+    """Share a key among other holders, or with another threshold. The key stays, and nobody puts it together for that.
+
+    All its holders must be up but those given up, and at least one more than its threshold.
+    """
+    with _engine(settings) as kq, spinner(settings, f"resharing {name}"):
+        info = kq.reshare_key(
+            name, threshold, shares, holders=holders or None, without=without, timeout=settings.timeout_s
+        )
     _emit_info(settings, asdict(info))
 
 

@@ -481,6 +481,20 @@ class AsyncEngine:
         """Replace all shares of a key, and keep the key: a new epoch, whose shares don't fit to any from before."""
         return await self._run(self._calls.refresh_key(name, self._wait_s(timeout, CREATE_TIMEOUT_S)))
 
+    async def reshare_key(
+        self,
+        name: str,
+        threshold: int | None = None,
+        shares: int | None = None,
+        *,
+        holders: Sequence[str] | None = None,
+        without: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> KeyInfo:
+        """Share a key among other holders, of whom ``threshold`` will suffice, and keep the key: a new epoch."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return await self._run(self._calls.reshare_key(name, threshold, shares, holders, without, wait_s))
+
     async def key_info(self, name: str, *, timeout: float | None = None) -> KeyInfo:
         """What the signed manifest and certificate say about a key, asked afresh."""
         return await self._run(self._calls.key_info(name, self._wait_s(timeout)))

@@ -55,15 +55,18 @@ from engine.protocol.manifest import (
     ClusterSource,
     CreateOrder,
     DestroyOrder,
+    KeyManifest,
     KeyRecord,
     Member,
     RefreshOrder,
+    ReshareOrder,
     check_share_counts,
     create_orders,
     destroy_orders,
     open_certificate,
     open_key_manifest,
     refresh_orders,
+    reshare_orders,
 )
 from engine.protocol.requests import (
     LATENCY,
@@ -85,6 +88,7 @@ from engine.protocol.requests import (
     Operate,
     Prewarm,
     Refresh,
+    Reshare,
     balancer_status_codec,
     classify_request,
 )
@@ -123,6 +127,7 @@ COLD_ROUND_TRIP_MAX_US = 1_000
 PAUSE_FIRST_S = 0.05
 PAUSE_MAX_S = 0.5
 MAX_DESCRIPTIONS = 10_000
+MAX_CHANGE_ORDER = 2048
 MAX_CIPHERTEXT = MAX_DATA + 128
 MAX_PROOF = 1024
 LIST_PAGE = 200
@@ -627,7 +632,7 @@ class Calls:
 
     def _round(
         self, use: _Use, known: Description, trail: _Trail, refreshed: bool
-    ) -> Call[bytes | StaleKey | KeyNotFound | None]:
+    ) -> Call[bytes | StaleKey | KeyNotFound | Moved | None]:
         """Ask the combiners in turn: the result, the word that the description is old, or None when all failed."""
         shaped = _shape(use, known.algorithm)
         request_class = known.request_class(use.verb)
@@ -656,6 +661,8 @@ class Calls:
                     asked.discard(node)
                     queue.appendleft(node)
                 elif isinstance(outcome, Moved):
+                    if not refreshed and node in known.holders and not set(outcome.names) <= set(known.holders):
+                        return outcome  # it was a holder, and others are now
                     queue.extendleft(name for name in reversed(outcome.names) if name in self.cluster.nodes)
                     trail.failures[node] = outcome
                 elif isinstance(outcome, StaleKey | KeyNotFound):
@@ -960,17 +967,19 @@ class Calls:
         trail: _Trail,
         asked: set[str] | None = None,
         request_class: str = "",
+        first: Sequence[str] = (),
     ) -> Call[Any]:
         """Send an order to one dealer after the other until one carries it out; the order makes that idempotent.
 
-        ``asked`` takes in who was sent it. Those come last that have worked on this ``request_class`` for more than its
-        part of them.
+        Those in ``first`` come first. ``asked`` takes in who was sent it. Those come last that have worked on this
+        ``request_class`` for more than its part of them.
         """
         without_registry = 0
         asked = set() if asked is None else asked
         while True:
             trail.begin_round()
-            nodes = tuple(dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)))
+            members = (*first, *self.router.holders(name), *self.cluster.nodes)
+            nodes = tuple(node for node in dict.fromkeys(members) if node in self.cluster.nodes)
             for node in self.router.order(nodes, self.clock(), request_class):
                 if trail.left_s() <= 0:
                     break
@@ -1017,28 +1026,92 @@ class Calls:
     def refresh_key(self, name: str, timeout_s: float) -> Call[KeyInfo]:
         """Replace the shares of a key by new ones: an epoch that was begun after this call."""
         check_name(name)
-        trail = self._trail(f"refresh {name!r}", timeout_s)
-        return _maybe_traced("refresh", self._refreshing(name, timeout_s, trail))
 
-    def _refreshing(self, name: str, timeout_s: float, trail: _Trail) -> Call[KeyInfo]:
+        def order(known: KeyManifest, expires_ms: int) -> tuple[object, bytes]:
+            told = RefreshOrder(known.key_id, name, known.epoch, self._random_bytes(16), expires_ms)
+            raw = sign_envelope("order.refresh", self._now_ms(), refresh_orders.encode(told), self._signing)
+            return Refresh(raw), raw
+
+        trail = self._trail(f"refresh {name!r}", timeout_s)
+        return _maybe_traced("refresh", self._changing(RequestType.REFRESH, name, order, timeout_s, trail))
+
+    def reshare_key(
+        self,
+        name: str,
+        threshold: int | None,
+        shares: int | None,
+        holders: Sequence[str] | None,
+        without: Sequence[str],
+        timeout_s: float,
+    ) -> Call[KeyInfo]:
+        """Share a key among other holders, by an epoch that was begun after this call.
+
+        What is None stays as it is; if only ``shares`` is given, the holders are the first of the placement group.
+        """
+        check_name(name)
+        for what, names in (("holders", holders), ("without", without)):
+            if isinstance(names, str):
+                raise TypeError(f"{what} must be several names, not a str")
+        if holders is not None and shares is not None and len(holders) != shares:
+            raise ValueError(f"{shares} shares for {len(holders)} holders")
+
+        def order(known: KeyManifest, expires_ms: int) -> tuple[object, bytes]:
+            told = [holder.node for holder in known.holders] if holders is None else list(holders)
+            if holders is None and shares is not None:
+                told = list(self.cluster.first_holders(self.cluster.group_of(name), shares))
+                if len(told) < shares:
+                    raise ValueError(f"{shares} shares need as many nodes; the cluster has {len(told)}")
+            needed = known.threshold if threshold is None else threshold
+            check_share_counts(needed, len(told))
+            if len(set(told)) != len(told):
+                raise ValueError("a node can hold one share of a key alone, but stands twice among the holders")
+            for node in told:
+                if node not in self.cluster.nodes:
+                    raise ValueError(f"{node!r} is to hold a share of {name!r}, but is no node of the cluster")
+            for node in without:
+                if known.holder(node) is None:
+                    raise ValueError(f"{node!r} is no holder of {name!r}, and so there is nothing to give up")
+            payload = reshare_orders.encode(
+                ReshareOrder(
+                    known.key_id, name, known.epoch, needed, told, list(without), self._random_bytes(16), expires_ms
+                )
+            )
+            raw = sign_envelope("order.reshare", self._now_ms(), payload, self._signing)
+            if len(raw) > MAX_CHANGE_ORDER:
+                raise ValueError(
+                    f"{len(told)} holders make an order of {len(raw)} bytes; the limit is {MAX_CHANGE_ORDER}"
+                )
+            return Reshare(raw), raw
+
+        trail = self._trail(f"reshare {name!r}", timeout_s)
+        return _maybe_traced("reshare", self._changing(RequestType.RESHARE, name, order, timeout_s, trail))
+
+    def _changing(
+        self,
+        verb: RequestType,
+        name: str,
+        make: Callable[[KeyManifest, int], tuple[object, bytes]],
+        timeout_s: float,
+        trail: _Trail,
+    ) -> Call[KeyInfo]:
+        """Have an order carried out that ``make`` signs for the epoch that is the last: its message, and the order."""
         self._descriptions.drop(name)
         known = yield from self._described(name, trail)
         expires_ms = self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS
         while True:
             manifest = known.record.manifest
-            order = RefreshOrder(manifest.key_id, name, manifest.epoch, self._random_bytes(16), expires_ms)
-            raw = sign_envelope("order.refresh", self._now_ms(), refresh_orders.encode(order), self._signing)
-            described = yield from self._dealing(RequestType.REFRESH, name, Refresh(raw), trail)
+            message, raw = make(manifest, expires_ms)
+            described = yield from self._dealing(verb, name, message, trail, first=known.holders)
             new = self._opened(name, described)
             told = new.record.manifest
             if told.key_id != manifest.key_id or told.epoch <= manifest.epoch:
                 raise ManifestError(
-                    f"refresh {name!r}: the coordinator answered with epoch {told.epoch} of another time"
+                    f"{verb} {name!r}: the coordinator answered with epoch {told.epoch} of another time"
                 )
             self._keep(name, new)
             if told.change == raw:
                 return new.info
-            # What we knew was old already, or another's refresh came before ours: ours begins from there.
+            # What we knew was old already, or another's change came before ours: ours begins from there.
             known = new
 
     # --- questions to one member; the drivers put them to all at once ---

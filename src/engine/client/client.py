@@ -888,6 +888,26 @@ class Engine:
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
         return self._run(self._calls.refresh_key(name, wait_s), wait_s)
 
+    def reshare_key(
+        self,
+        name: str,
+        threshold: int | None = None,
+        shares: int | None = None,
+        *,
+        holders: Sequence[str] | None = None,
+        without: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> KeyInfo:
+        """Share a key among other holders, of whom ``threshold`` will suffice, and keep the key: a new epoch.
+
+        What is not given stays as it is; with ``shares`` alone, the holders are the first of the key's placement group.
+        All holders of before must be up, but those in ``without``, which are given up, and one more than the old
+        threshold must remain: else it can't be seen that none of them cheats. Those that are no holders any more erase
+        their share. ``QuorumUnavailable`` and ``ShareCorrupt`` name the holders, and nothing has changed.
+        """
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.reshare_key(name, threshold, shares, holders, without, wait_s), wait_s)
+
     def key_info(self, name: str, *, timeout: float | None = None) -> KeyInfo:
         """What the signed manifest and certificate say about a key, asked afresh."""
         wait_s = self._wait_s(timeout)

@@ -47,6 +47,7 @@ __all__ = [
     "PolicyRule",
     "Receipt",
     "RefreshOrder",
+    "ReshareOrder",
     "Retiring",
     "Role",
     "chain_after",
@@ -60,12 +61,15 @@ __all__ = [
     "open_abort",
     "open_certificate",
     "open_chain",
+    "open_change_order",
     "open_create_order",
     "open_destroy_order",
     "open_key_manifest",
     "open_receipt",
     "open_refresh_order",
+    "open_reshare_order",
     "read_certificate",
+    "read_change_order",
     "read_key_manifest",
     "receipts_needed",
     "split_chain",
@@ -148,6 +152,7 @@ _chains = Codec(_Chain, "cluster manifest file", 64 * MAX_ENVELOPE)
 _cards = Codec(Member, "identity card", 4096)
 _CARD_KIND = "card"
 _CLUSTER_KIND = "cluster"
+_RESHARE_KIND = "order.reshare"
 
 
 def encode_card(member: Member, key: SigningKey) -> bytes:
@@ -570,6 +575,22 @@ class RefreshOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     expires_ms: UInt
 
 
+class ReshareOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A client's signed order to share a key anew: among these holders, any ``threshold`` of whom will suffice.
+
+    All holders of ``from_epoch`` deal, but those in ``without``, which the client gives up.
+    """
+
+    key_id: Identifier
+    name: Name
+    from_epoch: Annotated[int, Meta(ge=1, le=2**32 - 2)]
+    threshold: Annotated[int, Meta(ge=1, le=MAX_HOLDERS)]
+    holders: Annotated[list[Name], Meta(min_length=1, max_length=MAX_HOLDERS)]
+    without: Annotated[list[Name], Meta(max_length=MAX_HOLDERS)]
+    nonce: Identifier
+    expires_ms: UInt
+
+
 class Holder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where one share is: ``[node, x, commitment]``."""
 
@@ -582,7 +603,8 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     """The manifest of a key, signed by the dealer of its epoch.
 
     ``order`` is the client's create order in every epoch. Those after the first name their predecessor's hash in
-    ``previous`` and embed the client's order that they rest on in ``change``; both are empty in the first.
+    ``previous`` and embed the client's order that they rest on in ``change``; both are empty in the first. ``sharing``
+    is the last reshare order before ``change``, which t, n and the holders rest on unless ``change`` is one.
     """
 
     key_id: Identifier
@@ -598,6 +620,12 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     order: Annotated[bytes, Meta(max_length=2048)]
     previous: Annotated[bytes, Meta(max_length=32)]
     change: Annotated[bytes, Meta(max_length=2048)] = b""
+    sharing: Annotated[bytes, Meta(max_length=2048)] = b""
+
+    @property
+    def resharing(self) -> bytes:
+        """The client's last reshare order; empty while t, n and the holders are those of the creation."""
+        return self.change if self.change and _is_reshare(self.change) else self.sharing
 
     @property
     def shares(self) -> int:
@@ -645,6 +673,7 @@ class AbortNotice(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 create_orders = Codec(CreateOrder, "create order", 2048)
 destroy_orders = Codec(DestroyOrder, "destroy order", 2048)
 refresh_orders = Codec(RefreshOrder, "refresh order", 2048)
+reshare_orders = Codec(ReshareOrder, "reshare order", 2048)
 key_manifests = Codec(KeyManifest, "key manifest")
 receipts = Codec(Receipt, "receipt", 1024)
 certificates = Codec(CommitCertificate, "commit certificate")
@@ -722,6 +751,41 @@ def open_refresh_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tupl
     return order, signed
 
 
+def open_reshare_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[ReshareOrder, Signed]:
+    """A reshare order; ``now_ms`` as for a refresh order. Where it is carried out, its holders are nodes."""
+    clients = cluster.sign_key_ever("client") if now_ms is None else cluster.sign_key("client")
+    signed = verify_envelope(raw, _RESHARE_KIND, clients)
+    order = reshare_orders.decode(signed.payload)
+    if order.threshold > len(order.holders):
+        raise ManifestError(f"reshare order: threshold {order.threshold} of {len(order.holders)} shares")
+    for what, names in (("holder", order.holders), ("node to do without", order.without)):
+        if len(set(names)) != len(names):
+            raise ManifestError(f"reshare order: it names a {what} twice")
+    if now_ms is not None:
+        _check_expiry("reshare order", order.expires_ms, now_ms)
+        for node in order.holders:
+            if node not in cluster.nodes:
+                raise ManifestError(f"reshare order: the holder {node!r} is no node of the cluster")
+    rules = cluster.past_rules if now_ms is None else cluster.rules
+    if not _allowed(rules, signed.issuer, RequestType.RESHARE, order.name):
+        raise AccessDenied(f"{signed.issuer!r} may not reshare the key {order.name!r}")
+    return order, signed
+
+
+def open_change_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[RefreshOrder | ReshareOrder, Signed]:
+    """The order of a later epoch, of either kind, opened as that kind is."""
+    return (open_reshare_order if _is_reshare(raw) else open_refresh_order)(raw, cluster, now_ms)
+
+
+def read_change_order(raw: bytes) -> RefreshOrder | ReshareOrder:
+    """The same without any check."""
+    return (reshare_orders if _is_reshare(raw) else refresh_orders).decode(read_unverified(raw).payload)
+
+
+def _is_reshare(raw: bytes) -> bool:
+    return read_unverified(raw).kind == _RESHARE_KIND
+
+
 def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -> KeyRecord:
     """A key's manifest: signed by a node, and true to the client's orders in it.
 
@@ -732,10 +796,10 @@ def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -
     signed = verify_envelope(raw, "key", cluster.sign_key_ever("node") if now_ms is None else cluster.sign_key("node"))
     manifest = key_manifests.decode(signed.payload)
     order, _ = open_create_order(manifest.order, cluster, now_ms if manifest.epoch == 1 else None)
-    told = (manifest.key_id, manifest.name, manifest.algorithm, manifest.threshold, manifest.shares)
-    if told != (order.key_id, order.name, order.algorithm, order.threshold, order.shares):
+    if (manifest.key_id, manifest.name, manifest.algorithm) != (order.key_id, order.name, order.algorithm):
         raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's order")
     _check_epoch(manifest, cluster, now_ms)
+    _check_sharing(manifest, order, cluster)
     if len({holder.node for holder in manifest.holders}) != manifest.shares:
         raise ManifestError(f"key manifest of {manifest.name!r}: a node holds two shares")
     if len({holder.x for holder in manifest.holders}) != manifest.shares:
@@ -754,20 +818,40 @@ def _check_epoch(manifest: KeyManifest, cluster: Cluster, now_ms: int | None) ->
     if manifest.version != 1:
         raise ManifestError(f"key manifest of {manifest.name!r}: version {manifest.version}; keys have version 1 alone")
     if manifest.epoch == 1:
-        if manifest.previous or manifest.change:
+        if manifest.previous or manifest.change or manifest.sharing:
             raise ManifestError(f"key manifest of {manifest.name!r}: the first one has no predecessor and no change")
         return
     if len(manifest.previous) != 32:
         raise ManifestError(f"key manifest of {manifest.name!r}: epoch {manifest.epoch} names no predecessor")
-    change, _ = open_refresh_order(manifest.change, cluster, now_ms)
+    change, _ = open_change_order(manifest.change, cluster, now_ms)
     if (change.key_id, change.name, change.from_epoch + 1) != (manifest.key_id, manifest.name, manifest.epoch):
-        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's refresh order")
+        kind = "reshare" if isinstance(change, ReshareOrder) else "refresh"
+        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's {kind} order")
+
+
+def _check_sharing(manifest: KeyManifest, create: CreateOrder, cluster: Cluster) -> None:
+    """t, n and, after a reshare, the holders are those of the client's order that they rest on."""
+    if not manifest.resharing:
+        if (manifest.threshold, manifest.shares) != (create.threshold, create.shares):
+            raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's order")
+        return
+    if manifest.sharing and manifest.resharing != manifest.sharing:
+        raise ManifestError(f"key manifest of {manifest.name!r}: it rests on two reshare orders")
+    order, _ = open_reshare_order(manifest.resharing, cluster, None)
+    told = (order.key_id, order.name, order.threshold, order.holders)
+    if told != (manifest.key_id, manifest.name, manifest.threshold, [each.node for each in manifest.holders]) or (
+        order.from_epoch >= manifest.epoch
+    ):
+        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's reshare order")
+    if [each.x for each in manifest.holders] != list(range(1, manifest.shares + 1)):
+        raise ManifestError(f"key manifest of {manifest.name!r}: the indices after a reshare are not 1 to n")
 
 
 def check_successor(record: KeyRecord, before: KeyRecord) -> None:
-    """Refuse a manifest that does not follow ``before`` as a refresh does.
+    """Refuse a manifest that does not follow ``before`` as a refresh or a reshare does.
 
-    It has the next epoch, a later attempt and names the predecessor's hash; all but the commitments is the same.
+    It has the next epoch, a later attempt and names the predecessor's hash. All but the commitments is the same, and
+    after a reshare t and the holders, which ``open_key_manifest`` holds against the order.
     """
     new, old = record.manifest, before.manifest
     if (new.previous, new.epoch) != (before.digest, old.epoch + 1):
@@ -776,9 +860,13 @@ def check_successor(record: KeyRecord, before: KeyRecord) -> None:
         )
     if new.attempt <= old.attempt:
         raise ManifestError(f"key manifest of {new.name!r}: attempt {new.attempt} does not follow {old.attempt}")
-    for what in ("key_id", "name", "version", "algorithm", "threshold", "public_key", "check_value", "order"):
+    for what in ("key_id", "name", "version", "algorithm", "public_key", "check_value", "order"):
         if getattr(new, what) != getattr(old, what):
-            raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change {what}")
+            raise ManifestError(f"key manifest of {new.name!r}: a new epoch can't change {what}")
+    if _is_reshare(new.change):
+        return
+    if (new.threshold, new.sharing) != (old.threshold, old.resharing):
+        raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change threshold")
     if [(each.node, each.x) for each in new.holders] != [(each.node, each.x) for each in old.holders]:
         raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change the holders")
 

@@ -1,10 +1,11 @@
-"""The documents of a refresh: what each dealer of zero is bound to, and what each holder says of its new share.
+"""The documents of a refresh or reshare: what each dealer is bound to, and what each holder says of its new share.
 
 It seals, signs and checks; it opens no socket, reads no clock and draws no randomness. docs/protocol.md has the
 argument.
 
-A *deal* is one holder's sharing of zero for all, a *part* what it deals one holder. Everything is bound to the *terms*:
-the epoch that is refreshed, the attempt and the client's order.
+A *deal* is one holder's sharing of zero for all, or in a reshare its sharing of its share for the new holders
+(``engine.protocol.reshare``); a *part* is what it deals one of them. Everything is bound to the *terms*: the epoch that
+is replaced, the attempt and the client's order.
 """
 
 from __future__ import annotations
@@ -23,8 +24,16 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from msgspec import Meta, Struct
 
 from engine.errors import ManifestError, ShareCorrupt
-from engine.protocol.manifest import MAX_HOLDERS, Cluster, Holder, KeyRecord
-from engine.protocol.signed import Signed, SigningKey, sign_envelope, verify_envelope
+from engine.protocol.manifest import (
+    MAX_HOLDERS,
+    Cluster,
+    Holder,
+    KeyRecord,
+    RefreshOrder,
+    ReshareOrder,
+    read_change_order,
+)
+from engine.protocol.signed import Signed, SigningKey, read_unverified, sign_envelope, verify_envelope
 from engine.protocol.wire import MAX_MESSAGE, Codec, Digest, Identifier
 from engine.sharing import (
     FINGERPRINT_BYTES,
@@ -42,13 +51,17 @@ __all__ = [
     "NewShare",
     "PartStatement",
     "Terms",
+    "check_complete",
     "check_parts",
     "check_size",
     "deal_parts",
+    "deals_digest",
     "new_share",
     "open_deals",
     "open_part_statement",
+    "open_parts",
     "sign_part_statement",
+    "weights",
 ]
 
 PART_OVERHEAD: Final = FINGERPRINT_BYTES + SALT_BYTES + 32 + 16
@@ -79,7 +92,10 @@ class RefreshDeal(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
 
 class RefreshPart(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A holder's signed word on its new share: ``[key_id, version, epoch, attempt, deals, x, commitment, values]``."""
+    """A holder's signed word on its new share: ``[key_id, version, epoch, attempt, deals, x, commitment, values]``.
+
+    The values are one for each deal, and in a reshare one more for each deal beyond the old threshold.
+    """
 
     key_id: Identifier
     version: Annotated[int, Meta(ge=1, le=2**32 - 1)]
@@ -101,11 +117,35 @@ class BadDeal(ShareCorrupt):
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a refresh is about: the committed epoch before it, the registry's attempt, the digest of the order."""
+    """What a change is about: the committed epoch before it, the registry's attempt, the order and its digest."""
 
     before: KeyRecord
     attempt: int
     order: bytes
+    change: RefreshOrder | ReshareOrder
+
+    @classmethod
+    def of(cls, before: KeyRecord, attempt: int, raw_order: bytes) -> Terms:
+        """The terms of an order that was opened before."""
+        return cls(before, attempt, read_unverified(raw_order).digest, read_change_order(raw_order))
+
+    @property
+    def holders(self) -> list[Holder]:
+        """Who gets a share of the new epoch, in its manifest's order; after a reshare without commitments."""
+        if isinstance(self.change, ReshareOrder):
+            return [Holder(node, x, bytes(32)) for x, node in enumerate(self.change.holders, 1)]
+        return self.before.manifest.holders
+
+    @property
+    def dealers(self) -> list[Holder]:
+        """The holders of the old epoch that deal, in its manifest's order."""
+        if isinstance(self.change, ReshareOrder):
+            return [each for each in self.before.manifest.holders if each.node not in self.change.without]
+        return self.before.manifest.holders
+
+    def holder(self, node: str) -> Holder | None:
+        """The node's own entry among ``holders``."""
+        return next((holder for holder in self.holders if holder.node == node), None)
 
     @property
     def epoch(self) -> int:
@@ -189,19 +229,19 @@ def check_size(record: KeyRecord, length: int) -> None:
 def deal_parts(
     terms: Terms, key: SigningKey, cluster: Cluster, updates: Sequence[Share], serial: int, random_bytes: bytes
 ) -> tuple[bytes, list[bytes]]:
-    """Deal a sharing of zero (``deal_zero``, of the share and the mask): the signed statement, and the sealed parts.
+    """Deal a sharing of zero (``deal_zero``) or of the own share (``deal_sub_shares``): the statement and sealed parts.
 
-    ``updates`` are in the manifest's order. ``random_bytes`` are 64 for each holder: its contribution to the salt, and
-    an ephemeral key.
+    ``updates`` are of the share and the mask, in the new manifest's order. ``random_bytes`` are 64 for each holder: its
+    contribution to the salt, and an ephemeral key.
     """
     manifest = terms.before.manifest
-    dealer = manifest.holder(key.name)
+    dealer = next((each for each in terms.dealers if each.node == key.name), None)
     if dealer is None:
-        raise ManifestError(f"{key.name!r} is no holder of {manifest.name!r} and can't deal")
-    if len(random_bytes) != 64 * manifest.shares:
-        raise ValueError(f"{len(random_bytes)} random bytes for {manifest.shares} holders; 64 each are needed")
+        raise ManifestError(f"{key.name!r} is no holder of {manifest.name!r} that deals")
+    if len(random_bytes) != 64 * len(terms.holders):
+        raise ValueError(f"{len(random_bytes)} random bytes for {len(terms.holders)} holders; 64 each are needed")
     commitments, parts = [], []
-    for place, (holder, update) in enumerate(zip(manifest.holders, updates, strict=True)):
+    for place, (holder, update) in enumerate(zip(terms.holders, updates, strict=True)):
         node = cluster.nodes.get(holder.node)
         if node is None:
             raise ManifestError(f"the holder {holder.node!r} of {manifest.name!r} is no node of the cluster")
@@ -237,15 +277,20 @@ def _part_commitment(context: bytes, plain: bytes) -> bytes:
 
 
 def open_deals(terms: Terms, raws: Sequence[bytes], cluster: Cluster) -> list[Deal]:
-    """The deals, if they are exactly t, each by another holder, in the manifest's order, and of these terms.
+    """The deals, if they are as many as must be, each by another dealer, in the manifest's order, and of these terms.
 
-    With t of them at least one dealer is honest, as long as fewer than t collude.
+    A refresh takes exactly t: so at least one dealer is honest, as long as fewer than t collude. A reshare takes those
+    of all its dealers, t + 1 at least.
     """
     manifest = terms.before.manifest
-    if len(raws) != manifest.threshold:
-        raise ManifestError(f"{len(raws)} deals for {manifest.name!r}; exactly {manifest.threshold} are needed")
+    dealers = terms.dealers
+    needed = manifest.threshold if isinstance(terms.change, RefreshOrder) else len(dealers)
+    if len(raws) != needed:
+        raise ManifestError(f"{len(raws)} deals for {manifest.name!r}; exactly {needed} are needed")
+    if isinstance(terms.change, ReshareOrder) and needed <= manifest.threshold:
+        raise ManifestError(f"{needed} deals for {manifest.name!r}; one more than the threshold shows a false one")
     deals = [open_deal(terms, raw, cluster) for raw in raws]
-    places = [manifest.holders.index(deal.dealer) for deal in deals]
+    places = [dealers.index(deal.dealer) for deal in deals]
     if places != sorted(set(places)):
         raise ManifestError(f"the deals for {manifest.name!r} are not in the manifest's order, one of each dealer")
     return deals
@@ -255,17 +300,17 @@ def open_deal(terms: Terms, raw: bytes, cluster: Cluster) -> Deal:
     """One deal, its signature and its terms checked."""
     signed = verify_envelope(raw, "refresh.deal", cluster.sign_key("node"))
     statement = refresh_deals.decode(signed.payload)
-    dealer = _holder(terms, signed)
+    dealer = _entry(terms, signed, terms.dealers)
     told = (statement.key_id, statement.version, statement.epoch, statement.attempt)
     if (told, statement.order, statement.previous) != (terms.told(), terms.order, terms.before.digest):
         raise ManifestError(f"the deal of {signed.issuer!r} is of another refresh than attempt {terms.attempt}")
-    if len(statement.commitments) != terms.before.manifest.shares:
+    if len(statement.commitments) != len(terms.holders):
         raise ManifestError(f"the deal of {signed.issuer!r} has {len(statement.commitments)} parts")
     return Deal(dealer, signed.digest, tuple(statement.commitments))
 
 
-def _holder(terms: Terms, signed: Signed) -> Holder:
-    holder = terms.before.manifest.holder(signed.issuer)
+def _entry(terms: Terms, signed: Signed, among: Sequence[Holder]) -> Holder:
+    holder = next((each for each in among if each.node == signed.issuer), None)
     if holder is None:
         raise ManifestError(f"{signed.issuer!r} is no holder of {terms.before.manifest.name!r}")
     return holder
@@ -279,20 +324,47 @@ def new_share(
     mine = manifest.holder(node)
     if mine is None or mine.x != old.x:
         raise ManifestError(f"{node!r} holds no share of {manifest.name!r} with x = {old.x}")
+    updates, values = [], []
+    opened = open_parts(terms, deals, parts, node, curve_secret)
+    for deal, update in zip(deals, opened.shares, strict=True):
+        if len(update.y) != len(old.y) + FINGERPRINT_BYTES:
+            raise BadDeal(f"{deal.dealer.node} dealt {node} {len(update.y)} bytes", [deal.dealer.node])
+        values.append(fingerprint(update, weights(deal, len(old.y))).y)
+        updates.append(Share(mine.x, update.y[: len(old.y)]))
+    return NewShare(refresh_share(old, updates), opened.salt, tuple(values))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedParts:
+    """What was dealt one holder, mask and all, in the order of the deals, and the salt of its new share."""
+
+    shares: tuple[Share, ...]
+    salt: bytes
+
+    def __repr__(self) -> str:
+        return f"OpenedParts({len(self.shares)})"
+
+
+def open_parts(
+    terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes], node: str, curve_secret: bytes
+) -> OpenedParts:
+    """The parts dealt to ``node``, each decrypted and held against its dealer's commitment; else ``BadDeal``."""
+    manifest = terms.before.manifest
+    mine = terms.holder(node)
+    if mine is None:
+        raise ManifestError(f"{node!r} is not to hold a share of {manifest.name!r}")
     if len(parts) != len(deals):
         raise ManifestError(f"{len(parts)} parts of {len(deals)} deals for {manifest.name!r}")
     private = X25519PrivateKey.from_private_bytes(curve_secret)
-    place = manifest.holders.index(mine)
-    updates, values, salts = [], [], hashlib.sha256(_SALT_LABEL + terms.context + bytes([mine.x]))
+    place = terms.holders.index(mine)
+    shares, salts = [], hashlib.sha256(_SALT_LABEL + terms.context + bytes([mine.x]))
     for deal, sealed in zip(deals, parts, strict=True):
         plain = _open_part(private, sealed, terms.part_context(deal.dealer, mine), deal, place)
-        if len(plain) != len(old.y) + FINGERPRINT_BYTES + SALT_BYTES:
+        if len(plain) <= FINGERPRINT_BYTES + SALT_BYTES:
             raise BadDeal(f"{deal.dealer.node} dealt {node} {len(plain)} bytes", [deal.dealer.node])
-        update = Share(mine.x, plain[:-SALT_BYTES])
-        values.append(fingerprint(update, weights(deal, len(old.y))).y)
-        updates.append(Share(mine.x, update.y[: len(old.y)]))
+        shares.append(Share(mine.x, plain[:-SALT_BYTES]))
         salts.update(plain[-SALT_BYTES:])
-    return NewShare(refresh_share(old, updates), salts.digest(), tuple(values))
+    return OpenedParts(tuple(shares), salts.digest())
 
 
 def _open_part(private: X25519PrivateKey, sealed: bytes, context: bytes, deal: Deal, place: int) -> bytes:
@@ -319,14 +391,15 @@ def weights(deal: Deal, length: int) -> list[bytes]:
     return [stream[row * length : (row + 1) * length] for row in range(FINGERPRINT_BYTES)]
 
 
-def _deals_digest(deals: Sequence[Deal]) -> bytes:
+def deals_digest(deals: Sequence[Deal]) -> bytes:
+    """The hash of all deals: which ones a statement is on."""
     return hashlib.sha256(_DEALS_LABEL + b"".join(deal.digest for deal in deals)).digest()
 
 
 def sign_part_statement(terms: Terms, deals: Sequence[Deal], new: NewShare, key: SigningKey, serial: int) -> bytes:
     """The holder's statement on its new share."""
     told = commitment(new.salt, terms.context, new.share)
-    statement = RefreshPart(*terms.told(), _deals_digest(deals), new.share.x, told, list(new.values))
+    statement = RefreshPart(*terms.told(), deals_digest(deals), new.share.x, told, list(new.values))
     return sign_envelope("refresh.part", serial, refresh_parts.encode(statement), key)
 
 
@@ -334,11 +407,12 @@ def open_part_statement(terms: Terms, deals: Sequence[Deal], raw: bytes, cluster
     """A holder's statement, its signature, terms and deals checked."""
     signed = verify_envelope(raw, "refresh.part", cluster.sign_key("node"))
     statement = refresh_parts.decode(signed.payload)
-    holder = _holder(terms, signed)
+    holder = _entry(terms, signed, terms.holders)
     told = (statement.key_id, statement.version, statement.epoch, statement.attempt)
-    if (told, statement.deals) != (terms.told(), _deals_digest(deals)):
+    if (told, statement.deals) != (terms.told(), deals_digest(deals)):
         raise ManifestError(f"the statement of {signed.issuer!r} is of another refresh than attempt {terms.attempt}")
-    if statement.x != holder.x or len(statement.values) != len(deals):
+    count = len(deals) + (len(deals) - terms.before.manifest.threshold)
+    if statement.x != holder.x or len(statement.values) != count:
         raise ManifestError(f"the statement of {signed.issuer!r} is not for its share, or not on all deals")
     return PartStatement(holder, statement.commitment, tuple(statement.values))
 
@@ -349,10 +423,7 @@ def check_parts(terms: Terms, deals: Sequence[Deal], statements: Sequence[PartSt
     ``BadDeal`` names the dealer, and the holders whose values do not fit the others': one of the two lies.
     """
     manifest = terms.before.manifest
-    if [each.holder for each in statements] != manifest.holders:
-        raise ManifestError(
-            f"the statements on the new shares of {manifest.name!r} are not one of each holder, in order"
-        )
+    check_complete(terms, statements)
     for place, deal in enumerate(deals):
         values = [Share(each.holder.x, each.values[place]) for each in statements]
         faults = zero_sharing_faults(values, threshold=manifest.threshold)
@@ -365,4 +436,12 @@ def check_parts(terms: Terms, deals: Sequence[Deal], statements: Sequence[PartSt
         raise BadDeal(
             f"what {dealer} dealt for {manifest.name!r} does not fit what {', '.join(liars)} tells of it",
             [dealer, *liars],
+        )
+
+
+def check_complete(terms: Terms, statements: Sequence[PartStatement]) -> None:
+    """Refuse statements that are not one of each new holder, in order."""
+    if [each.holder for each in statements] != terms.holders:
+        raise ManifestError(
+            f"the statements on the new shares of {terms.before.manifest.name!r} are not one of each holder, in order"
         )

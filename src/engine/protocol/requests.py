@@ -167,6 +167,12 @@ class Refresh(Message, frozen=True):
     order: Annotated[bytes, Meta(max_length=2048)]
 
 
+class Reshare(Message, frozen=True):
+    """``[order]``: the client's order to share a key among other holders; the reply describes the new epoch."""
+
+    order: Annotated[bytes, Meta(max_length=2048)]
+
+
 class ListKeys(Message, frozen=True):
     """``[pattern, after, limit]``: names that match the shell glob, in order, after a name."""
 
@@ -429,9 +435,9 @@ Part = Annotated[bytes, Meta(max_length=8192)]
 
 
 class ShareDeal(Message, frozen=True):
-    """Coordinator to holder: ``[order, attempt, manifest_hash, certificate]``: deal zero for a refresh.
+    """Coordinator to holder: ``[order, attempt, manifest_hash, certificate]``: deal zero, in a reshare the own share.
 
-    ``manifest_hash`` is of the epoch that is refreshed, and the certificate that epoch's: a holder that missed its
+    ``manifest_hash`` is of the epoch that is replaced, and the certificate that epoch's: a holder that missed its
     commit settles it first.
     """
 
@@ -442,7 +448,7 @@ class ShareDeal(Message, frozen=True):
 
 
 class Dealt(Message, frozen=True):
-    """``[statement, parts]``: the signed deal and its parts, each encrypted to its holder, in the manifest's order."""
+    """``[statement, parts]``: the signed deal and its parts, each encrypted to its holder, in the order of these."""
 
     statement: Statement
     parts: Annotated[list[Part], Meta(min_length=1, max_length=64)]
@@ -479,8 +485,45 @@ class ShareRenew(Message, frozen=True):
     aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
 
 
+class ShareReshare(Message, frozen=True):
+    """Coordinator to new holder: ``[before, certificate, order, attempt, deals, parts]``: what would its share be?
+
+    ``before`` is the manifest of the epoch that is replaced, with its certificate; ``deals`` are the statements of all
+    dealers in its order, ``parts`` what each dealt this holder.
+    """
+
+    before: Envelope
+    certificate: Envelope
+    order: Annotated[bytes, Meta(max_length=2048)]
+    attempt: Annotated[int, Meta(ge=1, le=2**31)]
+    deals: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
+    parts: Annotated[list[Part], Meta(min_length=1, max_length=64)]
+
+
+class ShareAccept(Message, frozen=True):
+    """Coordinator to new holder: ``[before, certificate, manifest, deals, parts, statements, aborts]``: store it.
+
+    ``statements`` are those of all new holders in the manifest's order; ``aborts`` are notices on earlier attempts.
+    """
+
+    before: Envelope
+    certificate: Envelope
+    manifest: Envelope
+    deals: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
+    parts: Annotated[list[Part], Meta(min_length=1, max_length=64)]
+    statements: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
+    aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
+
+
+class ShareLeave(Message, frozen=True):
+    """Coordinator to a holder of before: ``[manifest, certificate]``: others hold the key now, erase the share."""
+
+    manifest: Envelope
+    certificate: Envelope
+
+
 class Change(Message, frozen=True):
-    """Coordinator to registry: ``[order, manifest, certificate]``: a refresh order, and the epoch it begins from."""
+    """Coordinator to registry: ``[order, manifest, certificate]``: a refresh or reshare order, and the epoch before."""
 
     order: Annotated[bytes, Meta(max_length=2048)]
     manifest: Envelope
@@ -496,7 +539,7 @@ class Reserve(Message, frozen=True):
 class Reserved(Message, frozen=True):
     """``[attempt, holders, aborts, manifest, certificate]``.
 
-    What the order asks for and is there already (the key, or a later epoch than the one to be refreshed) comes back as
+    What the order asks for and is there already (the key, or a later epoch than the one to be replaced) comes back as
     manifest and certificate, with attempt 0.
     """
 
@@ -668,6 +711,9 @@ AUDIT_HEAD: Final = "audit.head"
 SHARE_DEAL: Final = "share.deal"
 SHARE_REFRESH: Final = "share.refresh"
 SHARE_RENEW: Final = "share.renew"
+SHARE_RESHARE: Final = "share.reshare"
+SHARE_ACCEPT: Final = "share.accept"
+SHARE_LEAVE: Final = "share.leave"
 STATS: Final = "stats"
 LATENCY: Final = "latency"
 REGISTRY_RESERVE: Final = "registry.reserve"
@@ -686,6 +732,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     RequestType.IMPORT: (Create, KeyDescription),
     RequestType.DESTROY: (Destroy, Destroyed),
     RequestType.REFRESH: (Refresh, KeyDescription),
+    RequestType.RESHARE: (Reshare, KeyDescription),
     RequestType.DESCRIBE: (Describe, KeyDescription),
     RequestType.LIST: (ListKeys, KeyList),
     RequestType.PREWARM: (Prewarm, Empty),
@@ -703,6 +750,9 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_DEAL: (ShareDeal, Dealt),
     SHARE_REFRESH: (ShareRefresh, Refreshed),
     SHARE_RENEW: (ShareRenew, Prepared),
+    SHARE_RESHARE: (ShareReshare, Refreshed),
+    SHARE_ACCEPT: (ShareAccept, Prepared),
+    SHARE_LEAVE: (ShareLeave, Empty),
     STATS: (Empty, NodeStats),
     LATENCY: (Empty, NodeLatency),
     REGISTRY_RESERVE: (Reserve, Reserved),
@@ -737,6 +787,9 @@ NODE_VERBS: Final = frozenset(
         SHARE_DEAL,
         SHARE_REFRESH,
         SHARE_RENEW,
+        SHARE_RESHARE,
+        SHARE_ACCEPT,
+        SHARE_LEAVE,
         AUDIT_HEAD,
     }
 )

@@ -27,7 +27,10 @@ from engine.sharing.renewal import (
     refresh_share,
     refresh_shares,
     reshare,
+    sharing_faults,
+    sub_share_gaps,
     sum_recovery_parts,
+    wrong_sub_sharings,
     zero_sharing_faults,
 )
 from engine.sharing.secret import SecretBuffer, secret_memory, take, wipe
@@ -71,10 +74,13 @@ __all__ = [
     "refresh_shares",
     "reshare",
     "secret_memory",
+    "sharing_faults",
+    "sub_share_gaps",
     "sum_recovery_parts",
     "take",
     "unblind",
     "use_kernel",
     "wipe",
+    "wrong_sub_sharings",
     "zero_sharing_faults",
 ]

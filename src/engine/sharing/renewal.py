@@ -5,9 +5,10 @@ one function for somebody who has the shares anyway. A share of before and one o
 of one time always do: whoever takes a step destroys the old shares, and gives the new ones a new epoch in their
 commitments.
 
-A refresh can be checked by everybody: ``fingerprint`` and ``zero_sharing_faults``. No other step can tell whether the
-others were honest. A wrong sub-share gives wrong shares, which the check value of the key shows at the next
-reconstruction, and ``correction`` or the commitments show before.
+A refresh can be checked by everybody: ``fingerprint`` and ``zero_sharing_faults``; and a reshare in which more than t
+take part: ``sharing_faults``, ``sub_share_gaps`` and ``wrong_sub_sharings``. No other step can tell whether the others
+were honest. A wrong sub-share gives wrong shares, which the check value of the key shows at the next reconstruction,
+and ``correction`` or the commitments show before.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ __all__ = [
     "refresh_share",
     "refresh_shares",
     "reshare",
+    "sharing_faults",
+    "sub_share_gaps",
     "sum_recovery_parts",
+    "wrong_sub_sharings",
     "zero_sharing_faults",
 ]
 
@@ -115,6 +119,21 @@ def _shares_zero(values: Sequence[Share], threshold: int) -> bool:
     return expected == [bytes(len(first[0].y)), *(value.y for value in rest)]
 
 
+def sharing_faults(values: Iterable[Share], *, threshold: int) -> tuple[int, ...] | None:
+    """As ``zero_sharing_faults``, of a sharing of anything: whether the values lie on a polynomial of that degree."""
+    given = distinct(values)
+    first, rest = given[:threshold], given[threshold:]
+    targets = [value.x for value in rest]
+    if not rest or interpolate([value.x for value in first], [value.y for value in first], targets) == [
+        value.y for value in rest
+    ]:
+        return ()
+    try:
+        return correct_shares(given, threshold=threshold).wrong or None
+    except ShareCorrupt:
+        return None
+
+
 def refresh_shares(share_set: Iterable[Share], *, threshold: int) -> list[Share]:
     """New shares of the same secret at the same indices. All holders' shares belong in ``share_set``.
 
@@ -160,6 +179,49 @@ def reshare(share_set: Iterable[Share], *, threshold: int, new_threshold: int, x
         merge_sub_shares(x, {old: sub_shares[place] for old, sub_shares in dealt.items()}, threshold=threshold)
         for place, x in enumerate(xs)
     ]
+
+
+# The check of a reshare. What the first t old holders share determines what any other one must share: at a new holder
+# the *gap* of a further one is its sub-share less what those of the first say, and if all have shared their shares, a
+# gap is a sharing of zero. It needs no mask: the shares of those who are honest, weighted so, add up to what those who
+# are not know from their own, and t' - 1 new holders know the rest of the polynomial. So the gaps tell nobody anything
+# that t - 1 old and t' - 1 new holders together do not know anyway.
+
+
+def sub_share_gaps(sub_shares: Mapping[int, Share], *, threshold: int, weights: Sequence[bytes]) -> list[Share]:
+    """What a new holder tells of how the sub-shares beyond the first ``threshold`` fit to these: a sum for each row.
+
+    ``sub_shares`` maps the index of an old holder to what it sent, in the order of the deals; ``threshold`` is the old
+    one. ``weights`` must be a function of all that the dealers are bound to.
+    """
+    given = list(sub_shares.items())
+    first, rest = given[:threshold], given[threshold:]
+    if not rest:
+        return []
+    expected = interpolate([x for x, _ in first], [share.y for _, share in first], [x for x, _ in rest])
+    gaps = [add([share.y, should]) for (_, share), should in zip(rest, expected, strict=True)]
+    return [Share(share.x, sums) for (_, share), sums in zip(rest, dot(gaps, weights), strict=True)]
+
+
+def wrong_sub_sharings(
+    first: Sequence[int], gaps: Mapping[int, Sequence[Share]], *, threshold: int
+) -> tuple[int, ...] | None:
+    """The old holders who did not share their share, by the gaps of those beyond the first, which are sharings.
+
+    ``threshold`` is the new one. No index: all fit. None: more are wrong than can be told.
+    """
+    zeros = bytes(FINGERPRINT_BYTES)
+    word = [Share(x, zeros) for x in first]
+    for x, values in gaps.items():
+        used = values[:threshold]
+        word.append(Share(x, combine([value.x for value in used], [value.y for value in used])))
+    if all(each.y == zeros for each in word):
+        return ()
+    try:
+        # A word that differs from what was shared by right shares, and so has its errors where that has its own.
+        return correct_shares(word, threshold=len(first)).wrong or None
+    except ShareCorrupt:
+        return None
 
 
 # Recovery: the enrollment protocol of Nojoumian, Stinson and Grainger, "Unconditionally secure social secret sharing
