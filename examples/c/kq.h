@@ -82,6 +82,9 @@ struct reader {
  * need not. */
 bool reader_open(struct reader *reader, struct bytes raw, size_t limit, size_t count, const char *what,
                  struct failure *failure);
+/* The same of an array whose last elements beyond `least` may be left out; `count` is how many there are. */
+bool reader_open_some(struct reader *reader, struct bytes raw, size_t limit, size_t least, size_t most, size_t *count,
+                      const char *what, struct failure *failure);
 void reader_close(struct reader *reader);
 
 bool get_uint(const msgpack_object *object, uint64_t low, uint64_t high, uint64_t *value);
@@ -129,10 +132,11 @@ struct member {
     char endpoint[ENDPOINT_SIZE];
 };
 
-/* Who may refresh which keys, by some manifest of the chain. */
+/* Who may refresh or reshare which keys, by some manifest of the chain. */
 struct refresh_rule {
     char identity[PATTERN_SIZE];
     char keys[PATTERN_SIZE];
+    bool refresh, reshare;
 };
 
 struct cluster {

@@ -290,7 +290,7 @@ static bool read_members(const msgpack_object *items, size_t count, struct membe
 
 static bool is_operation(struct bytes text) {
     static const char *const known[] = {"*",       "encrypt", "decrypt", "sign",     "verify", "mac",     "verify-mac", "generate",
-                                        "import",  "destroy", "refresh", "describe", "list",   "prewarm", "flush",      "status"};
+                                        "import",  "destroy", "refresh", "reshare",  "describe", "list", "prewarm",    "flush",    "status"};
     for (size_t index = 0; index < sizeof known / sizeof known[0]; index++) {
         if (same_text(text, known[index])) {
             return true;
@@ -299,7 +299,7 @@ static bool is_operation(struct bytes text) {
     return false;
 }
 
-/* Of the policy a client needs only who may refresh: the nodes decide on all else. */
+/* Of the policy a client needs only who may refresh or reshare: the nodes decide on all else. */
 static bool read_rules(const msgpack_object *items, size_t count, struct cluster *cluster, struct failure *failure) {
     void *grown = realloc(cluster->refresh_rules, (cluster->refresh_rule_count + count + 1) * sizeof(struct refresh_rule));
     if (grown == NULL) {
@@ -311,7 +311,8 @@ static bool read_rules(const msgpack_object *items, size_t count, struct cluster
         const msgpack_object *parts, *operations;
         struct bytes identity, keys, operation;
         size_t size, found;
-        bool refreshes = false;
+        bool any = false;
+        rule->refresh = rule->reshare = false;
         if (!(get_array(&items[index], 3, 3, &parts, &size) && get_text(&parts[0], 128, &identity) && identity.len > 0 &&
               get_text(&parts[1], 128, &keys) && keys.len > 0 && get_array(&parts[2], 1, 32, &operations, &found) &&
               copy_text(identity, rule->identity, sizeof rule->identity) && copy_text(keys, rule->keys, sizeof rule->keys))) {
@@ -321,9 +322,11 @@ static bool read_rules(const msgpack_object *items, size_t count, struct cluster
             if (!get_text(&operations[each], 32, &operation) || !is_operation(operation)) {
                 return contradicts(failure, "unknown operation in a rule", rule->identity);
             }
-            refreshes = refreshes || same_text(operation, "*") || same_text(operation, "refresh");
+            any = any || same_text(operation, "*");
+            rule->refresh = any || rule->refresh || same_text(operation, "refresh");
+            rule->reshare = any || rule->reshare || same_text(operation, "reshare");
         }
-        cluster->refresh_rule_count += refreshes;
+        cluster->refresh_rule_count += rule->refresh || rule->reshare;
     }
     return true;
 }
@@ -617,6 +620,8 @@ struct manifest {
     size_t holder_count;
     struct bytes order;
     struct bytes change;
+    struct bytes sharing;
+    bool reshared; /* so that threshold and holders are a later order's */
 };
 
 static bool not_good(struct failure *failure, const char *name, const char *what) {
@@ -660,7 +665,9 @@ static bool read_key_manifest(struct bytes payload, const struct cluster *cluste
     size_t count;
     uint64_t attempt;
     struct key *key = manifest->key;
-    bool good = reader_open(&reader, payload, MESSAGE_MAX, 13, "key manifest", failure);
+    size_t fields = 0;
+    bool good = reader_open_some(&reader, payload, MESSAGE_MAX, 13, 14, &fields, "key manifest", failure);
+    manifest->sharing = bytes_of(NULL, 0);
     if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], key->name) &&
                   get_uint(&reader.fields[2], 1, 1, &key->version) && get_uint(&reader.fields[3], 1, UINT32_MAX, &key->epoch) &&
                   get_uint(&reader.fields[4], 1, 2147483648U, &attempt) && get_text(&reader.fields[5], 64, &algorithm) &&
@@ -670,13 +677,15 @@ static bool read_key_manifest(struct bytes payload, const struct cluster *cluste
                   get_bytes(&reader.fields[10], 0, 2048, &manifest->order) &&
                   get_bytes(&reader.fields[11], 0, 32, &previous) &&
                   get_bytes(&reader.fields[12], 0, 2048, &manifest->change) &&
+                  (fields < 14 || get_bytes(&reader.fields[13], 0, 2048, &manifest->sharing)) &&
                   copy_text(algorithm, key->algorithm, sizeof key->algorithm))) {
         good = not_good(failure, name, "the manifest is malformed");
     }
     if (good && strcmp(key->name, name) != 0) {
         good = not_good(failure, name, "it is of another key");
     }
-    if (good && (key->epoch == 1 ? previous.len != 0 || manifest->change.len != 0 : previous.len != 32)) {
+    if (good && (key->epoch == 1 ? previous.len != 0 || manifest->change.len != 0 || manifest->sharing.len != 0
+                                 : previous.len != 32)) {
         good = not_good(failure, name, "its epoch does not fit its predecessor");
     }
     if (good && (strncmp(key->algorithm, "aes-", 4) == 0 || strncmp(key->algorithm, "hmac-", 5) == 0) !=
@@ -710,7 +719,8 @@ static bool check_order(const struct manifest *manifest, const struct cluster *c
                   (same_text(operation, "generate") || same_text(operation, "import")) &&
                   get_uint(&reader.fields[6], 0, INT64_MAX, &expires) && same(id, bytes_of(key->id, 16)) &&
                   strcmp(name, key->name) == 0 && same_text(algorithm, key->algorithm) &&
-                  threshold == manifest->threshold && shares == manifest->holder_count && threshold <= shares)) {
+                  threshold <= shares && manifest->threshold <= manifest->holder_count &&
+                  (manifest->reshared || (threshold == manifest->threshold && shares == manifest->holder_count)))) {
         good = not_good(failure, key->name, "it differs from the client's order");
     }
     reader_close(&reader);
@@ -718,28 +728,76 @@ static bool check_order(const struct manifest *manifest, const struct cluster *c
 }
 
 /* The rules of the policy are shell globs, which fnmatch() reads as the page says (with the names that there are). */
-static bool may_refresh(const struct cluster *cluster, const char *client, const char *key) {
+static bool may_change(const struct cluster *cluster, const char *client, const char *key, bool reshare) {
     for (size_t index = 0; index < cluster->refresh_rule_count; index++) {
         const struct refresh_rule *rule = &cluster->refresh_rules[index];
-        if (fnmatch(rule->identity, client, FNM_NOESCAPE) == 0 && fnmatch(rule->keys, key, FNM_NOESCAPE) == 0) {
+        if ((reshare ? rule->reshare : rule->refresh) && fnmatch(rule->identity, client, FNM_NOESCAPE) == 0 &&
+            fnmatch(rule->keys, key, FNM_NOESCAPE) == 0) {
             return true;
         }
     }
     return false;
 }
 
-static bool check_change(const struct manifest *manifest, const struct cluster *cluster, struct failure *failure) {
+/* Threshold and holders are those of a client's reshare order: of this epoch, or of an earlier one. */
+static bool check_reshare(struct bytes raw, bool earlier, const struct manifest *manifest, const struct cluster *cluster,
+                          struct failure *failure) {
     struct document document;
     struct reader reader;
     struct bytes id, nonce;
     char name[NAME_SIZE];
+    uint64_t from_epoch, threshold, expires;
+    const msgpack_object *holders, *without;
+    size_t count, gone;
+    const struct key *key = manifest->key;
+    if (!open_envelope(raw, "order.reshare", cluster->signers, cluster->signer_count, CLIENT, 1, &document, failure)) {
+        return false;
+    }
+    bool good = reader_open(&reader, document.payload, 2048, 8, "reshare order", failure);
+    if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], name) &&
+                  get_uint(&reader.fields[2], 1, UINT32_MAX - 1, &from_epoch) &&
+                  get_uint(&reader.fields[3], 1, 64, &threshold) &&
+                  get_array(&reader.fields[4], 1, HOLDERS_MAX, &holders, &count) &&
+                  get_array(&reader.fields[5], 0, HOLDERS_MAX, &without, &gone) &&
+                  get_bytes(&reader.fields[6], 16, 16, &nonce) && get_uint(&reader.fields[7], 0, INT64_MAX, &expires) &&
+                  same(id, bytes_of(key->id, 16)) && strcmp(name, key->name) == 0 &&
+                  (earlier ? from_epoch + 1 < key->epoch : from_epoch + 1 == key->epoch) &&
+                  threshold == manifest->threshold && count == manifest->holder_count)) {
+        good = not_good(failure, key->name, "it differs from the client's reshare order");
+    }
+    for (size_t index = 0; good && index < count; index++) {
+        if (!get_name(&holders[index], name) || strcmp(name, manifest->holders[index].node) != 0 ||
+            manifest->holders[index].x != index + 1) {
+            good = not_good(failure, key->name, "its holders are not those of the reshare order");
+        }
+    }
+    if (good && !may_change(cluster, document.issuer, key->name, true)) {
+        good = not_good(failure, key->name, "its client was never allowed to reshare it");
+    }
+    reader_close(&reader);
+    return good;
+}
+
+static bool check_change(struct manifest *manifest, const struct cluster *cluster, struct failure *failure) {
+    struct document document;
+    struct reader reader;
+    struct bytes id, nonce;
+    struct failure other;
+    char name[NAME_SIZE];
     uint64_t from_epoch, expires;
     const struct key *key = manifest->key;
+    manifest->reshared = false;
     if (key->epoch == 1) {
         return true;
     }
     if (!open_envelope(manifest->change, "order.refresh", cluster->signers, cluster->signer_count, CLIENT, 1, &document,
-                       failure)) {
+                       &other)) {
+        manifest->reshared = true;
+        return manifest->sharing.len == 0 ? check_reshare(manifest->change, false, manifest, cluster, failure)
+                                          : not_good(failure, key->name, "it has two reshare orders");
+    }
+    manifest->reshared = manifest->sharing.len != 0;
+    if (manifest->reshared && !check_reshare(manifest->sharing, true, manifest, cluster, failure)) {
         return false;
     }
     bool good = reader_open(&reader, document.payload, 2048, 5, "refresh order", failure);
@@ -749,7 +807,7 @@ static bool check_change(const struct manifest *manifest, const struct cluster *
                   strcmp(name, key->name) == 0 && from_epoch + 1 == key->epoch)) {
         good = not_good(failure, key->name, "it differs from the client's refresh order");
     }
-    if (good && !may_refresh(cluster, document.issuer, key->name)) {
+    if (good && !may_change(cluster, document.issuer, key->name, false)) {
         good = not_good(failure, key->name, "its client was never allowed to refresh it");
     }
     reader_close(&reader);
@@ -833,7 +891,7 @@ bool open_description(struct bytes body, const char *name, const struct cluster 
     if (good) {
         memcpy(manifest.hash, document.hash, 32);
         good = read_key_manifest(document.payload, cluster, &manifest, name, failure) &&
-               check_order(&manifest, cluster, failure) && check_change(&manifest, cluster, failure) &&
+               check_change(&manifest, cluster, failure) && check_order(&manifest, cluster, failure) &&
                check_certificate(certificate, &manifest, cluster, failure);
     }
     reader_close(&reader);

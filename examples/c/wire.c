@@ -161,6 +161,12 @@ static bool is_canonical(struct bytes raw, msgpack_object object) {
 
 bool reader_open(struct reader *reader, struct bytes raw, size_t limit, size_t count, const char *what,
                  struct failure *failure) {
+    size_t found;
+    return reader_open_some(reader, raw, limit, count, count, &found, what, failure);
+}
+
+bool reader_open_some(struct reader *reader, struct bytes raw, size_t limit, size_t least, size_t most, size_t *count,
+                      const char *what, struct failure *failure) {
     size_t end = 0;
     bool good;
     msgpack_unpacked_init(&reader->unpacked);
@@ -172,8 +178,8 @@ bool reader_open(struct reader *reader, struct bytes raw, size_t limit, size_t c
            is_canonical(raw, reader->unpacked.data);
     if (!good) {
         fail(failure, "protocol-error", "%s: not in canonical form", what);
-    } else if (!get_array(&reader->unpacked.data, count, count, &reader->fields, &end)) {
-        good = fail(failure, "protocol-error", "%s: no array of %zu elements", what, count);
+    } else if (!get_array(&reader->unpacked.data, least, most, &reader->fields, count)) {
+        good = fail(failure, "protocol-error", "%s: no array of %zu elements", what, most);
     }
     if (!good) {
         reader_close(reader);

@@ -341,7 +341,7 @@ def use_a_key_whose_maker_left(cluster: LocalCluster, c: CClient) -> None:
 
 
 def test_it_goes_on_where_nodes_die_and_the_cluster_changes(program: Path, own_cluster: LocalCluster) -> None:
-    """A dead holder is passed over, a second manifest and a new epoch are believed, and the deadline is kept."""
+    """A dead holder is passed over; a second manifest, new epochs and holders are believed; the deadline is kept."""
     with connect(own_cluster.client_config) as kq:
         kq.create_key("orders", "aes-256-gcm", threshold=2, shares=5)
         kq.refresh_key("orders", timeout=60)
@@ -350,6 +350,12 @@ def test_it_goes_on_where_nodes_die_and_the_cluster_changes(program: Path, own_c
         later = CClient(program, own_cluster.add_client("later", [PolicyRule("later", "*", ["encrypt", "decrypt"])]))
         sealed = later.good("encrypt", "orders", data=b"4 crates")
         assert kq.decrypt("orders", sealed) == b"4 crates"
+        kq.reshare_key("orders", 3, holders=own_cluster.nodes[:4], timeout=60)
+        kq.flush("orders")
+        assert later.good("decrypt", "orders", data=sealed) == b"4 crates"
+        kq.refresh_key("orders", timeout=60)  # after which the reshare order is an earlier one
+        kq.flush("orders")
+        assert later.good("decrypt", "orders", data=sealed) == b"4 crates"
     change_curve_key(own_cluster, later)
     use_a_key_whose_maker_left(own_cluster, CClient(program, own_cluster.client_config))
     dead, *others = own_cluster.nodes
