@@ -97,6 +97,8 @@ class Network:
         self._diag = _Diag()
         self._families: tuple[float, dict[str, list[int]]] = (0.0, {})
         self._tasks: set[asyncio.Task[None]] = set()
+        self._held: set[asyncio.StreamWriter] = set()
+        """Both sides of every connection, so that none can be collected before it is ended."""
         self.processes: Callable[[], Mapping[str, Iterable[int]]] = dict
         """The processes of each member: name -> ids."""
         self.seen: set[tuple[str, str]] = set()
@@ -189,6 +191,8 @@ class Network:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in list(self._held):
+            self._end(writer)
         await asyncio.sleep(0.05)
 
     async def _set(self, rule: tuple[str, str, Rule] | None) -> None:
@@ -231,7 +235,12 @@ class Network:
         task = asyncio.ensure_future(self._serve(gate, reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: _abort(writer))
+        task.add_done_callback(lambda _: self._end(writer))
+        self._held.add(writer)
+
+    def _end(self, writer: asyncio.StreamWriter) -> None:
+        _abort(writer)
+        self._held.discard(writer)
 
     async def _serve(self, gate: _Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -239,10 +248,11 @@ class Network:
         except OSError:
             gate.down.set()
             return
+        self._held.add(far_writer)
         try:
             await self._join(gate.target, reader, writer, far_reader, far_writer)
         finally:
-            _abort(far_writer)
+            self._end(far_writer)
 
     async def _join(
         self,
@@ -375,12 +385,13 @@ def _bound(port: int) -> socket.socket:
 
 
 async def _listens(port: int) -> bool:
-    try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-    except OSError:
-        return False
-    _abort(writer)
-    return True
+    with socket.socket() as asking:
+        asking.setblocking(False)
+        try:
+            await asyncio.get_running_loop().sock_connect(asking, ("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:

@@ -352,10 +352,13 @@ while True:
 
 
 USES = """
-import nodes.audit, signal
+import nodes.audit, signal, time
 from engine.protocol.audit import use_lines
-nodes.audit.GROUP_DELAY_S = 60
 log = AuditLog(Path(sys.argv[1]), key, boot="crash", post=lambda call: None, now_ms=lambda: 1)
+while log._dirty.is_set():  # its thread has the start to write first
+    time.sleep(0.01)
+nodes.audit.GROUP_DELAY_S = 3600
+time.sleep(0.2)
 lines = use_lines(node="node1", boot="crash", member="alice", verb="sign", key="orders")
 for number in range(5):
     log.uses.record(lines, number, 1)
