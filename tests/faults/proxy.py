@@ -79,7 +79,6 @@ class _Gate:
     to_port: int
     bound: socket.socket
     down: asyncio.Event = field(default_factory=asyncio.Event)
-    server: asyncio.Server | None = None
     task: asyncio.Task[None] | None = None
 
 
@@ -165,9 +164,11 @@ class Network:
             while not await _listens(gate.to_port):
                 await asyncio.sleep(POLL_S)
             gate.down.clear()
-            gate.server = await asyncio.start_server(partial(self._accept, gate), sock=gate.bound, backlog=1024)
+            gate.bound.setblocking(False)
+            gate.bound.listen(1024)
+            self._loop.add_reader(gate.bound, self._accept, gate)
             await gate.down.wait()
-            gate.server.close()
+            self._leave(gate)
             gate.bound = _bound(gate.port)
 
     async def _forget(self) -> None:
@@ -176,17 +177,10 @@ class Network:
             if gate.task is not None:
                 gate.task.cancel()
                 await asyncio.gather(gate.task, return_exceptions=True)
-            if gate.server is not None:
-                gate.server.close()
-            gate.bound.close()
+            self._leave(gate)
 
     async def _settle(self) -> None:
-        """End every task, and let the loop close what they had open.
-
-        What asyncio just accepted is let through first: cancelled in between, its socket would stay open.
-        """
-        while coming := [each for each in asyncio.all_tasks() if "_accept_connection" in repr(each.get_coro())]:
-            await asyncio.wait(coming, timeout=CALL_S / 4)
+        """End every task, and let the loop close what they had open."""
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
@@ -230,19 +224,37 @@ class Network:
                 return rule
         return CLEAR
 
-    def _accept(self, gate: _Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve a connection. Its near side ends with the task, also one that is cancelled before its first step."""
-        task = asyncio.ensure_future(self._serve(gate, reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: self._end(writer))
-        self._held.add(writer)
+    def _leave(self, gate: _Gate) -> None:
+        self._loop.remove_reader(gate.bound)
+        gate.bound.close()
+
+    def _accept(self, gate: _Gate) -> None:
+        """Serve the connections that came. Each ends with its task, also one that is cancelled before its first step.
+
+        asyncio's own server loses those that come as it is closed.
+        """
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = gate.bound.accept()
+                task = asyncio.ensure_future(self._serve(gate, near))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(partial(_close, near))
 
     def _end(self, writer: asyncio.StreamWriter) -> None:
         _abort(writer)
         self._held.discard(writer)
 
-    async def _serve(self, gate: _Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, gate: _Gate, near: socket.socket) -> None:
+        near.setblocking(False)
+        reader, writer = await asyncio.open_connection(sock=near)
+        self._held.add(writer)
+        try:
+            await self._serve_near(gate, reader, writer)
+        finally:
+            self._end(writer)
+
+    async def _serve_near(self, gate: _Gate, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", gate.to_port)
         except OSError:
@@ -392,6 +404,10 @@ async def _listens(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def _close(near: socket.socket, _: object) -> None:
+    near.close()
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:
