@@ -150,7 +150,6 @@ FAULTS = [
         "signed routing tables with absurd contents",
         NO_BALANCER,
         absurd_tables,
-        quick=True,
     ),
     Fault("lying-registry", "balancer", "a registry that aborts and destroys what is committed", LIES, lying_registry),
     Fault("old-books", "balancer", "a registry that knows no key", LIES, old_books),
