@@ -293,7 +293,10 @@ class Health(Protocol):
 
 @dataclass(slots=True)
 class _Call:
-    """One request on its way. ``deadline_s`` is monotonic; ``service_us`` what its token operation took."""
+    """One request on its way. ``deadline_s`` is monotonic; ``service_us`` what its token operation took.
+
+    ``busy_s`` is the processor time that making a key took.
+    """
 
     incoming: Incoming
     number: int
@@ -306,6 +309,7 @@ class _Call:
     entry: Entry | None = None
     grant: bytes = b""
     service_us: int = 0
+    busy_s: float = 0.0
     detail: str = ""
     recording: bool = True
     cold_since_s: float = 0.0
@@ -1104,7 +1108,6 @@ class Handlers(FollowsCluster):
         limited = order.operation == "generate" and not self._catalogue.knows(order.key_id)
         if limited:
             self._generation.begin(order.algorithm, begun)
-        busy_s = [0.0]
 
         def work(talker: Talker) -> KeyDescription:
             since_s = time.thread_time()
@@ -1112,11 +1115,11 @@ class Handlers(FollowsCluster):
                 return self._conversation.create(talker, body.order, body.material, call.deadline_s)
             finally:
                 call.service_us = int((self._clock() - begun) * 1e6)
-                busy_s[0] = time.thread_time() - since_s
+                call.busy_s = time.thread_time() - since_s
 
         def ended() -> None:
             if limited:
-                self._generation.ended(order.algorithm, busy_s[0])
+                self._generation.ended(order.algorithm, call.busy_s)
 
         try:
             self._aside(call, self._dealer, work, ended=ended)

@@ -55,23 +55,20 @@ def far_cluster(path: Path) -> list[dict[str, Any]]:
 
 
 def lacking() -> str:
-    """Why this machine can't have such a network; empty if it can."""
+    """What of such a network this machine or this user does not have; empty if it is all there."""
+    if os.geteuid() != 0:
+        return "a network namespace needs root"
     if not shutil.which("ip"):
         return "iproute2 is not installed"
-    probe = "from far_network import far_network\nwith far_network(0.0): pass"
-    tried = subprocess.run(
-        [sys.executable, "-c", probe],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    return tried.stderr.strip().splitlines()[-1] if tried.returncode else ""
+    if not Path("/dev/net/tun").exists():
+        return "there is no /dev/net/tun"
+    tried = subprocess.run(["unshare", "--net", "true"], capture_output=True, text=True, timeout=60, check=False)
+    return tried.stderr.strip()
 
 
 def test_the_balancer_learns_which_node_is_far(tmp_path: Path) -> None:
     if reason := lacking():
-        pytest.skip(f"no network namespace with a TUN device: {reason}")
+        pytest.skip(f"HOW FAR NODES ARE WAS NOT TESTED: {reason}")
     done = subprocess.run(
         [sys.executable, __file__, str(tmp_path / "kq")],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

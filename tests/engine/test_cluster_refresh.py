@@ -8,14 +8,13 @@ import os
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
 import pytest
+from users import users_of
 from whole_keys import create_whole_key
 
 import engine
@@ -129,27 +128,9 @@ def test_refreshes_at_the_same_time_follow_each_other(cluster: LocalCluster, kq:
 def test_users_notice_nothing_of_50_refreshes(cluster: LocalCluster, kq: Engine) -> None:
     """Warm and cold uses all the while, from two clients; not one error, not one wrong result."""
     create_whole_key(kq, "fresh/load", "aes-256-gcm", threshold=3, shares=5)
-    before = kq.encrypt("fresh/load", b"from before")
-    over = threading.Event()
-
-    def use(client: Engine) -> int:
-        for number in count():
-            if over.is_set():
-                return number
-            if number % 3 == 0:
-                client.flush("fresh/load")
-            assert client.decrypt("fresh/load", before, timeout=20) == b"from before"
-            assert client.decrypt("fresh/load", client.encrypt("fresh/load", b"x", timeout=20), timeout=20) == b"x"
-        return 0
-
-    with engine.connect(cluster.client_config) as other, ThreadPoolExecutor(2) as pool:
-        users = [pool.submit(use, client) for client in (kq, other)]
-        try:
-            for epoch in range(2, 52):
-                assert kq.refresh_key("fresh/load", timeout=60).epoch == epoch
-        finally:
-            over.set()
-        assert all(user.result() > 10 for user in users)
+    with users_of(cluster, kq, "fresh/load", 20):
+        for epoch in range(2, 52):
+            assert kq.refresh_key("fresh/load", timeout=60).epoch == epoch
     assert agree(cluster, "fresh/load") == 51
 
 

@@ -9,14 +9,12 @@ import os
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 from pathlib import Path
 
 import pytest
+from users import users_of
 from whole_keys import create_whole_key
 
 import engine
@@ -146,32 +144,14 @@ def test_a_threshold_of_one_can_be_raised(cluster: LocalCluster, kq: Engine) -> 
 def test_users_notice_nothing_of_30_moves(cluster: LocalCluster, kq: Engine) -> None:
     """Warm and cold uses all the while, from two clients; not one error, not one wrong result."""
     create_whole_key(kq, "move/load", "aes-256-gcm", threshold=2, shares=3)
-    before = kq.encrypt("move/load", b"from before")
-    over = threading.Event()
-
-    def use(client: Engine) -> int:
-        for number in count():
-            if over.is_set():
-                return number
-            if number % 3 == 0:
-                client.flush("move/load")
-            assert client.decrypt("move/load", before, timeout=5) == b"from before"
-            assert client.decrypt("move/load", client.encrypt("move/load", b"x", timeout=5), timeout=5) == b"x"
-        return 0
-
     holders: list[str] = []
-    with engine.connect(cluster.client_config) as other, ThreadPoolExecutor(2) as pool:
-        users = [pool.submit(use, client) for client in (kq, other)]
-        try:
-            for epoch in range(2, 32):
-                nodes = cluster.nodes
-                shift = epoch % len(nodes)
-                holders = [*nodes[shift:], *nodes[:shift]][: 3 + epoch % 3]
-                info = kq.reshare_key("move/load", 2 + (epoch % 3 > 1), holders=holders, timeout=60)
-                assert (info.epoch, list(info.holders)) == (epoch, holders)
-        finally:
-            over.set()
-        assert all(user.result() > 10 for user in users)
+    with users_of(cluster, kq, "move/load", 5):
+        for epoch in range(2, 32):
+            nodes = cluster.nodes
+            shift = epoch % len(nodes)
+            holders = [*nodes[shift:], *nodes[:shift]][: 3 + epoch % 3]
+            info = kq.reshare_key("move/load", 2 + (epoch % 3 > 1), holders=holders, timeout=60)
+            assert (info.epoch, list(info.holders)) == (epoch, holders)
     settled(cluster, "move/load", 31, holders)
 
 

@@ -237,46 +237,27 @@ class World:
         order = DestroyOrder(key_id, name, self.now_ms + expires_in_ms)
         return self.signed(destroy_orders, "order.destroy", order, client)
 
-    def refresh_order(
-        self,
-        record: KeyRecord,
-        *,
-        client: str | SigningKey = "alice",
-        expires_in_ms: int = 60_000,
-        **changes: Any,
-    ) -> bytes:
-        manifest = record.manifest
-        fields = {
-            "key_id": manifest.key_id,
-            "name": manifest.name,
-            "from_epoch": manifest.epoch,
-            "nonce": os.urandom(16),
-            "expires_ms": self.now_ms + expires_in_ms,
-            **changes,
-        }
-        return self.signed(refresh_orders, "order.refresh", RefreshOrder(**fields), client)
+    def refresh_order(self, record: KeyRecord, *, client: str | SigningKey = "alice", **changes: Any) -> bytes:
+        order = RefreshOrder(**self._change(record, changes))
+        return self.signed(refresh_orders, "order.refresh", order, client)
 
-    def reshare_order(
-        self,
-        record: KeyRecord,
-        *,
-        client: str | SigningKey = "alice",
-        expires_in_ms: int = 60_000,
-        **changes: Any,
-    ) -> bytes:
+    def reshare_order(self, record: KeyRecord, *, client: str | SigningKey = "alice", **changes: Any) -> bytes:
         manifest = record.manifest
-        fields = {
+        same = {"threshold": manifest.threshold, "holders": [each.node for each in manifest.holders], "without": []}
+        order = ReshareOrder(**self._change(record, same | changes))
+        return self.signed(reshare_orders, "order.reshare", order, client)
+
+    def _change(self, record: KeyRecord, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """What orders to change a key have in common; ``expires_in_ms`` among the changes is from now."""
+        manifest, more = record.manifest, dict(changes)
+        return {
             "key_id": manifest.key_id,
             "name": manifest.name,
             "from_epoch": manifest.epoch,
-            "threshold": manifest.threshold,
-            "holders": [holder.node for holder in manifest.holders],
-            "without": [],
             "nonce": os.urandom(16),
-            "expires_ms": self.now_ms + expires_in_ms,
-            **changes,
+            "expires_ms": self.now_ms + more.pop("expires_in_ms", 60_000),
+            **more,
         }
-        return self.signed(reshare_orders, "order.reshare", ReshareOrder(**fields), client)
 
     def grant(
         self,

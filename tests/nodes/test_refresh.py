@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from holder_node import HolderNode
 from msgspec.structs import replace
 
 from engine.errors import (
@@ -65,52 +66,10 @@ from engine.protocol.requests import (
 )
 from engine.protocol.signed import read_unverified, sign_envelope
 from engine.sharing import FINGERPRINT_BYTES, Share, check_value, deal_zero, reconstruct_key
-from nodes.catalogue import Catalogue
-from nodes.clock import TrustedClock
-from nodes.holder import ShareHolder
-from nodes.ledger import GrantLedger
 from nodes.refresh import Coordinator
-from nodes.renewer import Renewer
-from nodes.store import ShareStore
 from nodes.token import Lane, Token
 
 COORDINATOR = "node1"
-
-
-class Node:
-    """One holder with its own store."""
-
-    def __init__(self, scene: Scene, name: str) -> None:
-        self.scene, self.name = scene, name
-        self.path = scene.path / f"{name}.db"
-        self.open()
-
-    def open(self) -> None:
-        world = self.scene.world
-        self.store = ShareStore(self.path, self.name, self.scene.lane)
-        self.catalogue = Catalogue(self.store.rows())
-        key = world.keys[self.name]
-        clock = TrustedClock(self.store.clock_mark().mark_ms, wall_ms=world.clock, steady_ms=lambda: 0)
-        self.ledger = GrantLedger(self.store, clock)
-        self.holder = ShareHolder(
-            world.cluster, key, self.store, self.catalogue, self.scene.token.algorithms, self.ledger
-        )
-        secret = world.curve_key(self.name).private_bytes_raw()
-        self.renewer = Renewer(world.cluster, key, lambda: [secret], self.catalogue, self.holder, world.clock)
-
-    def restart(self) -> None:
-        self.store.close()
-        self.open()
-
-    @property
-    def entry(self) -> Any:
-        return self.catalogue.by_id(self.scene.key_id)
-
-    def share(self) -> Share:
-        return self.holder.own_share(self.scene.lane, self.entry)[0]
-
-    def epochs(self) -> dict[int, str]:
-        return {row.epoch: row.state for row in self.store.rows()}
 
 
 class Scene:
@@ -121,7 +80,9 @@ class Scene:
         self.names = tuple(f"node{i}" for i in range(1, shares + 1))
         self.dealt = world.deal(holders=self.names, threshold=threshold)
         self.key_id = self.dealt.key_id
-        self.nodes = {name: Node(self, name) for name in self.names}
+        self.nodes = {
+            name: HolderNode(world, name, path, lane, list(token.algorithms), self.key_id) for name in self.names
+        }
         certificate = world.certificate(self.dealt)
         for name, node in self.nodes.items():
             node.holder.prepare(lane, self.dealt.offers[name], self.member(COORDINATOR))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from holder_node import HolderNode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -73,13 +74,7 @@ from engine.protocol.requests import (
 from engine.protocol.reshare import check_reshare_size, check_sub_shares, merged_share
 from engine.protocol.signed import read_unverified
 from engine.sharing import FINGERPRINT_BYTES, Share, check_value, deal_sub_shares, generate_shares, reconstruct_key
-from nodes.catalogue import Catalogue
-from nodes.clock import TrustedClock
-from nodes.holder import ShareHolder
-from nodes.ledger import GrantLedger
 from nodes.refresh import Coordinator
-from nodes.renewer import Renewer
-from nodes.store import ShareStore
 from nodes.token import Lane, Token
 
 NODES = tuple(f"node{number}" for number in range(1, 6))
@@ -279,41 +274,6 @@ def test_deals_are_of_all_dealers_and_one_more_than_the_threshold(world: Any) ->
 # --- holders with stores, and the coordinator ---
 
 
-class Node:
-    """One node with its own store."""
-
-    def __init__(self, scene: Scene, name: str) -> None:
-        self.scene, self.name = scene, name
-        self.path = scene.path / f"{name}.db"
-        self.open()
-
-    def open(self) -> None:
-        world = self.scene.world
-        self.store = ShareStore(self.path, self.name, self.scene.lane)
-        self.catalogue = Catalogue(self.store.rows())
-        key = world.keys[self.name]
-        clock = TrustedClock(self.store.clock_mark().mark_ms, wall_ms=world.clock, steady_ms=lambda: 0)
-        ledger = GrantLedger(self.store, clock)
-        self.holder = ShareHolder(world.cluster, key, self.store, self.catalogue, self.scene.algorithms, ledger)
-        secret = world.curve_key(self.name).private_bytes_raw()
-        self.renewer = Renewer(world.cluster, key, lambda: [secret], self.catalogue, self.holder, world.clock)
-
-    def restart(self) -> None:
-        self.store.close()
-        self.open()
-
-    @property
-    def entry(self) -> Any:
-        return self.catalogue.by_id(self.scene.key_id)
-
-    def share(self) -> Share:
-        return self.holder.own_share(self.scene.lane, self.entry)[0]
-
-    def rows(self) -> dict[int, tuple[str, bool]]:
-        """Epoch -> state, and whether there is a share."""
-        return {row.epoch: (row.state, bool(row.sealed)) for row in self.store.rows()}
-
-
 class Scene:
     """Five nodes, three of which hold a key 2-of-3, and the network between them as the coordinator sees it."""
 
@@ -322,7 +282,7 @@ class Scene:
         self.algorithms = list(token.algorithms)
         self.dealt = world.deal(holders=NODES[:3], threshold=2)
         self.key_id = self.dealt.key_id
-        self.nodes = {name: Node(self, name) for name in NODES}
+        self.nodes = {name: HolderNode(world, name, path, lane, self.algorithms, self.key_id) for name in NODES}
         self.certificate = world.certificate(self.dealt)
         for name in NODES[:3]:
             self.nodes[name].holder.prepare(lane, self.dealt.offers[name], self.member(COORDINATOR))
@@ -607,7 +567,7 @@ def test_each_new_holder_checks_for_itself(scene: Scene) -> None:
     assert node.rows() == {2: ("prepared", True)}
     with pytest.raises(ManifestError, match="given out before"):
         scene.step(SHARE_RESHARE, "node4", ask)
-    node.scene.algorithms = []
+    node.algorithms = []
     node.restart()
     with pytest.raises(UnsupportedAlgorithm, match="can't serve 'aes-256-gcm'"):
         scene.step(SHARE_ACCEPT, "node4", accept)
