@@ -99,7 +99,7 @@ class Registry(Protocol):
         """Reserve the name of a client's create order for one attempt of ``dealer``."""
 
     def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
-        """Begin an attempt of ``dealer`` to carry out a client's refresh or reshare order on a committed key."""
+        """Begin an attempt of ``dealer`` to carry out an order to refresh, reshare or move a committed key."""
 
     def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
         """Make the current attempt's manifest the key's; the commit certificate."""
@@ -335,14 +335,19 @@ class SqliteRegistry(FollowsCluster):
         return Reserved(attempt, list(holders), notices, b"", b"")
 
     def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
-        """Begin an attempt of ``dealer`` to refresh or reshare a committed key; earlier ones are aborted for good.
+        """Begin an attempt of ``dealer`` to change a committed key by an order; earlier ones are aborted for good.
 
         If the epoch that the order names is not the last one any more, the last one comes back as attempt 0.
         ``manifest`` and ``certificate`` are the dealer's: an epoch that is newer than the books is taken in first, for
         its holders know better than a registry that fell back. ``KeyNotFound``; ``AccessDenied``; ``ManifestError``:
-        the order is forged, expired or of another key; ``Overloaded``: a change by another order is under way.
+        the order is forged, expired, of another key, or of an older fencing epoch; ``Overloaded``: a change by another
+        order is under way.
         """
         wanted, signed = open_change_order(order, self._cluster, now_ms)
+        if 0 < wanted.fencing < self._fencing_epoch:
+            raise ManifestError(
+                f"the order for {wanted.name!r} is of the fencing epoch {wanted.fencing}, now is {self._fencing_epoch}"
+            )
         row = self._row(wanted.key_id)
         if row is None or row.state != _State.COMMITTED or row.text != wanted.name:
             raise KeyNotFound(f"no key {wanted.name!r} of this id is committed")

@@ -16,7 +16,7 @@ from engine.client.config import SecretSource, load_config, resolve, secret_sour
 from engine.client.httpconfig import HttpConfig, HttpTable, http_config
 from engine.errors import ConfigError
 from nodes.cache import CacheLimits
-from nodes.limits import GENERATE_PART, Limits
+from nodes.limits import CHANGES_PER_S, GENERATE_PART, Limits
 
 __all__ = ["NodeConfig", "PinSource", "TokenCare", "TokenConfig", "load_node_config"]
 
@@ -83,6 +83,7 @@ class _Limits(LimitsTable, frozen=True, forbid_unknown_fields=True, kw_only=True
     client_per_s: _Rate = _LIMITS.client_per_s
     combiner_per_s: _Rate = _LIMITS.combiner_per_s
     total_per_s: _Rate = _LIMITS.total_per_s
+    changes_per_s: _Rate = CHANGES_PER_S
     generate_part: Annotated[float, Meta(ge=0.01, le=1)] = GENERATE_PART
 
     def releases(self) -> Limits:
@@ -171,6 +172,7 @@ class NodeConfig:
     audit_head_every_s: float
     audit_segment_bytes: int
     limits: Limits
+    changes_per_s: float
     generate_part: float
     service_limits: ServiceLimits
     metrics: HttpConfig | None
@@ -207,6 +209,7 @@ def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
         audit_head_every_s=file.audit.head_every_s,
         audit_segment_bytes=file.audit.segment_mib * 1024 * 1024,
         limits=file.limits.releases(),
+        changes_per_s=file.limits.changes_per_s,
         generate_part=file.limits.generate_part,
         service_limits=file.limits.service(),
         metrics=http_config(path, "metrics", file.metrics),

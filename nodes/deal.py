@@ -125,10 +125,11 @@ class Talker:
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """How far this node has read the registry's books: a change number of one fencing epoch."""
+    """How far this node has read the registry's books: a change number of one fencing epoch, as a balancer told it."""
 
     fencing_epoch: int = 0
     last: int = 0
+    balancer: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -522,6 +523,10 @@ class Conversation(FollowsCluster):
         A balancer that has just started, or does not know this node's new key yet, is dialled again for a second before
         it counts as away.
         """
+        return self._ask_registry(channel, verb, message, deadline_s)[1]
+
+    def _ask_registry(self, channel: Channel, verb: str, message: object, deadline_s: float) -> tuple[str, Any]:
+        """Who answered, and what."""
         problems: dict[str, str] = {}
         patient_until_s = min(deadline_s, self._clock() + REGISTRY_PATIENCE_S)
         while True:
@@ -531,7 +536,7 @@ class Conversation(FollowsCluster):
                     problems.setdefault(balancer.name, f"{balancer.name}: the deadline is over")
                     continue
                 try:
-                    return ask(channel, balancer.name, verb, message, left_s)
+                    return balancer.name, ask(channel, balancer.name, verb, message, left_s)
                 except (NodeUnavailable, DeadlineExceeded, KeyRefused) as error:
                     problems[balancer.name] = str(error)
             if not problems or self._clock() >= patient_until_s:
@@ -567,12 +572,13 @@ class Conversation(FollowsCluster):
         entries: list[SyncEntry] = []
         for _ in range(MAX_SYNC_PAGES):
             until_s = self._clock() + REGISTRY_TIMEOUT_S
-            page: SyncPage = self.ask_registry(talker.channel, REGISTRY_SYNC, Sync(cursor.last), until_s)
+            page: SyncPage
+            balancer, page = self._ask_registry(talker.channel, REGISTRY_SYNC, Sync(cursor.last), until_s)
             if page.fencing_epoch != cursor.fencing_epoch and cursor.last:
-                cursor, entries = Cursor(page.fencing_epoch, 0), []
+                cursor, entries = Cursor(page.fencing_epoch, 0, balancer), []
                 continue
             entries += page.entries
-            cursor = Cursor(page.fencing_epoch, page.last)
+            cursor = Cursor(page.fencing_epoch, page.last, balancer)
             if not page.more or not page.entries:
                 break
         return sorted(entries, key=lambda entry: entry.state != "destroyed"), cursor

@@ -53,6 +53,7 @@ from engine.protocol.manifest import (
     ReshareOrder,
     aborts,
     destroy_orders,
+    open_change_order,
     open_create_order,
     open_destroy_order,
     open_refresh_order,
@@ -66,6 +67,7 @@ from engine.protocol.requests import (
     LATENCY,
     MANIFEST_FETCH,
     MANIFEST_OFFER,
+    MOVE,
     REPLY_CODECS,
     REQUEST_CODECS,
     SHARE_ABORT,
@@ -99,6 +101,8 @@ from engine.protocol.requests import (
     ListKeys,
     ManifestFetch,
     ManifestOffer,
+    Move,
+    MoveResults,
     NodeLatency,
     NodeStats,
     NodeStatus,
@@ -158,6 +162,7 @@ from nodes.latency import (
 from nodes.ledger import GrantLedger
 from nodes.limits import GenerationLimit
 from nodes.operations import bound, check_operation, most_data
+from nodes.orders import BalancerOrders
 from nodes.policy import check_key, check_verb
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
@@ -186,6 +191,7 @@ DURABLE_VERBS: Final = frozenset(
         RequestType.DESTROY,
         RequestType.REFRESH,
         RequestType.RESHARE,
+        MOVE,
         SHARE_PREPARE,
         SHARE_COMMIT,
         SHARE_ABORT,
@@ -236,6 +242,7 @@ STEPS: Final[dict[str, str]] = {
     RequestType.DESTROY: "dealer.destroy",
     RequestType.REFRESH: "dealer.refresh",
     RequestType.RESHARE: "dealer.reshare",
+    MOVE: "dealer.move",
     SHARE_PREPARE: "holder.prepare",
     SHARE_COMMIT: "holder.commit",
     SHARE_ABORT: "holder.abort",
@@ -378,6 +385,7 @@ class Handlers(FollowsCluster):
         renewer: Renewer,
         conversation: Conversation,
         coordinator: Coordinator,
+        orders: BalancerOrders,
         audit: AuditLog,
         audit_strict: bool,
         audit_name: Callable[[str], str] | None,
@@ -386,6 +394,7 @@ class Handlers(FollowsCluster):
         slow: Worker[Lane],
         talkers: Worker[Talker],
         dealer: Worker[Talker],
+        mover: Worker[Talker],
         replier: Replier,
         cache_limits: CacheLimits,
         signatures: SignatureCache,
@@ -413,6 +422,7 @@ class Handlers(FollowsCluster):
         self._renewer = renewer
         self._conversation = conversation
         self._coordinator = coordinator
+        self._orders = orders
         self._audit = audit
         self._audit_strict = audit_strict
         self._audit_name = audit_name
@@ -423,6 +433,7 @@ class Handlers(FollowsCluster):
         self._slow = slow
         self._talkers = talkers
         self._dealer = dealer
+        self._mover = mover
         self._replier = replier
         self._ledger = ledger
         self._limits = limits
@@ -475,6 +486,7 @@ class Handlers(FollowsCluster):
             MANIFEST_OFFER: self._manifest_offer,
             STATS: self._stats,
             LATENCY: self._latency,
+            MOVE: self._move,
             SHARE_PREPARE: self._share_prepare,
             SHARE_COMMIT: self._share_commit,
             SHARE_ABORT: self._share_abort,
@@ -1146,6 +1158,21 @@ class Handlers(FollowsCluster):
         self._ordered(call, order, signed)
         self._aside(call, self._dealer, lambda talker: self._coordinator.change(talker, raw_order, call.deadline_s))
 
+    def _move(self, call: _Call, body: Move) -> None:
+        """Carry out a balancer's orders, beside what clients order."""
+        for raw in body.orders:
+            order, signed = open_change_order(raw, self._cluster, self._now_ms())
+            if signed.issuer != call.incoming.member.name:
+                raise ValueError(f"an order for {order.name!r} is {signed.issuer!r}'s")
+
+        def work(talker: Talker) -> MoveResults:
+            results = self._coordinator.move(talker, body.orders, call.deadline_s)
+            done = sum(not each.code for each in results)
+            call.detail = f"{done} of {len(results)} keys"
+            return MoveResults(results)
+
+        self._aside(call, self._mover, work)
+
     def _ordered(self, call: _Call, order: DestroyOrder | RefreshOrder | ReshareOrder, signed: Signed) -> Entry:
         """The key that an order of the one who asks is about."""
         call.key = order.name
@@ -1282,6 +1309,7 @@ class Handlers(FollowsCluster):
             "slow": self._slow,
             "talkers": self._talkers,
             "dealer": self._dealer,
+            "mover": self._mover,
         }
         return Snapshot(
             self._node_status(),
@@ -1540,12 +1568,12 @@ class Handlers(FollowsCluster):
                 self._forget(key_id)
 
         try:
-            self._local.submit(lambda lane: self._take_in(books, outcomes), done)
+            self._local.submit(lambda lane: self._take_in(books, cursor, outcomes), done)
         except Overloaded:
             self._catching_up = False
 
     def _take_in(
-        self, books: Sequence[SyncEntry], outcomes: Sequence[tuple[Entry, OutcomeReply]]
+        self, books: Sequence[SyncEntry], cursor: Cursor, outcomes: Sequence[tuple[Entry, OutcomeReply]]
     ) -> tuple[list[bytes], bool]:
         """Carry out what the registry told: the ids of keys destroyed meanwhile, and whether all went well.
 
@@ -1553,6 +1581,7 @@ class Handlers(FollowsCluster):
         """
         gone: list[bytes] = []
         well = True
+        self._orders.heard(cursor.balancer, cursor.fencing_epoch)
         try:
             self._holder.tidy()
         except EngineError as error:

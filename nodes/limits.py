@@ -1,4 +1,4 @@
-"""How many shares may leave a node, and how long it may make keys: token buckets. No clock."""
+"""How many shares may leave a node or be dealt anew, and how long it may make keys: token buckets. No clock."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from engine.client.admission import TokenBucket
 from engine.errors import Overloaded
 
-__all__ = ["GENERATE_PART", "GenerationLimit", "Limits", "ReleaseLimits"]
+__all__ = ["CHANGES_PER_S", "GENERATE_PART", "GenerationLimit", "Limits", "ReleaseLimits"]
 
+CHANGES_PER_S = 500.0
+"""Shares a second that a balancer may have a holder deal or take in for ever, unless the configuration says so."""
 GENERATE_PART = 0.25
 GENERATE_BURST_S = 4.0
 """So many seconds' worth of its part a node has for making keys after a pause."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.errors import AccessDenied, ProtocolError
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.manifest import Cluster, Member
-from engine.protocol.requests import CLIENT_VERBS, HELLO, LATENCY, MANIFEST_VERBS, NODE_VERBS, STATS
+from engine.protocol.requests import BALANCER_VERBS, CLIENT_VERBS, HELLO, LATENCY, MANIFEST_VERBS, NODE_VERBS
 
 __all__ = ["check_key", "check_verb"]
 
@@ -16,7 +16,7 @@ def check_verb(cluster: Cluster, member: Member, verb: str) -> None:
         allowed = member.role != "operator"
     elif verb in NODE_VERBS:
         allowed = member.role == "node"
-    elif verb == STATS:
+    elif verb in BALANCER_VERBS:
         allowed = member.role == "balancer"
     elif verb in (RequestType.STATUS, LATENCY):
         allowed = member.role in ("balancer", "node") or cluster.allows_any_key(member.name, RequestType.STATUS)

@@ -37,6 +37,8 @@ from engine.protocol.manifest import (
     open_change_order,
     open_key_manifest,
     open_receipt,
+    read_change_order,
+    read_key_manifest,
 )
 from engine.protocol.refresh import (
     Deal,
@@ -61,6 +63,7 @@ from engine.protocol.requests import (
     Change,
     Commit,
     KeyDescription,
+    MoveResult,
     Outcome,
     Reserved,
     ShareAccept,
@@ -75,9 +78,11 @@ from engine.protocol.signed import SigningKey, sign_envelope
 from engine.sharing import check_placement
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import COMMIT_WAIT_S, Conversation, Talker
+from nodes.orders import BalancerOrders
 
 __all__ = ["Coordinator"]
 
+MAX_TEXT: Final = 200
 DEAL_PART: Final = 0.5
 """Of the time that is left, the holders get this part to deal: a silent one is told early."""
 
@@ -111,6 +116,7 @@ class Coordinator(FollowsCluster):
         signing: SigningKey,
         catalogue: Catalogue,
         conversation: Conversation,
+        orders: BalancerOrders,
         now_ms: Callable[[], int],
         clock: Callable[[], float],
     ) -> None:
@@ -119,24 +125,30 @@ class Coordinator(FollowsCluster):
         self._node = signing.name
         self._catalogue = catalogue
         self._conversation = conversation
+        self._orders = orders
         self._now_ms = now_ms
         self._clock = clock
 
     def change(self, talker: Talker, raw_order: bytes, deadline_s: float) -> KeyDescription:
-        """Replace the shares of the epoch that the client's order names; the description of the key after it.
+        """Replace the shares of the epoch that the order names; the description of the key after it.
 
         Idempotent: if that epoch is not the last one any more, there is nothing to do. ``QuorumUnavailable`` names the
         holders that are down; ``ValueError``: the key is too large for its number of shares, has threshold 1 and is to
         be refreshed, or has too few holders for a reshare that can be checked.
         """
         order, signed = open_change_order(raw_order, self._cluster, self._now_ms())
-        entry = self._catalogue.committed(order.key_id)
+        entry = self._catalogue.by_id(order.key_id)
+        if entry is None or entry.row.state != "moved":
+            entry = self._catalogue.committed(order.key_id)
         if entry.row.name != order.name:
             raise ManifestError(f"the order names {order.name!r}, the key is {entry.row.name!r}")
         if entry.row.epoch > order.from_epoch:
             return KeyDescription(entry.row.manifest, entry.row.certificate, [])
+        if entry.row.state == "moved":
+            raise StaleKey(f"{self._node} holds no share of {order.name!r}, which others hold")
         if entry.row.epoch < order.from_epoch:
             raise StaleKey(f"{self._node} knows epoch {entry.row.epoch} of {order.name!r}, not {order.from_epoch} yet")
+        self._orders.check(order, signed, entry.manifest)
         reshare = order if isinstance(order, ReshareOrder) else None
         if reshare is None:
             self._check(entry)
@@ -178,6 +190,20 @@ class Coordinator(FollowsCluster):
             warnings = self._warnings(reshare) + self._dismiss(talker.channel, record, terms, certificate, deadline_s)
             failpoint("dealer.reshare.dismissed")
         return KeyDescription(record.raw, certificate, warnings[:16])
+
+    def move(self, talker: Talker, orders: Sequence[bytes], deadline_s: float) -> list[MoveResult]:
+        """Carry out a balancer's orders; what became of each, in order."""
+        return [self._moved(talker, raw, deadline_s) for raw in orders]
+
+    def _moved(self, talker: Talker, raw_order: bytes, deadline_s: float) -> MoveResult:
+        key_id = read_change_order(raw_order).key_id
+        try:
+            described = self.change(talker, raw_order, deadline_s)
+        except EngineError as error:
+            return MoveResult(key_id, 0, error.code, str(error)[:MAX_TEXT])
+        except ValueError as error:
+            return MoveResult(key_id, 0, "invalid-request", str(error)[:MAX_TEXT])
+        return MoveResult(key_id, read_key_manifest(described.manifest).manifest.epoch, "", "")
 
     def _check(self, entry: Entry) -> None:
         name = entry.row.name
@@ -333,10 +359,12 @@ class Coordinator(FollowsCluster):
         """The manifest of the new epoch: the one before with the new commitments, and what a reshare changes."""
         before, change = terms.before, terms.change
         reshare = isinstance(change, ReshareOrder)
+        signed_by_client = reshare and not change.fencing
         manifest = replace(
             before.manifest,
             threshold=change.threshold if isinstance(change, ReshareOrder) else before.manifest.threshold,
-            sharing=b"" if reshare else before.manifest.resharing,
+            sharing=b"" if signed_by_client else before.manifest.resharing,
+            placing=b"" if reshare else before.manifest.moving,
             epoch=terms.epoch,
             attempt=terms.attempt,
             holders=[Holder(each.holder.node, each.holder.x, each.commitment) for each in stated.statements],

@@ -25,8 +25,8 @@ from engine.protocol.manifest import (
     check_successor,
     open_change_order,
     open_key_manifest,
-    open_refresh_order,
-    open_reshare_order,
+    open_renewing_order,
+    open_sharing_order,
 )
 from engine.protocol.refresh import (
     BadDeal,
@@ -58,6 +58,7 @@ from engine.protocol.signed import Signed, SigningKey
 from engine.sharing import FINGERPRINT_BYTES, Share, commitment, deal_sub_shares, deal_zero
 from nodes.catalogue import Catalogue, Entry
 from nodes.holder import ShareHolder
+from nodes.orders import BalancerOrders
 from nodes.token import Lane
 
 __all__ = ["Renewer"]
@@ -75,6 +76,7 @@ class Renewer(FollowsCluster):
         curve_secrets: Callable[[], Sequence[bytes]],
         catalogue: Catalogue,
         holder: ShareHolder,
+        orders: BalancerOrders,
         now_ms: Callable[[], int],
     ) -> None:
         self._source = cluster
@@ -83,13 +85,15 @@ class Renewer(FollowsCluster):
         self._curve_secrets = curve_secrets
         self._catalogue = catalogue
         self._holder = holder
+        self._orders = orders
         self._now_ms = now_ms
 
     def deal(self, lane: Lane, body: ShareDeal, sender: Member) -> Dealt:
         """This node's sharing of zero for all holders, or of its share for the new ones. Nothing is kept of it."""
-        entry, terms = self._begin(open_change_order, body.order, body.attempt, sender, body.certificate)
+        entry, terms, balancer = self._begin(open_change_order, body.order, body.attempt, sender, body.certificate)
         if entry.record.digest != body.manifest_hash:
             raise StaleKey(f"{self._node} holds another epoch {entry.row.epoch} of {entry.row.name!r}")
+        self._orders.count(terms.change, balancer)
         share, _ = self._holder.own_share(lane, entry)
         xs = [holder.x for holder in terms.holders]
         if isinstance(terms.change, ReshareOrder):
@@ -112,7 +116,7 @@ class Renewer(FollowsCluster):
         It is a pledge too: this node will follow no earlier attempt. The statements of all so are what lets a holder
         put this attempt's share in the place of an earlier one's.
         """
-        entry, terms = self._begin(open_refresh_order, body.order, body.attempt, sender)
+        entry, terms, _ = self._begin(open_renewing_order, body.order, body.attempt, sender)
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._new_share(lane, entry, terms, deals, body.parts)
         self._holder.pledge(entry.row.key_id, terms.attempt)
@@ -127,7 +131,7 @@ class Renewer(FollowsCluster):
         if record.dealer != sender.name:
             raise AccessDenied(f"{sender.name!r} sends the manifest of {record.dealer!r}")
         change, attempt = record.manifest.change, record.manifest.attempt
-        entry, terms = self._begin(open_refresh_order, change, attempt, sender, renews=record.digest)
+        entry, terms, _ = self._begin(open_renewing_order, change, attempt, sender, renews=record.digest)
         check_successor(record, entry.record)
         self._make_room(record, body.aborts)
         deals = open_deals(terms, body.deals, self._cluster)
@@ -136,8 +140,10 @@ class Renewer(FollowsCluster):
         return self._holder.store_prepared(lane, record, new.share, new.salt)
 
     def reshare(self, lane: Lane, body: ShareReshare, sender: Member) -> Refreshed:
-        """As ``refresh``, by a node that is to hold a share of a key by the client's reshare order."""
-        terms = self._receive(body.before, body.certificate, body.order, body.attempt, sender)
+        """As ``refresh``, by a node that is to hold a share of a key by a reshare or move order."""
+        terms, issuer = self._receive(body.before, body.certificate, body.order, body.attempt, sender)
+        if terms.before.manifest.holder(self._node) is None:  # else it was counted when it dealt
+            self._orders.count(terms.change, issuer)
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._merged(terms, deals, body.parts)
         self._holder.pledge(terms.before.manifest.key_id, terms.attempt)
@@ -152,7 +158,7 @@ class Renewer(FollowsCluster):
         if record.dealer != sender.name:
             raise AccessDenied(f"{sender.name!r} sends the manifest of {record.dealer!r}")
         change, attempt = record.manifest.change, record.manifest.attempt
-        terms = self._receive(body.before, body.certificate, change, attempt, sender, renews=record.digest)
+        terms, _ = self._receive(body.before, body.certificate, change, attempt, sender, renews=record.digest)
         check_successor(record, terms.before)
         self._make_room(record, body.aborts)
         deals = open_deals(terms, body.deals, self._cluster)
@@ -183,9 +189,9 @@ class Renewer(FollowsCluster):
         attempt: int,
         sender: Member,
         renews: bytes = b"",
-    ) -> Terms:
+    ) -> tuple[Terms, str]:
         """As ``_begin``, for a node that is to hold a share: by the certified manifest of the epoch before."""
-        order, signed = open_reshare_order(raw_order, self._cluster, self._now_ms())
+        order, signed = open_sharing_order(raw_order, self._cluster, self._now_ms())
         record = open_key_manifest(before, self._cluster)
         manifest = record.manifest
         if (manifest.key_id, manifest.name, manifest.epoch) != (order.key_id, order.name, order.from_epoch):
@@ -196,8 +202,9 @@ class Renewer(FollowsCluster):
             raise ManifestError(f"{self._node!r} is not to hold a share of {order.name!r}")
         self._holder.check_algorithm(manifest.algorithm)
         self._holder.receive(record, certificate)
+        self._orders.check(order, signed, manifest)
         self._check_attempt(record, attempt, renews)
-        return Terms(record, attempt, signed.digest, order)
+        return Terms(record, attempt, signed.digest, order), signed.issuer
 
     def _begin(
         self,
@@ -207,8 +214,8 @@ class Renewer(FollowsCluster):
         sender: Member,
         certificate: bytes = b"",
         renews: bytes = b"",
-    ) -> tuple[Entry, Terms]:
-        """What a step rests on: the client's order, the epoch it names, which this node holds, and the attempt.
+    ) -> tuple[Entry, Terms, str]:
+        """What a step rests on: the order, the epoch it names, which this node holds, the attempt, and who ordered it.
 
         ``renews`` is the hash of the manifest that is to be stored: an attempt has one, and no other is taken for it.
         """
@@ -228,8 +235,9 @@ class Renewer(FollowsCluster):
             raise QuorumUnavailable(
                 f"{self._node} is a holder of {order.name!r}, but has no share to deal with", [self._node]
             )
+        self._orders.check(order, signed, entry.manifest)
         self._check_attempt(entry.record, attempt, renews)
-        return entry, Terms(entry.record, attempt, signed.digest, order)
+        return entry, Terms(entry.record, attempt, signed.digest, order), signed.issuer
 
     def _check_attempt(self, before: KeyRecord, attempt: int, renews: bytes) -> None:
         key_id = before.manifest.key_id

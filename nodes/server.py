@@ -37,6 +37,7 @@ from nodes.holder import ShareHolder
 from nodes.keeper import Keeper
 from nodes.ledger import GrantLedger
 from nodes.limits import GenerationLimit
+from nodes.orders import BalancerOrders
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
@@ -59,6 +60,7 @@ DRAIN_S: Final = 5.0
 SETTLE_AFTER_MS: Final = 30_000
 """A share prepared longer ago than this is asked about at the registry."""
 MAX_CREATIONS_WAITING: Final = 64
+MAX_MOVES_WAITING: Final = 64
 ZERO_COPY_RECV: Final = 10
 """libzmq's option of that name (zmq.h), which pyzmq names only in draft builds."""
 BATCH: Final = 256
@@ -170,8 +172,11 @@ class Server:
             clock.now_ms,
             with_room=shares.with_room,
         )
-        renewer = Renewer(cluster, identity.signing, self._own.secrets, catalogue, holder, clock.now_ms)
-        coordinator = Coordinator(cluster, identity.signing, catalogue, conversation, clock.now_ms, time.monotonic)
+        orders = BalancerOrders(cluster, self._store, time.monotonic, config.changes_per_s, config.limits.burst_s)
+        renewer = Renewer(cluster, identity.signing, self._own.secrets, catalogue, holder, orders, clock.now_ms)
+        coordinator = Coordinator(
+            cluster, identity.signing, catalogue, conversation, orders, clock.now_ms, time.monotonic
+        )
         peers = Servers(cluster)
 
         def make_talker() -> Talker:
@@ -189,6 +194,9 @@ class Server:
         # One creation at a time, and few that wait: making keys must not keep the node from using them.
         self._dealer: Worker[Talker] = Worker(
             "dealer", self._mailbox, make_talker, Talker.close, Jobs(MAX_CREATIONS_WAITING), Talker.drop_late
+        )
+        self._mover: Worker[Talker] = Worker(
+            "mover", self._mailbox, make_talker, Talker.close, Jobs(MAX_MOVES_WAITING), Talker.drop_late
         )
         self._keeper = Keeper(
             token,
@@ -215,6 +223,7 @@ class Server:
             renewer=renewer,
             conversation=conversation,
             coordinator=coordinator,
+            orders=orders,
             audit=self._audit,
             audit_strict=config.audit_mode == "strict",
             audit_name=names,
@@ -223,6 +232,7 @@ class Server:
             slow=self._slow,
             talkers=self._talkers[0],
             dealer=self._dealer,
+            mover=self._mover,
             replier=self._listener,
             cache_limits=config.key_cache,
             signatures=signatures,
@@ -350,7 +360,7 @@ class Server:
         if self._metrics is not None:
             self._metrics.close()
         self._handlers.close()
-        self._end(self._local, self._slow, *self._talkers)
+        self._end(self._local, self._slow, self._mover, *self._talkers)
         self._audit.stop(DRAIN_S)
         self._handlers.farewell()
         self._end(self._dealer)

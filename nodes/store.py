@@ -27,7 +27,7 @@ from nodes.token import Lane
 
 __all__ = ["ClockMark", "Row", "ShareStore", "StoreCorrupt", "UsedGrant", "seal_context", "tag_of"]
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 SALT_BYTES: Final = 32
 UNWRITABLE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY})
 SEALED_NAME: Final = "sealed/"
@@ -58,7 +58,10 @@ CREATE TABLE clock (
 _SCHEMA_3: Final = """
 CREATE TABLE pledges (key_id BLOB PRIMARY KEY, attempt INTEGER NOT NULL, tag BLOB NOT NULL) WITHOUT ROWID;
 """
-MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2, 3: _SCHEMA_3}
+_SCHEMA_4: Final = """
+CREATE TABLE fencings (balancer TEXT PRIMARY KEY, epoch INTEGER NOT NULL, tag BLOB NOT NULL) WITHOUT ROWID;
+"""
+MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2, 3: _SCHEMA_3, 4: _SCHEMA_4}
 """Schema version -> the statements that lead there from the one before."""
 
 
@@ -331,6 +334,24 @@ class ShareStore:
             with self._transaction():
                 self._db.execute(
                     "INSERT OR REPLACE INTO pledges VALUES (?, ?, ?)", (*values, self._tag_of("pledges", values))
+                )
+
+    # --- the balancers' fencing epochs ---
+
+    def fencings(self) -> dict[str, int]:
+        """Balancer -> the newest fencing epoch that was seen of it, each row checked."""
+        rows = self._select("SELECT balancer, epoch, tag FROM fencings")
+        return {str(balancer): int(epoch) for balancer, epoch in (self._checked("fencings", row) for row in rows)}
+
+    def note_fencing(self, balancer: str, epoch: int) -> None:
+        """Never follow an older fencing epoch of that balancer; durable."""
+        with self._lock:
+            if self.fencings().get(balancer, 0) >= epoch:
+                return
+            values = (balancer, epoch)
+            with self._transaction():
+                self._db.execute(
+                    "INSERT OR REPLACE INTO fencings VALUES (?, ?, ?)", (*values, self._tag_of("fencings", values))
                 )
 
     # --- reading ---

@@ -132,11 +132,11 @@ struct member {
     char endpoint[ENDPOINT_SIZE];
 };
 
-/* Who may refresh or reshare which keys, by some manifest of the chain. */
+/* Who may refresh, reshare or (a balancer) grow which keys, by some manifest of the chain. */
 struct refresh_rule {
     char identity[PATTERN_SIZE];
     char keys[PATTERN_SIZE];
-    bool refresh, reshare;
+    bool refresh, reshare, grow;
 };
 
 struct cluster {

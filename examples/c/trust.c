@@ -290,7 +290,8 @@ static bool read_members(const msgpack_object *items, size_t count, struct membe
 
 static bool is_operation(struct bytes text) {
     static const char *const known[] = {"*",       "encrypt", "decrypt", "sign",     "verify", "mac",     "verify-mac", "generate",
-                                        "import",  "destroy", "refresh", "reshare",  "describe", "list", "prewarm",    "flush",    "status"};
+                                        "import",  "destroy", "refresh", "reshare",  "describe", "list", "prewarm",    "flush",    "status",
+                                        "grow"};
     for (size_t index = 0; index < sizeof known / sizeof known[0]; index++) {
         if (same_text(text, known[index])) {
             return true;
@@ -299,7 +300,7 @@ static bool is_operation(struct bytes text) {
     return false;
 }
 
-/* Of the policy a client needs only who may refresh or reshare: the nodes decide on all else. */
+/* Of the policy a client needs only who may refresh, reshare or grow: the nodes decide on all else. */
 static bool read_rules(const msgpack_object *items, size_t count, struct cluster *cluster, struct failure *failure) {
     void *grown = realloc(cluster->refresh_rules, (cluster->refresh_rule_count + count + 1) * sizeof(struct refresh_rule));
     if (grown == NULL) {
@@ -312,7 +313,7 @@ static bool read_rules(const msgpack_object *items, size_t count, struct cluster
         struct bytes identity, keys, operation;
         size_t size, found;
         bool any = false;
-        rule->refresh = rule->reshare = false;
+        rule->refresh = rule->reshare = rule->grow = false;
         if (!(get_array(&items[index], 3, 3, &parts, &size) && get_text(&parts[0], 128, &identity) && identity.len > 0 &&
               get_text(&parts[1], 128, &keys) && keys.len > 0 && get_array(&parts[2], 1, 32, &operations, &found) &&
               copy_text(identity, rule->identity, sizeof rule->identity) && copy_text(keys, rule->keys, sizeof rule->keys))) {
@@ -325,8 +326,9 @@ static bool read_rules(const msgpack_object *items, size_t count, struct cluster
             any = any || same_text(operation, "*");
             rule->refresh = any || rule->refresh || same_text(operation, "refresh");
             rule->reshare = any || rule->reshare || same_text(operation, "reshare");
+            rule->grow = rule->grow || same_text(operation, "grow"); /* "*" does not include it */
         }
-        cluster->refresh_rule_count += rule->refresh || rule->reshare;
+        cluster->refresh_rule_count += rule->refresh || rule->reshare || rule->grow;
     }
     return true;
 }
@@ -621,7 +623,10 @@ struct manifest {
     struct bytes order;
     struct bytes change;
     struct bytes sharing;
-    bool reshared; /* so that threshold and holders are a later order's */
+    struct bytes placing;
+    bool reshared;            /* so that threshold and the number of holders are a later order's */
+    uint64_t ordered, since;  /* n of that order, and the epoch that it replaces */
+    bool may_grow;            /* by a balancer that may give the key more */
 };
 
 static bool not_good(struct failure *failure, const char *name, const char *what) {
@@ -666,8 +671,8 @@ static bool read_key_manifest(struct bytes payload, const struct cluster *cluste
     uint64_t attempt;
     struct key *key = manifest->key;
     size_t fields = 0;
-    bool good = reader_open_some(&reader, payload, MESSAGE_MAX, 13, 14, &fields, "key manifest", failure);
-    manifest->sharing = bytes_of(NULL, 0);
+    bool good = reader_open_some(&reader, payload, MESSAGE_MAX, 13, 15, &fields, "key manifest", failure);
+    manifest->sharing = manifest->placing = bytes_of(NULL, 0);
     if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], key->name) &&
                   get_uint(&reader.fields[2], 1, 1, &key->version) && get_uint(&reader.fields[3], 1, UINT32_MAX, &key->epoch) &&
                   get_uint(&reader.fields[4], 1, 2147483648U, &attempt) && get_text(&reader.fields[5], 64, &algorithm) &&
@@ -678,13 +683,15 @@ static bool read_key_manifest(struct bytes payload, const struct cluster *cluste
                   get_bytes(&reader.fields[11], 0, 32, &previous) &&
                   get_bytes(&reader.fields[12], 0, 2048, &manifest->change) &&
                   (fields < 14 || get_bytes(&reader.fields[13], 0, 2048, &manifest->sharing)) &&
+                  (fields < 15 || get_bytes(&reader.fields[14], 0, 2048, &manifest->placing)) &&
                   copy_text(algorithm, key->algorithm, sizeof key->algorithm))) {
         good = not_good(failure, name, "the manifest is malformed");
     }
     if (good && strcmp(key->name, name) != 0) {
         good = not_good(failure, name, "it is of another key");
     }
-    if (good && (key->epoch == 1 ? previous.len != 0 || manifest->change.len != 0 || manifest->sharing.len != 0
+    if (good && (key->epoch == 1 ? previous.len != 0 || manifest->change.len != 0 || manifest->sharing.len != 0 ||
+                                       manifest->placing.len != 0
                                  : previous.len != 32)) {
         good = not_good(failure, name, "its epoch does not fit its predecessor");
     }
@@ -701,7 +708,7 @@ static bool read_key_manifest(struct bytes payload, const struct cluster *cluste
 }
 
 /* The client's order is what binds the name to the id: a dealer alone could not pass one key off as another. */
-static bool check_order(const struct manifest *manifest, const struct cluster *cluster, struct failure *failure) {
+static bool check_order(struct manifest *manifest, const struct cluster *cluster, struct failure *failure) {
     struct document document;
     struct reader reader;
     struct bytes id, algorithm, operation;
@@ -720,98 +727,150 @@ static bool check_order(const struct manifest *manifest, const struct cluster *c
                   get_uint(&reader.fields[6], 0, INT64_MAX, &expires) && same(id, bytes_of(key->id, 16)) &&
                   strcmp(name, key->name) == 0 && same_text(algorithm, key->algorithm) &&
                   threshold <= shares && manifest->threshold <= manifest->holder_count &&
-                  (manifest->reshared || (threshold == manifest->threshold && shares == manifest->holder_count)))) {
+                  (manifest->reshared || threshold == manifest->threshold))) {
         good = not_good(failure, key->name, "it differs from the client's order");
+    }
+    if (good && !manifest->reshared) {
+        manifest->ordered = shares;
+    }
+    if (good && (manifest->may_grow ? manifest->holder_count < manifest->ordered
+                                    : manifest->holder_count != manifest->ordered)) {
+        good = not_good(failure, key->name, "it has another number of holders than its client ordered");
     }
     reader_close(&reader);
     return good;
 }
 
+enum right { REFRESH, RESHARE, GROW };
+
 /* The rules of the policy are shell globs, which fnmatch() reads as the page says (with the names that there are). */
-static bool may_change(const struct cluster *cluster, const char *client, const char *key, bool reshare) {
+static bool may(const struct cluster *cluster, const char *member, const char *key, enum right right) {
     for (size_t index = 0; index < cluster->refresh_rule_count; index++) {
         const struct refresh_rule *rule = &cluster->refresh_rules[index];
-        if ((reshare ? rule->reshare : rule->refresh) && fnmatch(rule->identity, client, FNM_NOESCAPE) == 0 &&
-            fnmatch(rule->keys, key, FNM_NOESCAPE) == 0) {
+        bool given = right == REFRESH ? rule->refresh : right == RESHARE ? rule->reshare : rule->grow;
+        if (given && fnmatch(rule->identity, member, FNM_NOESCAPE) == 0 && fnmatch(rule->keys, key, FNM_NOESCAPE) == 0) {
             return true;
         }
     }
     return false;
 }
 
-/* Threshold and holders are those of a client's reshare order: of this epoch, or of an earlier one. */
-static bool check_reshare(struct bytes raw, bool earlier, const struct manifest *manifest, const struct cluster *cluster,
-                          struct failure *failure) {
+/* The last field of an order to change a key: none or 0 in a client's, a fencing epoch in a balancer's. */
+static bool good_fencing(const struct reader *reader, bool there, size_t field, enum role role) {
+    uint64_t fencing = 0;
+    return (!there || get_uint(&reader->fields[field], 0, INT64_MAX, &fencing)) && (role == BALANCER) == (fencing > 0);
+}
+
+static bool is_signed(struct bytes raw, const char *kind, const struct cluster *cluster, enum role role) {
+    struct document document;
+    struct failure other;
+    return open_envelope(raw, kind, cluster->signers, cluster->signer_count, role, 1, &document, &other);
+}
+
+/* An order that threshold and number of holders rest on (a client's) or who they are (a balancer's after it). */
+static bool check_sharing(struct bytes raw, enum role role, bool places, struct manifest *manifest,
+                          const struct cluster *cluster, struct failure *failure) {
     struct document document;
     struct reader reader;
     struct bytes id, nonce;
     char name[NAME_SIZE];
     uint64_t from_epoch, threshold, expires;
     const msgpack_object *holders, *without;
-    size_t count, gone;
+    size_t count, gone, fields = 0;
     const struct key *key = manifest->key;
-    if (!open_envelope(raw, "order.reshare", cluster->signers, cluster->signer_count, CLIENT, 1, &document, failure)) {
+    bool earlier = raw.at != manifest->change.at, moves = role == BALANCER;
+    if (!open_envelope(raw, moves ? "order.move" : "order.reshare", cluster->signers, cluster->signer_count, role, 1,
+                       &document, failure)) {
         return false;
     }
-    bool good = reader_open(&reader, document.payload, 2048, 8, "reshare order", failure);
+    bool good = reader_open_some(&reader, document.payload, 2048, 8, 9, &fields, "reshare order", failure);
     if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], name) &&
                   get_uint(&reader.fields[2], 1, UINT32_MAX - 1, &from_epoch) &&
                   get_uint(&reader.fields[3], 1, 64, &threshold) &&
                   get_array(&reader.fields[4], 1, HOLDERS_MAX, &holders, &count) &&
                   get_array(&reader.fields[5], 0, HOLDERS_MAX, &without, &gone) &&
                   get_bytes(&reader.fields[6], 16, 16, &nonce) && get_uint(&reader.fields[7], 0, INT64_MAX, &expires) &&
-                  same(id, bytes_of(key->id, 16)) && strcmp(name, key->name) == 0 &&
+                  good_fencing(&reader, fields > 8, 8, role) && same(id, bytes_of(key->id, 16)) &&
+                  strcmp(name, key->name) == 0 && from_epoch > manifest->since &&
                   (earlier ? from_epoch + 1 < key->epoch : from_epoch + 1 == key->epoch) &&
-                  threshold == manifest->threshold && count == manifest->holder_count)) {
-        good = not_good(failure, key->name, "it differs from the client's reshare order");
+                  threshold == manifest->threshold && (!places || count == manifest->holder_count))) {
+        good = not_good(failure, key->name, "it differs from its reshare order");
     }
-    for (size_t index = 0; good && index < count; index++) {
+    for (size_t index = 0; good && places && index < count; index++) {
         if (!get_name(&holders[index], name) || strcmp(name, manifest->holders[index].node) != 0 ||
             manifest->holders[index].x != index + 1) {
-            good = not_good(failure, key->name, "its holders are not those of the reshare order");
+            good = not_good(failure, key->name, "its holders are not those of its reshare order");
         }
     }
-    if (good && !may_change(cluster, document.issuer, key->name, true)) {
+    if (good && !moves && !may(cluster, document.issuer, key->name, RESHARE)) {
         good = not_good(failure, key->name, "its client was never allowed to reshare it");
+    }
+    if (good && moves) {
+        manifest->may_grow = may(cluster, document.issuer, key->name, GROW);
+    } else if (good) {
+        manifest->reshared = true;
+        manifest->ordered = count;
+        manifest->since = from_epoch;
+    }
+    reader_close(&reader);
+    return good;
+}
+
+static bool check_refresh(enum role role, const struct manifest *manifest, const struct cluster *cluster,
+                          struct failure *failure) {
+    struct document document;
+    struct reader reader;
+    struct bytes id, nonce;
+    char name[NAME_SIZE];
+    uint64_t from_epoch, expires;
+    size_t fields = 0;
+    const struct key *key = manifest->key;
+    if (!open_envelope(manifest->change, role == BALANCER ? "order.renew" : "order.refresh", cluster->signers,
+                       cluster->signer_count, role, 1, &document, failure)) {
+        return false;
+    }
+    bool good = reader_open_some(&reader, document.payload, 2048, 5, 6, &fields, "refresh order", failure);
+    if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], name) &&
+                  get_uint(&reader.fields[2], 1, UINT32_MAX - 1, &from_epoch) && get_bytes(&reader.fields[3], 16, 16, &nonce) &&
+                  get_uint(&reader.fields[4], 0, INT64_MAX, &expires) && good_fencing(&reader, fields > 5, 5, role) &&
+                  same(id, bytes_of(key->id, 16)) && strcmp(name, key->name) == 0 && from_epoch + 1 == key->epoch)) {
+        good = not_good(failure, key->name, "it differs from its refresh order");
+    }
+    if (good && role == CLIENT && !may(cluster, document.issuer, key->name, REFRESH)) {
+        good = not_good(failure, key->name, "its client was never allowed to refresh it");
     }
     reader_close(&reader);
     return good;
 }
 
 static bool check_change(struct manifest *manifest, const struct cluster *cluster, struct failure *failure) {
-    struct document document;
-    struct reader reader;
-    struct bytes id, nonce;
-    struct failure other;
-    char name[NAME_SIZE];
-    uint64_t from_epoch, expires;
+    struct bytes reshare = manifest->sharing, move = manifest->placing;
     const struct key *key = manifest->key;
-    manifest->reshared = false;
+    bool reshares = false, moves = false;
+    manifest->reshared = manifest->may_grow = false;
+    manifest->ordered = manifest->since = 0;
     if (key->epoch == 1) {
         return true;
     }
-    if (!open_envelope(manifest->change, "order.refresh", cluster->signers, cluster->signer_count, CLIENT, 1, &document,
-                       &other)) {
-        manifest->reshared = true;
-        return manifest->sharing.len == 0 ? check_reshare(manifest->change, false, manifest, cluster, failure)
-                                          : not_good(failure, key->name, "it has two reshare orders");
+    if (is_signed(manifest->change, "order.reshare", cluster, CLIENT)) {
+        reshares = true;
+        reshare = manifest->change;
+    } else if (is_signed(manifest->change, "order.move", cluster, BALANCER)) {
+        moves = true;
+        move = manifest->change;
     }
-    manifest->reshared = manifest->sharing.len != 0;
-    if (manifest->reshared && !check_reshare(manifest->sharing, true, manifest, cluster, failure)) {
+    if ((reshares && manifest->sharing.len != 0) || ((reshares || moves) && manifest->placing.len != 0)) {
+        return not_good(failure, key->name, "it has two reshare orders");
+    }
+    if (reshare.len != 0 && !check_sharing(reshare, CLIENT, move.len == 0, manifest, cluster, failure)) {
         return false;
     }
-    bool good = reader_open(&reader, document.payload, 2048, 5, "refresh order", failure);
-    if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], name) &&
-                  get_uint(&reader.fields[2], 1, UINT32_MAX - 1, &from_epoch) && get_bytes(&reader.fields[3], 16, 16, &nonce) &&
-                  get_uint(&reader.fields[4], 0, INT64_MAX, &expires) && same(id, bytes_of(key->id, 16)) &&
-                  strcmp(name, key->name) == 0 && from_epoch + 1 == key->epoch)) {
-        good = not_good(failure, key->name, "it differs from the client's refresh order");
+    if (move.len != 0 && !check_sharing(move, BALANCER, true, manifest, cluster, failure)) {
+        return false;
     }
-    if (good && !may_change(cluster, document.issuer, key->name, false)) {
-        good = not_good(failure, key->name, "its client was never allowed to refresh it");
-    }
-    reader_close(&reader);
-    return good;
+    return reshares || moves ||
+           check_refresh(is_signed(manifest->change, "order.renew", cluster, BALANCER) ? BALANCER : CLIENT, manifest, cluster,
+                         failure);
 }
 
 static bool check_receipt(struct bytes raw, const struct manifest *manifest, const struct cluster *cluster,

@@ -62,6 +62,8 @@ POINTS: Final[Mapping[str, str]] = {
     "dealer.reshare.dismissed": "those that leave were told to erase their share",
     "dealer.reshare.recorded": "the audit record is durable; the client has no reply",
     "dealer.reshare.answered": "the reply was handed to the socket",
+    "dealer.move.recorded": "the audit record of a balancer's orders is durable; the balancer has no reply",
+    "dealer.move.answered": "the reply was handed to the socket",
     "holder.deal.dealt": "the sharing is made; nobody has it",
     "holder.deal.answered": "the reply was handed to the socket",
     "holder.refresh.pledged": "no earlier attempt is followed any more; nothing is signed yet",

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 __all__ = [
     "ALGORITHMS",
+    "POLICY_OPERATIONS",
     "Algorithm",
     "KeyKind",
     "PrivateKey",
@@ -69,6 +70,10 @@ OPERATIONS = frozenset(
     }
 )
 """The request types that use a loaded key."""
+
+
+POLICY_OPERATIONS = frozenset({*map(str, RequestType), "grow"})
+"""The vocabulary of the policy: the request types, and what a balancer may be allowed beyond its orders."""
 
 
 class KeyKind(StrEnum):

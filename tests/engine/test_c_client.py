@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from balancing_client import Mover
 from cryptography.hazmat.primitives.asymmetric.ec import ECDSA
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -356,6 +357,14 @@ def test_it_goes_on_where_nodes_die_and_the_cluster_changes(program: Path, own_c
         kq.refresh_key("orders", timeout=60)  # after which the reshare order is an earlier one
         kq.flush("orders")
         assert later.good("decrypt", "orders", data=sealed) == b"4 crates"
+        with Mover(own_cluster, kq) as mover:
+            others = [*own_cluster.nodes[1:4], own_cluster.nodes[0]]
+            (moved,) = mover.move(others[0], [mover.order(mover.manifest("orders"), others)])
+            kq.flush("orders")
+            assert (moved.code, later.good("decrypt", "orders", data=sealed)) == ("", b"4 crates")
+            (renewed,) = mover.move(others[0], [mover.renewal(mover.manifest("orders"))])  # the move is an earlier one
+            kq.flush("orders")
+            assert (renewed.code, later.good("decrypt", "orders", data=sealed)) == ("", b"4 crates")
     change_curve_key(own_cluster, later)
     use_a_key_whose_maker_left(own_cluster, CClient(program, own_cluster.client_config))
     dead, *others = own_cluster.nodes

@@ -40,8 +40,9 @@ KEPT = 8
 """Keys beyond this many are destroyed."""
 ROUNDS = 4
 """Lives of a key within which a point must have been passed."""
-ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.", "registry.adopt.")
-"""Points that no life of a key here passes: tests/nodes/test_rotation.py and test_crash_points.py go through them."""
+ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.", "registry.adopt.", "dealer.move.")
+"""Points that no life of a key here passes: tests/nodes/test_rotation.py and test_crash_points.py go through them, and
+tests/engine/test_cluster_moves.py."""
 REFRESH = (".refresh.", "holder.deal.", "holder.renew.", "registry.change.")
 RESHARE = (".reshare.", "holder.accept.", "holder.leave.")
 
@@ -325,7 +326,7 @@ SAMPLE = [
     point
     for point in NODE_POINTS
     if (point.endswith((".recorded", ".answered")) or point.startswith(("combiner.", "holder.release.", "store.")))
-    and not any(part in point for part in (*REFRESH, *RESHARE))
+    and not any(part in point for part in (*REFRESH, *RESHARE, *ELSEWHERE))
 ]
 """What tests/nodes/test_crash_points.py can't pass: it calls holders, dealer and registry without their processes.
 

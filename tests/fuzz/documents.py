@@ -58,8 +58,10 @@ from engine.protocol.manifest import (
     open_create_order,
     open_destroy_order,
     open_key_manifest,
+    open_move_order,
     open_receipt,
     open_refresh_order,
+    open_renew_order,
     open_reshare_order,
     read_certificate,
     read_key_manifest,
@@ -85,7 +87,8 @@ QUARTER_MS: Final = 15 * 60_000
 NAMES: Final = (*ROLES, "stranger", "nobody")
 _KINDS: Final = (
     "grant", "receipt", "certificate", "abort", "key", "order.create", "order.destroy", "order.refresh",
-    "order.reshare", "cluster", "card", "table", "table.delta", "audit.head", "refresh.deal", "refresh.part", "x", "",
+    "order.reshare", "order.renew", "order.move", "cluster", "card", "table", "table.delta", "audit.head",
+    "refresh.deal", "refresh.part", "x", "",
 )  # fmt: skip
 
 
@@ -244,15 +247,33 @@ def _create_order(raw: bytes, now: bool) -> list[Any]:
 
 
 def _other_order(raw: bytes, now: bool, kind: str, codec: Any, operation: str) -> list[Any]:
-    issuer, _, tree = verified(raw, kind, keys_of("client"), codec)
+    """An order of a client's, which needs a rule, or without an operation of a balancer's."""
+    issuer, _, tree = verified(raw, kind, keys_of("client" if operation else "balancer"), codec)
+    fields = codec_fields(codec)
     if now:
-        in_time(kind, tree[codec_fields(codec).index("expires_ms")])
-    require(allowed(issuer, operation, tree[1]), f"{issuer} may not {operation} {tree[1]!r}")
+        in_time(kind, tree[fields.index("expires_ms")])
+    if "fencing" in fields:
+        fencing = tree[fields.index("fencing")] if len(tree) == len(fields) else 0
+        require((fencing > 0) == (not operation), f"{kind}: the fencing epoch {fencing} is accepted")
+    if operation:
+        require(allowed(issuer, operation, tree[1]), f"{issuer} may not {operation} {tree[1]!r}")
     return tree
 
 
-def _reshare_order(raw: bytes, now: bool) -> list[Any]:
-    tree = _other_order(raw, now, "order.reshare", documents.reshare_orders, "reshare")
+def _refresh_order(raw: bytes, now: bool) -> list[Any]:
+    return _other_order(raw, now, "order.refresh", documents.refresh_orders, "refresh")
+
+
+def _renew_order(raw: bytes, now: bool) -> list[Any]:
+    return _other_order(raw, now, "order.renew", documents.refresh_orders, "")
+
+
+def _move_order(raw: bytes, now: bool) -> list[Any]:
+    return _reshare_order(raw, now, "order.move", "")
+
+
+def _reshare_order(raw: bytes, now: bool, kind: str = "order.reshare", operation: str = "reshare") -> list[Any]:
+    tree = _other_order(raw, now, kind, documents.reshare_orders, operation)
     _, _, _, threshold, holders, without = tree[:6]
     require(threshold <= len(holders), "reshare order: a threshold above the number of shares is accepted")
     require(len(set(holders)) == len(holders), "reshare order: a node twice")
@@ -290,21 +311,34 @@ def _take_manifest(raw: bytes) -> str:
         record = open_key_manifest(raw, world.cluster)
     _, _, tree = verified(raw, "key", keys_of("node"), documents.key_manifests)
     key_id, name, version, epoch, attempt, algorithm, threshold, holders, public, _, order, previous, change = tree[:13]
-    sharing = tree[13] if len(tree) > 13 else b""
+    sharing, placing = [*tree[13:], b"", b""][:2]
     told = _create_order(order, now is not None and epoch == 1)
     require([key_id, name, algorithm] == told[:3], "key manifest: not what was ordered")
-    resharing = change if change and read_unverified(change).kind == "order.reshare" else sharing
+    kind = read_unverified(change).kind if change else ""
+    resharing = change if kind == "order.reshare" else sharing
+    moving = change if kind == "order.move" else placing
+    require(not (kind == "order.reshare" and (sharing or placing)), "key manifest: two reshare orders")
+    require(not (kind == "order.move" and placing), "key manifest: two move orders")
+    count, since = told[4], 0
     if resharing:
         shape = _reshare_order(resharing, False)
         require(shape[2] < epoch, "key manifest: a reshare order of later on")
-        require(
-            [key_id, name, threshold, [node for node, _, _ in holders]] == [*shape[:2], *shape[3:5]], "another shape"
-        )
-        require([x for _, x, _ in holders] == list(range(1, len(holders) + 1)), "key manifest: other indices")
-        require(resharing == change or sharing == resharing, "key manifest: an order that nobody looks at")
-        require(not (resharing == change and sharing), "key manifest: two reshare orders")
+        require([key_id, name, threshold] == [*shape[:2], shape[3]], "another shape")
+        count, since = len(shape[4]), shape[2]
     else:
-        require([threshold, len(holders)] == told[3:5], "key manifest: not the shape that was ordered")
+        require(threshold == told[3], "key manifest: not the threshold that was ordered")
+    if moving:
+        shape = _move_order(moving, False)
+        require(since < shape[2] < epoch, "key manifest: a move order of later on, or of before the reshare")
+        require([key_id, name, threshold] == [*shape[:2], shape[3]], "another shape after a move")
+        issuer, grown = read_unverified(moving).issuer, len(holders) > count
+        named = any("grow" in rule.operations and allowed(issuer, "grow", name) for rule in RULES)
+        require(not grown or named, "key manifest: it grew without a rule")
+        count = len(holders) if grown else count
+    require(len(holders) == count, "key manifest: not as many holders as were ordered")
+    if resharing or moving:
+        require([node for node, _, _ in holders] == shape[4], "key manifest: not the holders that were ordered")
+        require([x for _, x, _ in holders] == list(range(1, len(holders) + 1)), "key manifest: other indices")
     require(version == 1 and attempt >= 1, "key manifest: version or attempt")
     require(len({node for node, _, _ in holders}) == len(holders), "key manifest: a node holds two shares")
     require(len({x for _, x, _ in holders}) == len(holders), "key manifest: two shares of one x")
@@ -312,13 +346,10 @@ def _take_manifest(raw: bytes) -> str:
     if now is not None:
         require(all(node in NODES for node, _, _ in holders), "key manifest: a holder is no node")
     if epoch == 1:
-        require(previous == change == sharing == b"", "key manifest: the first one has a predecessor")
+        require(previous == change == sharing == placing == b"", "key manifest: the first one has a predecessor")
     else:
         require(len(previous) == 32, "key manifest: no predecessor")
-        if resharing and resharing == change:
-            order = _reshare_order(change, now is not None)
-        else:
-            order = _other_order(change, now is not None, "order.refresh", documents.refresh_orders, "refresh")
+        order = _CHANGES.get(kind, _refresh_order)(change, now is not None)
         require([key_id, name, epoch - 1] == order[:3], "key manifest: not the change that was ordered")
     require(read_key_manifest(raw).manifest == record.manifest, "key manifest: read twice, two manifests")
     try:
@@ -330,10 +361,16 @@ def _take_manifest(raw: bytes) -> str:
         (previous, epoch, attempt > old.attempt) == (world.first.record.digest, 2, True), "a successor that is none"
     )
     require(tree[9] == old.check_value and public == old.public_key, "a new epoch changes more than it may")
-    if not (resharing and resharing == change):
+    if kind == "order.move":
+        require(threshold == old.threshold and not sharing, "a move changes more than it may")
+    elif kind != "order.reshare":
         same = [(node, x) for node, x, _ in holders] == [(each.node, each.x) for each in old.holders]
-        require(same and threshold == old.threshold and not sharing, "a refresh changes more than it may")
+        kept = threshold == old.threshold and not sharing and not placing
+        require(same and kept, "a refresh changes more than it may")
     return "successor" + ("" if now is not None else ", old")
+
+
+_CHANGES: Final = {"order.reshare": _reshare_order, "order.move": _move_order, "order.renew": _renew_order}
 
 
 def _receipt(raw: bytes, manifest: Any, digest: bytes) -> str:
@@ -819,8 +856,11 @@ def _key_documents() -> list[bytes]:
         *(world.refresh_order(each, "carol" if each is world.shared else "alice") for each in dealt),
         *(each.record.raw for each in dealt),
         *(world.reshare_order(each, "carol" if each is world.shared else "alice") for each in dealt),
+        *(world.renew_order(each) for each in dealt),
+        *(world.move_order(each) for each in dealt),
         world.second.raw,
         world.moved.raw,
+        world.placed.raw,
         world.after.raw,
         *(world.receipt(world.first.record, node) for node in HOLDERS),
         world.certificate(world.first.record),
@@ -849,11 +889,10 @@ def document_targets() -> list[Target]:
         "destroy order", open_destroy_order,
         lambda raw, now: _other_order(raw, now, "order.destroy", documents.destroy_orders, "destroy"),
     )  # fmt: skip
-    change = _orders(
-        "refresh order", open_refresh_order,
-        lambda raw, now: _other_order(raw, now, "order.refresh", documents.refresh_orders, "refresh"),
-    )  # fmt: skip
-    move = _orders("reshare order", open_reshare_order, _reshare_order)
+    change = _orders("refresh order", open_refresh_order, _refresh_order)
+    renew = _orders("renewal order", open_renew_order, _renew_order)
+    reshare = _orders("reshare order", open_reshare_order, _reshare_order)
+    move = _orders("move order", open_move_order, _move_order)
     return [
         target(
             "envelope",
@@ -869,7 +908,9 @@ def document_targets() -> list[Target]:
         target("order.create", lambda: _of("order.create"), create, 4, manifest + "open_create_order"),
         target("order.destroy", lambda: _of("order.destroy"), destroy, 2, manifest + "open_destroy_order"),
         target("order.refresh", lambda: _of("order.refresh"), change, 2, manifest + "open_refresh_order"),
-        target("order.reshare", lambda: _of("order.reshare"), move, 2, manifest + "open_reshare_order"),
+        target("order.reshare", lambda: _of("order.reshare"), reshare, 2, manifest + "open_reshare_order"),
+        target("order.renew", lambda: _of("order.renew"), renew, 2, manifest + "open_renew_order"),
+        target("order.move", lambda: _of("order.move"), move, 2, manifest + "open_move_order"),
         target(
             "key",
             lambda: _of("key"),

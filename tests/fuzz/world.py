@@ -160,6 +160,7 @@ class World:
         self.second = self._refreshed(self.first)
         self.moved = self._moved(self.first)
         self.after = self._after(self.moved)
+        self.placed = self._placed(self.first)
 
     def curve(self, name: str) -> X25519PrivateKey:
         """A member's CURVE key."""
@@ -232,6 +233,32 @@ class World:
         holders = [HOLDERS[1], NODES[-1]]
         order = ReshareOrder(told.key_id, told.name, told.epoch, 2, holders, [HOLDERS[0]], nonce, NOW_MS + 60_000)
         return self.signed(reshare_orders, "order.reshare", order, client)
+
+    def renew_order(self, dealt: Dealt) -> bytes:
+        """A balancer's order to refresh a key."""
+        told = dealt.manifest
+        nonce = material(f"renew {told.name}", 16)
+        order = RefreshOrder(told.key_id, told.name, told.epoch, nonce, NOW_MS + 60_000, 7)
+        return self.signed(refresh_orders, "order.renew", order, "balancer")
+
+    def move_order(self, dealt: Dealt) -> bytes:
+        """A balancer's order to put one share of a key elsewhere."""
+        told, nonce = dealt.manifest, material(f"place {dealt.manifest.name}", 16)
+        holders = [*HOLDERS[1:], NODES[3]]
+        order = ReshareOrder(told.key_id, told.name, told.epoch, 2, holders, [], nonce, NOW_MS + 60_000, 7)
+        return self.signed(reshare_orders, "order.move", order, "balancer")
+
+    def _placed(self, dealt: Dealt) -> KeyRecord:
+        """The manifest of a refresh after a move."""
+        old = dealt.manifest
+        names = [*HOLDERS[1:], NODES[3]]
+        holders = [Holder(node, x, material(f"placed {node}", 32)) for x, node in enumerate(names, 1)]
+        order = RefreshOrder(old.key_id, old.name, 2, material("placed", 16), NOW_MS + 60_000, 7)
+        manifest = replace(
+            old, epoch=3, attempt=3, holders=holders, previous=dealt.record.digest, placing=self.move_order(dealt),
+            change=self.signed(refresh_orders, "order.renew", order, "balancer"),
+        )  # fmt: skip
+        return open_key_manifest(self.signed(key_manifests, "key", manifest, "node2"), self.cluster, NOW_MS)
 
     def _moved(self, dealt: Dealt) -> KeyRecord:
         """Another manifest of a second epoch: after a reshare."""

@@ -247,6 +247,18 @@ class World:
         order = ReshareOrder(**self._change(record, same | changes))
         return self.signed(reshare_orders, "order.reshare", order, client)
 
+    def move_order(self, record: KeyRecord, *, balancer: str | SigningKey = "balancer", **changes: Any) -> bytes:
+        """A balancer's order, as it signs it; ``kind`` among the changes is another kind."""
+        manifest = record.manifest
+        same = {"threshold": manifest.threshold, "holders": [each.node for each in manifest.holders], "without": []}
+        kind = changes.pop("kind", "order.move")
+        order = ReshareOrder(**self._change(record, same | {"fencing": 1} | changes))
+        return self.signed(reshare_orders, kind, order, balancer)
+
+    def renew_order(self, record: KeyRecord, *, balancer: str | SigningKey = "balancer", **changes: Any) -> bytes:
+        order = RefreshOrder(**self._change(record, {"fencing": 1} | changes))
+        return self.signed(refresh_orders, "order.renew", order, balancer)
+
     def _change(self, record: KeyRecord, changes: Mapping[str, Any]) -> dict[str, Any]:
         """What orders to change a key have in common; ``expires_in_ms`` among the changes is from now."""
         manifest, more = record.manifest, dict(changes)

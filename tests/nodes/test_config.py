@@ -97,6 +97,7 @@ def test_a_good_file_is_read_and_its_paths_are_its_folders(tmp_path: Path) -> No
         ({"limits": {"total_per_s": 1e7}}, "total_per_s"),
         ({"limits": {"burst_s": 0}}, "burst_s"),
         ({"limits": {"generate_part": 0}}, "generate_part"),
+        ({"limits": {"changes_per_s": 0}}, "changes_per_s"),
         ({"limits": {"generate_part": 1.5}}, "generate_part"),
         ({"limits": {"requests_per_s": 0}}, "requests_per_s"),
         ({"limits": {"requests": 0}}, "requests"),

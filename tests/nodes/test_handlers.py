@@ -52,6 +52,7 @@ from nodes.health import TokenFault
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
 from nodes.limits import GenerationLimit, Limits
+from nodes.orders import BalancerOrders
 from nodes.peers import Peers
 from nodes.remember import SignatureCache
 from nodes.store import Row, ShareStore
@@ -170,6 +171,7 @@ class Scene:
             renewer=None,  # type: ignore[arg-type]
             conversation=SimpleNamespace(gather=self._gather, peers=Peers()),  # type: ignore[arg-type]
             coordinator=None,  # type: ignore[arg-type]
+            orders=BalancerOrders(world.cluster, store, time.monotonic),
             audit=self.audit,  # type: ignore[arg-type]
             audit_strict=False,
             audit_name=None,
@@ -178,6 +180,7 @@ class Scene:
             slow=self.local,  # type: ignore[arg-type]
             talkers=self.talkers,  # type: ignore[arg-type]
             dealer=self.talkers,  # type: ignore[arg-type]
+            mover=self.talkers,  # type: ignore[arg-type]
             replier=self,
             cache_limits=CacheLimits(300.0, 4, max_uses),
             signatures=self.signatures,

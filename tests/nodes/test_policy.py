@@ -10,6 +10,7 @@ from engine.errors import AccessDenied, EngineError, ProtocolError
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import (
+    BALANCER_VERBS,
     BODIES,
     HELLO,
     LATENCY,
@@ -17,7 +18,6 @@ from engine.protocol.requests import (
     NODE_VERBS,
     PLAN,
     REGISTRY_VERBS,
-    STATS,
     TABLE,
 )
 from nodes.policy import check_key, check_verb
@@ -32,7 +32,7 @@ ALLOWED = {
     "describe": {"alice", "bob", "carol", "node1"},
     "status": {"alice", "node1", "balancer"},
     LATENCY: {"alice", "node1", "balancer"},
-    STATS: {"balancer"},
+    **{verb: {"balancer"} for verb in BALANCER_VERBS},
     HELLO: set(ROLES),
     **{verb: set(ROLES) for verb in MANIFEST_VERBS},
 }

@@ -805,6 +805,7 @@ def coordinate(scene: Scene, carrier: Carrier) -> Any:
         scene.world.keys[COORDINATOR],
         node.catalogue,
         carrier,  # type: ignore[arg-type]
+        node.orders,
         scene.world.clock,
         lambda: 0.0,
     )

@@ -8,22 +8,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from holder_node import HolderNode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from resharing import COORDINATOR, NODES, Scene, prepared, silent
 
 from engine.errors import (
     AccessDenied,
-    EngineError,
     KeyExists,
     ManifestError,
-    NodeUnavailable,
     QuorumUnavailable,
     ShareCorrupt,
     StaleKey,
@@ -40,7 +38,6 @@ from engine.protocol.manifest import (
     open_certificate,
     open_key_manifest,
     open_reshare_order,
-    read_key_manifest,
     receipts,
     reshare_orders,
 )
@@ -54,18 +51,12 @@ from engine.protocol.refresh import (
     sign_part_statement,
 )
 from engine.protocol.requests import (
-    REGISTRY_CHANGE,
-    REGISTRY_COMMIT,
-    REQUEST_CODECS,
     SHARE_ACCEPT,
     SHARE_DEAL,
     SHARE_LEAVE,
-    SHARE_REFRESH,
-    SHARE_RENEW,
     SHARE_RESHARE,
     Dealt,
     Destroy,
-    Reserved,
     ShareCommit,
     ShareLeave,
     ShareRelease,
@@ -74,12 +65,7 @@ from engine.protocol.requests import (
 from engine.protocol.reshare import check_reshare_size, check_sub_shares, merged_share
 from engine.protocol.signed import read_unverified
 from engine.sharing import FINGERPRINT_BYTES, Share, check_value, deal_sub_shares, generate_shares, reconstruct_key
-from nodes.refresh import Coordinator
 from nodes.token import Lane, Token
-
-NODES = tuple(f"node{number}" for number in range(1, 6))
-COORDINATOR = "node1"
-
 
 # --- the protocol alone ---
 
@@ -274,145 +260,11 @@ def test_deals_are_of_all_dealers_and_one_more_than_the_threshold(world: Any) ->
 # --- holders with stores, and the coordinator ---
 
 
-class Scene:
-    """Five nodes, three of which hold a key 2-of-3, and the network between them as the coordinator sees it."""
-
-    def __init__(self, world: Any, path: Path, lane: Lane, token: Token) -> None:
-        self.world, self.path, self.lane = world, path, lane
-        self.algorithms = list(token.algorithms)
-        self.dealt = world.deal(holders=NODES[:3], threshold=2)
-        self.key_id = self.dealt.key_id
-        self.nodes = {name: HolderNode(world, name, path, lane, self.algorithms, self.key_id) for name in NODES}
-        self.certificate = world.certificate(self.dealt)
-        for name in NODES[:3]:
-            self.nodes[name].holder.prepare(lane, self.dealt.offers[name], self.member(COORDINATOR))
-            self.nodes[name].holder.commit(ShareCommit(self.key_id, self.certificate))
-        self.attempt = 1
-        self.aborts: list[bytes] = []
-        self.false: dict[tuple[str, str], Callable[[Any], Any]] = {}
-        """(verb, node) -> what becomes of its reply, or an error in its place."""
-        self.bodies: dict[tuple[str, str], Any] = {}
-        """(verb, node) -> what it was last asked."""
-        self.given_up: list[int] = []
-
-    def close(self) -> None:
-        for node in self.nodes.values():
-            node.store.close()
-
-    def member(self, name: str) -> Any:
-        return self.world.cluster.members[name]
-
-    def order(self, holders: Sequence[str], threshold: int = 2, **changes: Any) -> bytes:
-        record = self.nodes[changes.pop("known_to", COORDINATOR)].entry.record
-        raw: bytes = self.world.reshare_order(record, threshold=threshold, holders=list(holders), **changes)
-        return raw
-
-    def reshare(self, order: bytes, coordinator: str = COORDINATOR) -> KeyRecord:
-        """Have a node carry the order out by the next attempt."""
-        self.attempt += 1
-        self.coordinator = coordinator
-        node: Any = self.nodes[coordinator]
-        made = Coordinator(
-            self.world.cluster,
-            self.world.keys[coordinator],
-            node.catalogue,
-            self,  # type: ignore[arg-type]
-            self.world.clock,
-            lambda: 0.0,
-        )
-        talker: Any = type("Talker", (), {"channel": None})()
-        self.described = made.change(talker, order, 10.0)
-        return read_key_manifest(self.described.manifest)
-
-    # --- what the coordinator talks to ---
-
-    def ask_registry(self, channel: object, verb: str, message: Any, deadline_s: float) -> Any:
-        if verb == REGISTRY_CHANGE:
-            return Reserved(self.attempt, [], self.aborts, b"", b"")
-        assert verb == REGISTRY_COMMIT
-        record = read_key_manifest(message.manifest)
-        body = CommitCertificate(self.key_id, record.digest, list(message.receipts))
-        self.certificate = self.world.signed(certificates, "certificate", body, "balancer")
-        return type("Committed", (), {"certificate": self.certificate})()
-
-    def ask_all(self, channel: object, verb: str, bodies: dict[str, bytes], *rest: object) -> Iterator[tuple[str, Any]]:
-        for name, raw in bodies.items():
-            body = self.bodies[verb, name] = REQUEST_CODECS[verb].decode(raw)
-            try:
-                yield name, self.false.get((verb, name), lambda each: each)(self.step(verb, name, body))
-            except EngineError as error:
-                yield name, error
-
-    def step(self, verb: str, name: str, body: Any, sender: str = "") -> Any:
-        """What a node answers."""
-        node = self.nodes[name]
-        if verb == SHARE_LEAVE:
-            return node.holder.leave(body)
-        renewer = node.renewer
-        steps = {
-            SHARE_DEAL: renewer.deal,
-            SHARE_RESHARE: renewer.reshare,
-            SHARE_ACCEPT: renewer.accept,
-            SHARE_REFRESH: renewer.refresh,
-            SHARE_RENEW: renewer.renew,
-        }
-        return steps[verb](self.lane, body, self.member(sender or self.coordinator))
-
-    def announce(self, channel: object, record: KeyRecord, certificate: bytes, names: Any, deadline_s: float) -> None:
-        for name in names:
-            self.nodes[name].holder.commit(ShareCommit(self.key_id, certificate))
-
-    def give_up(self, channel: object, name: str, attempt: Any, holders: Any, error: Exception) -> bytes:
-        self.given_up.append(attempt.attempt)
-        self.aborts.append(self.world.abort(self.key_id, attempt.attempt))
-        raise error
-
-    # --- what is so ---
-
-    def holds(self, names: Sequence[str], epoch: int) -> bool:
-        """Whether exactly these have a valid share, of this epoch, and nobody any other."""
-        return all(
-            node.rows() == {epoch: ("committed", True)}
-            if name in names
-            else not any(sealed for _, sealed in node.rows().values())
-            for name, node in self.nodes.items()
-        )
-
-    def is_key(self, names: Sequence[str]) -> bool:
-        manifest = self.dealt.manifest
-        threshold = self.nodes[names[0]].entry.manifest.threshold
-        secret = reconstruct_key([self.nodes[name].share() for name in names], threshold=threshold)
-        return bool(check_value(secret, manifest.key_context) == manifest.check_value)
-
-
 @pytest.fixture
 def scene(world: Any, tmp_path: Path, lane: Lane, token: Token) -> Iterator[Scene]:
     made = Scene(world, tmp_path, lane, token)
     yield made
     made.close()
-
-
-def silent(reply: Any) -> Any:
-    raise NodeUnavailable("it is down")
-
-
-def prepared(scene: Scene, holders: Sequence[str], threshold: int = 2) -> tuple[KeyRecord, bytes]:
-    """All of these have prepared a share by an attempt of which nobody was told more; its record and certificate."""
-    kept: list[Any] = []
-
-    def commit(channel: object, verb: str, message: Any, deadline_s: float) -> Any:
-        if verb == REGISTRY_COMMIT:
-            kept.append(message)
-            raise NodeUnavailable("the registry is down")
-        return Scene.ask_registry(scene, channel, verb, message, deadline_s)
-
-    scene.ask_registry = commit  # type: ignore[method-assign]
-    with pytest.raises(NodeUnavailable):
-        scene.reshare(scene.order(holders, threshold))
-    del scene.ask_registry  # type: ignore[attr-defined]
-    record = read_key_manifest(kept[0].manifest)
-    body = CommitCertificate(scene.key_id, record.digest, list(kept[0].receipts))
-    return record, scene.world.signed(certificates, "certificate", body, "balancer")
 
 
 def test_a_key_goes_to_other_nodes_and_comes_back(scene: Scene) -> None:

@@ -87,6 +87,7 @@ from nodes.handlers import Handlers
 from nodes.holder import ShareHolder
 from nodes.ledger import MARK_EVERY_MS, RETRY_WINDOW_MS, GrantLedger
 from nodes.limits import GenerationLimit
+from nodes.orders import BalancerOrders
 from nodes.peers import HEDGE_MIN_S
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
@@ -359,8 +360,11 @@ class Node(Proc):
             with_room=shares.with_room,
         )
         conversation.world = world
-        renewer = Renewer(CLUSTER, KEYS[self.name], lambda: [curve_secret(self.name)], self.catalogue, holder, now_ms)
-        coordinator = Coordinator(CLUSTER, KEYS[self.name], self.catalogue, conversation, now_ms, self.clock)
+        orders = BalancerOrders(CLUSTER, store, self.clock)
+        renewer = Renewer(
+            CLUSTER, KEYS[self.name], lambda: [curve_secret(self.name)], self.catalogue, holder, orders, now_ms
+        )
+        coordinator = Coordinator(CLUSTER, KEYS[self.name], self.catalogue, conversation, orders, now_ms, self.clock)
 
         def talker() -> Talker:
             channel: Any = SimChannel(world.net, self.name, CURVE[self.name])
@@ -388,11 +392,13 @@ class Node(Proc):
             slow=worker(lane),
             talkers=worker([talker(), talker()], threads=2),
             dealer=worker(talker(), limit=64, threads=1),
+            mover=worker(talker(), limit=64, threads=1),
             replier=replier,
             cache_limits=CacheLimits(3.0, 8, max_uses=6),
             signatures=SignatureCache(CacheLimits(60.0, 1000), self.clock),
             renewer=renewer,
             coordinator=coordinator,
+            orders=orders,
             ledger=ledger,
             limits=ServiceLimits(),
             health=SimHealth(),

@@ -11,6 +11,7 @@ from nodes.catalogue import Catalogue
 from nodes.clock import TrustedClock
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
+from nodes.orders import BalancerOrders
 from nodes.renewer import Renewer
 from nodes.store import ShareStore
 from nodes.token import Lane
@@ -38,7 +39,10 @@ class HolderNode:
         self.ledger = GrantLedger(self.store, clock)
         self.holder = ShareHolder(world.cluster, key, self.store, self.catalogue, self.algorithms, self.ledger)
         secret = world.curve_key(self.name).private_bytes_raw()
-        self.renewer = Renewer(world.cluster, key, lambda: [secret], self.catalogue, self.holder, world.clock)
+        self.orders = BalancerOrders(world.cluster, self.store, lambda: world.now_ms / 1_000)
+        self.renewer = Renewer(
+            world.cluster, key, lambda: [secret], self.catalogue, self.holder, self.orders, world.clock
+        )
 
     def restart(self) -> None:
         self.store.close()

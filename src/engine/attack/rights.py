@@ -14,7 +14,9 @@ from engine.keys import OPERATIONS, RequestType
 from engine.protocol.manifest import AbortNotice, CreateOrder, DestroyOrder, RefreshOrder, ReshareOrder
 from engine.protocol.requests import (
     AUDIT_HEAD,
+    BALANCER_VERBS,
     HELLO,
+    MOVE,
     NODE_VERBS,
     REGISTRY_COMMIT,
     REGISTRY_VERBS,
@@ -36,6 +38,7 @@ from engine.protocol.requests import (
     Flush,
     Hello,
     ListKeys,
+    Move,
     Operate,
     Outcome,
     Prewarm,
@@ -74,6 +77,7 @@ def _node_messages(stage: Stage) -> dict[str, object]:
         SHARE_DESTROY: Destroy(destroy),
         AUDIT_HEAD: AuditNotice(_signed(stage, "audit.head", [b"x"])),
         STATS: Empty(),
+        MOVE: Move([_signed(stage, "order.move", [b"x"])]),
     }
 
 
@@ -83,7 +87,7 @@ def node_verbs(stage: Stage, trial: Trial) -> None:
     for node in stage.nodes:
         answer = stage.ask_one(node, RequestType.STATUS, Empty())
         trial.control(answer.code == "ok", f"a verb that the client may use, status, at {node}", answer.seen)
-        for verb in sorted({*NODE_VERBS, STATS}):
+        for verb in sorted({*NODE_VERBS, *BALANCER_VERBS}):
             bodies = [pack(messages[verb])] if verb in messages else []
             for body in (*bodies, b"\x90", b""):
                 requests.append((node, verb, body))
@@ -114,7 +118,7 @@ def registry_verbs(stage: Stage, trial: Trial) -> None:
         verbs = sorted(REGISTRY_VERBS)
         requests = [(balancer.name, verb, pack(messages.get(verb, []))) for verb in verbs]
         judge(trial, [(verb, balancer.name) for verb in verbs], stage.ask(requests), DENIED)
-        others = sorted({*OPERATIONS, RequestType.GENERATE, RequestType.DESTROY, *NODE_VERBS, STATS})
+        others = sorted({*OPERATIONS, RequestType.GENERATE, RequestType.DESTROY, *NODE_VERBS, *BALANCER_VERBS})
         requests = [(balancer.name, verb, b"\x90") for verb in others]
         found = stage.ask(requests)
         judge(trial, [(f"{verb} at a balancer", balancer.name) for verb in others], found, REFUSALS)
@@ -313,6 +317,8 @@ def unsigned_orders(stage: Stage, trial: Trial) -> None:
     about = manifest.key_id, manifest.name, manifest.epoch
     fresh = _signed(stage, "order.refresh", RefreshOrder(*about, os.urandom(16), expires))
     moved = _signed(stage, "order.reshare", ReshareOrder(*about, 1, [stage.nodes[0]], [], os.urandom(16), expires))
+    placed = _signed(stage, "order.move", ReshareOrder(*about, 1, [stage.nodes[0]], [], os.urandom(16), expires, 1))
+    renewed = _signed(stage, "order.renew", RefreshOrder(*about, os.urandom(16), expires, 1))
     tries: list[tuple[str, str, object, bool]] = [
         ("the first client's destroy order, sent by the second", RequestType.DESTROY, Destroy(mine), True),
         ("the second client's destroy order, sent by the first", RequestType.DESTROY, Destroy(theirs), False),
@@ -324,6 +330,8 @@ def unsigned_orders(stage: Stage, trial: Trial) -> None:
         ("a refresh order as a reshare order", RequestType.RESHARE, Reshare(fresh), False),
         ("a reshare order as a refresh order", RequestType.REFRESH, Refresh(moved), False),
         ("the first client's reshare order, sent by the second", RequestType.RESHARE, Reshare(moved), True),
+        ("a client's move order as a reshare order", RequestType.RESHARE, Reshare(placed), False),
+        ("a client's renewal order as a refresh order", RequestType.REFRESH, Refresh(renewed), False),
     ]
     held = REFUSALS
     for node in stage.nodes:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeVar
 
 import zmq.utils.z85
 from msgspec import Meta, Struct
 
 from engine.errors import AccessDenied, ManifestError
-from engine.keys import ALGORITHMS, RequestType
+from engine.keys import ALGORITHMS, POLICY_OPERATIONS, RequestType
 from engine.protocol.signed import (
     MAX_ENVELOPE,
     Signed,
@@ -65,13 +65,19 @@ __all__ = [
     "open_create_order",
     "open_destroy_order",
     "open_key_manifest",
+    "open_move_order",
     "open_receipt",
     "open_refresh_order",
+    "open_renew_order",
+    "open_renewing_order",
     "open_reshare_order",
+    "open_sharing_order",
+    "ordered_shape",
     "read_certificate",
     "read_change_order",
     "read_key_manifest",
     "receipts_needed",
+    "sign_order",
     "split_chain",
 ]
 
@@ -107,7 +113,10 @@ class Member(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class PolicyRule(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """``[identity, keys, operations]``: client-name pattern, key-name pattern (shell globs), request types or ``*``."""
+    """``[identity, keys, operations]``: client-name pattern, key-name pattern (shell globs), operations or ``*``.
+
+    An operation is a request type, or ``grow``, which a balancer alone has use for and ``*`` does not include.
+    """
 
     identity: Annotated[str, Meta(min_length=1, max_length=128)]
     keys: Annotated[str, Meta(min_length=1, max_length=128)]
@@ -152,7 +161,10 @@ _chains = Codec(_Chain, "cluster manifest file", 64 * MAX_ENVELOPE)
 _cards = Codec(Member, "identity card", 4096)
 _CARD_KIND = "card"
 _CLUSTER_KIND = "cluster"
+_REFRESH_KIND = "order.refresh"
+_RENEW_KIND = "order.renew"
 _RESHARE_KIND = "order.reshare"
+_MOVE_KIND = "order.move"
 
 
 def encode_card(member: Member, key: SigningKey) -> bytes:
@@ -245,6 +257,13 @@ class Cluster:
             and _matches(rule.identity, identity)
             and ("*" in rule.operations or operation in rule.operations)
             for rule in self.rules
+        )
+
+    def may_grow(self, balancer: str, key_name: str, *, ever: bool = False) -> bool:
+        """Whether a balancer may give a key more holders than its client ordered; ``ever``: by any past manifest."""
+        return any(
+            "grow" in rule.operations and _matches(rule.identity, balancer) and _matches(rule.keys, key_name)
+            for rule in (self.past_rules if ever else self.rules)
         )
 
     def group_of(self, key_name: str) -> int:
@@ -352,7 +371,7 @@ def _check_retiring(retiring: Iterable[Retiring], members: Sequence[Member]) -> 
 
 
 def _check_rules(rules: Iterable[PolicyRule]) -> None:
-    known = {"*", *RequestType}
+    known = {"*", *POLICY_OPERATIONS}
     for rule in rules:
         for operation in rule.operations:
             if operation not in known:
@@ -566,19 +585,24 @@ class DestroyOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 
 
 class RefreshOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A client's signed order to replace the shares of one epoch of a key: ``from_epoch`` shall not be the last."""
+    """A signed order to replace the shares of one epoch of a key: ``from_epoch`` shall not be the last.
+
+    A client's has ``fencing`` 0, a balancer's (kind ``order.renew``) that of its registry.
+    """
 
     key_id: Identifier
     name: Name
     from_epoch: Annotated[int, Meta(ge=1, le=2**32 - 2)]
     nonce: Identifier
     expires_ms: UInt
+    fencing: UInt = 0
 
 
 class ReshareOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A client's signed order to share a key anew: among these holders, any ``threshold`` of whom will suffice.
+    """A signed order to share a key anew: among these holders, any ``threshold`` of whom will suffice.
 
-    All holders of ``from_epoch`` deal, but those in ``without``, which the client gives up.
+    All holders of ``from_epoch`` deal, but those in ``without``, which are given up. A client's has ``fencing`` 0. A
+    balancer's (kind ``order.move``) has that of its registry, and changes who holds the key, and nothing else.
     """
 
     key_id: Identifier
@@ -589,6 +613,7 @@ class ReshareOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     without: Annotated[list[Name], Meta(max_length=MAX_HOLDERS)]
     nonce: Identifier
     expires_ms: UInt
+    fencing: UInt = 0
 
 
 class Holder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -603,8 +628,9 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     """The manifest of a key, signed by the dealer of its epoch.
 
     ``order`` is the client's create order in every epoch. Those after the first name their predecessor's hash in
-    ``previous`` and embed the client's order that they rest on in ``change``; both are empty in the first. ``sharing``
-    is the last reshare order before ``change``, which t, n and the holders rest on unless ``change`` is one.
+    ``previous`` and embed the order that they rest on in ``change``; both are empty in the first. ``sharing`` is the
+    client's last reshare order before ``change``, which t, n and the holders rest on unless ``change`` is one.
+    ``placing`` is the balancer's last move order between the two, which the holders rest on unless ``change`` is one.
     """
 
     key_id: Identifier
@@ -621,11 +647,18 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     previous: Annotated[bytes, Meta(max_length=32)]
     change: Annotated[bytes, Meta(max_length=2048)] = b""
     sharing: Annotated[bytes, Meta(max_length=2048)] = b""
+    placing: Annotated[bytes, Meta(max_length=2048)] = b""
 
     @property
     def resharing(self) -> bytes:
-        """The client's last reshare order; empty while t, n and the holders are those of the creation."""
-        return self.change if self.change and _is_reshare(self.change) else self.sharing
+        """The client's last reshare order; empty while t and n are those of the creation."""
+        return self.change if self.change and _kind(self.change) == _RESHARE_KIND else self.sharing
+
+    @property
+    def moving(self) -> bytes:
+        """The balancer's last move order since the client's last word on the holders; empty if there is none."""
+        kind = _kind(self.change) if self.change else ""
+        return self.change if kind == _MOVE_KIND else b"" if kind == _RESHARE_KIND else self.placing
 
     @property
     def shares(self) -> int:
@@ -674,6 +707,20 @@ create_orders = Codec(CreateOrder, "create order", 2048)
 destroy_orders = Codec(DestroyOrder, "destroy order", 2048)
 refresh_orders = Codec(RefreshOrder, "refresh order", 2048)
 reshare_orders = Codec(ReshareOrder, "reshare order", 2048)
+_ORDERS = {
+    _REFRESH_KIND: "refresh order",
+    _RENEW_KIND: "renewal order",
+    _RESHARE_KIND: "reshare order",
+    _MOVE_KIND: "move order",
+}
+_CHANGES = {_REFRESH_KIND: "refresh", _RENEW_KIND: "refresh", _RESHARE_KIND: "reshare", _MOVE_KIND: "move"}
+_OF: dict[str, Role] = {
+    _REFRESH_KIND: "client",
+    _RENEW_KIND: "balancer",
+    _RESHARE_KIND: "client",
+    _MOVE_KIND: "balancer",
+}
+_FENCINGS = {"client": "none", "balancer": "one above 0"}
 key_manifests = Codec(KeyManifest, "key manifest")
 receipts = Codec(Receipt, "receipt", 1024)
 certificates = Codec(CommitCertificate, "commit certificate")
@@ -740,50 +787,108 @@ def open_refresh_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tupl
     ``now_ms`` is None for the order of an epoch that exists: neither time nor a later manifest undoes it, but some
     manifest of the chain must have allowed it.
     """
-    clients = cluster.sign_key_ever("client") if now_ms is None else cluster.sign_key("client")
-    signed = verify_envelope(raw, "order.refresh", clients)
-    order = refresh_orders.decode(signed.payload)
-    if now_ms is not None:
-        _check_expiry("refresh order", order.expires_ms, now_ms)
-    rules = cluster.past_rules if now_ms is None else cluster.rules
-    if not _allowed(rules, signed.issuer, RequestType.REFRESH, order.name):
-        raise AccessDenied(f"{signed.issuer!r} may not refresh the key {order.name!r}")
+    signed = verify_envelope(raw, _REFRESH_KIND, _signers(cluster, "client", now_ms))
+    order = _read_order(signed, refresh_orders, now_ms)
+    _check_client(signed, order.name, RequestType.REFRESH, cluster, now_ms)
     return order, signed
+
+
+def open_renew_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[RefreshOrder, Signed]:
+    """A balancer's refresh order; ``now_ms`` as for a client's. It needs no rule, as it changes nothing of the key."""
+    signed = verify_envelope(raw, _RENEW_KIND, _signers(cluster, "balancer", now_ms))
+    return _read_order(signed, refresh_orders, now_ms), signed
 
 
 def open_reshare_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[ReshareOrder, Signed]:
     """A reshare order; ``now_ms`` as for a refresh order. Where it is carried out, its holders are nodes."""
-    clients = cluster.sign_key_ever("client") if now_ms is None else cluster.sign_key("client")
-    signed = verify_envelope(raw, _RESHARE_KIND, clients)
-    order = reshare_orders.decode(signed.payload)
-    if order.threshold > len(order.holders):
-        raise ManifestError(f"reshare order: threshold {order.threshold} of {len(order.holders)} shares")
-    for what, names in (("holder", order.holders), ("node to do without", order.without)):
-        if len(set(names)) != len(names):
-            raise ManifestError(f"reshare order: it names a {what} twice")
-    if now_ms is not None:
-        _check_expiry("reshare order", order.expires_ms, now_ms)
-        for node in order.holders:
-            if node not in cluster.nodes:
-                raise ManifestError(f"reshare order: the holder {node!r} is no node of the cluster")
-    rules = cluster.past_rules if now_ms is None else cluster.rules
-    if not _allowed(rules, signed.issuer, RequestType.RESHARE, order.name):
-        raise AccessDenied(f"{signed.issuer!r} may not reshare the key {order.name!r}")
+    signed = verify_envelope(raw, _RESHARE_KIND, _signers(cluster, "client", now_ms))
+    order = _read_order(signed, reshare_orders, now_ms)
+    _check_holders(order, "reshare order", cluster, now_ms)
+    _check_client(signed, order.name, RequestType.RESHARE, cluster, now_ms)
     return order, signed
 
 
+def open_move_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[ReshareOrder, Signed]:
+    """A balancer's reshare order; ``now_ms`` as for a client's. It needs no rule, but may not change t.
+
+    That, n, and where the holders are, is held against the client's orders and the epoch before, by
+    ``open_key_manifest`` and ``engine.protocol.moves``.
+    """
+    signed = verify_envelope(raw, _MOVE_KIND, _signers(cluster, "balancer", now_ms))
+    order = _read_order(signed, reshare_orders, now_ms)
+    _check_holders(order, "move order", cluster, now_ms)
+    return order, signed
+
+
+def _signers(cluster: Cluster, role: Role, now_ms: int | None) -> Mapping[str, bytes] | Mapping[str, tuple[bytes, ...]]:
+    return cluster.sign_key_ever(role) if now_ms is None else cluster.sign_key(role)
+
+
+C = TypeVar("C", RefreshOrder, ReshareOrder)
+
+
+def _read_order(signed: Signed, codec: Codec[C], now_ms: int | None) -> C:
+    """A verified order to change a key, its fencing epoch and where it is carried out its expiry checked."""
+    what, role = _ORDERS[signed.kind], _OF[signed.kind]
+    order = codec.decode(signed.payload)
+    if (order.fencing > 0) != (role == "balancer"):
+        raise ManifestError(f"{what}: it has the fencing epoch {order.fencing}; a {role}'s has {_FENCINGS[role]}")
+    if now_ms is not None:
+        _check_expiry(what, order.expires_ms, now_ms)
+    return order
+
+
+def _check_holders(order: ReshareOrder, kind: str, cluster: Cluster, now_ms: int | None) -> None:
+    if order.threshold > len(order.holders):
+        raise ManifestError(f"{kind}: threshold {order.threshold} of {len(order.holders)} shares")
+    for what, names in (("holder", order.holders), ("node to do without", order.without)):
+        if len(set(names)) != len(names):
+            raise ManifestError(f"{kind}: it names a {what} twice")
+    if now_ms is not None:
+        for node in order.holders:
+            if node not in cluster.nodes:
+                raise ManifestError(f"{kind}: the holder {node!r} is no node of the cluster")
+
+
+def _check_client(signed: Signed, key_name: str, operation: RequestType, cluster: Cluster, now_ms: int | None) -> None:
+    rules = cluster.past_rules if now_ms is None else cluster.rules
+    if not _allowed(rules, signed.issuer, operation, key_name):
+        raise AccessDenied(f"{signed.issuer!r} may not {operation} the key {key_name!r}")
+
+
 def open_change_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[RefreshOrder | ReshareOrder, Signed]:
-    """The order of a later epoch, of either kind, opened as that kind is."""
-    return (open_reshare_order if _is_reshare(raw) else open_refresh_order)(raw, cluster, now_ms)
+    """The order of a later epoch, of any kind, opened as that kind is."""
+    return (open_sharing_order if _is_sharing(raw) else open_renewing_order)(raw, cluster, now_ms)
+
+
+def open_sharing_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[ReshareOrder, Signed]:
+    """A client's reshare order or a balancer's move order."""
+    return (open_move_order if _kind(raw) == _MOVE_KIND else open_reshare_order)(raw, cluster, now_ms)
+
+
+def open_renewing_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[RefreshOrder, Signed]:
+    """A refresh order of a client's or a balancer's."""
+    return (open_renew_order if _kind(raw) == _RENEW_KIND else open_refresh_order)(raw, cluster, now_ms)
 
 
 def read_change_order(raw: bytes) -> RefreshOrder | ReshareOrder:
-    """The same without any check."""
-    return (reshare_orders if _is_reshare(raw) else refresh_orders).decode(read_unverified(raw).payload)
+    """The order of a later epoch without any check."""
+    return (reshare_orders if _is_sharing(raw) else refresh_orders).decode(read_unverified(raw).payload)
 
 
-def _is_reshare(raw: bytes) -> bool:
-    return read_unverified(raw).kind == _RESHARE_KIND
+def sign_order(order: RefreshOrder | ReshareOrder, key: SigningKey, now_ms: int) -> bytes:
+    """A balancer's order, signed."""
+    if isinstance(order, ReshareOrder):
+        return sign_envelope(_MOVE_KIND, now_ms, reshare_orders.encode(order), key)
+    return sign_envelope(_RENEW_KIND, now_ms, refresh_orders.encode(order), key)
+
+
+def _is_sharing(raw: bytes) -> bool:
+    return _kind(raw) in (_RESHARE_KIND, _MOVE_KIND)
+
+
+def _kind(raw: bytes) -> str:
+    return read_unverified(raw).kind
 
 
 def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -> KeyRecord:
@@ -818,40 +923,69 @@ def _check_epoch(manifest: KeyManifest, cluster: Cluster, now_ms: int | None) ->
     if manifest.version != 1:
         raise ManifestError(f"key manifest of {manifest.name!r}: version {manifest.version}; keys have version 1 alone")
     if manifest.epoch == 1:
-        if manifest.previous or manifest.change or manifest.sharing:
+        if manifest.previous or manifest.change or manifest.sharing or manifest.placing:
             raise ManifestError(f"key manifest of {manifest.name!r}: the first one has no predecessor and no change")
         return
     if len(manifest.previous) != 32:
         raise ManifestError(f"key manifest of {manifest.name!r}: epoch {manifest.epoch} names no predecessor")
-    change, _ = open_change_order(manifest.change, cluster, now_ms)
+    change, signed = open_change_order(manifest.change, cluster, now_ms)
     if (change.key_id, change.name, change.from_epoch + 1) != (manifest.key_id, manifest.name, manifest.epoch):
-        kind = "reshare" if isinstance(change, ReshareOrder) else "refresh"
-        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's {kind} order")
+        raise ManifestError(
+            f"key manifest of {manifest.name!r}: it differs from the {_OF[signed.kind]}'s {_ORDERS[signed.kind]}"
+        )
 
 
 def _check_sharing(manifest: KeyManifest, create: CreateOrder, cluster: Cluster) -> None:
-    """t, n and, after a reshare, the holders are those of the client's order that they rest on."""
-    if not manifest.resharing:
-        if (manifest.threshold, manifest.shares) != (create.threshold, create.shares):
-            raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's order")
-        return
+    """t and n are those of the client's last order; the holders too, or those of a balancer's move after it."""
+    threshold, shares, since = create.threshold, create.shares, 0
     if manifest.sharing and manifest.resharing != manifest.sharing:
         raise ManifestError(f"key manifest of {manifest.name!r}: it rests on two reshare orders")
-    order, _ = open_reshare_order(manifest.resharing, cluster, None)
-    told = (order.key_id, order.name, order.threshold, order.holders)
-    if told != (manifest.key_id, manifest.name, manifest.threshold, [each.node for each in manifest.holders]) or (
-        order.from_epoch >= manifest.epoch
+    if manifest.placing and manifest.moving != manifest.placing:
+        raise ManifestError(f"key manifest of {manifest.name!r}: it rests on two orders of its holders")
+    if manifest.resharing:
+        order, _ = open_reshare_order(manifest.resharing, cluster, None)
+        threshold, shares, since = order.threshold, len(order.holders), order.from_epoch
+        _check_shape(manifest, order, "client's reshare order", holders=not manifest.moving)
+    if manifest.moving:
+        order, signed = open_move_order(manifest.moving, cluster, None)
+        _check_shape(manifest, order, "balancer's move order", holders=True)
+        if order.from_epoch <= since:
+            raise ManifestError(f"key manifest of {manifest.name!r}: its move order is older than its reshare order")
+        grows = manifest.shares > shares and cluster.may_grow(signed.issuer, manifest.name, ever=True)
+        shares = manifest.shares if grows else shares
+    if (manifest.threshold, manifest.shares) != (threshold, shares):
+        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's order")
+
+
+def _check_shape(manifest: KeyManifest, order: ReshareOrder, what: str, *, holders: bool) -> None:
+    """Whether the manifest is by an order of this or an earlier epoch; ``holders``: also who holds it, as 1 to n."""
+    told = (order.key_id, order.name, order.threshold)
+    named = [each.node for each in manifest.holders]
+    if (
+        told != (manifest.key_id, manifest.name, manifest.threshold)
+        or order.from_epoch >= manifest.epoch
+        or (holders and order.holders != named)
     ):
-        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's reshare order")
-    if [each.x for each in manifest.holders] != list(range(1, manifest.shares + 1)):
+        raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the {what}")
+    if holders and [each.x for each in manifest.holders] != list(range(1, manifest.shares + 1)):
         raise ManifestError(f"key manifest of {manifest.name!r}: the indices after a reshare are not 1 to n")
 
 
-def check_successor(record: KeyRecord, before: KeyRecord) -> None:
-    """Refuse a manifest that does not follow ``before`` as a refresh or a reshare does.
+def ordered_shape(manifest: KeyManifest) -> tuple[int, int]:
+    """t and n as the client ordered them last, of a manifest that was checked."""
+    if manifest.resharing:
+        order = reshare_orders.decode(read_unverified(manifest.resharing).payload)
+        return order.threshold, len(order.holders)
+    created = create_orders.decode(read_unverified(manifest.order).payload)
+    return created.threshold, created.shares
 
-    It has the next epoch, a later attempt and names the predecessor's hash. All but the commitments is the same, and
-    after a reshare t and the holders, which ``open_key_manifest`` holds against the order.
+
+def check_successor(record: KeyRecord, before: KeyRecord) -> None:
+    """Refuse a manifest that does not follow ``before`` as a refresh, a reshare or a move does.
+
+    It has the next epoch, a later attempt and names the predecessor's hash. All but the commitments is the same, but
+    after a reshare t and the holders, and after a move the holders, which ``open_key_manifest`` holds against the
+    orders.
     """
     new, old = record.manifest, before.manifest
     if (new.previous, new.epoch) != (before.digest, old.epoch + 1):
@@ -863,10 +997,15 @@ def check_successor(record: KeyRecord, before: KeyRecord) -> None:
     for what in ("key_id", "name", "version", "algorithm", "public_key", "check_value", "order"):
         if getattr(new, what) != getattr(old, what):
             raise ManifestError(f"key manifest of {new.name!r}: a new epoch can't change {what}")
-    if _is_reshare(new.change):
+    kind = _kind(new.change)
+    if kind == _RESHARE_KIND:
         return
     if (new.threshold, new.sharing) != (old.threshold, old.resharing):
-        raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change threshold")
+        raise ManifestError(f"key manifest of {new.name!r}: a {_CHANGES[kind]} can't change threshold")
+    if kind == _MOVE_KIND:
+        return
+    if new.placing != old.moving:
+        raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change the order of its holders")
     if [(each.node, each.x) for each in new.holders] != [(each.node, each.x) for each in old.holders]:
         raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change the holders")
 

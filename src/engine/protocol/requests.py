@@ -10,6 +10,7 @@ from engine.keys import OPERATIONS, RequestType, request_class
 from engine.protocol.wire import Aad, Blob, Codec, Data, Digest, Identifier, Name, Request, Text, UInt
 
 __all__ = [
+    "BALANCER_VERBS",
     "CLIENT_VERBS",
     "MANIFEST_VERBS",
     "NODE_VERBS",
@@ -171,6 +172,31 @@ class Reshare(Message, frozen=True):
     """``[order]``: the client's order to share a key among other holders; the reply describes the new epoch."""
 
     order: Annotated[bytes, Meta(max_length=2048)]
+
+
+MOVES_MAX: Final = 64
+"""Most orders in one ``move``."""
+
+
+class Move(Message, frozen=True):
+    """Balancer to a holder of every key in it: ``[orders]``: move and renewal orders, each of another key."""
+
+    orders: Annotated[list[Annotated[bytes, Meta(max_length=2048)]], Meta(min_length=1, max_length=MOVES_MAX)]
+
+
+class MoveResult(Message, frozen=True):
+    """What became of one order: the key's epoch now, or 0 with an error's code and text."""
+
+    key_id: Identifier
+    epoch: UInt
+    code: Annotated[str, Meta(max_length=32)]
+    text: Text
+
+
+class MoveResults(Message, frozen=True):
+    """``[results]``: one for each order, in their order."""
+
+    results: Annotated[list[MoveResult], Meta(min_length=1, max_length=MOVES_MAX)]
 
 
 class ListKeys(Message, frozen=True):
@@ -715,6 +741,7 @@ SHARE_RESHARE: Final = "share.reshare"
 SHARE_ACCEPT: Final = "share.accept"
 SHARE_LEAVE: Final = "share.leave"
 STATS: Final = "stats"
+MOVE: Final = "move"
 LATENCY: Final = "latency"
 REGISTRY_RESERVE: Final = "registry.reserve"
 REGISTRY_CHANGE: Final = "registry.change"
@@ -754,6 +781,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_ACCEPT: (ShareAccept, Prepared),
     SHARE_LEAVE: (ShareLeave, Empty),
     STATS: (Empty, NodeStats),
+    MOVE: (Move, MoveResults),
     LATENCY: (Empty, NodeLatency),
     REGISTRY_RESERVE: (Reserve, Reserved),
     REGISTRY_CHANGE: (Change, Reserved),
@@ -777,6 +805,7 @@ balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
 
 CLIENT_VERBS: Final = frozenset(RequestType)
 MANIFEST_VERBS: Final = frozenset({MANIFEST_FETCH, MANIFEST_OFFER})
+BALANCER_VERBS: Final = frozenset({STATS, MOVE})
 NODE_VERBS: Final = frozenset(
     {
         SHARE_PREPARE,

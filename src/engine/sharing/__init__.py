@@ -14,6 +14,7 @@ from engine.sharing.placement import (
     distribute_shares,
     order_holders,
     placement_group,
+    placement_risk,
 )
 from engine.sharing.renewal import (
     FINGERPRINT_BYTES,
@@ -66,6 +67,7 @@ __all__ = [
     "new_salt",
     "order_holders",
     "placement_group",
+    "placement_risk",
     "reconstruct_into",
     "reconstruct_key",
     "recover_share",

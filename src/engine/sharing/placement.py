@@ -21,10 +21,12 @@ from engine.sharing.share import Share
 __all__ = [
     "Distribution",
     "NodeLocation",
+    "PlacementRisk",
     "check_placement",
     "distribute_shares",
     "order_holders",
     "placement_group",
+    "placement_risk",
 ]
 
 _ORDER_LABEL = b"keyquorum/holder-order/1\0"
@@ -62,6 +64,33 @@ class Distribution:
 
     assignment: Mapping[str, Share]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRisk:
+    """How far a placement is from a safe one; all zero where it is safe.
+
+    ``alone``: failure domains that could reconstruct the key; ``missing``: how many shares would be too few after the
+    worst loss of one; ``fatal``: those whose loss would cost the key.
+    """
+
+    alone: int
+    missing: int
+    fatal: int
+
+    def worse_than(self, other: PlacementRisk) -> str:
+        """In what it is worse than another placement of the key; empty if in nothing.
+
+        Domains whose loss would be fatal count where as many shares would be missing: the 2 shares that a key needs are
+        better off in two domains than in one.
+        """
+        if self.alone > other.alone:
+            return f"{self.alone} failure domains could reconstruct it alone, {other.alone} before"
+        if self.missing > other.missing:
+            return f"losing a failure domain would leave {self.missing} shares too few, {other.missing} before"
+        if self.missing == other.missing and self.fatal > other.fatal:
+            return f"losing any of {self.fatal} failure domains would cost it, {other.fatal} before"
+        return ""
 
 
 def placement_group(name: str, groups: int) -> int:
@@ -124,6 +153,27 @@ def check_placement(
     _check_threshold(threshold, len(holders))
     warnings = _domain_warnings(places, holders, threshold, domain_level)
     return (*warnings, *_neighbour_warnings(places, holders, domain_level))
+
+
+def placement_risk(
+    nodes: Sequence[NodeLocation], holders: Sequence[str], threshold: int, *, domain_level: int = 1
+) -> PlacementRisk:
+    """The risk of a placement among these nodes. With threshold 1 every holder has the key, so none is counted alone.
+
+    Raises ValueError for a holder that is none of the nodes, and a domain_level below 1.
+    """
+    _check_level(domain_level)
+    paths = {node.name: node.path[:domain_level] for node in nodes}
+    strangers = [holder for holder in holders if holder not in paths]
+    if strangers:
+        raise ValueError(f"the holder {strangers[0]!r} is none of the {len(paths)} nodes of the cluster")
+    counts = Counter(paths[holder] for holder in holders).values()
+    left = [len(holders) - count for count in counts] or [0]
+    return PlacementRisk(
+        alone=sum(count >= threshold for count in counts) if threshold > 1 else 0,
+        missing=max(0, threshold - min(left)),
+        fatal=sum(each < threshold for each in left),
+    )
 
 
 def distribute_shares(

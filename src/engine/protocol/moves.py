@@ -1,0 +1,39 @@
+"""What a balancer may order of a key: other holders that are no worse. Each holder decides it for itself.
+
+It opens no socket and reads no clock. That the order is a balancer's of today, in time, and of nodes of the cluster,
+``engine.protocol.manifest`` has checked.
+"""
+
+from __future__ import annotations
+
+from engine.errors import AccessDenied, ManifestError
+from engine.protocol.manifest import Cluster, KeyManifest, ReshareOrder, ordered_shape
+from engine.sharing import placement_risk
+
+__all__ = ["check_move"]
+
+
+def check_move(order: ReshareOrder, balancer: str, before: KeyManifest, cluster: Cluster) -> None:
+    """Refuse a move that changes more than it may of the epoch ``before``, or leaves the key worse off.
+
+    t stays. n is the client's, or where the policy gives the balancer ``grow`` on the key, more. No failure domain may
+    hold t shares, and losing any one must leave t; where that is not so today, it may not get worse.
+    """
+    threshold, shares = ordered_shape(before)
+    if order.threshold != threshold:
+        raise AccessDenied(f"{balancer!r} may not change the threshold of {order.name!r} to {order.threshold}")
+    count = len(order.holders)
+    if count < shares:
+        raise AccessDenied(f"{balancer!r} may not give {order.name!r} {count} holders; its client ordered {shares}")
+    if count > shares and not cluster.may_grow(balancer, order.name):
+        raise AccessDenied(
+            f"{balancer!r} may not give {order.name!r} {count} holders, its client ordered {shares}: no rule of the "
+            "policy lets it grow the key"
+        )
+    level = cluster.domain_level
+    there = [each.node for each in before.holders if each.node in cluster.nodes]
+    today = placement_risk(cluster.locations, there, threshold, domain_level=level)
+    then = placement_risk(cluster.locations, order.holders, threshold, domain_level=level)
+    worse = then.worse_than(today)
+    if worse:
+        raise ManifestError(f"move order: {', '.join(order.holders)} would hold {order.name!r} less safely: {worse}")
