@@ -51,6 +51,8 @@ def placement_problem(
     for row, at, group in of_pair:
         load[number[group], row] += high[at]
     service, up = service_times(history), np.array(history.up, dtype=bool)
+    # A node that is draining is given nothing, as one that is down: its groups go elsewhere.
+    up &= np.array([node not in cluster.draining for node in history.nodes], dtype=bool)
     nodes = len(up)
     rest = np.maximum(whole - load.sum(axis=0), 0.0) @ service * 1e-6 / max(1, int(up.sum()))
     threshold, shares = shape

@@ -389,13 +389,13 @@ class Conversation(FollowsCluster):
         if (
             len(holders) != order.shares
             or len(set(holders)) != len(holders)
-            or not set(holders) <= set(self._cluster.nodes)
+            or not set(holders) <= {place.name for place in self._cluster.open_locations}
         ):
             raise ManifestError(f"the registry names the holders {list(holders)} for {order.shares} shares")
-        level = self._cluster.domain_level
+        level, places = self._cluster.domain_level, self._cluster.open_locations
         own = self._cluster.group_holders(self._cluster.group_of(order.name))[: order.shares]
-        offered = check_placement(self._cluster.locations, holders, order.threshold, domain_level=level)
-        best = check_placement(self._cluster.locations, own, order.threshold, domain_level=level)
+        offered = check_placement(places, holders, order.threshold, domain_level=level)
+        best = check_placement(places, own, order.threshold, domain_level=level)
         if len(offered) > len(best):
             raise ManifestError(f"the registry's placement is worse than it need be: {offered[0]}")
         return list(offered)

@@ -224,6 +224,8 @@ class Coordinator(FollowsCluster):
                 f"{', '.join(strangers)} is no holder of {order.name!r}, and so there is nothing to give up"
             )
         dealers = [name for name in names if name not in order.without]
+        if emptied := [name for name in order.holders if name in self._cluster.draining and name not in names]:
+            raise ValueError(f"{', '.join(emptied)} is draining, and can't be given a share of {order.name!r}")
         if len(dealers) <= manifest.threshold:
             raise ValueError(
                 f"{order.name!r} can't be reshared by {len(dealers)} of its {len(names)} holders: it takes "

@@ -377,6 +377,31 @@ static bool read_retiring(const msgpack_object *items, size_t count, const char 
     return true;
 }
 
+/* Nodes that are being emptied serve what they hold as any other, so a client has no more to do than to check the list. */
+static bool check_draining(const msgpack_object *items, size_t count, const struct cluster *cluster,
+                           struct failure *failure) {
+    for (size_t index = 0; index < count; index++) {
+        char name[NAME_SIZE], before[NAME_SIZE];
+        size_t at = 0;
+        if (!get_name(&items[index], name)) {
+            return malformed(failure);
+        }
+        while (at < cluster->member_count &&
+               (cluster->members[at].role != NODE || strcmp(cluster->members[at].name, name) != 0)) {
+            at++;
+        }
+        if (at == cluster->member_count) {
+            return contradicts(failure, "what is no node is draining", name);
+        }
+        for (size_t each = 0; each < index; each++) {
+            if (!get_name(&items[each], before) || strcmp(before, name) == 0) {
+                return contradicts(failure, "a node is draining twice", name);
+            }
+        }
+    }
+    return true;
+}
+
 static bool remember_signers(struct cluster *cluster, struct failure *failure) {
     void *grown = realloc(cluster->signers, (cluster->signer_count + cluster->member_count) * sizeof(struct signer));
     if (grown == NULL) {
@@ -405,17 +430,18 @@ static bool remember_signers(struct cluster *cluster, struct failure *failure) {
 static bool read_manifest(struct bytes payload, const char *own_name, struct cluster *cluster, struct bytes *previous,
                           struct failure *failure) {
     struct reader reader;
-    const msgpack_object *members, *rules, *retiring;
-    size_t member_count, rule_count, retiring_count;
+    const msgpack_object *members, *rules, *retiring, *draining = NULL;
+    size_t member_count, rule_count, retiring_count, draining_count = 0, fields = 0;
     uint64_t domain_level;
-    bool good = reader_open(&reader, payload, MANIFEST_MAX, 8, "cluster manifest", failure);
+    bool good = reader_open_some(&reader, payload, MANIFEST_MAX, 8, 9, &fields, "cluster manifest", failure);
     if (good && !(get_name(&reader.fields[0], cluster->name) && get_bytes(&reader.fields[1], 0, 32, previous) &&
                   get_uint(&reader.fields[2], 1, 64, &cluster->quorum) &&
                   get_array(&reader.fields[3], 1, 4096, &members, &member_count) &&
                   get_array(&reader.fields[4], 0, 4096, &rules, &rule_count) &&
                   get_uint(&reader.fields[5], 1, 65536, &cluster->groups) &&
                   get_uint(&reader.fields[6], 1, 8, &domain_level) &&
-                  get_array(&reader.fields[7], 0, 4096, &retiring, &retiring_count))) {
+                  get_array(&reader.fields[7], 0, 4096, &retiring, &retiring_count) &&
+                  (fields < 9 || get_array(&reader.fields[8], 0, 4096, &draining, &draining_count)))) {
         good = malformed(failure);
     }
     if (good) {
@@ -426,7 +452,8 @@ static bool read_manifest(struct bytes payload, const char *own_name, struct clu
                                         : fail(failure, "error", "no memory");
     }
     good = good && read_rules(rules, rule_count, cluster, failure) &&
-           read_retiring(retiring, retiring_count, own_name, cluster, failure) && remember_signers(cluster, failure);
+           read_retiring(retiring, retiring_count, own_name, cluster, failure) &&
+           check_draining(draining, draining_count, cluster, failure) && remember_signers(cluster, failure);
     reader_close(&reader);
     return good;
 }

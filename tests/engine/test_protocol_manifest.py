@@ -623,6 +623,62 @@ def test_groups_are_the_same_on_every_member_and_name_nodes_once() -> None:
     assert {CLUSTER.group_holders(number)[0] for number in range(200)} == set(NODES)
 
 
+def test_a_node_that_is_draining_is_in_no_group_and_a_node_still() -> None:
+    chain = issue("op1", "op2", chain=FIRST, draining=["n2"])
+    cluster = open_chain(chain, PIN)
+    assert cluster.draining == {"n2"}
+    assert set(cluster.nodes) == set(NODES) == {place.name for place in cluster.locations}
+    for number in range(0, cluster.groups, 37):
+        left = [name for name in CLUSTER.group_holders(number) if name != "n2"]
+        assert list(cluster.group_holders(number)) == left
+        assert list(cluster.first_holders(number, 2)) == left[:2]
+    assert view_chain(chain, PIN).draining == ("n2",)
+
+
+def test_a_node_goes_on_draining_until_it_is_said_otherwise_or_it_left() -> None:
+    chain = issue("op1", "op2", chain=FIRST, draining=["n3", "n2"])
+    kept = issue("op1", "op2", chain=chain)
+    assert open_chain(kept, PIN).draining == {"n2", "n3"}
+    assert open_chain(issue("op1", "op2", chain=kept, draining=()), PIN).draining == set()
+    without = [each for each in ALL if each.name != "n3"]
+    assert open_chain(issue("op1", "op2", chain=kept, members=without), PIN).draining == {"n2"}
+
+
+@pytest.mark.parametrize(
+    ("draining", "match"),
+    [
+        (["n9"], "'n9' can't be draining, it is no node"),
+        (["alice"], "'alice' can't be draining, it is no node"),
+        (["n1", "n1"], "a node is draining twice"),
+    ],
+)
+def test_what_is_no_node_can_not_drain(draining: list[str], match: str) -> None:
+    with pytest.raises(ManifestError, match=match):
+        issue("op1", "op2", chain=FIRST, draining=draining)
+    fields = msgspec.structs.asdict(module._manifests.decode(read_unverified(envelopes(FIRST)[0]).payload))
+    told = module._manifests.encode(module._ClusterManifest(**{**fields, "previous": PIN, "draining": draining}))
+    raw = sign_envelope("cluster", 2, told, signing("op1"), signing("op2"))
+    refused(chained(*envelopes(FIRST), raw), match)
+
+
+def test_a_manifest_of_before_nodes_could_drain_is_one_still() -> None:
+    """It ends with the field before; one that leaves out more, or other than what is empty, is none."""
+    told = module._manifests.decode(read_unverified(envelopes(FIRST)[0]).payload)
+    fields = msgspec.structs.astuple(told)
+    older = sign_envelope("cluster", 1, msgspec.msgpack.encode(fields[:-1]), signing("op1"), signing("op2"))
+    pin = read_unverified(older).digest
+    cluster = open_chain(chained(older), pin)
+    assert (cluster.draining, cluster.retiring, set(cluster.nodes)) == (frozenset(), {}, set(NODES))
+    later = open_chain(issue("op1", "op2", chain=chained(older), draining=["n1"]), pin)
+    assert (later.serial, later.draining) == (2, {"n1"})
+    shorter = sign_envelope("cluster", 1, msgspec.msgpack.encode(fields[:-2]), signing("op1"), signing("op2"))
+    with pytest.raises(ProtocolError, match="of at least length 8"):
+        open_chain(chained(shorter), read_unverified(shorter).digest)
+    longer = sign_envelope("cluster", 1, msgspec.msgpack.encode((*fields, 0)), signing("op1"), signing("op2"))
+    with pytest.raises(ProtocolError, match="at most length 9"):
+        open_chain(chained(longer), read_unverified(longer).digest)
+
+
 def test_a_cluster_can_not_be_changed_in_place() -> None:
     with pytest.raises(AttributeError):
         CLUSTER.serial = 9  # type: ignore[misc]

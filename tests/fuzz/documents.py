@@ -535,6 +535,9 @@ def _chain_rules(chain: bytes, pin: bytes, complete: bool = True) -> list[Any]:
             require(each[1] != "node" or all(each[6].split("/")), "chain: location")
         require(all(each in {"*", *RequestType} for rule in rules for each in rule[2]), "chain: an unknown operation")
         _retiring_rules(manifest[codec_fields(documents._manifests).index("retiring")], members, owned)
+        draining = manifest[codec_fields(documents._manifests).index("draining")]
+        require(len(set(draining)) == len(draining), "chain: a node is draining twice")
+        require(set(draining) <= {each[0] for each in members if each[1] == "node"}, "chain: what is no node drains")
         before = serial, digest, manifest
     return manifest
 
@@ -561,7 +564,9 @@ def _take_chain(raw: bytes) -> str:
     _ = cluster.by_curve, cluster.locations, cluster.nodes
     if len(cluster.nodes) <= 8:
         holders = cluster.group_holders(cluster.group_of("orders"))
-        require(sorted(holders) == sorted(cluster.nodes), "the holders of a group are not the nodes")
+        require(
+            sorted(holders) == sorted(set(cluster.nodes) - cluster.draining), "the holders of a group are not the nodes"
+        )
     return f"serial {min(cluster.serial, 4)}" if len(more) else ""
 
 

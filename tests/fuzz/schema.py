@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, Final
 
 import msgpack
-from msgspec import inspect
+from msgspec import NODEFAULT, inspect
 
 Check = Callable[[Any], bool]
 
@@ -93,7 +93,10 @@ class Reference:
 
     def __init__(self, kind: type, limit: int) -> None:
         self.limit = limit
-        self._check = check_of(inspect.type_info(kind))
+        known = inspect.type_info(kind)
+        self._check = check_of(known)
+        # The fields at a message's end that have a default may be missing.
+        self._defaults = [_default(each) for each in known.fields] if isinstance(known, inspect.StructType) else []
 
     def tree(self, data: bytes) -> Any:
         """The message's tree, or None if it must be refused."""
@@ -103,7 +106,15 @@ class Reference:
             tree = tree_of(data)
         except ValueError:
             return None
+        if type(tree) is list and None not in (missing := self._defaults[len(tree) :]):
+            tree = [*tree, *missing]
         return tree if self._check(tree) else None
+
+
+def _default(field: inspect.Field) -> Any:
+    """What a field is where it is missing; None if it can't be."""
+    made = field.default_factory
+    return made() if callable(made) else None if field.default is NODEFAULT else field.default
 
 
 # --- samples ---

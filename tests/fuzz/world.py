@@ -150,6 +150,7 @@ class World:
                 Retiring("node1", material("old curve", 32), "tcp://127.0.0.1:3"),
                 Retiring("alice", material("old alice", 32)),
             ],
+            draining=[NODES[3]],
         )
         self.chain = countersign_chain(self.chain, self.keys["op3"])
         self.pin = chain_pin(self.chain)

@@ -33,6 +33,7 @@ class ChainView:
     members: tuple[Member, ...]
     rules: tuple[PolicyRule, ...]
     retiring: tuple[Retiring, ...]
+    draining: tuple[str, ...]
     signers: tuple[str, ...]
     needed: int
 
@@ -84,6 +85,7 @@ def _view(chain: bytes, pin: bytes) -> ChainView:
         members=tuple(manifest.members),
         rules=tuple(manifest.rules),
         retiring=tuple(manifest.retiring),
+        draining=tuple(manifest.draining),
         signers=signed.signers,
         needed=needed,
     )

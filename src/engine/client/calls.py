@@ -1060,7 +1060,9 @@ class Calls:
             if holders is None and shares is not None:
                 told = list(self.cluster.first_holders(self.cluster.group_of(name), shares))
                 if len(told) < shares:
-                    raise ValueError(f"{shares} shares need as many nodes; the cluster has {len(told)}")
+                    raise ValueError(
+                        f"{shares} shares need as many nodes; the cluster has {len(told)} that are not draining"
+                    )
             needed = known.threshold if threshold is None else threshold
             check_share_counts(needed, len(told))
             if len(set(told)) != len(told):
@@ -1068,6 +1070,8 @@ class Calls:
             for node in told:
                 if node not in self.cluster.nodes:
                     raise ValueError(f"{node!r} is to hold a share of {name!r}, but is no node of the cluster")
+                if node in self.cluster.draining and known.holder(node) is None:
+                    raise ValueError(f"{node!r} is to hold a share of {name!r}, but is draining")
             for node in without:
                 if known.holder(node) is None:
                     raise ValueError(f"{node!r} is no holder of {name!r}, and so there is nothing to give up")

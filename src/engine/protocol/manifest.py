@@ -150,6 +150,7 @@ class _ClusterManifest(Struct, frozen=True, array_like=True, forbid_unknown_fiel
     groups: Annotated[int, Meta(ge=1, le=65536)]
     domain_level: Annotated[int, Meta(ge=1, le=8)]
     retiring: Annotated[list[Retiring], Meta(max_length=MAX_MEMBERS)]
+    draining: Annotated[list[Name], Meta(max_length=MAX_MEMBERS)] = []
 
 
 class _Chain(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -200,6 +201,8 @@ class Cluster:
     """Every rule of any manifest of the chain, today's included."""
     retiring: Mapping[str, Retiring] = field(default_factory=dict)
     """The members that change their CURVE key, and the one of before."""
+    draining: frozenset[str] = frozenset()
+    """The nodes that are to be emptied: they serve the keys that they hold, and are given no others."""
 
     @property
     def cluster(self) -> Cluster:
@@ -230,6 +233,11 @@ class Cluster:
     def locations(self) -> tuple[NodeLocation, ...]:
         """The nodes' places, as placement takes them."""
         return tuple(NodeLocation(node.name, node.location) for node in self.nodes.values())
+
+    @cached_property
+    def open_locations(self) -> tuple[NodeLocation, ...]:
+        """The places of the nodes that shares may be given to: of all but those that are draining."""
+        return tuple(place for place in self.locations if place.name not in self.draining)
 
     def sign_key(self, *roles: Role) -> Mapping[str, bytes]:
         """The Ed25519 public keys of the members of these roles, by name."""
@@ -271,11 +279,14 @@ class Cluster:
         return placement_group(key_name, self.groups)
 
     def group_holders(self, group: int) -> tuple[str, ...]:
-        """The nodes of a placement group in order, best spread first; a key of n shares uses the first n."""
+        """The nodes of a placement group in order, best spread first; a key of n shares uses the first n.
+
+        Nodes that are draining are in no group.
+        """
         holders = self._holders.get(group)
         if holders is None:
             seed = self.name.encode() + group.to_bytes(4, "big")
-            holders = order_holders(self.locations, seed, domain_level=self.domain_level, count=MAX_HOLDERS)
+            holders = order_holders(self.open_locations, seed, domain_level=self.domain_level, count=MAX_HOLDERS)
             self._holders[group] = holders
         return holders
 
@@ -283,7 +294,7 @@ class Cluster:
         """The first of ``group_holders``, without working out the others, which takes long in a large cluster."""
         known = self._holders.get(group)
         seed = self.name.encode() + group.to_bytes(4, "big")
-        return (known or order_holders(self.locations, seed, domain_level=self.domain_level, count=count))[:count]
+        return (known or order_holders(self.open_locations, seed, domain_level=self.domain_level, count=count))[:count]
 
     @cached_property
     def _holders(self) -> dict[int, tuple[str, ...]]:
@@ -370,6 +381,15 @@ def _check_retiring(retiring: Iterable[Retiring], members: Sequence[Member]) -> 
         keys.add(each.curve_public)
 
 
+def _check_draining(draining: Sequence[str], members: Sequence[Member]) -> None:
+    nodes = {member.name for member in members if member.role == "node"}
+    for name in draining:
+        if name not in nodes:
+            raise ManifestError(f"cluster manifest: {name!r} can't be draining, it is no node of the cluster")
+    if len(set(draining)) != len(draining):
+        raise ManifestError("cluster manifest: a node is draining twice")
+
+
 def _check_rules(rules: Iterable[PolicyRule]) -> None:
     known = {"*", *POLICY_OPERATIONS}
     for rule in rules:
@@ -391,10 +411,12 @@ def issue_cluster_manifest(
     domain_level: int = 1,
     chain: bytes = b"",
     retiring: Sequence[Retiring] = (),
+    draining: Sequence[str] | None = None,
 ) -> bytes:
     """The chain of manifests with a new one at its end, signed by ``operators``.
 
-    ``chain`` is empty for the first manifest. Name and ``groups`` are fixed when the cluster is made.
+    ``chain`` is empty for the first manifest. Name and ``groups`` are fixed when the cluster is made. ``draining`` is
+    None where the nodes that are go on to be, as long as they are members.
     """
     _check_members(members, quorum)
     _check_rules(rules)
@@ -410,8 +432,15 @@ def issue_cluster_manifest(
                 f"not {name!r} and {groups}"
             )
         serial, previous = last.serial + 1, last.digest
+        if draining is None:
+            nodes = {member.name for member in members if member.role == "node"}
+            draining = [each for each in before.draining if each in nodes]
+    emptied = sorted(draining or ())
+    _check_draining(emptied, members)
     payload = _manifests.encode(
-        _ClusterManifest(name, previous, quorum, list(members), list(rules), groups, domain_level, list(retiring))
+        _ClusterManifest(
+            name, previous, quorum, list(members), list(rules), groups, domain_level, list(retiring), emptied
+        )
     )
     envelopes.append(sign_envelope(_CLUSTER_KIND, serial, payload, *operators))
     return _chains.encode(_Chain(envelopes))
@@ -515,6 +544,7 @@ def check_content(manifest: _ClusterManifest) -> None:
     _check_members(manifest.members, manifest.quorum)
     _check_rules(manifest.rules)
     _check_retiring(manifest.retiring, manifest.members)
+    _check_draining(manifest.draining, manifest.members)
 
 
 def _as_cluster(
@@ -542,6 +572,7 @@ def _as_cluster(
         past=MappingProxyType(keys),
         past_rules=(*past_rules, *manifest.rules),
         retiring=MappingProxyType({each.name: each for each in manifest.retiring}),
+        draining=frozenset(manifest.draining),
     )
 
 

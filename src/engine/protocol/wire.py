@@ -63,13 +63,18 @@ T = TypeVar("T")
 
 
 class Codec(Generic[T]):
-    """A strict encoder and decoder of one message type, bounded by ``limit`` bytes."""
+    """A strict encoder and decoder of one message type, bounded by ``limit`` bytes.
+
+    Fields at the end that have a default may be missing in what is decoded: documents of before such a field was added
+    stay what they are. What is encoded has all of them.
+    """
 
     def __init__(self, kind: type[T], what: str, limit: int = MAX_MESSAGE) -> None:
         self.what = what
         self.limit = limit
         self._decode: Callable[[Any], T] = msgspec.msgpack.Decoder(kind).decode
         self._encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
+        self._optional = len(getattr(kind, "__struct_defaults__", ()))
 
     def encode(self, value: T) -> bytes:
         """The canonical bytes; ``ValueError`` if they pass the limit."""
@@ -86,9 +91,15 @@ class Codec(Generic[T]):
             value = self._decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"{self.what}: {_reason(error)}") from None
-        if self._encode(value) != data:
+        if self._encode(value) != data and not self._shorter(value, data):
             raise ProtocolError(f"{self.what}: not in canonical form")
         return value
+
+    def _shorter(self, value: Any, data: bytes) -> bool:
+        """Whether these are the value's bytes without some of the fields at its end, which have their defaults."""
+        fields = msgspec.structs.astuple(value) if self._optional else ()
+        lengths = range(len(fields) - self._optional, len(fields))
+        return any(self._encode(fields[:length]) == data for length in lengths)
 
 
 def _reason(error: Exception) -> str:
