@@ -28,6 +28,7 @@ from engine.client.process import harden_process, raise_file_limit
 from engine.client.publications import Gate, Publisher
 from engine.errors import ConfigError, EngineError, ManifestError
 from engine.failpoints import arm_from_environment
+from engine.notify import Notifier
 from engine.protocol.manifest import Cluster
 
 DRAIN_S = 1.0
@@ -122,7 +123,9 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             from balancer.pages import Pages, serve_pages  # which not every balancer needs, and takes a while
 
             stack.callback(serve_pages(settings.http, Pages(loop, service, membership, identity.name)).close)
-        _serve(service, listener, membership, served, wake, lifeline)
+        notifier = Notifier()
+        notifier.ready("serving")
+        _serve(service, listener, membership, served, wake, lifeline, notifier)
         log.info("stopped", balancer=identity.name)
 
 
@@ -159,6 +162,7 @@ def _serve(
     served: Callable[[], tuple[Served, ...]],
     wake: socket.socket,
     lifeline: int | None,
+    notifier: Notifier,
 ) -> None:
     poller = zmq.Poller()
     poller.register(listener.router.fileno(), zmq.POLLIN)
@@ -170,6 +174,7 @@ def _serve(
     while True:
         events = dict(poller.poll(0 if service.waiting or listener.router.pending else POLL_MS))
         service.look()
+        notifier.alive()
         if wake.fileno() in events:
             if set(wake.recv(64)) - {signal.SIGHUP}:
                 break
@@ -184,6 +189,7 @@ def _serve(
         if lifeline is not None and lifeline in events and not os.read(lifeline, 1):
             break
         service.answer_waiting()
+    notifier.stopping()
     until = time.monotonic() + DRAIN_S
     while service.answer_waiting() and time.monotonic() < until:
         pass

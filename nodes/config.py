@@ -229,7 +229,7 @@ def _token(path: str | os.PathLike[str], file: _File) -> TokenConfig:
     if len(told["label"].encode()) > MAX_LABEL_BYTES:
         raise ConfigError(f"{path}: token.label has {len(told['label'].encode())} bytes, at most {MAX_LABEL_BYTES}")
     if not told["pin"]:
-        raise ConfigError(f"{path}: token.pin is missing: file:PATH or env:NAME")
+        raise ConfigError(f"{path}: token.pin is missing: file:PATH, env:NAME or credential:NAME")
     shared_with = resolve(path, file.token.shared_with) if file.token.shared_with else None
     if shared_with is not None and shared_with == resolve(path, file.data):
         raise ConfigError(f"{path}: token.shared_with names this node's own data folder {shared_with}")

@@ -60,8 +60,8 @@ def rotate(
             f"{config.module} is not SoftHSM: its token is no folder that can be made afresh. Put a node with "
             "another token in this one's place"
         )
-    if config.pin.kind == "env" and (new_pin is None or new_pin == config.pin):
-        raise ConfigError(f"the PIN comes from {config.pin}: the fresh one must come from another variable")
+    if config.pin.kind != "file" and (new_pin is None or new_pin == config.pin):
+        raise ConfigError(f"the PIN comes from {config.pin}: the fresh one must come from an environment variable")
     settle(config, data)
     if new_pin is not None and new_pin.read() == config.pin.read():
         raise ConfigError(f"the PIN in {new_pin} is the one in use: a rotation needs a fresh one")

@@ -22,6 +22,7 @@ from engine.client.process import lock_folder, raise_file_limit
 from engine.client.transport import Channel
 from engine.errors import ConfigError
 from engine.failpoints import armed
+from engine.notify import Notifier
 from engine.protocol.manifest import Cluster
 from engine.protocol.signed import remember_signatures
 from nodes._fastpath import FastPath
@@ -124,6 +125,7 @@ class Server:
         self._bind = config.bind
         self._lifeline = lifeline
         self._beat = beat
+        self._notifier = Notifier()  # tells nothing where a supervisor does, which has taken the address
         watch = CallWatch()
         if beat is not None:
             beat.oldest = watch.oldest_s
@@ -300,6 +302,7 @@ class Server:
     def _begin_stop(self) -> None:
         if not self._stopping_s:
             self._stopping_s = time.monotonic() + DRAIN_S
+            self._notifier.stopping()
             log.info("stopping", under_way=self._handlers.pending)
 
     def run(self) -> None:
@@ -310,6 +313,7 @@ class Server:
         self._keeper.start()
         self._announcer.start()
         log.info("serving", endpoint=self.endpoint)
+        self._notifier.ready("serving")
         try:
             self._loop()
         finally:
@@ -323,6 +327,7 @@ class Server:
             now = time.monotonic()
             if self._beat is not None:
                 self._beat.looped_s, self._beat.serves = now, True
+            self._notifier.alive()
             if self._stopping_s and (not self._handlers.pending or now >= self._stopping_s):
                 return
             if now >= next_tick_s:

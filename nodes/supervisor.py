@@ -22,6 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from engine.notify import Notifier
+
 __all__ = ["EXIT_CRASH_LOOP", "Beat", "Patience", "Restarts", "lifeline_of", "outcome", "supervise"]
 
 EXIT_CRASH_LOOP: Final = 75
@@ -136,10 +138,12 @@ class _Parent:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         self._child: _Child | None = None
+        self._notifier = Notifier()
 
     def _stop(self, number: int, frame: object) -> None:
         if not self._stop_s:
             self._stop_s = time.monotonic() + STOP_S
+            self._notifier.stopping()
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._child.pid, signal.SIGTERM)
@@ -160,6 +164,7 @@ class _Parent:
                 _log("error", "node given up", reason=f"it ended {MAX_RESTARTS + 1} times in a row", code=code)
                 return EXIT_CRASH_LOOP
             _log("error", "node restarted", reason=_ended(code), after_s=wait_s)
+            self._notifier.status(f"restarting: {_ended(code)}")
             if not self._pause(wait_s):
                 return 0
 
@@ -190,6 +195,7 @@ class _Parent:
                 return os.waitstatus_to_exitcode(status)
             self._wait_for_news(child.beats)
             self._hear(child)
+            self._notifier.alive()
             now = time.monotonic()
             silent_s = patience.age_s(child.heard_s, now)
             late = self._stop_s and now > self._stop_s
@@ -213,13 +219,14 @@ class _Parent:
             self._lifeline = None
             self._stop(signal.SIGTERM, None)
 
-    @staticmethod
-    def _hear(child: _Child) -> None:
+    def _hear(self, child: _Child) -> None:
         with contextlib.suppress(BlockingIOError):
             told = os.read(child.beats, 1024 * FRAME.size)
             if len(told) >= FRAME.size:
                 child.age_s, child.limit_s, served = FRAME.unpack(told[-FRAME.size :])
-                child.served |= bool(served)
+                if served and not child.served:
+                    child.served = True
+                    self._notifier.ready("serving")
                 child.heard_s = time.monotonic()
             elif not told:
                 time.sleep(0.02)  # it ends; there is nothing to hear any more
@@ -229,6 +236,7 @@ class _Parent:
         end = time.monotonic() + wait_s
         while not self._stop_s and time.monotonic() < end:
             self._wait_for_news()
+            self._notifier.alive()
         return not self._stop_s
 
 

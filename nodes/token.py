@@ -298,7 +298,7 @@ def sync_tokens(data: Path) -> None:
 
 
 def _check_pin_place(config: TokenConfig, data: Path) -> None:
-    if config.pin.kind == "env":
+    if config.pin.kind != "file":
         if len(config.pin.read()) < PIN_CHARACTERS_MIN:
             raise ConfigError(f"{config.pin}: a new token's PIN needs at least {PIN_CHARACTERS_MIN} characters")
         return
@@ -310,7 +310,7 @@ def _check_pin_place(config: TokenConfig, data: Path) -> None:
 
 
 def _new_pin(config: TokenConfig) -> str:
-    if config.pin.kind == "env":
+    if config.pin.kind != "file":
         return config.pin.read()
     path = Path(config.pin.place)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """Keyquorum: cryptographic keys as t-of-n Shamir shares over a cluster of PKCS#11 tokens. Everything public is here.
 
-What needs the client is imported when it is first asked for (PEP 562): nodes and balancers import this package too.
+All but the errors is imported when it is first asked for (PEP 562): nodes, balancers and a node's small supervisor
+import this package too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from engine.errors import (
     TokenError,
     UnsupportedAlgorithm,
 )
-from engine.keys import ALGORITHMS, Algorithm, RequestType
 
 if TYPE_CHECKING:
     from engine import aio
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from engine.client.follower import TableStats
     from engine.client.local import LocalCluster
     from engine.client.tracing import trace_context
+    from engine.keys import ALGORITHMS, Algorithm, RequestType
     from engine.protocol.manifest import PolicyRule
     from engine.protocol.requests import classify_request
     from engine.sharing import Share, distribute_shares, generate_shares, reconstruct_key
@@ -111,6 +112,7 @@ _HOMES = {
     "engine.client.follower": ("TableStats",),
     "engine.client.local": ("LocalCluster",),
     "engine.client.tracing": ("trace_context",),
+    "engine.keys": ("ALGORITHMS", "Algorithm", "RequestType"),
     "engine.protocol.manifest": ("PolicyRule",),
     "engine.protocol.requests": ("classify_request",),
     "engine.sharing": ("Share", "distribute_shares", "generate_shares", "reconstruct_key"),

@@ -116,7 +116,7 @@ def basic(user: str, secret: str) -> str:
         ({"bind": "[::]:9465", "token": "env:T"}, r"certificate, \w+.key are missing"),
         ({"bind": "192.0.2.1:9465", "certificate": "c", "key": "k"}, r"TLS and a token: \w+.token is missing"),
         ({"bind": "127.0.0.1:9465", "certificate": "c"}, "go together"),
-        ({"bind": "127.0.0.1:9465", "token": TOKEN + ":x"}, "token must be file:PATH or env:NAME"),
+        ({"bind": "127.0.0.1:9465", "token": TOKEN + ":x"}, "token must be file:PATH, env:NAME or credential:NAME"),
     ],
 )
 def test_what_may_not_be_served_is_refused(section: str, told: dict[str, str], match: str) -> None:

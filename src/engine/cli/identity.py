@@ -86,7 +86,8 @@ data = "data"
 
 [token]
 label = {label}
-# file:PATH or env:NAME. Never on the disk of the data folder: together they open every share of this node.
+# file:PATH, env:NAME or credential:NAME (systemd's). Never on the disk of the data folder: together they open every
+# share of this node.
 pin = {pin}
 # Another PKCS#11 token than SoftHSM:
 # module = "/usr/lib/vendor/libpkcs11.so"

@@ -151,9 +151,12 @@ def check_private(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SecretSource:
-    """Where a secret is: in a private file or an environment variable, never in the configuration itself."""
+    """Where a secret is: in a private file, an environment variable or a credential of systemd's (systemd.exec(5)).
 
-    kind: Literal["file", "env"]
+    Never in the configuration itself.
+    """
+
+    kind: Literal["file", "env", "credential"]
     place: str
 
     what: ClassVar[str] = "secret"
@@ -165,7 +168,7 @@ class SecretSource:
         if self.kind == "env":
             data = os.fsencode(os.environ.get(self.place, ""))
         else:
-            path = Path(self.place)
+            path = self._path()
             check_private(path)
             data = path.read_bytes().strip()
         try:
@@ -176,6 +179,14 @@ class SecretSource:
             raise ConfigError(f"{self}: no {self.what} of 1..{self.longest} bytes there")
         return secret
 
+    def _path(self) -> Path:
+        if self.kind == "file":
+            return Path(self.place)
+        folder = os.environ.get("CREDENTIALS_DIRECTORY", "")
+        if not folder:
+            raise ConfigError(f"{self}: there is no CREDENTIALS_DIRECTORY; LoadCredential= of a systemd unit makes one")
+        return Path(folder) / self.place
+
     def __str__(self) -> str:
         return f"{self.kind}:{self.place}"
 
@@ -184,7 +195,10 @@ Source = TypeVar("Source", bound=SecretSource)
 
 
 def secret_source(path: str | os.PathLike[str], name: str, text: str, kind: type[Source]) -> Source:
-    """The ``file:PATH`` or ``env:NAME`` that a configuration file tells by this name; ``ConfigError`` else."""
+    """The ``file:PATH``, ``env:NAME`` or ``credential:NAME`` that a configuration file tells by this name.
+
+    ``ConfigError`` else.
+    """
     scheme, colon, place = text.partition(":")
     if not colon:
         scheme, place = "file", text  # RFC 7512, 2.4: a pin-source may be a plain path
@@ -192,7 +206,10 @@ def secret_source(path: str | os.PathLike[str], name: str, text: str, kind: type
         return kind("file", str(resolve(path, place.removeprefix("//"))))
     if scheme == "env" and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", place):
         return kind("env", place)
-    raise ConfigError(f"{path}: {name} must be file:PATH or env:NAME")  # it may be the secret itself: it is not shown
+    if scheme == "credential" and re.fullmatch(r"[A-Za-z0-9_.-]*[A-Za-z0-9_-][A-Za-z0-9_.-]*", place):
+        return kind("credential", place)
+    # It may be the secret itself: it is not shown.
+    raise ConfigError(f"{path}: {name} must be file:PATH, env:NAME or credential:NAME")
 
 
 @dataclass(frozen=True, slots=True)
