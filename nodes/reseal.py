@@ -43,6 +43,7 @@ SEALED: Final[Mapping[str, Mapping[str, Callable[[Mapping[str, Any], str], bytes
     "grants": {},
     "clock": {},
     "pledges": {},
+    "fencings": {},
 }
 """Table -> column sealed by the KEK -> its associated data, of a row and the node's name.
 
