@@ -43,7 +43,9 @@ from engine.errors import AccessDenied, EngineError, Overloaded, ProtocolError
 from engine.keys import RequestType
 from engine.protocol.manifest import ClusterSource, FollowsCluster
 from engine.protocol.requests import (
+    HELD_TOLD,
     HELLO,
+    HOLDINGS,
     MANIFEST_FETCH,
     MANIFEST_OFFER,
     PLAN,
@@ -67,7 +69,10 @@ from engine.protocol.requests import (
     Destroy,
     Empty,
     ForecastAccuracy,
+    Held,
     Hello,
+    Holdings,
+    HoldingsPage,
     ManifestFetch,
     ManifestOffer,
     ManifestPiece,
@@ -467,6 +472,7 @@ class Service(FollowsCluster):
             HELLO: self._hello,
             TABLE: self._table,
             PLAN: self._plan,
+            HOLDINGS: self._holdings,
             MANIFEST_FETCH: self._manifest_fetch,
             MANIFEST_OFFER: self._manifest_offer,
             RequestType.STATUS: self._status,
@@ -548,7 +554,7 @@ class Service(FollowsCluster):
         if verb in REGISTRY_VERBS and member.role != "node":
             raise AccessDenied(f"{member.name!r} is a {member.role}; {verb} is for nodes")
         may_see = member.role != "client" or self._cluster.allows_any_key(member.name, RequestType.STATUS)
-        if verb in (PLAN, RequestType.STATUS) and not may_see:
+        if verb in (PLAN, HOLDINGS, RequestType.STATUS) and not may_see:
             raise AccessDenied(f"{member.name!r} may not see the {verb}: no rule of the policy gives it `status`")
         reply = handler(member.name, REQUEST_CODECS[verb].decode(incoming.request.body))
         codec = balancer_status_codec if verb == RequestType.STATUS else REPLY_CODECS[verb]
@@ -592,6 +598,10 @@ class Service(FollowsCluster):
 
     def _plan(self, member: str, body: Empty) -> BalancerPlan:
         return plan_message(self._name, self._loop.tick_ms, self._loop.standing.view, self._loop.plan)
+
+    def _holdings(self, member: str, body: Holdings) -> HoldingsPage:
+        told = sorted(each for each in self._registry.holdings(self._now_ms()).items() if each[0] > body.after)
+        return HoldingsPage([Held(*each) for each in told[:HELD_TOLD]], len(told) > HELD_TOLD)
 
     def _status(self, member: str, body: Empty) -> BalancerStatus:
         standing = self._loop.standing

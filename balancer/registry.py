@@ -119,6 +119,9 @@ class Registry(Protocol):
     def count(self) -> int:
         """How many keys are committed."""
 
+    def holdings(self, now_ms: int) -> dict[str, int]:
+        """Of how many keys each node holds a share, or is to hold one as soon as they are made."""
+
     def usual_shape(self) -> tuple[int, int] | None:
         """Threshold and shares of most committed keys, by a sample of them; None without any."""
 
@@ -280,6 +283,19 @@ class SqliteRegistry(FollowsCluster):
         """How many keys are committed."""
         with self._reading():
             return int(self._store.execute("SELECT COUNT(*) FROM keys WHERE state = 2").fetchone()[0])
+
+    def holdings(self, now_ms: int) -> dict[str, int]:
+        """By the holders of committed keys and of reservations that have not expired; others are missing."""
+        with self._reading():
+            found = self._store.execute(
+                "SELECT holders, COUNT(*) FROM keys WHERE state = 2 GROUP BY holders UNION ALL "
+                "SELECT holders, COUNT(*) FROM keys WHERE state = 1 AND expires_ms >= ? GROUP BY holders",
+                (now_ms - CLOCK_SKEW_MS,),
+            ).fetchall()
+        told: Counter[str] = Counter()
+        for holders, keys in found:
+            told.update(dict.fromkeys(holders.decode().split("\n"), keys))
+        return dict(told)
 
     def usual_shape(self) -> tuple[int, int] | None:
         """Threshold and shares of most of the first so many committed keys."""
@@ -571,7 +587,9 @@ class SqliteRegistry(FollowsCluster):
     def _holders(self, order: CreateOrder) -> tuple[str, ...]:
         holders = self._cluster.group_holders(self._cluster.group_of(order.name))[: order.shares]
         if len(holders) < order.shares:
-            raise ValueError(f"{order.shares} shares need as many nodes; the cluster has {len(holders)}")
+            raise ValueError(
+                f"{order.shares} shares need as many nodes; the cluster has {len(holders)} that are not draining"
+            )
         return holders
 
     def _free_name(self, order: CreateOrder, now_ms: int) -> None:

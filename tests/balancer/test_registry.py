@@ -6,6 +6,7 @@ import shutil
 import sqlite3
 import stat
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -61,6 +62,23 @@ def test_too_few_nodes(world: Any, registry: SqliteRegistry) -> None:
     """More shares than nodes is the caller's mistake and names both numbers."""
     with pytest.raises(ValueError, match="7 shares need as many nodes; the cluster has 6"):
         registry.reserve(world.order(shares=7), "node-0", world.now_ms)
+
+
+def test_what_the_nodes_hold(world: Any, registry: SqliteRegistry) -> None:
+    """Keys count at their holders, reserved ones too until they expire; destroyed ones do not."""
+    assert registry.holdings(world.now_ms) == {}
+    orders = [world.order(f"k{number}") for number in range(5)]
+    held: list[list[str]] = []
+    for order in orders:
+        manifest = open_key_manifest(world.commit(registry, order), world.cluster).manifest
+        held.append([holder.node for holder in manifest.holders])
+    expected = Counter(node for nodes in held for node in nodes)
+    assert registry.holdings(world.now_ms) == expected
+    coming = registry.reserve(world.order("coming"), "node-0", world.now_ms)
+    assert registry.holdings(world.now_ms) == expected + Counter(coming.holders)
+    assert registry.holdings(late(world)) == expected
+    registry.destroy(world.destroy_order(orders[0]), world.now_ms)
+    assert registry.holdings(late(world)) == expected - Counter(held[0])
 
 
 def test_the_same_order_again_aborts_the_earlier_attempt(world: Any, registry: SqliteRegistry) -> None:

@@ -132,16 +132,16 @@ class Site:
     def found(self) -> None:
         """The steps of docs/deployment.md: init everywhere, cards to the operator, sign, manifest back, join."""
         ports = free_ports(2 * len(NODES) + 2)
-        self._init("operator", "alice")
+        self.init("operator", "alice")
         for number, name in enumerate(NODES):
             place = f"site{number % 3 + 1}/room1/rack1/host{number + 1}"
             own = [f"tcp://127.0.0.1:{port}" for port in (ports[number], ports[len(NODES) + number])]
             where = ("--endpoint", own[0], "--publish-endpoint", own[1], "--location", place)
-            self._init("node", name, *where, "--token")
+            self.init("node", name, *where, "--token")
         ends = [f"tcp://127.0.0.1:{port}" for port in ports[-2:]]
-        self._init("balancer", "bal", "--endpoint", ends[0], "--publish-endpoint", ends[1])
-        self._init("client", "shop")
-        self._init("client", "guest")
+        self.init("balancer", "bal", "--endpoint", ends[0], "--publish-endpoint", ends[1])
+        self.init("client", "shop")
+        self.init("client", "guest")
         desk = self.root / "host-alice"
         (desk / "policy.toml").write_text(POLICY)
         for name, folder in self.folders.items():
@@ -158,7 +158,7 @@ class Site:
                 joined = keyquorum("cluster", "join", folder, "cluster.manifest", "--pin", signed.json["pin"], cwd=host)
                 assert joined.code == 0, joined.err
 
-    def _init(self, role: str, name: str, *options: str) -> None:
+    def init(self, role: str, name: str, *options: str) -> None:
         host = self.root / f"host-{name}"
         host.mkdir()
         told = keyquorum("init", role, name, "--name", name, *options, cwd=host)
@@ -391,6 +391,72 @@ def test_nodes_that_die_and_come_back(site: Site, tmp_path: Path) -> None:
     site.start("node3", "node4", "node5")
     assert site.run("decrypt", "orders", stdin=sealed).out == b"before"
     assert site.run("sign", "tls", stdin=b"m").code == 0
+
+
+def test_nodes_come_and_go_by_the_operators_command(site: Site) -> None:
+    """As docs/deployment.md has it: one is added, one emptied and removed, one is lost and replaced."""
+    desk, shop = site.root / "host-alice", site.folders["shop"] / "client.toml"
+
+    def node(*words: str, code: int = 0) -> Result:
+        told = keyquorum("node", *words, "--operator", "alice", "-o", "json", cwd=desk, config=shop)
+        assert told.code == code, told
+        return told
+
+    def make(name: str, location: str) -> str:
+        ports = [f"tcp://127.0.0.1:{port}" for port in free_ports(2)]
+        where = ("--endpoint", ports[0], "--publish-endpoint", ports[1], "--location", location)
+        site.init("node", name, *where, "--token")
+        shutil.copy(site.folders[name] / f"{name}.card", desk)
+        return f"{name}.card"
+
+    def join(name: str) -> None:
+        folder = site.folders[name]
+        pin = keyquorum("cluster", "show", "cluster.manifest", "-o", "json", cwd=desk).json["pin"]
+        joined = keyquorum("cluster", "join", folder, desk / "cluster.manifest", "--pin", pin, cwd=folder.parent)
+        assert joined.code == 0, joined.err
+        site.start(name)
+
+    def members() -> dict[str, Any]:
+        return {each["name"]: each for each in site.run("status", "-o", "json").json["members"]}
+
+    def held() -> dict[str, Any]:
+        return {each["node"]: each for each in node("list").json["nodes"]}
+
+    sealed = site.run("encrypt", "orders", stdin=b"before").out
+    added = node("add", "--card", make("node6", "site2/room1/rack1/host6"))
+    assert added.json["node"] == "node6"
+    assert "keyquorum cluster join DIR cluster.manifest --pin" in added.err
+    join("node6")
+    keys = held()["node2"]["keys"]
+    assert keys >= 4
+    assert held()["node6"] == {"node": "node6", "state": "member", "keys": 0}
+
+    assert node("remove", "node2", code=2).error["message"].startswith("node2 is not draining")
+    assert node("drain", "node2", "--no-wait").json["keys"] == keys
+    assert [name for name, each in members().items() if each["draining"]] == ["node2"]
+    assert f"holds shares of {keys} keys" in node("remove", "node2", code=2).error["message"]
+    for key in site.run("key", "list", "-o", "json").json:
+        places = site.run("key", "show", key["name"], "-o", "json").json["holders"]
+        if "node2" in places:
+            holders = [f"--holder={'node6' if each == 'node2' else each}" for each in places]
+            moved = site.run("key", "reshare", key["name"], *holders)
+            assert moved.code == 0, moved.err
+    assert node("drain", "node2").json["keys"] == 0
+    removed = node("remove", "node2")
+    assert site.run("status", "-o", "json").json["serial"] == removed.json["serial"]
+    site.processes.kill("node2")
+
+    site.processes.kill("node3")
+    card = make("node7", "site3/room1/rack1/host3")
+    replaced = node("replace", "node3", "--card", card, "--lost", "--no-wait")
+    assert (replaced.json["node"], replaced.json["replaced"]) == ("node7", "node3")
+    join("node7")
+    now = members()
+    assert {name for name, each in now.items() if each["role"] == "node"} == {f"node{n}" for n in (1, 4, 5, 6, 7)}
+    assert all(each["up"] for each in now.values())
+    assert held()["node3"]["state"] == "gone"
+    assert site.run("flush").code == 0
+    assert site.run("decrypt", "orders", stdin=sealed).out == b"before"
 
 
 def test_up_and_down(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from engine.protocol.requests import (
     BODIES,
     CLIENT_VERBS,
     HELLO,
+    HOLDINGS,
     LATENCY,
     MANIFEST_VERBS,
     NODE_VERBS,
@@ -257,6 +258,7 @@ def test_every_verb_is_listed_with_its_bodies() -> None:
         HELLO,
         TABLE,
         PLAN,
+        HOLDINGS,
         "status",
     }
     assert {bare(row[3]) for row in of_balancer if bare(row[0]) == "status"} == {BalancerStatus.__name__}

@@ -293,3 +293,32 @@ def test_a_placement_that_is_bad_may_stay_so_or_mend(world: Any) -> None:
     spread = [replace(record.manifest.holders[0], node="node2"), record.manifest.holders[1]]
     with pytest.raises(ManifestError, match="could reconstruct it alone, 0 before"):
         tried(["node1", "node4"], replace(record.manifest, holders=spread))
+
+
+def test_a_node_that_is_draining_gets_no_share_that_has_none(scene: Scene) -> None:
+    """By each holder's own manifest; one that holds a share already may stay among the holders."""
+    world = scene.world
+
+    def drain(*names: str) -> None:
+        world.chain = issue_cluster_manifest(
+            name="test",
+            members=world.members,
+            rules=world.cluster.rules,
+            operators=[world.keys["op"]],
+            chain=world.chain,
+            draining=names,
+        )
+        world.cluster = open_chain(world.chain, chain_pin(world.chain))
+        for node in scene.nodes.values():
+            node.restart()
+
+    drain("node4")
+    order = world.move_order(scene.dealt.record, holders=list(ELSEWHERE))
+    told, _ = open_move_order(order, world.cluster, world.clock())
+    with pytest.raises(ManifestError, match="node4 is draining"):
+        check_move(told, "balancer", scene.dealt.record.manifest, world.cluster)
+    with pytest.raises((ValueError, ManifestError), match="node4 is draining"):
+        scene.reshare(order)
+    drain("node2", "node3")
+    assert scene.reshare(order).manifest.epoch == 2
+    assert scene.holds(ELSEWHERE, 2)

@@ -13,6 +13,7 @@ from engine.protocol.requests import (
     BALANCER_VERBS,
     BODIES,
     HELLO,
+    HOLDINGS,
     LATENCY,
     MANIFEST_VERBS,
     NODE_VERBS,
@@ -24,7 +25,7 @@ from nodes.policy import check_key, check_verb
 
 ROLES = {"alice": "client", "bob": "client", "carol": "client", "node1": "node", "balancer": "balancer"}
 CLIENTS_ALONE = {str(verb) for verb in RequestType} - {"status", "describe"}
-UNKNOWN = ("", "nonsense", "share.releas", "SHARE.RELEASE", "operate", TABLE, PLAN, *sorted(REGISTRY_VERBS))
+UNKNOWN = ("", "nonsense", "share.releas", "SHARE.RELEASE", "operate", TABLE, PLAN, HOLDINGS, *sorted(REGISTRY_VERBS))
 
 ALLOWED = {
     **{verb: {"alice", "bob", "carol"} for verb in CLIENTS_ALONE},

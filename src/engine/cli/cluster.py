@@ -38,7 +38,7 @@ from engine.cli.output import (
     table,
     writing,
 )
-from engine.client.client import load_settings
+from engine.client.client import ClientSettings, load_settings
 from engine.client.config import (
     CARD_PREFIX,
     CurveSource,
@@ -68,7 +68,7 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.wire import Name
 
-__all__ = ["cluster"]
+__all__ = ["bring", "cluster", "install", "own_chain"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -155,6 +155,8 @@ def cluster() -> None:
     metavar="NAME",
     help="End the change of a member's CURVE key: drop the old one.",
 )
+@click.option("--drain", "drained", multiple=True, metavar="NAME", help="A node that is to be given no more keys.")
+@click.option("--undrain", "undrained", multiple=True, metavar="NAME", help="A node that is to be given keys again.")
 @click.option("--policy", metavar="FILE", help="TOML file of rules; without it the earlier ones stay.")
 @click.option("--quorum", type=click.IntRange(1, 64), help="How many operators must sign the next manifest.")
 @click.option("--domain-level", type=click.IntRange(1, 8), help="Parts of a location that make a failure domain.")
@@ -171,6 +173,8 @@ def sign(
     cards: tuple[str, ...],
     removed: tuple[str, ...],
     retired: tuple[str, ...],
+    drained: tuple[str, ...],
+    undrained: tuple[str, ...],
     policy: str | None,
     quorum: int | None,
     domain_level: int | None,
@@ -208,6 +212,7 @@ def sign(
         name=before.name if before else str(name),
         members=members,
         retiring=_retiring(before, members, retired),
+        draining=_draining(before, members, drained, undrained),
         rules=rules,
         operators=[identity.signing],
         quorum=quorum or (before.quorum if before else 1),
@@ -227,7 +232,7 @@ def _read_policy(path: str) -> tuple[PolicyRule, ...]:
 
 def _previous_chain(folder: Path, previous: str | None) -> bytes:
     """The chain to go on from, or nothing; never one that the operator has already gone beyond."""
-    own = _own_chain(folder)
+    own = own_chain(folder)
     if previous is None:
         return own
     chain = _read_chain(previous)
@@ -286,6 +291,19 @@ def _retiring(before: ChainView | None, members: Iterable[Member], retired: Iter
     return found
 
 
+def _draining(
+    before: ChainView | None, members: Iterable[Member], drained: Iterable[str], undrained: Iterable[str]
+) -> list[str]:
+    """The nodes that go on draining, and those that begin to; none that left."""
+    nodes = {member.name for member in members if member.role == "node"}
+    found = {name for name in (before.draining if before else ()) if name in nodes}
+    for name in undrained:
+        if name not in found:
+            raise ManifestError(f"{name!r} is not draining")
+        found.remove(name)
+    return sorted({*found, *drained})
+
+
 # --- countersign ----------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +332,7 @@ def countersign(
     Shows what is to be signed and asks first. Without --out the manifest is replaced by the one with the signature.
     """
     chain = _read_chain(file)
-    own = _own_chain(folder)
+    own = own_chain(folder)
     known = view_chain(own) if own else None
     pinned = known.pin if known else _pin_bytes(pin) if pin else None
     view = view_chain(chain, pinned)
@@ -337,7 +355,7 @@ def _finish(settings: Settings, folder: Path, identity: Identity, chain: bytes, 
     with writing(out) as sink:
         sink.write(chain)
     if view.complete:
-        _install(folder, chain, view)
+        install(folder, chain, view)
         note(f"next: on each member, keyquorum cluster join DIR {out} --pin {view.pin.hex()}")
     else:
         short = view.needed - len(view.signers)
@@ -391,6 +409,7 @@ def _summary(view: ChainView) -> str:
         ("pin", view.pin.hex()),
         ("signed by", f"{', '.join(view.signers)} ({len(view.signers)} of {view.needed} needed)"),
         ("members", ", ".join(f"{count} {role}" for role, count in _counts(view.members))),
+        ("draining", ", ".join(view.draining) or "none"),
         ("rules", str(len(view.rules))),
         ("quorum", f"{view.quorum} operators sign the next manifest"),
     )
@@ -440,6 +459,7 @@ def _json(view: ChainView) -> dict[str, Any]:
         "retiring": [
             {"name": each.name, "curve_public": each.curve_z85, "endpoint": each.endpoint} for each in view.retiring
         ],
+        "draining": list(view.draining),
         "rules": [{"identity": r.identity, "keys": r.keys, "operations": list(r.operations)} for r in view.rules],
     }
 
@@ -462,7 +482,7 @@ def rekey(settings: Settings, folder: Path, endpoint: str, publish_endpoint: str
     turned away; at the same endpoint, those that have not heard of the new manifest are, until they have.
     """
     identity = load_identity(folder / IDENTITY_FILE)
-    own = _own_chain(folder)
+    own = own_chain(folder)
     if not own:
         raise ConfigError(f"{folder}: belongs to no cluster yet; make a new identity instead")
     listed = next((each for each in view_chain(own).members if each.name == identity.name), None)
@@ -502,14 +522,7 @@ def push(settings: Settings, file: str) -> None:
     if not view.complete:
         raise ManifestError(f"{file}: signed by {len(view.signers)} of {view.needed} operators needed")
     newest = open_chain(chain, client.cluster.pin)
-    told = {}
-    with zmq.Context() as context:
-        for name in {**client.cluster.servers, **newest.servers}:
-            told[name] = _bring(
-                client.own_curve(), _places(name, client.cluster, newest), chain, newest, timeout, context
-            )
-    if isinstance(client.source, Membership):
-        client.source.offer_chain(chain)
+    told = bring(client, chain, newest, timeout)
     rows = [(name, problem or "taken") for name, problem in told.items()]
     if settings.json:
         failed = {name: problem for name, problem in told.items() if problem}
@@ -521,6 +534,18 @@ def push(settings: Settings, file: str) -> None:
         table(settings, ("MEMBER", f"SERIAL {newest.serial}"), rows, None)
     if any(told.values()):
         raise ClusterError(f"{sum(map(bool, told.values()))} of {len(told)} members did not take the manifest")
+
+
+def bring(client: ClientSettings, chain: bytes, newest: documents.Cluster, timeout_s: float) -> dict[str, str]:
+    """Bring a manifest to all members of it and of the one before: member -> why it did not take it, or nothing."""
+    told = {}
+    with zmq.Context() as context:
+        for name in {**client.cluster.servers, **newest.servers}:
+            places = _places(name, client.cluster, newest)
+            told[name] = _bring(client.own_curve(), places, chain, newest, timeout_s, context)
+    if isinstance(client.source, Membership):
+        client.source.offer_chain(chain)
+    return told
 
 
 def _places(name: str, known: documents.Cluster, newest: documents.Cluster) -> list[Member]:
@@ -589,10 +614,10 @@ def join(settings: Settings, folder: Path, file: str, pin: str | None, passphras
     if not view.complete:
         raise ManifestError(f"{file}: signed by {len(view.signers)} of {view.needed} operators needed")
     _check_own_entry(identity, view)
-    own = _own_chain(folder)
+    own = own_chain(folder)
     if own and view_chain(own).serial > view.serial:
         raise ManifestError(f"{file}: has serial {view.serial}, {folder} has {view_chain(own).serial} already")
-    _install(folder, chain, view)
+    install(folder, chain, view)
     over = identity.curve is not None and identity.curve.raw_public in {each.curve_public for each in view.members}
     if over and identity.name not in {each.name for each in view.retiring}:
         forget_retiring(folder / IDENTITY_FILE)
@@ -624,7 +649,7 @@ def _trust(folder: Path, role: Role) -> _Trust:
     return load_config(folder / CONFIG_FILES[role], _Trust)
 
 
-def _own_chain(folder: Path) -> bytes:
+def own_chain(folder: Path) -> bytes:
     """The manifest that the member in the folder holds, checked against its pin; empty if it has none."""
     role = load_config(folder / IDENTITY_FILE, _Who).role
     config = folder / CONFIG_FILES[role]
@@ -637,7 +662,7 @@ def _own_chain(folder: Path) -> bytes:
     return chain
 
 
-def _install(folder: Path, chain: bytes, view: ChainView) -> None:
+def install(folder: Path, chain: bytes, view: ChainView) -> None:
     """Write the manifest, then the pin: a member with a pin and no manifest would not start."""
     role = load_config(folder / IDENTITY_FILE, _Who).role
     config = folder / CONFIG_FILES[role]

@@ -6,7 +6,7 @@ It starts and stops through ``LocalCluster`` and knows no token and no key.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -148,13 +148,13 @@ def status(context: click.Context, verbose: bool, latency: bool) -> None:
     start_logging(settings)
     with connect(client_config(settings)) as kq:
         members = kq.status(latency=latency, timeout=settings.timeout_s)
-        name, serial = kq.cluster.name, kq.cluster.serial
-    told = {"cluster": name, "serial": serial, "members": [_member_json(member) for member in members]}
+        name, serial, draining = kq.cluster.name, kq.cluster.serial, kq.cluster.draining
+    told = {"cluster": name, "serial": serial, "members": [_member_json(member, draining) for member in members]}
     if settings.json:
         emit(settings, told)
     else:
         columns = ("MEMBER", "ROLE", "STATE", "ENDPOINT", "LOCATION", "KEYS", "LOADED", "QUEUE", "UP")
-        table(settings, columns, [_row(member) for member in members], None)
+        table(settings, columns, [_row(member, draining) for member in members], None)
         if verbose:
             _details(settings, members)
         if latency:
@@ -166,7 +166,7 @@ def status(context: click.Context, verbose: bool, latency: bool) -> None:
         context.exit(2)
 
 
-def _member_json(member: MemberStatus) -> dict[str, Any]:
+def _member_json(member: MemberStatus, draining: Collection[str]) -> dict[str, Any]:
     return {
         "name": member.name,
         "role": member.role,
@@ -174,6 +174,7 @@ def _member_json(member: MemberStatus) -> dict[str, Any]:
         "location": member.location,
         "up": member.status is not None,
         "ready": state_of(member) == "up",
+        "draining": member.name in draining,
         "error": "" if member.error is None else str(member.error),
         "status": None if member.status is None else _fields(member.status),
     } | ({} if member.latency is None else {"latency": _fields(member.latency)})
@@ -190,8 +191,10 @@ def _named(value: Any) -> Any:
     return [_named(each) for each in value] if isinstance(value, list) else value
 
 
-def _row(member: MemberStatus) -> tuple[object, ...]:
-    head = (member.name, member.role, state_of(member), member.endpoint, member.location or "-")
+def _row(member: MemberStatus, draining: Collection[str]) -> tuple[object, ...]:
+    state = state_of(member)
+    state = "draining" if state == "up" and member.name in draining else state
+    head = (member.name, member.role, state, member.endpoint, member.location or "-")
     found = member.status
     if found is None:
         return (*head, "-", "-", "-", "-")

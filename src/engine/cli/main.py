@@ -66,6 +66,7 @@ class _Sections(click.Group):
         "A cluster over several hosts": {
             "init": "identity",
             "cluster": "cluster",
+            "node": "node",
             "audit": "audit",
             "attack": "attack",
         },

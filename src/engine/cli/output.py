@@ -13,6 +13,7 @@ import re
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ __all__ = [
     "byte_progress",
     "client_config",
     "common_options",
+    "count_progress",
     "decode_bytes",
     "emit",
     "encode_bytes",
@@ -49,6 +51,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 CONFIG_VARIABLE: Final = "KEYQUORUM_CONFIG"
 DEFAULT_CONFIGS: Final = (Path("client.toml"), Path("keyquorum-cluster/clients/local/client.toml"))
+LINE_EVERY_S: Final = 2.0
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control and bidirectional characters: text of another host must not steer this terminal."""
 
@@ -212,6 +215,46 @@ def byte_progress(settings: Settings, what: str, total: int | None) -> Iterator[
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(printable(what), total=total)
         yield lambda done: progress.update(task, completed=done)
+
+
+@contextmanager
+def count_progress(settings: Settings, what: str) -> Iterator[Callable[[int], None]]:
+    """A function that takes how many are left and draws a bar; where no person looks, it prints a line now and then."""
+    if settings.json or not sys.stderr.isatty():
+        told = _Lines(what)
+        yield (lambda left: None) if settings.json else told.left
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f} of {task.total:.0f} keys"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(printable(what), total=0)
+        most = 0
+
+        def draw(left: int) -> None:
+            nonlocal most
+            most = max(most, left)
+            progress.update(task, total=most, completed=most - left)
+
+        yield draw
+
+
+class _Lines:
+    """The same as lines, none within ``LINE_EVERY_S`` of the one before, and none that says the same."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._left = -1
+        self._next_s = 0.0
+
+    def left(self, left: int) -> None:
+        """Tell how many are left."""
+        now = time.monotonic()
+        if left != self._left and now >= self._next_s:
+            self._left, self._next_s = left, now + LINE_EVERY_S
+            note(f"{self._what}: {left} keys left")
 
 
 # --- bytes in and out -----------------------------------------------------------------------------------------------

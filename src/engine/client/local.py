@@ -25,14 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_letters
 from typing import Annotated, Any, Literal
 
 import zmq
 from msgspec import Meta, Struct
 
+from engine.client import fleet
 from engine.client.config import (
     Identity,
     create_identity,
@@ -94,6 +97,18 @@ class _ClusterFile(Struct, frozen=True, forbid_unknown_fields=True):
     threshold: Annotated[int, Meta(ge=1, le=MAX_NODES)]
     shares: Annotated[int, Meta(ge=1, le=MAX_NODES)]
     manifest_pin: str
+
+
+class _TokenPart(Struct, frozen=True):
+    """Of ``[token]`` in a ``node.toml``: the data folder of the node whose token this one uses, or nothing."""
+
+    shared_with: str = ""
+
+
+class _NodeFile(Struct, frozen=True):
+    """What is looked at in a ``node.toml``."""
+
+    token: _TokenPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -594,15 +609,150 @@ class LocalCluster:
         self.sign_manifest([*cluster.members.values(), identity.member()], [*cluster.rules, *rules])
         return self.client_config_of(name)
 
+    def add_node(self, name: str = "", *, location: str = "") -> str:
+        """Make one more node with a token of its own, have it signed and start it; its name.
+
+        By default its name is one that none ever had, and it stands on a host of its own at the site with the fewest.
+        """
+        with self._alone():
+            card = self._make_node(name, location)
+            fleet.add(self, card)
+            self._start_new(card.name)
+        return card.name
+
+    def drain_node(self, node: str, *, timeout_s: float | None = 0.0) -> None:
+        """Have a node be given no more keys, and those that it holds moved away.
+
+        It is waited for that for ``timeout_s`` (None: for ever), and then ``ClusterError`` raised; 0 does not wait.
+        """
+        fleet.drain(self, node)
+        if timeout_s != 0.0:
+            fleet.wait_empty(self, node, timeout_s)
+
+    def undrain_node(self, node: str) -> None:
+        """Have a node be given keys again."""
+        fleet.undrain(self, node)
+
+    def remove_node(self, node: str, *, lost: bool = False) -> None:
+        """Take a node that was emptied out of the cluster and end it; with ``lost`` any node. Its folder stays.
+
+        ``ClusterError`` while it holds shares, unless it is ``lost``: then the others make them anew.
+        """
+        self._check_token_unused(node)
+        with self._alone():
+            fleet.remove(self, node, lost=lost)
+            self._end_removed(node)
+
+    def replace_node(self, node: str, *, lost: bool = False, timeout_s: float | None = None) -> str:
+        """Put a new node in a node's place, empty that and remove it; with ``lost`` it is out at once. The new name.
+
+        The shares of a lost one are made anew after this has returned; ``fleet.wait_empty`` waits for that.
+        """
+        name = self.begin_replacing(node, lost=lost)
+        if not lost:
+            fleet.wait_empty(self, node, timeout_s)
+            self.remove_node(node)
+        return name
+
+    def begin_replacing(self, node: str, *, lost: bool = False) -> str:
+        """The same without waiting: a node that is not lost is left to be emptied, and then to be removed."""
+        self._check_token_unused(node)
+        with self._alone():
+            card = self._make_node("", self._place_of(node))
+            fleet.replace(self, node, card, lost=lost)
+            self._start_new(card.name)
+            if lost:
+                self._end_removed(node)
+        return card.name
+
+    def sign_nodes(self, members: Sequence[Member], draining: Collection[str]) -> Cluster:
+        """As ``sign_manifest``, of nodes that come, go or are to be emptied (``fleet.Fleet``)."""
+        return self.sign_manifest(members, retiring=list(self.cluster.retiring.values()), draining=sorted(draining))
+
+    def left_on(self, node: str) -> fleet.Left:
+        """How much a node holds, by the registry's books and by its own word."""
+        with self._asking() as (channel, taken):
+            return fleet.left_on(channel, taken, node)
+
+    def keys_by_node(self) -> dict[str, int]:
+        """How many keys each node holds a share of, by the registry's books; nodes without any are missing."""
+        with self._asking() as (channel, taken):
+            return fleet.keys_by_node(channel, taken)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[tuple[Channel, Cluster]]:
+        """A channel to the members as the default client."""
+        taken = self.cluster
+        identity = load_identity(self.client_config.parent / "identity.toml")
+        with zmq.Context() as context, Channel(OwnCurve(identity, taken), Servers(taken), context) as channel:
+            yield channel, taken
+
+    def _make_node(self, name: str, location: str) -> Member:
+        """The files, the token and the card of one more node, which no manifest names yet."""
+        cluster = self.cluster
+        if len(self.nodes) >= MAX_NODES:
+            raise ValueError(f"{len(self.nodes) + 1} nodes; a local cluster has 1 to {MAX_NODES}")
+        name = name or _fresh_name(cluster)
+        if name in cluster.members or name in self._processes:
+            raise ValueError(f"the name {name!r} is a member's already")
+        folder = self.path / "nodes" / name
+        if folder.exists() and (name, "node") in cluster.past:
+            raise ValueError(f"{folder} is of a node {name!r} that was removed; take another name")
+        # Of an earlier try that was cut off: no manifest ever had it.
+        shutil.rmtree(folder, ignore_errors=True)
+        (self.path / "secrets" / f"{name}.pin").unlink(missing_ok=True)
+        identity = create_identity(_folder(folder) / "identity.toml", name, "node")
+        taken = {int(told.rpartition(":")[2]) for each in cluster.servers.values() for told in _endpoints(each)}
+        with contextlib.ExitStack() as held:
+            port, publish_port = _free_port(held, taken), _free_port(held, taken)
+            card = identity.member(
+                endpoint=_loopback(port),
+                publish_endpoint=_loopback(publish_port),
+                location=location or _fresh_location(cluster),
+            )
+            write_card(folder / "node.card", card, identity.signing)
+            self._write_node(name, cluster.pin.hex(), name)
+            self._init_tokens([name])
+        return card
+
+    def _start_new(self, name: str) -> None:
+        """Start a node that was signed just now; it belongs to the cluster from here on."""
+        self._write_file(self._file.name, [*self.nodes, name], list(self.clients), self.threshold, self.shares)
+        self._file = load_config(self.path / "cluster.toml", _ClusterFile)
+        self._processes[name] = process = self._node_process(name)
+        if self._processes[BALANCER].running or any(each.running for each in self._processes.values()):
+            self._launch([process])
+
+    def _end_removed(self, name: str) -> None:
+        self._end([self._named(name)])
+        left = [each for each in self.nodes if each != name]
+        self._write_file(self._file.name, left, list(self.clients), self.threshold, self.shares)
+        self._file = load_config(self.path / "cluster.toml", _ClusterFile)
+        del self._processes[name]
+
+    def _place_of(self, node: str) -> str:
+        if node not in self.cluster.nodes:
+            raise ValueError(f"{node!r} is no node of the cluster; there are {', '.join(self.cluster.nodes)}")
+        return self.cluster.nodes[node].location
+
+    def _check_token_unused(self, node: str) -> None:
+        """Refuse to take away a node whose token others use."""
+        for other in self.nodes:
+            file = self.path / "nodes" / other / "node.toml"
+            if other != node and load_config(file, _NodeFile).token.shared_with == f"../{node}/data":
+                raise ValueError(f"{other} uses the token of {node}; remove {other} first")
+
     def sign_manifest(
         self,
         members: Sequence[Member] | None = None,
         rules: Sequence[PolicyRule] | None = None,
         retiring: Sequence[Retiring] = (),
+        draining: Sequence[str] | None = None,
     ) -> Cluster:
         """Have the operator sign a further manifest with these members and rules (as they are, where None is given).
 
-        ``retiring`` are the CURVE keys of before of members that change theirs (``engine.client.config.rotate_curve``).
+        ``retiring`` are the CURVE keys of before of members that change theirs (``engine.client.config.rotate_curve``),
+        ``draining`` the nodes that are to be emptied (those that are already, where None is given).
 
         It is put into the members' file, and taken by each that runs within a second or so: this waits until all have
         it, and raises ``ClusterError`` if one has not within 10 s.
@@ -620,6 +770,7 @@ class LocalCluster:
             domain_level=cluster.domain_level,
             chain=manifest.read_bytes(),
             retiring=retiring,
+            draining=draining,
         )
         write_private(manifest, chain)
         taken = self.cluster
@@ -662,13 +813,14 @@ class LocalCluster:
     def _load(self) -> None:
         self._file = load_config(self.path / "cluster.toml", _ClusterFile)
         run = _folder(self.path / "run")
-        self._processes = {
-            name: _Process(name, "nodes", self.path / "nodes" / name / "node.toml", run, supervised=self._supervised)
-            for name in self._file.nodes
-        }
+        self._processes = {name: self._node_process(name) for name in self._file.nodes}
         self._processes[BALANCER] = _Process(BALANCER, "balancer", self.path / "balancer" / "balancer.toml", run)
         for process in self._processes.values():
             process.attach()
+
+    def _node_process(self, name: str) -> _Process:
+        config, run = self.path / "nodes" / name / "node.toml", self.path / "run"
+        return _Process(name, "nodes", config, run, supervised=self._supervised)
 
     def _check_same(self, nodes: int, threshold: int, shares: int | None) -> None:
         told, held = (nodes, threshold), (len(self.nodes), self.threshold)
@@ -836,10 +988,38 @@ def _loopback(port: int) -> str:
     return f"tcp://127.0.0.1:{port}"
 
 
-def _free_port(held: contextlib.ExitStack) -> int:
-    """A free port, which stays bound as long as ``held`` is open, so that no one else takes it meanwhile."""
+def _endpoints(member: Member) -> list[str]:
+    return [each for each in (member.endpoint, member.publish_endpoint) if each]
+
+
+def _fresh_name(cluster: Cluster) -> str:
+    """A name that no member of any manifest had: what a node signed once is known by its name for ever."""
+    known = {name for name, _ in cluster.past}
+    number = len(cluster.nodes) + 1
+    while f"node{number}" in known:
+        number += 1
+    return f"node{number}"
+
+
+def _fresh_location(cluster: Cluster) -> str:
+    """A host of its own in a rack of its own, at the site with the fewest nodes."""
+    places = [place.path for place in cluster.locations]
+    sites = Counter(path[0] for path in places)
+    site = min(sites, key=lambda each: (sites[each], each))
+    numbers = (part.lstrip(ascii_letters) for path in places for part in path[1:])
+    rack = 1 + max((int(each) for each in numbers if each.isdecimal()), default=0)
+    return f"{site}/room1/rack{rack}/host{rack}"
+
+
+def _free_port(held: contextlib.ExitStack, taken: Collection[int] = ()) -> int:
+    """A free port, which stays bound as long as ``held`` is open, so that no one else takes it meanwhile.
+
+    None of those ``taken``, whose processes may not run now.
+    """
     for _ in range(PORT_TRIES):
         port = random.choice(PORTS)  # noqa: S311 - any will do
+        if port in taken:
+            continue
         bound = socket.socket()
         try:
             bound.bind(("127.0.0.1", port))

@@ -16,8 +16,9 @@ __all__ = ["check_move"]
 def check_move(order: ReshareOrder, balancer: str, before: KeyManifest, cluster: Cluster) -> None:
     """Refuse a move that changes more than it may of the epoch ``before``, or leaves the key worse off.
 
-    t stays. n is the client's, or where the policy gives the balancer ``grow`` on the key, more. No failure domain may
-    hold t shares, and losing any one must leave t; where that is not so today, it may not get worse.
+    t stays. n is the client's, or where the policy gives the balancer ``grow`` on the key, more. A draining node that
+    has no share gets none. No failure domain may hold t shares, and losing any one must leave t; where that is not so
+    today, it may not get worse.
     """
     threshold, shares = ordered_shape(before)
     if order.threshold != threshold:
@@ -30,6 +31,9 @@ def check_move(order: ReshareOrder, balancer: str, before: KeyManifest, cluster:
             f"{balancer!r} may not give {order.name!r} {count} holders, its client ordered {shares}: no rule of the "
             "policy lets it grow the key"
         )
+    emptied = [node for node in order.holders if node in cluster.draining and before.holder(node) is None]
+    if emptied:
+        raise ManifestError(f"move order: {', '.join(emptied)} is draining, and is given no share of {order.name!r}")
     level = cluster.domain_level
     there = [each.node for each in before.holders if each.node in cluster.nodes]
     today = placement_risk(cluster.locations, there, threshold, domain_level=level)

@@ -719,6 +719,30 @@ class BalancerPlan(Message, frozen=True):
     moves: Annotated[list[PlacementMove], Meta(max_length=MOVES_TOLD)]
 
 
+HELD_TOLD: Final = 256
+"""Most nodes in one answer to ``holdings``."""
+
+
+class Holdings(Message, frozen=True):
+    """Any member to a balancer: ``[after]``: what do the nodes hold, by the registry's books? Those after a name."""
+
+    after: MaybeName
+
+
+class Held(Message, frozen=True):
+    """``[node, keys]``: how many keys a node holds a share of, or is to hold one of as soon as they are made."""
+
+    node: Name
+    keys: UInt
+
+
+class HoldingsPage(Message, frozen=True):
+    """``[entries, more]``: the nodes in order of their names, without those that hold nothing."""
+
+    entries: Annotated[list[Held], Meta(max_length=HELD_TOLD)]
+    more: bool
+
+
 class Table(Message, frozen=True):
     """``[table]``: the signed routing table in force, or empty."""
 
@@ -752,6 +776,7 @@ REGISTRY_OUTCOME: Final = "registry.outcome"
 REGISTRY_ABORT: Final = "registry.abort"
 TABLE: Final = "table"
 PLAN: Final = "plan"
+HOLDINGS: Final = "holdings"
 
 BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     **dict.fromkeys(OPERATIONS, (Operate, Result)),
@@ -792,6 +817,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     REGISTRY_ABORT: (Outcome, OutcomeReply),
     TABLE: (Empty, Table),
     PLAN: (Empty, BalancerPlan),
+    HOLDINGS: (Holdings, HoldingsPage),
 }
 """Verb -> (body of the request, body of an ok reply). A balancer answers ``status`` with ``BalancerStatus``."""
 
