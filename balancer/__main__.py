@@ -118,7 +118,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             publish=first.publish,
             fencing_epoch=registry.fencing_epoch,
         )
-        service = Service(listener, registry, membership, identity.name, loop, listener.limits)
+        service = Service(listener, registry, membership, identity.name, loop, listener.limits, settings.data)
         if settings.http is not None:
             from balancer.pages import Pages, serve_pages  # which not every balancer needs, and takes a while
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -36,6 +37,7 @@ from engine.client.admission import Admission, ServiceLimits, Turns, welcome
 from engine.client.config import CurveSource, Identity
 from engine.client.listener import Incoming, Listener
 from engine.client.membership import Servers
+from engine.client.process import host_health
 from engine.client.publications import Publisher
 from engine.client.spreading import Desk, pull
 from engine.client.transport import Arrival, Channel, raise_for_status
@@ -442,8 +444,10 @@ class Service(FollowsCluster):
         name: str,
         loop: ControlLoop,
         limits: ServiceLimits,
+        data: Path,
         now_ms: Callable[[], int] = now_ms,
     ) -> None:
+        self._data = data
         self._listener = listener
         self._registry = registry
         self._source = cluster
@@ -619,6 +623,7 @@ class Service(FollowsCluster):
             forecasts=_accuracies(standing.learned.classes),
             series=[f"{name}: {problem}" for name, problem in self._loop.series_problems.items()],
             placement=self._loop.plan.text[:ERROR_MAX],
+            host=host_health(self._data),
         )
 
 

@@ -95,6 +95,7 @@ from engine.protocol.requests import (
     Flushed,
     Hello,
     HolderLatency,
+    HostHealth,
     KeyDescription,
     KeyEntry,
     KeyList,
@@ -401,6 +402,7 @@ class Handlers(FollowsCluster):
         ledger: GrantLedger,
         limits: ServiceLimits,
         health: Health,
+        host: Callable[[], HostHealth],
         counts: Callable[[Admission], ServiceCount],
         network_us: Callable[[], int],
         generation: GenerationLimit,
@@ -437,6 +439,7 @@ class Handlers(FollowsCluster):
         self._replier = replier
         self._ledger = ledger
         self._limits = limits
+        self._host = host
         self._health = health
         self._service_counts = counts
         self._network_us = network_us
@@ -1259,6 +1262,7 @@ class Handlers(FollowsCluster):
             clock=self._ledger.clock.complaint(),
             health=self._health.told(),
             service=self._service_counts(self._admission),
+            host=self._host(),
         )
 
     def _hello(self, call: _Call, body: Hello) -> None:

@@ -18,7 +18,7 @@ from engine.client.config import Identity, load_identity, sync_folder
 from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Listener
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
-from engine.client.process import lock_folder, raise_file_limit
+from engine.client.process import host_health, lock_folder, raise_file_limit
 from engine.client.transport import Channel
 from engine.errors import ConfigError
 from engine.failpoints import armed
@@ -244,6 +244,7 @@ class Server:
             counts=self._listener.counts,
             network_us=self._listener.network_us,
             health=self._keeper,
+            host=lambda: host_health(config.data),
             known=self._listener.connections.known,
             fast=None if armed() else self._fast,
             tracer=self._tracer,

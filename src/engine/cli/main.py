@@ -62,7 +62,7 @@ class _Sections(click.Group):
 
     sections: Final = {
         "A local cluster": {"demo": "demo", "up": "local", "down": "local"},
-        "What a cluster does": {"status": "local", "top": "top"},
+        "What a cluster does": {"status": "local", "top": "top", "doctor": "doctor"},
         "A cluster over several hosts": {
             "init": "identity",
             "cluster": "cluster",

@@ -236,7 +236,9 @@ class Destroyed:
 class MemberStatus:
     """A member's own account of itself, or the error that came instead of it.
 
-    ``latency`` is told by nodes, ``plan`` by balancers, that were asked for it and know it.
+    ``latency`` is told by nodes, ``plan`` by balancers, that were asked for it and know it. ``ahead_ms`` is how far its
+    host's clock is ahead of this one's, right within ``within_ms``, half of the time that the answer took; None if it
+    does not tell its time.
     """
 
     name: str
@@ -247,6 +249,8 @@ class MemberStatus:
     error: Exception | None
     latency: NodeLatency | None = None
     plan: BalancerPlan | None = None
+    ahead_ms: int | None = None
+    within_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -1163,19 +1167,36 @@ class Calls:
 
     def _status(self, member: Member, trail: _Trail, latency: bool, plan: bool) -> Call[MemberStatus]:
         role: MemberRole = "balancer" if member.role == "balancer" else "node"
-        status: NodeStatus | BalancerStatus | None = None
+        status: Any = None
         failure: Exception | None = None
         times: NodeLatency | None = None
         planned: BalancerPlan | None = None
+        ahead_ms, within_ms = None, 0
         try:
+            asked_ms = self._now_ms()
             status = yield from self._ask_one(member.name, RequestType.STATUS, Empty(), trail, role)
+            told_ms = self._now_ms()
+            if status.host.time_ms:
+                within_ms = (told_ms - asked_ms + 1) // 2
+                ahead_ms = status.host.time_ms - (asked_ms + told_ms) // 2
             if latency and role == "node":
                 times = yield from self._ask_if_known(member.name, LATENCY, trail)
             if plan and role == "balancer":
                 planned = yield from self._ask_if_known(member.name, PLAN, trail, role)
         except (EngineError, ValueError) as error:
             failure = error
-        return MemberStatus(member.name, role, member.endpoint, member.location, status, failure, times, planned)
+        return MemberStatus(
+            member.name,
+            role,
+            member.endpoint,
+            member.location,
+            status,
+            failure,
+            times,
+            planned,
+            ahead_ms,
+            within_ms,
+        )
 
     def _ask_if_known(self, peer: str, verb: str, trail: _Trail, role: MemberRole = "node") -> Call[Any]:
         """What a member answers; None of one that does not know the verb."""

@@ -1,4 +1,4 @@
-"""What every server process does for itself first: no core dumps, private files, enough descriptors."""
+"""What every server process does for itself first: no core dumps, private files, enough descriptors; and its host."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import ctypes
 import fcntl
 import os
 import resource
+import time
 from pathlib import Path
 
 from engine.errors import ClusterError, EngineError
+from engine.protocol.requests import HostHealth
 
-__all__ = ["harden_process", "lock_folder", "raise_file_limit"]
+__all__ = ["harden_process", "host_health", "lock_folder", "raise_file_limit"]
 
 PR_SET_DUMPABLE = 4
 WANTED_FILES = 65_536
@@ -36,6 +38,16 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     if wanted < NEEDED_FILES and soft < NEEDED_FILES:
         raise EngineError(f"the limit on open files (ulimit -n) is {wanted}; at least {NEEDED_FILES} are needed")
+
+
+def host_health(data: Path) -> HostHealth:
+    """The machine's clock now, and the file system of a folder."""
+    time_ms = time.time_ns() // 1_000_000
+    try:
+        found = os.statvfs(data)
+    except OSError:
+        return HostHealth(time_ms, 0, 0, 0)
+    return HostHealth(time_ms, found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize, found.f_favail)
 
 
 def lock_folder(path: Path, *, shared: bool = False) -> int:

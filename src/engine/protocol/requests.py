@@ -339,6 +339,19 @@ class ServiceCount(Message, frozen=True):
     cut: UInt
 
 
+class HostHealth(Message, frozen=True):
+    """A member's host: ``[time_ms, disk_bytes, disk_free_bytes, files_free]``.
+
+    The machine's clock as the answer was written, in milliseconds since the Unix epoch, and the file system of the
+    member's data: its size, what of it the member may still write, and how many files. All 0 if not known.
+    """
+
+    time_ms: UInt
+    disk_bytes: UInt
+    disk_free_bytes: UInt
+    files_free: UInt
+
+
 class NodeStatus(Message, frozen=True):
     """What a node tells an operator.
 
@@ -364,6 +377,7 @@ class NodeStatus(Message, frozen=True):
     clock: Text
     health: TokenHealth
     service: ServiceCount
+    host: HostHealth = HostHealth(0, 0, 0, 0)
 
 
 STAGES: Final = ("parse", "policy", "cache", "wait", "gather", "token", "work", "audit", "reply", "total")
@@ -676,6 +690,7 @@ class BalancerStatus(Message, frozen=True):
     forecasts: Annotated[list[ForecastAccuracy], Meta(max_length=128)]
     series: Annotated[list[Text], Meta(max_length=16)]
     placement: Text
+    host: HostHealth = HostHealth(0, 0, 0, 0)
 
 
 class ClassLoad(Message, frozen=True):
