@@ -246,7 +246,7 @@ def test_status_says_why_a_node_is_not_ready(reasons: dict[str, Any], state: str
     )
     member = MemberStatus("n1", "node", "tcp://127.0.0.1:1", "", msgspec.structs.replace(usual, **reasons), None)
     assert local.state_of(member) == state
-    assert local._member_json(member)["ready"] is (not reasons)
+    assert local._member_json(member, ())["ready"] is (not reasons)
     assert local.troubles_of(member) == trouble
 
 
