@@ -57,6 +57,7 @@ from engine.protocol.requests import (
     REGISTRY_DESTROY,
     REGISTRY_OUTCOME,
     REGISTRY_RESERVE,
+    REGISTRY_SETTINGS,
     REGISTRY_SYNC,
     REGISTRY_VERBS,
     REPLY_CODECS,
@@ -85,6 +86,8 @@ from engine.protocol.requests import (
     Reserve,
     Reserved,
     ServiceCount,
+    Settings,
+    SettingsBooked,
     Sync,
     SyncPage,
     Table,
@@ -470,6 +473,7 @@ class Service(FollowsCluster):
             REGISTRY_CHANGE: self._change,
             REGISTRY_COMMIT: self._commit,
             REGISTRY_DESTROY: self._destroy,
+            REGISTRY_SETTINGS: self._settings,
             REGISTRY_SYNC: self._sync,
             REGISTRY_OUTCOME: self._outcome,
             REGISTRY_ABORT: self._abort,
@@ -519,10 +523,20 @@ class Service(FollowsCluster):
         now = time.monotonic()
         if now >= self._next_told_s:
             self._next_told_s = now + 1.0
+            self._destroy_due()
             self._look_at_keys(now)
             self.told = Told(self._listener.counts(self._admission), self._keys, now)
             for each in self._admission.refusals():
                 log.warning("requests refused", member=each.member, count=each.count, reason=each.reason)
+
+    def _destroy_due(self) -> None:
+        try:
+            done = self._registry.destroy_due(self._now_ms())
+        except EngineError as error:
+            log.warning("keys whose time has come are not destroyed", reason=str(error))
+            return
+        if done:
+            log.info("keys destroyed, as their time had come", keys=done)
 
     def _look_at_keys(self, now_s: float) -> None:
         if now_s < self._next_shape_s:
@@ -576,6 +590,9 @@ class Service(FollowsCluster):
     def _destroy(self, member: str, body: Destroy) -> Empty:
         self._registry.destroy(body.order, self._now_ms())
         return Empty()
+
+    def _settings(self, member: str, body: Settings) -> SettingsBooked:
+        return SettingsBooked(self._registry.settings(body.order, self._now_ms()))
 
     def _sync(self, member: str, body: Sync) -> SyncPage:
         return self._registry.sync(member, body.after)

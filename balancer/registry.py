@@ -61,6 +61,14 @@ from engine.protocol.manifest import (
     receipts_needed,
 )
 from engine.protocol.requests import OutcomeReply, Reserved, SyncEntry, SyncPage
+from engine.protocol.settings import (
+    SettingsOrder,
+    SettingsRecord,
+    book_settings,
+    is_settings,
+    open_settings,
+    read_settings,
+)
 from engine.protocol.signed import SigningKey, sign_envelope
 
 __all__ = ["Registry", "SqliteRegistry"]
@@ -77,6 +85,8 @@ REFUSED_MAX = 100_000
 """How many unknown attempts are noted; beyond that, they stay pending until old notes are pruned."""
 KEEP_MS = 24 * 3_600_000
 """Aborted reservations and notes are pruned at start after this: any order they speak of expired long before."""
+DUE_MAX = 64
+"""How many keys are destroyed at a time whose time has come."""
 CHANGE_LEASE_MS = 10_000
 """A change under way keeps those of other orders waiting for this long; then its coordinator counts as dead."""
 BUSY_TIMEOUT_S = 1.0
@@ -112,6 +122,12 @@ class Registry(Protocol):
 
     def destroy(self, order: bytes, now_ms: int) -> None:
         """Destroy a key by a client's order, for good."""
+
+    def settings(self, order: bytes, now_ms: int) -> bytes:
+        """Book a client's settings of a key; those in force then, countersigned."""
+
+    def destroy_due(self, now_ms: int) -> int:
+        """Destroy the keys whose time has come; how many settings were carried out."""
 
     def sync(self, node: str, after: int) -> SyncPage:
         """The keys a node holds a share of that changed after a change number."""
@@ -186,6 +202,20 @@ class _Change:
         return self.expires_ms + CLOCK_SKEW_MS < now_ms
 
 
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """The newest settings of a key; the fields are the columns, in order.
+
+    ``due_ms`` is when the key is to be destroyed by them, or 0: also once that is done.
+    """
+
+    lineage: bytes
+    name: bytes
+    serial: int
+    due_ms: int
+    document: bytes
+
+
 _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         """CREATE TABLE keys (key_id BLOB PRIMARY KEY, name BLOB NOT NULL, state INTEGER NOT NULL,
@@ -207,6 +237,11 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
            dealer BLOB NOT NULL, order_digest BLOB NOT NULL, began_ms INTEGER NOT NULL, expires_ms INTEGER NOT NULL,
            hash BLOB NOT NULL) STRICT, WITHOUT ROWID""",
         "CREATE TABLE past (key_id BLOB, attempt INTEGER, PRIMARY KEY (key_id, attempt)) STRICT, WITHOUT ROWID",
+    ),
+    (
+        """CREATE TABLE settings (lineage BLOB PRIMARY KEY, name BLOB NOT NULL, serial INTEGER NOT NULL,
+           due_ms INTEGER NOT NULL, document BLOB NOT NULL, hash BLOB NOT NULL) STRICT, WITHOUT ROWID""",
+        "CREATE INDEX by_due ON settings (due_ms) WHERE due_ms > 0",
     ),
 )
 """Statements that take the schema from version i to i + 1."""
@@ -560,6 +595,107 @@ class SqliteRegistry(FollowsCluster):
             change = self._next(_CHANGE)
             self._store.execute("UPDATE shares SET changed = ? WHERE key_id = ?", (change, wanted.key_id))
 
+    def settings(self, order: bytes, now_ms: int) -> bytes:
+        """Book a client's settings of a key, unless others came before it knew of; those in force then, countersigned.
+
+        So of two clients that began from the same settings one is told the other's, and begins again from there. What
+        is countersigned already and newer than the books is taken in: nodes know better than a registry that fell back.
+        ``KeyNotFound``: no committed key is meant, or its time has come; ``ManifestError``: forged, expired, or of
+        another key; ``AccessDenied``; ``ValueError``: a version that is not there, or a time that is over.
+        """
+        told = open_settings(order, self._cluster, None)
+        wanted = told.order
+        row = self._row(wanted.lineage)
+        if row is None or row.text != wanted.name:
+            raise KeyNotFound(f"no key {wanted.name!r} of this id is committed")
+        current = self._settings(wanted.lineage)
+        if current is not None and wanted.serial <= current.serial:
+            return current.document
+        if told.booked:
+            self._revive(told)
+        elif current is not None and wanted.previous < current.serial:
+            return current.document
+        else:
+            open_settings(order, self._cluster, now_ms)
+            self._check_settings(wanted, current, now_ms)
+        versions = [row.key_id for row in self._rows_of(wanted)]
+        if not versions:
+            raise KeyNotFound(f"no key {wanted.name!r} of this id is committed")
+        document = order if told.booked else book_settings(order, self._signing)
+        with self._transaction("settings"):
+            self._put_settings(
+                _Settings(wanted.lineage, wanted.name.encode(), wanted.serial, wanted.destroy_at_ms, document)
+            )
+            self._note_everywhere(versions)
+        return document
+
+    def _check_settings(self, wanted: SettingsOrder, current: _Settings | None, now_ms: int) -> None:
+        if current is not None and 0 < current.due_ms <= now_ms:
+            raise KeyNotFound(f"the time of the key {wanted.name!r} has come: it is being destroyed")
+        if 0 < wanted.destroy_at_ms <= now_ms:
+            raise ValueError(
+                f"the key {wanted.name!r} can't be destroyed {now_ms - wanted.destroy_at_ms} ms ago; "
+                "a destruction without delay needs no settings"
+            )
+        newest = max((read_key_manifest(row.manifest).manifest.version for row in self._rows_of(wanted)), default=1)
+        if wanted.min_version > newest:
+            raise ValueError(
+                f"the newest version of {wanted.name!r} is {newest}: {wanted.min_version} can't be the least"
+            )
+
+    def _revive(self, told: SettingsRecord) -> None:
+        """Take back what a registry that fell back destroyed by settings that these had replaced before."""
+        order = told.order
+        dead = [row for row in self._rows_of(order, _State.DESTROYED) if is_settings(row.tombstone)]
+        late = [row for row in dead if read_settings(row.tombstone).serial < order.serial]
+        with self._reading():
+            taken = self._store.execute(
+                "SELECT 1 FROM keys WHERE name = ? AND state IN (1, 2)", (order.name.encode(),)
+            ).fetchone()
+        if not late or order.destroy_at_ms or taken is not None:
+            return
+        with self._transaction("revive"):
+            for row in late:
+                self._put(replace(row, state=_State.COMMITTED, tombstone=b""))
+
+    def destroy_due(self, now_ms: int) -> int:
+        """Destroy the keys whose time has come, all versions, at most so many; how many settings were carried out.
+
+        From here on it can't be undone. A holder erases its share on the settings, if by its own clock it is time too.
+        """
+        with self._reading():
+            found = self._store.execute(
+                "SELECT lineage FROM settings WHERE due_ms > 0 AND due_ms <= ? ORDER BY due_ms LIMIT ?",
+                (now_ms, DUE_MAX),
+            ).fetchall()
+        for (lineage,) in found:
+            settings = self._settings(lineage)
+            if settings is None:
+                raise RegistryUnavailable(f"the registry has lost the settings of the key {lineage.hex()}")
+            order = read_settings(settings.document).order
+            with self._transaction("due"):
+                rows = self._rows_of(order)
+                for row in rows:
+                    self._put(replace(row, state=_State.DESTROYED, tombstone=settings.document))
+                self._note_everywhere([row.key_id for row in rows])
+                self._put_settings(replace(settings, due_ms=0))
+        return len(found)
+
+    def _rows_of(self, order: SettingsOrder, state: _State = _State.COMMITTED) -> list[_Row]:
+        """The rows of a key's versions in one state."""
+        with self._reading():
+            found = self._store.execute(
+                "SELECT key_id FROM keys WHERE name = ? AND state = ?", (order.name.encode(), state)
+            ).fetchall()
+        rows = [row for (key_id,) in found for row in [self._row(key_id)] if row is not None]
+        return [row for row in rows if read_key_manifest(row.manifest).manifest.lineage == order.lineage]
+
+    def _note_everywhere(self, key_ids: Sequence[bytes]) -> None:
+        """Have every node that a key's shares concern hear of it again."""
+        for key_id in key_ids:
+            change = self._next(_CHANGE)
+            self._store.execute("UPDATE shares SET changed = ? WHERE key_id = ?", (change, key_id))
+
     def sync(self, node: str, after: int) -> SyncPage:
         """The node's keys that changed after a change number, in order, at most 256 entries or 40 KiB of documents."""
         with self._reading():
@@ -574,11 +710,13 @@ class SqliteRegistry(FollowsCluster):
             row = self._row(key_id)
             if row is None:
                 raise RegistryUnavailable(f"the registry has lost the key {key_id.hex()}")
-            size += len(row.manifest) + len(row.certificate) + len(row.tombstone)
+            settings = self._settings(read_key_manifest(row.manifest).manifest.lineage)
+            document = settings.document if settings is not None else b""
+            size += len(row.manifest) + len(row.certificate) + len(row.tombstone) + len(document)
             if entries and size > PAGE_BYTES_MAX:
                 break
             state = "destroyed" if row.state == _State.DESTROYED else "committed"
-            entries.append(SyncEntry(key_id, state, row.manifest, row.certificate, row.tombstone))
+            entries.append(SyncEntry(key_id, state, row.manifest, row.certificate, row.tombstone, document))
             last = changed
         return SyncPage(entries, len(entries) < len(found), last, self._fencing_epoch)
 
@@ -726,6 +864,20 @@ class SqliteRegistry(FollowsCluster):
         fields = _values(change)
         self._store.execute("INSERT OR REPLACE INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*fields, _hash(fields)))
 
+    def _settings(self, lineage: bytes) -> _Settings | None:
+        with self._reading():
+            found = self._store.execute("SELECT * FROM settings WHERE lineage = ?", (lineage,)).fetchone()
+        if found is None:
+            return None
+        settings = _Settings(*found[:-1])
+        if found[-1] != _hash(_values(settings)):
+            raise RegistryUnavailable(f"the registry's settings of the key {lineage.hex()} are damaged")
+        return settings
+
+    def _put_settings(self, settings: _Settings) -> None:
+        fields = _values(settings)
+        self._store.execute("INSERT OR REPLACE INTO settings VALUES (?, ?, ?, ?, ?, ?)", (*fields, _hash(fields)))
+
     def _is_past(self, key_id: bytes, attempt: int) -> bool:
         with self._reading():
             found = self._store.execute("SELECT 1 FROM past WHERE key_id = ? AND attempt = ?", (key_id, attempt))
@@ -746,7 +898,7 @@ def _names(row: _Row) -> list[str]:
     return row.holders.decode().split("\n")
 
 
-def _values(row: _Row | _Change) -> tuple[object, ...]:
+def _values(row: _Row | _Change | _Settings) -> tuple[object, ...]:
     """The columns of a row, in order (``dataclasses.astuple`` would copy each)."""
     return tuple(getattr(row, name) for name in row.__dataclass_fields__)
 

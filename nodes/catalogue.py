@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from engine.errors import StaleKey
+from engine.errors import KeyDisabled, StaleKey, VersionRetired
 from engine.keys import ALGORITHMS, Algorithm
 from engine.protocol.manifest import KeyManifest, KeyRecord, read_key_manifest
+from engine.protocol.settings import SettingsRecord, check_usable, read_settings
 from nodes.store import Row
 
 __all__ = ["Catalogue", "Entry"]
@@ -16,16 +17,30 @@ __all__ = ["Catalogue", "Entry"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row with its manifest parsed."""
+    """A row with its manifest parsed, and the key's settings where it has any."""
 
     row: Row
     record: KeyRecord
     algorithm: Algorithm
+    settings: SettingsRecord | None = None
 
     @property
     def manifest(self) -> KeyManifest:
         """The key's manifest."""
         return self.record.manifest
+
+    def check_usable(self) -> None:
+        """Refuse what its settings refuse: ``KeyDisabled``, ``VersionRetired``."""
+        check_usable(self.row.name, self.manifest.version, self.settings)
+
+    @property
+    def usable(self) -> bool:
+        """Whether its settings let it be used."""
+        try:
+            self.check_usable()
+        except (KeyDisabled, VersionRetired):
+            return False
+        return True
 
 
 def _waits(entry: Entry) -> bool:
@@ -39,8 +54,10 @@ class Catalogue:
     A key has one entry, and while its shares are replaced a second one: the prepared share of the next epoch.
     """
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, rows: Iterable[Row], settings: Iterable[bytes] = ()) -> None:
         self._lock = threading.Lock()
+        self._settings = {each.order.lineage: each for each in map(read_settings, settings)}
+        self._lineages: dict[bytes, set[bytes]] = {}
         self._by_id: dict[bytes, Entry] = {}
         self._by_name: dict[str, Entry] = {}
         self._next: dict[bytes, Entry] = {}
@@ -57,8 +74,10 @@ class Catalogue:
     def put(self, row: Row) -> Entry:
         """Take in a new or changed row."""
         record = read_key_manifest(row.manifest)
-        entry = Entry(row, record, ALGORITHMS[record.manifest.algorithm])
+        lineage = record.manifest.lineage
         with self._lock:
+            entry = Entry(row, record, ALGORITHMS[record.manifest.algorithm], self._settings.get(lineage))
+            self._lineages.setdefault(lineage, set()).add(row.key_id)
             before = self._by_id.get(row.key_id)
             if row.state == "prepared" and before is not None and before.row.epoch < row.epoch:
                 self._next[row.key_id] = entry
@@ -78,6 +97,35 @@ class Catalogue:
             changed(entry)
         return entry
 
+    def set_settings(self, settings: SettingsRecord) -> None:
+        """Have all versions of a key go by these from now on: each gets another entry, which replaces its last one."""
+        changed_entries = []
+        with self._lock:
+            self._settings[settings.order.lineage] = settings
+            for key_id in self._lineages.get(settings.order.lineage, ()):
+                for entries in (self._by_id, self._next):
+                    entry = entries.get(key_id)
+                    if entry is None:
+                        continue
+                    fresh = entries[key_id] = replace(entry, settings=settings)
+                    for named in (self._by_name, self._moved):
+                        if named.get(entry.row.name) is entry:
+                            named[entry.row.name] = fresh
+                    changed_entries += [fresh] if entries is self._by_id else []
+        for fresh in changed_entries:
+            for changed in self._watchers:
+                changed(fresh)
+
+    def settings_of(self, lineage: bytes) -> SettingsRecord | None:
+        """The newest settings of a key, by the id of its first version."""
+        return self._settings.get(lineage)
+
+    def versions(self, lineage: bytes) -> list[Entry]:
+        """The key's versions that are known here, in whatever state."""
+        with self._lock:
+            found = [self._by_id.get(key_id) for key_id in self._lineages.get(lineage, ())]
+        return [entry for entry in found if entry is not None]
+
     def remove(self, row: Row) -> None:
         """Forget a prepared row."""
         with self._lock:
@@ -87,6 +135,14 @@ class Catalogue:
                     del entries[row.key_id]
             if row.key_id not in self._by_id:
                 self._settled(row)
+                self._leave_lineage(row)
+
+    def _leave_lineage(self, row: Row) -> None:
+        lineage = read_key_manifest(row.manifest).manifest.lineage
+        ids = self._lineages.get(lineage, set())
+        ids.discard(row.key_id)
+        if not ids:
+            self._lineages.pop(lineage, None)
 
     def _note_pending(self, entry: Entry) -> None:
         if _waits(entry):

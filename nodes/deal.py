@@ -17,6 +17,7 @@ from engine.client.transport import Arrival, Channel, KeyRefused, ask, raise_for
 from engine.errors import (
     DeadlineExceeded,
     EngineError,
+    KeyDisabled,
     ManifestError,
     NodeUnavailable,
     QuorumUnavailable,
@@ -24,6 +25,7 @@ from engine.errors import (
     ShareCorrupt,
     StaleKey,
     UnsupportedAlgorithm,
+    VersionRetired,
 )
 from engine.failpoints import failpoint
 from engine.keys import algorithm, check_material, generate_material, public_key_der
@@ -48,6 +50,7 @@ from engine.protocol.requests import (
     REGISTRY_DESTROY,
     REGISTRY_OUTCOME,
     REGISTRY_RESERVE,
+    REGISTRY_SETTINGS,
     REGISTRY_SYNC,
     REPLY_CODECS,
     REQUEST_CODECS,
@@ -56,6 +59,7 @@ from engine.protocol.requests import (
     SHARE_DESTROY,
     SHARE_PREPARE,
     SHARE_RELEASE,
+    SHARE_SETTINGS,
     Abort,
     AuditNotice,
     Commit,
@@ -66,13 +70,17 @@ from engine.protocol.requests import (
     OutcomeReply,
     Reserve,
     Reserved,
+    Settings,
+    SettingsInForce,
     ShareCommit,
     SharePrepare,
     ShareRelease,
+    ShareSettings,
     Sync,
     SyncEntry,
     SyncPage,
 )
+from engine.protocol.settings import SettingsRecord
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.sharing import (
     NodeLocation,
@@ -99,6 +107,8 @@ GRACE_S: Final = 2.0
 """How long a dealer waits for the last holders once enough have confirmed."""
 COMMIT_WAIT_S: Final = 1.0
 """How long a dealer waits for the holders to take in the certificate; they would learn it from the next grant too."""
+SETTINGS_WAIT_S: Final = 2.0
+"""How long holders get to take in settings; they learn them from the registry's books too."""
 REGISTRY_TIMEOUT_S: Final = 2.0
 REGISTRY_PATIENCE_S: Final = 1.0
 REDIAL_S: Final = 0.05
@@ -168,7 +178,7 @@ class Conversation(FollowsCluster):
         self._with_room = with_room
         self.peers = Peers()
         self.outdated: Callable[[], None] = lambda: None
-        """Called, by a worker, when a holder knows another epoch or version of a key than this node."""
+        """Called, by a worker, when a holder knows another epoch, version or settings of a key than this node."""
 
     # --- the combiner ---
 
@@ -284,10 +294,11 @@ class Conversation(FollowsCluster):
             secret = self._with_room(lambda: SecretBuffer.copy_of(released.y))
             gathering.arrived(holder, SecretShare(released.x, secret), released.salt)
             return
-        gathering.failed(holder, str(released), elsewhere=isinstance(released, StaleKey))
+        refused = released if isinstance(released, KeyDisabled | VersionRetired) else None
+        gathering.failed(holder, str(released), elsewhere=isinstance(released, StaleKey), refused=refused)
         if isinstance(released, NodeUnavailable | DeadlineExceeded):
             self.peers.failed(holder, now)
-        elif isinstance(released, StaleKey):
+        elif isinstance(released, StaleKey | KeyDisabled | VersionRetired):
             self.outdated()
 
     # --- the dealer ---
@@ -562,6 +573,43 @@ class Conversation(FollowsCluster):
                 confirmed.append(holder)
         failpoint("dealer.destroy.told")
         return Destroyed(confirmed, [name for name in holders if name not in confirmed])
+
+    def settle_settings(
+        self, talker: Talker, settings: SettingsRecord, entries: Sequence[Entry], deadline_s: float
+    ) -> SettingsInForce:
+        """Have the registry book a client's settings and every holder of the key's versions keep them.
+
+        Those that are in force then come back: others, if somebody's came before.
+        """
+        failpoint("dealer.settings.before")
+        booked = self.ask_registry(talker.channel, REGISTRY_SETTINGS, Settings(settings.raw), deadline_s).settings
+        failpoint("dealer.settings.booked")
+        holders = list(dict.fromkeys(holder.node for entry in entries for holder in entry.manifest.holders))
+        told = self.spread_settings(talker.channel, booked, holders, deadline_s)
+        failpoint("dealer.settings.told")
+        confirmed = [name for name in holders if name in told]
+        return SettingsInForce(booked, confirmed, [name for name in holders if name not in told])
+
+    def spread_settings(self, channel: Channel, booked: bytes, holders: Sequence[str], deadline_s: float) -> set[str]:
+        """Tell holders the settings of a key; who keeps them now. The others learn them from the registry's books."""
+        body = REQUEST_CODECS[SHARE_SETTINGS].encode(ShareSettings(booked))
+        until_s = min(deadline_s, self._clock() + SETTINGS_WAIT_S)
+        confirmed = set()
+        for holder, reply in self.ask_all(channel, SHARE_SETTINGS, dict.fromkeys(holders, body), until_s, None):
+            if isinstance(reply, EngineError):
+                log.warning("settings not taken in yet", holder=holder, reason=str(reply))
+            else:
+                confirmed.add(holder)
+        return confirmed
+
+    def offer_settings(self, talker: Talker, booked: bytes) -> None:
+        """Give a registry that fell back the settings that it lost."""
+        try:
+            self.ask_registry(talker.channel, REGISTRY_SETTINGS, Settings(booked), self._clock() + REGISTRY_TIMEOUT_S)
+        except RegistryUnavailable:
+            raise
+        except EngineError as error:
+            log.warning("the registry does not take settings that it lost", reason=str(error))
 
     def registry_books(self, talker: Talker, cursor: Cursor) -> tuple[list[SyncEntry], Cursor]:
         """What changed in the registry's books of this node's keys since ``cursor``, and the next cursor.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from engine.errors import QuorumUnavailable, ShareCorrupt, StaleKey
+from engine.errors import EngineError, KeyDisabled, QuorumUnavailable, ShareCorrupt, StaleKey, VersionRetired
 from engine.protocol.manifest import KeyManifest
 from engine.sharing import SecretBuffer, SecretShare, Share, check_value, commitment, find_consistent
 
@@ -49,6 +49,7 @@ class Gathering:
         self._corrupt: list[str] = []
         self._problems: dict[str, str] = {}
         self._elsewhere: list[str] = []
+        self._refused: list[KeyDisabled | VersionRetired] = []
         if own is not None:
             node, share, salt = own
             self.arrived(node, share, salt)
@@ -118,11 +119,22 @@ class Gathering:
         else:
             self._shares[holder] = share
 
-    def failed(self, holder: str, why: str, *, elsewhere: bool = False) -> None:
-        """A holder gave no share; ``elsewhere`` because it knows another epoch of the key than was asked for."""
+    def failed(
+        self,
+        holder: str,
+        why: str,
+        *,
+        elsewhere: bool = False,
+        refused: KeyDisabled | VersionRetired | None = None,
+    ) -> None:
+        """A holder gave no share.
+
+        ``elsewhere``: it knows another epoch of the key than was asked for; ``refused``: by the key's settings.
+        """
         if self._asked.pop(holder, None) is not None:
             self._problems[holder] = why
             self._elsewhere += [holder] if elsewhere else []
+            self._refused += [refused] if refused is not None else []
 
     def give_up(self) -> None:
         """The deadline came: the ones still asked count as silent."""
@@ -154,7 +166,7 @@ class Gathering:
                 _close(self._shares.pop(holder))
         return secret
 
-    def error(self) -> QuorumUnavailable | ShareCorrupt | StaleKey:
+    def error(self) -> EngineError:
         """What to tell the client when the secret was not found."""
         have, need = len(self._shares), self._manifest.threshold
         details = (
@@ -170,6 +182,8 @@ class Gathering:
         text = f"{self._manifest.name!r}: {have} of the {need} shares needed were had ({details})"
         if have + len(self._elsewhere) >= need:
             return StaleKey(text)  # enough are there, but at another epoch: the client describes the key again
+        if self._refused and have + len(self._refused) >= need:
+            return type(self._refused[0])(text)
         silent = [holder for holder in self._problems if holder not in self._corrupt]
         if self._corrupt and not silent:
             return ShareCorrupt(text, self._corrupt)

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Final, NoReturn, Protocol
 
 import structlog
+from msgspec import structs
 
 from engine._version import __version__
 from engine.client._router import Connection
@@ -28,6 +29,7 @@ from engine.errors import (
     AuditUnavailable,
     DeadlineExceeded,
     EngineError,
+    KeyDisabled,
     KeyNotFound,
     KeyPending,
     NeedGrant,
@@ -37,6 +39,7 @@ from engine.errors import (
     RegistryUnavailable,
     StaleKey,
     TokenError,
+    VersionRetired,
 )
 from engine.failpoints import failpoint
 from engine.keys import OPERATIONS, KeyKind, RequestType
@@ -81,6 +84,7 @@ from engine.protocol.requests import (
     SHARE_RELEASE,
     SHARE_RENEW,
     SHARE_RESHARE,
+    SHARE_SETTINGS,
     STAGES,
     STATS,
     Abort,
@@ -114,6 +118,7 @@ from engine.protocol.requests import (
     Reshare,
     Result,
     ServiceCount,
+    Settings,
     ShareAccept,
     ShareCommit,
     ShareDeal,
@@ -123,10 +128,12 @@ from engine.protocol.requests import (
     ShareRelease,
     ShareRenew,
     ShareReshare,
+    ShareSettings,
     SyncEntry,
     TokenHealth,
     classify_request,
 )
+from engine.protocol.settings import SettingsRecord, open_settings, read_settings, state_of
 from engine.protocol.signed import Signed, read_unverified
 from engine.protocol.wire import (
     PROTOCOL_VERSION,
@@ -193,6 +200,7 @@ DURABLE_VERBS: Final = frozenset(
         RequestType.REFRESH,
         RequestType.RESHARE,
         MOVE,
+        RequestType.SETTINGS,
         SHARE_PREPARE,
         SHARE_COMMIT,
         SHARE_ABORT,
@@ -201,6 +209,7 @@ DURABLE_VERBS: Final = frozenset(
         SHARE_RENEW,
         SHARE_ACCEPT,
         SHARE_LEAVE,
+        SHARE_SETTINGS,
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
@@ -213,6 +222,7 @@ WITHOUT_TOKEN: Final = frozenset(
         RequestType.LIST,
         RequestType.FLUSH,
         RequestType.STATUS,
+        RequestType.SETTINGS,
         HELLO,
         MANIFEST_FETCH,
         MANIFEST_OFFER,
@@ -223,6 +233,7 @@ WITHOUT_TOKEN: Final = frozenset(
         SHARE_ABORT,
         SHARE_DESTROY,
         SHARE_LEAVE,
+        SHARE_SETTINGS,
     }
 )
 """Verbs that need no token, and are served while it is out of service."""
@@ -244,6 +255,7 @@ STEPS: Final[dict[str, str]] = {
     RequestType.REFRESH: "dealer.refresh",
     RequestType.RESHARE: "dealer.reshare",
     MOVE: "dealer.move",
+    RequestType.SETTINGS: "dealer.settings",
     SHARE_PREPARE: "holder.prepare",
     SHARE_COMMIT: "holder.commit",
     SHARE_ABORT: "holder.abort",
@@ -255,6 +267,7 @@ STEPS: Final[dict[str, str]] = {
     SHARE_RESHARE: "holder.reshare",
     SHARE_ACCEPT: "holder.accept",
     SHARE_LEAVE: "holder.leave",
+    SHARE_SETTINGS: "holder.settings",
 }
 """Verb -> the failpoints of its end: ``.recorded`` once the audit record is durable, ``.answered`` after the reply."""
 RECORDED: Final = {verb: f"{step}.recorded" for verb, step in STEPS.items()}
@@ -479,6 +492,7 @@ class Handlers(FollowsCluster):
             RequestType.DESTROY: self._destroy,
             RequestType.REFRESH: self._refresh,
             RequestType.RESHARE: self._reshare,
+            RequestType.SETTINGS: self._set,
             RequestType.DESCRIBE: self._describe,
             RequestType.LIST: self._list,
             RequestType.PREWARM: self._prewarm,
@@ -502,6 +516,7 @@ class Handlers(FollowsCluster):
             SHARE_RESHARE: self._share_reshare,
             SHARE_ACCEPT: self._share_accept,
             SHARE_LEAVE: self._share_leave,
+            SHARE_SETTINGS: self._share_settings,
         }
 
     @property
@@ -888,11 +903,13 @@ class Handlers(FollowsCluster):
     def _operate(self, call: _Call, body: Operate) -> None:
         entry = self._entry(call, body.key, body.key_id)
         call.request_class = classify_request(call.verb, entry.algorithm.name)
+        entry.check_usable()
         check_operation(entry.algorithm, call.verb, body)
         self._with_key(call, entry, body.grant, lambda loaded: self._perform(call, body, loaded))
 
     def _prewarm(self, call: _Call, body: Prewarm) -> None:
         entry = self._entry(call, body.key, body.key_id)
+        entry.check_usable()
         self._with_key(call, entry, body.grant, lambda loaded: self._answer(call, Empty()))
 
     def _with_key(self, call: _Call, entry: Entry, grant: bytes, use: Callable[[_Loaded], None]) -> None:
@@ -1036,9 +1053,9 @@ class Handlers(FollowsCluster):
     def _release_waiting(self, entry: Entry, loaded: _Loaded | None, error: Exception | None) -> None:
         waiting = self._gathering.pop(entry.row.key_id, [])
         current = self._catalogue.by_name(entry.row.name)
-        if loaded is not None and (current is None or current.row.key_id != entry.row.key_id):
+        if loaded is not None and (refused := _refused_meanwhile(entry, current)) is not None:
             self._unload(loaded)
-            loaded, error = None, KeyNotFound(f"the key {entry.row.name!r} was destroyed meanwhile")
+            loaded, error = None, refused
         if loaded is None:
             for each in waiting:
                 self._cold_no_more(each.call)
@@ -1151,6 +1168,27 @@ class Handlers(FollowsCluster):
             lambda talker: self._conversation.destroy(talker, body.order, entry, call.deadline_s),
         )
 
+    def _set(self, call: _Call, body: Settings) -> None:
+        """Have a client's settings booked and kept by the key's holders. Those that are booked are told once more."""
+        told = read_settings(body.order)
+        settings = open_settings(body.order, self._cluster, None if told.booked else self._now_ms())
+        order = settings.order
+        call.key, call.detail = order.name, settings.told
+        check_key(self._cluster, call.incoming.member, call.verb, order.name)
+        if not settings.booked and settings.issuer != call.incoming.member.name:
+            raise ValueError(f"the settings are {settings.issuer!r}'s")
+        entries = [each for each in self._catalogue.versions(order.lineage) if each.row.state == "committed"]
+        if not entries:
+            moved = self._catalogue.moved(order.name)
+            if moved is not None and moved.manifest.lineage == order.lineage:
+                raise _moved(moved)
+            raise KeyNotFound(f"no key {order.name!r} with id {order.lineage.hex()} on {self._node}")
+        self._aside(
+            call,
+            self._dealer,
+            lambda talker: self._conversation.settle_settings(talker, settings, entries, call.deadline_s),
+        )
+
     def _refresh(self, call: _Call, body: Refresh) -> None:
         self._change(call, body.order, *open_refresh_order(body.order, self._cluster, self._now_ms()))
 
@@ -1158,8 +1196,19 @@ class Handlers(FollowsCluster):
         self._change(call, body.order, *open_reshare_order(body.order, self._cluster, self._now_ms()))
 
     def _change(self, call: _Call, raw_order: bytes, order: RefreshOrder | ReshareOrder, signed: Signed) -> None:
-        self._ordered(call, order, signed)
-        self._aside(call, self._dealer, lambda talker: self._coordinator.change(talker, raw_order, call.deadline_s))
+        entry = self._ordered(call, order, signed)
+
+        def described(message: KeyDescription) -> KeyDescription:
+            return structs.replace(message, settings=self._settings_of(entry))
+
+        self._aside(
+            call, self._dealer, lambda talker: self._coordinator.change(talker, raw_order, call.deadline_s), described
+        )
+
+    def _settings_of(self, entry: Entry) -> bytes:
+        """The key's settings, for a message."""
+        known = self._catalogue.settings_of(entry.manifest.lineage)
+        return known.raw if known is not None else b""
 
     def _move(self, call: _Call, body: Move) -> None:
         """Carry out a balancer's orders, beside what clients order."""
@@ -1190,7 +1239,7 @@ class Handlers(FollowsCluster):
 
     def _describe(self, call: _Call, body: Describe) -> None:
         entry = self._entry(call, body.key)
-        self._answer(call, KeyDescription(entry.row.manifest, entry.row.certificate, []))
+        self._answer(call, KeyDescription(entry.row.manifest, entry.row.certificate, [], self._settings_of(entry)))
 
     def _list(self, call: _Call, body: ListKeys) -> None:
         member = call.incoming.member.name
@@ -1205,7 +1254,18 @@ class Handlers(FollowsCluster):
                 self._answer(call, KeyList(found, True))
                 return
             manifest = entry.manifest
-            found.append(KeyEntry(name, manifest.algorithm, manifest.version, manifest.threshold, manifest.shares))
+            settings = entry.settings
+            found.append(
+                KeyEntry(
+                    name,
+                    manifest.algorithm,
+                    manifest.version,
+                    manifest.threshold,
+                    manifest.shares,
+                    state_of(settings),
+                    settings.serial if settings else 0,
+                )
+            )
         self._answer(call, KeyList(found, False))
 
     def _flush(self, call: _Call, body: Flush) -> None:
@@ -1373,6 +1433,17 @@ class Handlers(FollowsCluster):
             return Empty()
 
         self._aside(call, self._local, lambda lane: self._holder.destroy(body), forget)
+
+    def _share_settings(self, call: _Call, body: ShareSettings) -> None:
+        told = read_settings(body.settings)
+        call.key, call.detail = told.order.name, told.told
+
+        def taken(settings: SettingsRecord) -> Empty:
+            for entry in self._catalogue.versions(settings.order.lineage):
+                self.key_changed(entry)  # at once: what is acknowledged holds from now on
+            return Empty()
+
+        self._aside(call, self._local, lambda lane: self._holder.take_settings(body), taken)
 
     def _share_deal(self, call: _Call, body: ShareDeal) -> None:
         call.key = read_change_order(body.order).name
@@ -1546,6 +1617,8 @@ class Handlers(FollowsCluster):
         self, talker: Talker, stale: Sequence[Entry]
     ) -> tuple[list[SyncEntry], Cursor, list[tuple[Entry, OutcomeReply]]]:
         self._gossip.look(talker.channel)
+        for settings in self._holder.unbooked():
+            self._conversation.offer_settings(talker, settings)
         books, cursor = self._conversation.registry_books(talker, self._cursor)
         return books, cursor, [(entry, self._conversation.outcome(talker, entry)) for entry in stale]
 
@@ -1628,7 +1701,7 @@ class Handlers(FollowsCluster):
                 event=chain.BOOKS,
                 key=name if self._audit_name is None else self._audit_name(name),
                 outcome=now.row.state if now else "aborted",
-                detail=f"epoch {entry.row.epoch}",
+                detail=f"epoch {entry.row.epoch}" + (f", {entry.settings.told}" if entry.settings else ""),
             )
         )
 
@@ -1656,7 +1729,7 @@ class Handlers(FollowsCluster):
 
     def key_changed(self, entry: Entry) -> None:
         """Another version of a key, or its end: what was loaded leaves. A new epoch of a version changes nothing."""
-        if entry.row.state in ("destroyed", "moved"):
+        if entry.row.state in ("destroyed", "moved") or not entry.usable:
             self._forget(entry.row.key_id)
         elif entry.row.state == "committed":
             current = _cached_as(entry)
@@ -1686,6 +1759,17 @@ class Handlers(FollowsCluster):
 def _moved(entry: Entry) -> Moved:
     """Who holds a key of which this node had a share once."""
     return Moved(entry.row.name, [holder.node for holder in entry.manifest.holders][:MOVED_MAX])
+
+
+def _refused_meanwhile(entry: Entry, current: Entry | None) -> EngineError | None:
+    """Why a key that was being gathered may not be used any more, by what is known of it now."""
+    if current is None or current.row.key_id != entry.row.key_id:
+        return KeyNotFound(f"the key {entry.row.name!r} was destroyed meanwhile")
+    try:
+        current.check_usable()
+    except (KeyDisabled, VersionRetired) as error:
+        return error
+    return None
 
 
 def _cached_as(entry: Entry) -> tuple[bytes, int]:

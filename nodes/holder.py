@@ -40,6 +40,7 @@ from engine.protocol.manifest import (
     open_destroy_order,
     open_key_manifest,
     read_certificate,
+    read_key_manifest,
     receipts,
 )
 from engine.protocol.requests import (
@@ -51,8 +52,10 @@ from engine.protocol.requests import (
     ShareLeave,
     SharePrepare,
     ShareRelease,
+    ShareSettings,
     SyncEntry,
 )
+from engine.protocol.settings import SettingsRecord, is_settings, open_settings
 from engine.protocol.signed import SigningKey, read_unverified, sign_envelope
 from engine.sharing import SecretBuffer, SecretShare, Share, commitment
 from nodes.cache import CacheLimits
@@ -94,6 +97,7 @@ class ShareHolder(FollowsCluster):
         self.shares = ShareCache(CacheLimits(60.0, 16), time.monotonic) if shares is None else shares
         catalogue.watch(self._changed)
         self._untidy = True  # an earlier start may have ended before it could
+        self._unbooked: dict[bytes, bytes] = {}
 
     # --- creation ---
 
@@ -361,6 +365,8 @@ class ShareHolder(FollowsCluster):
             raise AccessDenied(f"{self._node!r} is asked by its own key; a node has its own share without asking")
         self._ledger.asked(sender.name)
         entry = self._catalogue.by_id(body.key_id)
+        if entry is not None and entry.row.state != "destroyed":
+            entry.check_usable()
         coming = self._committed_by(entry, body.certificate)
         if entry is None or (coming is None and entry.row.state != "committed"):
             raise StaleKey(f"{self._node} has no committed share of a key with id {body.key_id.hex()}")
@@ -413,32 +419,119 @@ class ShareHolder(FollowsCluster):
 
     def _changed(self, entry: Entry) -> None:
         """Let cached shares go that rest on what is no longer the truth."""
-        if entry.row.state == "destroyed" or entry.row.state == "moved":
+        if entry.row.state == "destroyed" or entry.row.state == "moved" or not entry.usable:
             self.shares.drop(entry.row.key_id, "changed")
         elif entry.row.state == "committed":
             self.shares.keep_only(_share_key(entry))
 
+    # --- settings ---
+
+    def take_settings(self, body: ShareSettings) -> SettingsRecord:
+        """Keep newer settings of a key, durably, and go by them from now on; those in force come back.
+
+        Older ones are refused with ``StaleKey``, and those that the registry has not countersigned.
+        """
+        settings = open_settings(body.settings, self._cluster, None)
+        entries = self._catalogue.versions(settings.order.lineage)
+        if not entries:
+            raise StaleKey(f"{self._node} knows no key with id {settings.order.lineage.hex()}")
+        if entries[0].row.name != settings.order.name:
+            raise ManifestError(f"the settings name {settings.order.name!r}, the key is {entries[0].row.name!r}")
+        known = self._catalogue.settings_of(settings.order.lineage)
+        if known is not None and known.serial > settings.serial:
+            raise StaleKey(
+                f"settings {settings.serial} of {settings.order.name!r} are older than {known.serial} on {self._node}"
+            )
+        return self._keep_settings(settings, known)
+
+    def _keep_settings(self, settings: SettingsRecord, known: SettingsRecord | None) -> SettingsRecord:
+        """Those in force after these came: never older ones, and of one serial those that were first."""
+        order = settings.order
+        if not settings.booked:
+            raise ManifestError(f"settings {settings.serial} of {order.name!r} are not countersigned by the registry")
+        if known is not None and known.serial >= settings.serial:
+            return known
+        failpoint("holder.settings.checked")
+        self._store.put_settings(order.lineage, order.serial, settings.raw)
+        failpoint("holder.settings.written")
+        self._catalogue.set_settings(settings)
+        return settings
+
+    def unbooked(self) -> list[bytes]:
+        """Settings that the registry has fallen behind, to be offered to it; each is told once."""
+        told, self._unbooked = list(self._unbooked.values()), {}
+        return told
+
+    def _catch_up_settings(self, item: SyncEntry) -> None:
+        """Take in the settings of the registry's entry. A registry that fell back is offered those that it lost."""
+        entry = self._catalogue.by_id(item.key_id)
+        if entry is None and not item.settings:
+            return
+        manifest = read_key_manifest(item.manifest).manifest if entry is None else entry.manifest
+        lineage = manifest.lineage
+        known = self._catalogue.settings_of(lineage)
+        if item.settings:
+            told = open_settings(item.settings, self._cluster, None)
+            if (told.order.lineage, told.order.name) != (lineage, manifest.name):
+                raise ManifestError(f"the settings in the registry's entry for {item.key_id.hex()} are another key's")
+            if known is None or told.serial > known.serial:
+                self._keep_settings(told, known)
+                return
+            if told.serial == known.serial:
+                return
+        if known is not None:
+            log.warning("the registry has older settings of a key", key=known.order.name, has=known.told)
+            self._unbooked[lineage] = known.raw
+
     # --- the end ---
 
-    def destroy(self, body: Destroy, *, booked: bool = False) -> bytes:
+    def destroy(self, body: Destroy) -> bytes:
         """Erase the share on the client's signed order; the key's id. Repeating it is harmless.
 
-        An expired order counts only where the registry has ``booked`` it, which it did in time.
+        An expired order counts only where the registry has booked it, which it did in time (``catch_up``).
         """
-        order, _ = open_destroy_order(body.order, self._cluster, None if booked else self._now_ms())
+        order, _ = open_destroy_order(body.order, self._cluster, self._now_ms())
         entry = self._catalogue.by_id(order.key_id)
         if entry is None:
             raise StaleKey(f"{self._node} knows no key with id {order.key_id.hex()}")
         if entry.row.name != order.name:
             raise ManifestError(f"the destroy order names {order.name!r}, the key is {entry.row.name!r}")
+        return self._erase(entry, body.order)
+
+    def _erase(self, entry: Entry, document: bytes) -> bytes:
+        """Erase the share for good, and keep what ordered it as the tombstone; the key's id."""
         if entry.row.state != "destroyed":
             failpoint("holder.destroy.checked")
-            row = self._store.destroy(entry.row, body.order, self._now_ms())
+            row = self._store.destroy(entry.row, document, self._now_ms())
             failpoint("holder.destroy.written")
             self._catalogue.put(row)
         self._erase_traces()
         failpoint("holder.destroy.erased")
-        return order.key_id
+        return entry.row.key_id
+
+    def _check_destruction(self, record: KeyRecord, document: bytes) -> None:
+        """Whether what the registry booked destroys this key: a client's order, or settings whose time has come."""
+        manifest = record.manifest
+        if not is_settings(document):
+            if destroy_orders.decode(read_unverified(document).payload).key_id != manifest.key_id:
+                raise ManifestError(
+                    f"the destroy order in the registry's entry for {manifest.key_id.hex()} is for another key"
+                )
+            open_destroy_order(document, self._cluster, None)
+            return
+        settings = open_settings(document, self._cluster, None)
+        order = settings.order
+        if (order.lineage, order.name) != (manifest.lineage, manifest.name) or not settings.booked:
+            raise ManifestError(f"the settings by which {manifest.name!r} is to be destroyed are not its booked ones")
+        known = self._catalogue.settings_of(manifest.lineage)
+        if known is not None and known.serial > settings.serial:
+            raise ManifestError(
+                f"the registry would destroy {manifest.name!r} by settings {settings.serial}, "
+                f"which {known.serial} have replaced"
+            )
+        left_ms = order.destroy_at_ms - self._now_ms()
+        if not order.destroy_at_ms or left_ms > 0:
+            raise ManifestError(f"{manifest.name!r} is not to be destroyed yet: {max(left_ms, 0)} ms are left")
 
     def _erase_traces(self) -> None:
         """Empty the store's log of what was erased; if that can't be done now, ``tidy`` does it later."""
@@ -455,6 +548,10 @@ class ShareHolder(FollowsCluster):
 
     def catch_up(self, item: SyncEntry) -> bytes | None:
         """Take in what the registry's books say of one key; the key's id if it was destroyed meanwhile."""
+        self._catch_up_settings(item)
+        return self._catch_up_key(item)
+
+    def _catch_up_key(self, item: SyncEntry) -> bytes | None:
         entry = self._catalogue.by_id(item.key_id)
         if entry is not None and entry.row.manifest == item.manifest and entry.row.state == item.state:
             return None
@@ -482,21 +579,19 @@ class ShareHolder(FollowsCluster):
             return None
         if entry is not None and entry.row.state == "destroyed":
             return None
-        if destroy_orders.decode(read_unverified(item.document).payload).key_id != item.key_id:
-            raise ManifestError(f"the destroy order in the registry's entry for {item.key_id.hex()} is for another key")
+        self._check_destruction(record, item.document)
         if entry is None:
             self._note_destroyed(record, item.document)
             return None
-        return self.destroy(Destroy(item.document), booked=True)
+        return self._erase(entry, item.document)
 
-    def _note_destroyed(self, record: KeyRecord, order: bytes) -> None:
+    def _note_destroyed(self, record: KeyRecord, document: bytes) -> None:
         """Note the destruction of a key that this node does not know, if its share may still be on a slow way here."""
         try:
             open_create_order(record.manifest.order, self._cluster, self._now_ms())
         except (ManifestError, AccessDenied):
             return  # so nothing of it is taken any more
-        open_destroy_order(order, self._cluster, None)
-        self._catalogue.put(self._store.put(self._row(record, "destroyed", document=order)))
+        self._catalogue.put(self._store.put(self._row(record, "destroyed", document=document)))
 
     def _follow(self, entry: Entry, record: KeyRecord, certificate: bytes) -> None:
         """Go on to what the registry says is committed of a key that this node knows.

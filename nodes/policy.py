@@ -40,7 +40,7 @@ def check_key(cluster: Cluster, member: Member, verb: str, key_name: str) -> Non
         return
     verbs: tuple[str, ...] = (verb,)
     if verb == RequestType.DESCRIBE:
-        verbs = (verb, *OPERATIONS, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE)
+        verbs = (verb, *OPERATIONS, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE, RequestType.SETTINGS)
     elif verb == RequestType.PREWARM:
         verbs = (verb, *OPERATIONS)
     if not any(cluster.allows(member.name, each, key_name) for each in verbs):

@@ -173,6 +173,7 @@ class Coordinator(FollowsCluster):
             failpoint(f"{step}.stated")
             receipts = self._renew(talker.channel, record, terms, entry, stated, reserved, deadline_s)
             failpoint(f"{step}.renewed")
+            self._pass_on_settings(talker.channel, entry, names, deadline_s)
             certificate = self._conversation.ask_registry(
                 talker.channel, REGISTRY_COMMIT, Commit(record.raw, receipts), deadline_s
             ).certificate
@@ -204,6 +205,12 @@ class Coordinator(FollowsCluster):
         except ValueError as error:
             return MoveResult(key_id, 0, "invalid-request", str(error)[:MAX_TEXT])
         return MoveResult(key_id, read_key_manifest(described.manifest).manifest.epoch, "", "")
+
+    def _pass_on_settings(self, channel: Channel, entry: Entry, names: Sequence[str], deadline_s: float) -> None:
+        """Have new holders know the key's settings before their shares count."""
+        newcomers = [name for name in names if entry.manifest.holder(name) is None]
+        if entry.settings is not None and newcomers:
+            self._conversation.spread_settings(channel, entry.settings.raw, newcomers, deadline_s)
 
     def _check(self, entry: Entry) -> None:
         name = entry.row.name

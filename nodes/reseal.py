@@ -44,6 +44,7 @@ SEALED: Final[Mapping[str, Mapping[str, Callable[[Mapping[str, Any], str], bytes
     "clock": {},
     "pledges": {},
     "fencings": {},
+    "settings": {},
 }
 """Table -> column sealed by the KEK -> its associated data, of a row and the node's name.
 

@@ -142,7 +142,7 @@ class Server:
         log.info("self tests passed", token=token.description, missing=sorted(token.missing))
         self._store = ShareStore(config.data / STORE_NAME, identity.name, lane)
         self._store.note_cluster_serial(cluster.cluster.serial)
-        catalogue = Catalogue(self._store.rows())
+        catalogue = Catalogue(self._store.rows(), self._store.settings())
         clock = TrustedClock(self._store.clock_mark().mark_ms)
         ledger = GrantLedger(self._store, clock, config.limits)
         ledger.flush()

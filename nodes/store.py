@@ -27,7 +27,7 @@ from nodes.token import Lane
 
 __all__ = ["ClockMark", "Row", "ShareStore", "StoreCorrupt", "UsedGrant", "seal_context", "tag_of"]
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 SALT_BYTES: Final = 32
 UNWRITABLE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY})
 SEALED_NAME: Final = "sealed/"
@@ -61,7 +61,11 @@ CREATE TABLE pledges (key_id BLOB PRIMARY KEY, attempt INTEGER NOT NULL, tag BLO
 _SCHEMA_4: Final = """
 CREATE TABLE fencings (balancer TEXT PRIMARY KEY, epoch INTEGER NOT NULL, tag BLOB NOT NULL) WITHOUT ROWID;
 """
-MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2, 3: _SCHEMA_3, 4: _SCHEMA_4}
+_SCHEMA_5: Final = """
+CREATE TABLE settings (lineage BLOB PRIMARY KEY, serial INTEGER NOT NULL, document BLOB NOT NULL, tag BLOB NOT NULL)
+WITHOUT ROWID;
+"""
+MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2, 3: _SCHEMA_3, 4: _SCHEMA_4, 5: _SCHEMA_5}
 """Schema version -> the statements that lead there from the one before."""
 
 
@@ -353,6 +357,21 @@ class ShareStore:
                 self._db.execute(
                     "INSERT OR REPLACE INTO fencings VALUES (?, ?, ?)", (*values, self._tag_of("fencings", values))
                 )
+
+    # --- the settings of keys ---
+
+    def settings(self) -> list[bytes]:
+        """The newest settings of each key that has any, each row checked."""
+        rows = self._select("SELECT lineage, serial, document, tag FROM settings")
+        return [self._checked("settings", row)[2] for row in rows]
+
+    def put_settings(self, lineage: bytes, serial: int, document: bytes) -> None:
+        """Keep newer settings of a key; durable."""
+        values = (lineage, serial, document)
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO settings VALUES (?, ?, ?, ?)", (*values, self._tag_of("settings", values))
+            )
 
     # --- reading ---
 

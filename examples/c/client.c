@@ -229,7 +229,8 @@ static const char *known_code(struct bytes code) {
         "key-not-found",      "key-exists",       "stale-key",         "access-denied",        "invalid-signature", "invalid-tag",
         "quorum-unavailable", "share-corrupt",    "deadline-exceeded", "unsupported-algorithm", "node-unavailable",  "overloaded",
         "need-grant",         "protocol-error",   "manifest-error",    "registry-unavailable", "token-error",       "moved",
-        "audit-unavailable",  "store-unavailable", "invalid-request",  "error",             "key-pending"};
+        "audit-unavailable",  "store-unavailable", "invalid-request",  "error",             "key-pending",
+        "key-disabled",       "version-retired"};
     for (size_t index = 0; index < sizeof known / sizeof known[0]; index++) {
         if (same_text(code, known[index])) {
             return known[index];

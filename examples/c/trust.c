@@ -965,12 +965,12 @@ bool open_description(struct bytes body, const char *name, const struct cluster 
     struct reader reader;
     struct document document;
     struct manifest manifest = {.key = key};
-    struct bytes raw, certificate;
+    struct bytes raw, certificate, settings;
     const msgpack_object *warnings;
     size_t count;
-    bool good = reader_open(&reader, body, MESSAGE_MAX, 3, "description of a key", failure);
+    bool good = reader_open(&reader, body, MESSAGE_MAX, 4, "description of a key", failure);
     if (good && !(get_bytes(&reader.fields[0], 0, DATA_MAX, &raw) && get_bytes(&reader.fields[1], 0, DATA_MAX, &certificate) &&
-                  get_array(&reader.fields[2], 0, 16, &warnings, &count))) {
+                  get_array(&reader.fields[2], 0, 16, &warnings, &count) && get_bytes(&reader.fields[3], 0, 2048, &settings))) {
         good = not_good(failure, name, "malformed");
     }
     good = good && open_envelope(raw, "key", cluster->signers, cluster->signer_count, NODE, 1, &document, failure);

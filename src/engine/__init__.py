@@ -19,6 +19,7 @@ from engine.errors import (
     EngineError,
     InvalidSignature,
     InvalidTag,
+    KeyDisabled,
     KeyExists,
     KeyNotFound,
     KeyPending,
@@ -34,12 +35,13 @@ from engine.errors import (
     StoreUnavailable,
     TokenError,
     UnsupportedAlgorithm,
+    VersionRetired,
 )
 
 if TYPE_CHECKING:
     from engine import aio
     from engine.client.ahead import PrewarmStats
-    from engine.client.calls import Destroyed, KeyInfo, KeySummary, LatencyStats, MemberStatus
+    from engine.client.calls import Destroyed, KeyInfo, KeySettings, KeySummary, LatencyStats, MemberStatus
     from engine.client.client import ClientSettings, Engine, connect, load_settings
     from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
     from engine.client.follower import TableStats
@@ -64,10 +66,12 @@ __all__ = [
     "EngineError",
     "InvalidSignature",
     "InvalidTag",
+    "KeyDisabled",
     "KeyExists",
     "KeyInfo",
     "KeyNotFound",
     "KeyPending",
+    "KeySettings",
     "KeySummary",
     "LatencyStats",
     "LocalCluster",
@@ -89,6 +93,7 @@ __all__ = [
     "TableStats",
     "TokenError",
     "UnsupportedAlgorithm",
+    "VersionRetired",
     "__version__",
     "aio",
     "classify_request",
@@ -106,7 +111,7 @@ __all__ = [
 
 _HOMES = {
     "engine.client.ahead": ("PrewarmStats",),
-    "engine.client.calls": ("Destroyed", "KeyInfo", "KeySummary", "LatencyStats", "MemberStatus"),
+    "engine.client.calls": ("Destroyed", "KeyInfo", "KeySettings", "KeySummary", "LatencyStats", "MemberStatus"),
     "engine.client.client": ("ClientSettings", "Engine", "connect", "load_settings"),
     "engine.client.files": ("decrypt_stream", "encrypt_stream", "sign_stream", "verify_stream"),
     "engine.client.follower": ("TableStats",),

@@ -17,6 +17,7 @@ __all__ = [
     "EngineError",
     "InvalidSignature",
     "InvalidTag",
+    "KeyDisabled",
     "KeyExists",
     "KeyNotFound",
     "KeyPending",
@@ -32,6 +33,7 @@ __all__ = [
     "StoreUnavailable",
     "TokenError",
     "UnsupportedAlgorithm",
+    "VersionRetired",
     "error_from_code",
 ]
 
@@ -55,6 +57,18 @@ class KeyPending(EngineError):
     """
 
     code = "key-pending"
+
+
+class KeyDisabled(EngineError):
+    """The key is disabled, or is to be destroyed: it is there, and refused until a client orders otherwise."""
+
+    code = "key-disabled"
+
+
+class VersionRetired(EngineError):
+    """The version of the key is below the least that its settings let be used."""
+
+    code = "version-retired"
 
 
 class KeyExists(EngineError):

@@ -52,6 +52,7 @@ class RequestType(StrEnum):
     DESTROY = "destroy"
     REFRESH = "refresh"
     RESHARE = "reshare"
+    SETTINGS = "settings"
     DESCRIBE = "describe"
     LIST = "list"
     PREWARM = "prewarm"

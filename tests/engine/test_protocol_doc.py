@@ -25,7 +25,7 @@ from engine.client.files import encrypt_stream
 from engine.client.transport import Moved, raise_for_status
 from engine.errors import EngineError, ManifestError, NeedGrant, ProtocolError, error_from_code
 from engine.keys import ALGORITHMS, OPERATIONS, POLICY_OPERATIONS, RequestType
-from engine.protocol import audit, grant, manifest, refresh, requests, signed, snapshot, wire
+from engine.protocol import audit, grant, manifest, refresh, requests, settings, signed, snapshot, wire
 from engine.protocol import table as tables_of_routing
 from engine.protocol.grant import Grant, check_grant, issue_grant
 from engine.protocol.manifest import (
@@ -135,7 +135,7 @@ def structs() -> dict[str, type[msgspec.Struct]]:
     """Every message that the code defines, by its name without an underscore."""
     return {
         value.__name__.lstrip("_"): value
-        for module in (wire, signed, requests, manifest, grant, refresh, tables_of_routing, snapshot, audit)
+        for module in (wire, signed, requests, manifest, grant, refresh, settings, tables_of_routing, snapshot, audit)
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, msgspec.Struct)

@@ -61,10 +61,10 @@ POINTS = [
     and not point.startswith(
         ("holder.release.", "holder.deal.", "holder.renew.", "holder.leave.", "registry.change.", "registry.adopt.")
     )
-    and ".refresh." not in point
-    and ".reshare." not in point
+    and not point.startswith(("registry.due.", "registry.revive."))
+    and not any(part in point for part in (".refresh.", ".reshare.", ".settings."))
 ]
-"""Points that are passed without a node's process around them, but those of a refresh or reshare."""
+"""Points that are passed without a node's process around them, but those of a refresh, a reshare or settings."""
 
 
 class Crash(BaseException):
@@ -302,9 +302,12 @@ class Scene:
             stale = node.catalogue.prepared()
             outcomes = [(entry, node.conversation.outcome(talker, entry)) for entry in stale]
             loop: Any = SimpleNamespace(
-                _holder=node.holder, _catalogue=node.catalogue, _record_change=lambda key_id, before: None
+                _holder=node.holder,
+                _catalogue=node.catalogue,
+                _record_change=lambda key_id, before: None,
+                _orders=SimpleNamespace(heard=lambda balancer, epoch: None),
             )
-            _, well = Handlers._take_in(loop, books, outcomes)
+            _, well = Handlers._take_in(loop, books, node.cursor, outcomes)
             node.cursor = node.cursor if well else Cursor()
 
         try:

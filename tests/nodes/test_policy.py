@@ -86,7 +86,13 @@ def test_a_rule_allows_its_own_operation_and_what_comes_with_it(world: Any, verb
     cluster = cluster_with(world, PolicyRule("alice", "orders", [granted]))
     implied = {
         RequestType.DESCRIBE: OPERATIONS
-        | {RequestType.DESCRIBE, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE},
+        | {
+            RequestType.DESCRIBE,
+            RequestType.DESTROY,
+            RequestType.REFRESH,
+            RequestType.RESHARE,
+            RequestType.SETTINGS,
+        },
         RequestType.PREWARM: OPERATIONS | {RequestType.PREWARM},
     }
     expected = granted in implied.get(RequestType(verb), {verb})

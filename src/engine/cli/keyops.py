@@ -6,10 +6,12 @@ It knows the public verbs alone; how they reach the nodes is the client's.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -30,6 +32,7 @@ from engine.cli.output import (
     table,
     writing,
 )
+from engine.client.calls import KeySettings
 from engine.client.client import Engine, connect
 from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
 from engine.client.local import LocalCluster
@@ -40,6 +43,8 @@ __all__ = ["decrypt", "encrypt", "flush", "key", "mac", "sign", "verify", "verif
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+_DURATION: Final = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([smhd])", re.ASCII)
+_UNITS_S: Final = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 MATERIAL_MAX: Final = 64 * 1024
 PROOF_MAX: Final = 8 * 1024
 
@@ -92,7 +97,7 @@ def _read(path: str, limit: int, what: str) -> bytes:
 
 @click.group(no_args_is_help=True)
 def key() -> None:
-    """Create, import, show, refresh, reshare and destroy keys.
+    """Create, import, show, refresh, reshare, disable and destroy keys.
 
     \b
     Examples:
@@ -103,6 +108,10 @@ def key() -> None:
       keyquorum key public tls --out tls.pem
       keyquorum key refresh orders
       keyquorum key reshare orders --threshold 3 --shares 5
+      keyquorum key disable orders
+      keyquorum key enable orders
+      keyquorum key destroy orders --after 7d
+      keyquorum key restore orders
       keyquorum key destroy orders
     """
 
@@ -141,9 +150,26 @@ def _emit_info(settings: Settings, info: dict[str, Any]) -> None:
     if settings.json:
         emit(settings, info)
         return
-    shown = {name: value for name, value in info.items() if name not in ("public_key", "warnings", "shares")}
+    hidden = ("public_key", "warnings", "shares", *(("min_version",) if info["min_version"] == 1 else ()))
+    shown = {name: value for name, value in info.items() if name not in hidden}
     shown["threshold"] = f"{info['threshold']} of {info['shares']} shares"
+    shown["destroy_at"] = _instant(info["destroy_at"])
     emit(settings, shown)
+
+
+def _instant(at_s: float | None) -> str:
+    """A time in UTC as people write it; empty for none."""
+    if at_s is None:
+        return ""
+    return datetime.fromtimestamp(at_s, UTC).isoformat(sep=" ", timespec="seconds").removesuffix("+00:00") + " UTC"
+
+
+def _duration(value: str) -> float:
+    """The seconds of a number with a unit."""
+    match = _DURATION.fullmatch(value)
+    if match is None:
+        raise click.BadParameter(f"{value[:40]!r} is no time such as 90s, 15m, 1h or 7d")
+    return float(match[1]) * _UNITS_S[match[2]]
 
 
 @key.command("import")
@@ -182,8 +208,10 @@ def list_(settings: Settings, pattern: str) -> None:
     """List the keys whose names match PATTERN (a shell glob; all by default)."""
     with _engine(settings) as kq:
         keys = kq.list_keys(pattern, timeout=settings.timeout_s)
-    rows = [(each.name, each.algorithm, each.version, f"{each.threshold}-of-{each.shares}") for each in keys]
-    table(settings, ("KEY", "ALGORITHM", "VERSION", "SHARES"), rows, [asdict(each) for each in keys])
+    rows = [
+        (each.name, each.algorithm, each.version, f"{each.threshold}-of-{each.shares}", each.state) for each in keys
+    ]
+    table(settings, ("KEY", "ALGORITHM", "VERSION", "SHARES", "STATE"), rows, [asdict(each) for each in keys])
 
 
 @key.command("show")
@@ -191,7 +219,7 @@ def list_(settings: Settings, pattern: str) -> None:
 @common_options(connects=True)
 @click.pass_obj
 def show(settings: Settings, name: str) -> None:
-    """Show what the signed manifest says about a key."""
+    """Show what the signed manifest and settings say about a key."""
     with _engine(settings) as kq:
         info = kq.key_info(name, timeout=settings.timeout_s)
     _emit_info(settings, asdict(info))
@@ -256,13 +284,75 @@ def reshare(
     _emit_info(settings, asdict(info))
 
 
+@key.command("disable")
+@_name
+@common_options(connects=True)
+@click.pass_obj
+def disable(settings: Settings, name: str) -> None:
+    """Have every node refuse every use of a key until it is enabled again. Nothing of it is lost."""
+    with _engine(settings) as kq, spinner(settings, f"disabling {name}"):
+        _emit_settings(settings, kq.disable_key(name, timeout=settings.timeout_s))
+
+
+@key.command("enable")
+@_name
+@common_options(connects=True)
+@click.pass_obj
+def enable(settings: Settings, name: str) -> None:
+    """Let a disabled key be used again."""
+    with _engine(settings) as kq, spinner(settings, f"enabling {name}"):
+        _emit_settings(settings, kq.enable_key(name, timeout=settings.timeout_s))
+
+
+@key.command("min-version")
+@_name
+@click.argument("version", type=click.IntRange(1, 2**32 - 1))
+@common_options(connects=True)
+@click.pass_obj
+def min_version(settings: Settings, name: str, version: int) -> None:
+    """Have every node refuse uses of the versions of a key below VERSION. It can be lowered again."""
+    with _engine(settings) as kq, spinner(settings, f"setting the least version of {name}"):
+        _emit_settings(settings, kq.set_min_version(name, version, timeout=settings.timeout_s))
+
+
+@key.command("restore")
+@_name
+@common_options(connects=True)
+@click.pass_obj
+def restore(settings: Settings, name: str) -> None:
+    """Take back `key destroy --after` before the time has come. The key is enabled or disabled as it was."""
+    with _engine(settings) as kq, spinner(settings, f"restoring {name}"):
+        _emit_settings(settings, kq.restore_key(name, timeout=settings.timeout_s))
+
+
+def _emit_settings(settings: Settings, told: KeySettings) -> None:
+    text = f"{told.name} is {told.state}"
+    if told.destroy_at is not None:
+        text = f"{told.name} is refused from now on and destroyed at {_instant(told.destroy_at)} unless it is restored"
+    if told.min_version > 1:
+        text += f", versions below {told.min_version} are retired"
+    if told.pending:
+        text += f"; not told yet, and told when they are back: {', '.join(told.pending)}"
+    emit(settings, {**asdict(told), "state": told.state}, text)
+
+
 @key.command("destroy")
 @_name
 @click.option("--yes", is_flag=True, help="Destroy without asking.")
+@click.option(
+    "--after",
+    type=_duration,
+    metavar="TIME",
+    help="Refuse all uses now and destroy only then: 90s, 15m, 1h, 7d ... `key restore` takes it back.",
+)
 @common_options(connects=True)
 @click.pass_obj
-def destroy(settings: Settings, name: str, yes: bool) -> None:
-    """Destroy a key for good. What was encrypted with it can never be read again."""
+def destroy(settings: Settings, name: str, yes: bool, after: float | None) -> None:
+    """Destroy a key for good, all versions. What was encrypted with it can never be read again."""
+    if after is not None:
+        with _engine(settings) as kq, spinner(settings, f"ordering the destruction of {name}"):
+            _emit_settings(settings, kq.destroy_key(name, after=after, timeout=settings.timeout_s))
+        return
     if not yes:
         if not sys.stdin.isatty():
             raise click.UsageError("destroying a key needs --yes where nobody can be asked")

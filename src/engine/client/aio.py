@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -24,6 +24,7 @@ from engine.client.calls import (
     Ended,
     Exchange,
     KeyInfo,
+    KeySettings,
     KeySummary,
     LatencyStats,
     MemberStatus,
@@ -473,9 +474,36 @@ class AsyncEngine:
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
         return await self._run(self._calls.import_key(name, algorithm, key_material, threshold, shares, wait_s))
 
-    async def destroy_key(self, name: str, *, timeout: float | None = None) -> Destroyed:
-        """Destroy a key for good."""
-        return await self._run(self._calls.destroy_key(name, self._wait_s(timeout, CREATE_TIMEOUT_S)))
+    @overload
+    async def destroy_key(self, name: str, *, after: None = None, timeout: float | None = None) -> Destroyed: ...
+
+    @overload
+    async def destroy_key(self, name: str, *, after: float, timeout: float | None = None) -> KeySettings: ...
+
+    async def destroy_key(
+        self, name: str, *, after: float | None = None, timeout: float | None = None
+    ) -> Destroyed | KeySettings:
+        """Destroy a key for good; with ``after`` in so many seconds, until which ``restore_key`` takes it back."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        if after is not None:
+            return await self._run(self._calls.destroy_later(name, after, wait_s))
+        return await self._run(self._calls.destroy_key(name, wait_s))
+
+    async def restore_key(self, name: str, *, timeout: float | None = None) -> KeySettings:
+        """Take back ``destroy_key(after=...)`` before the time has come."""
+        return await self._run(self._calls.restore_key(name, self._wait_s(timeout, CREATE_TIMEOUT_S)))
+
+    async def disable_key(self, name: str, *, timeout: float | None = None) -> KeySettings:
+        """Have every node refuse every use of a key with ``KeyDisabled`` until it is enabled again."""
+        return await self._run(self._calls.disable_key(name, self._wait_s(timeout, CREATE_TIMEOUT_S)))
+
+    async def enable_key(self, name: str, *, timeout: float | None = None) -> KeySettings:
+        """Let a disabled key be used again."""
+        return await self._run(self._calls.enable_key(name, self._wait_s(timeout, CREATE_TIMEOUT_S)))
+
+    async def set_min_version(self, name: str, version: int, *, timeout: float | None = None) -> KeySettings:
+        """Have every node refuse uses of the versions of a key below this one with ``VersionRetired``."""
+        return await self._run(self._calls.set_min_version(name, version, self._wait_s(timeout, CREATE_TIMEOUT_S)))
 
     async def refresh_key(self, name: str, *, timeout: float | None = None) -> KeyInfo:
         """Replace all shares of a key, and keep the key: a new epoch, whose shares don't fit to any from before."""

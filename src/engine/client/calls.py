@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import msgspec
+from msgspec import structs
 
 from engine.client._histogram import Histograms
 from engine.client.tracing import Origin, active_trace, begin_span
@@ -32,6 +33,7 @@ from engine.errors import (
     EngineError,
     InvalidSignature,
     InvalidTag,
+    KeyDisabled,
     KeyExists,
     KeyNotFound,
     KeyPending,
@@ -47,6 +49,7 @@ from engine.errors import (
     StoreUnavailable,
     TokenError,
     UnsupportedAlgorithm,
+    VersionRetired,
 )
 from engine.keys import OPERATIONS, Algorithm, KeyKind, RequestType, algorithm, normalize_material, public_key_pem
 from engine.protocol.grant import issue_grant
@@ -89,10 +92,21 @@ from engine.protocol.requests import (
     Prewarm,
     Refresh,
     Reshare,
+    Settings,
     balancer_status_codec,
     classify_request,
 )
 from engine.protocol.routing import Router
+from engine.protocol.settings import (
+    DESTROY_DELAY_MAX_MS,
+    KeyState,
+    SettingsOrder,
+    SettingsRecord,
+    issue_settings,
+    open_settings,
+    read_settings,
+    state_of,
+)
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.protocol.wire import MAX_AAD, MAX_DATA, PROTOCOL_VERSION, Name, Reply, reply_codec
 
@@ -105,6 +119,7 @@ __all__ = [
     "Ended",
     "Exchange",
     "KeyInfo",
+    "KeySettings",
     "KeySummary",
     "LatencyStats",
     "MemberStatus",
@@ -196,6 +211,10 @@ class KeyInfo:
 
     ``holders`` are in the order of the manifest; ``stored`` are those of them whose receipts made the key valid.
     ``public_key`` is PEM, empty for a symmetric key; ``warnings`` are those of its placement.
+
+    ``state`` is ``enabled``, ``disabled`` or, from the order on, ``destroying``; ``min_version`` the least version that
+    may be used; ``destroy_at`` when it is destroyed, in seconds since the Unix epoch, or None. They are what one node
+    that was asked knows.
     """
 
     name: str
@@ -210,17 +229,45 @@ class KeyInfo:
     dealer: str
     public_key: str
     warnings: tuple[str, ...] = ()
+    state: KeyState = "enabled"
+    min_version: int = 1
+    destroy_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeySettings:
+    """The settings of a key after they were set, for all its versions.
+
+    ``enabled`` is what counts unless it is to be destroyed: until ``destroy_at``, in seconds since the Unix epoch, all
+    uses are refused (None: it is not). ``confirmed`` are the nodes that go by them now, ``pending`` those that will
+    when they are back.
+    """
+
+    name: str
+    enabled: bool
+    min_version: int
+    destroy_at: float | None
+    confirmed: tuple[str, ...]
+    pending: tuple[str, ...]
+
+    @property
+    def state(self) -> KeyState:
+        """``enabled``, ``disabled`` or ``destroying``."""
+        return "destroying" if self.destroy_at is not None else "enabled" if self.enabled else "disabled"
 
 
 @dataclass(frozen=True, slots=True)
 class KeySummary:
-    """One line of a listing, as the nodes tell it."""
+    """One line of a listing, as the nodes tell it; ``state`` as in ``KeyInfo``."""
 
     name: str
     algorithm: str
     version: int
     threshold: int
     shares: int
+    state: KeyState = "enabled"
+    settings: int = 0
+    """The serial of the settings that say so; 0 where nobody set any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +330,7 @@ class Description:
     algorithm: Algorithm
     holders: tuple[str, ...]
     info: KeyInfo
+    settings: SettingsRecord | None = None
 
     def request_class(self, verb: str) -> str:
         """The class under which such a use of it is counted and forecast."""
@@ -383,6 +431,9 @@ class _Trail:
         changing = refused and not self.rounds and self.left_s() > PAUSE_FIRST_S
         if self.all_are(AccessDenied) and not changing:
             raise AccessDenied(f"{self.what}: every node refuses this client ({self.told()})")
+        for error in self.failures.values():
+            if isinstance(error, KeyDisabled | VersionRetired):  # nobody served it: whoever did not say so is away
+                raise type(error)(f"{self.what}: {error}")
         if self.all_are(KeyNotFound):
             raise KeyNotFound(f"{self.what}: {next(iter(self.failures.values()))}")
         seconds = min(PAUSE_FIRST_S * 2 ** min(self.rounds, 10), PAUSE_MAX_S)
@@ -815,6 +866,9 @@ class Calls:
         if manifest.name != name:
             raise ManifestError(f"it is of {manifest.name!r}")
         stored = open_certificate(described.certificate, record, self.cluster)
+        settings = open_settings(described.settings, self.cluster, None) if described.settings else None
+        if settings is not None and (settings.order.lineage, settings.order.name) != (manifest.lineage, name):
+            raise ManifestError(f"its settings are those of {settings.order.name!r}")
         try:
             public_key = public_key_pem(manifest.public_key) if manifest.public_key else ""
         except ValueError as error:
@@ -832,8 +886,11 @@ class Calls:
             dealer=record.dealer,
             public_key=public_key,
             warnings=tuple(described.warnings),
+            state=state_of(settings),
+            min_version=settings.order.min_version if settings is not None else 1,
+            destroy_at=_seconds(settings.order.destroy_at_ms) if settings is not None else None,
         )
-        return Description(record, algorithm(manifest.algorithm), info.holders, info)
+        return Description(record, algorithm(manifest.algorithm), info.holders, info, settings)
 
     # --- loading ahead ---
 
@@ -1026,6 +1083,79 @@ class Calls:
         self._descriptions.drop(name)
         self.router.forget_loaded(name)
         return Destroyed(name, tuple(done.confirmed), tuple(done.pending))
+
+    # --- settings ---
+
+    def disable_key(self, name: str, timeout_s: float) -> Call[KeySettings]:
+        """Have every use of a key refused until it is enabled again."""
+        return self._set("disable", name, lambda order: structs.replace(order, enabled=False), timeout_s)
+
+    def enable_key(self, name: str, timeout_s: float) -> Call[KeySettings]:
+        """Let a disabled key be used again."""
+        return self._set("enable", name, lambda order: structs.replace(order, enabled=True), timeout_s)
+
+    def set_min_version(self, name: str, version: int, timeout_s: float) -> Call[KeySettings]:
+        """Have uses of the versions of a key below ``version`` refused."""
+        if not 1 <= _as_int("version", version) < 2**32:
+            raise ValueError(f"version {version}; it must lie in 1..{2**32 - 1}")
+        return self._set(
+            "set min_version of", name, lambda order: structs.replace(order, min_version=version), timeout_s
+        )
+
+    def destroy_later(self, name: str, after_s: float, timeout_s: float) -> Call[KeySettings]:
+        """Have a key destroyed after some seconds, and refused from now on; till then it can be restored."""
+        if isinstance(after_s, bool) or not isinstance(after_s, int | float):
+            raise TypeError(f"after must be a number of seconds, not {type(after_s).__name__}")
+        if not 0 < after_s <= DESTROY_DELAY_MAX_MS / 1000:
+            raise ValueError(f"after {after_s} s; it must be above 0 and at most {DESTROY_DELAY_MAX_MS / 1000:g} s")
+        at_ms = self._now_ms() + int(after_s * 1000)
+        return self._set("destroy", name, lambda order: structs.replace(order, destroy_at_ms=at_ms), timeout_s)
+
+    def restore_key(self, name: str, timeout_s: float) -> Call[KeySettings]:
+        """Take back the order to destroy a key; it is enabled or disabled as it was before."""
+        return self._set("restore", name, lambda order: structs.replace(order, destroy_at_ms=0), timeout_s)
+
+    def _set(
+        self, what: str, name: str, change: Callable[[SettingsOrder], SettingsOrder], timeout_s: float
+    ) -> Call[KeySettings]:
+        check_name(name)
+        trail = self._trail(f"{what} {name!r}", timeout_s)
+        return _maybe_traced("settings", self._setting(name, change, timeout_s, trail))
+
+    def _setting(
+        self, name: str, change: Callable[[SettingsOrder], SettingsOrder], timeout_s: float, trail: _Trail
+    ) -> Call[KeySettings]:
+        """Change what the newest settings say; begun again from another's that came before."""
+        self._descriptions.drop(name)
+        known = yield from self._described(name, trail)
+        lineage = known.record.manifest.lineage
+        settings = known.settings
+        while True:
+            now_ms = self._now_ms()
+            before = settings.order if settings is not None else SettingsOrder(name, lineage, 0, 0, True, 1, 0, 0)
+            wanted = change(before)
+            if wanted == before and settings is None:
+                return KeySettings(name, True, 1, None, (), ())
+            if settings is None or wanted != before:
+                serial = max(now_ms, before.serial + 1)
+                expires_ms = max(now_ms + int(timeout_s * 1000) + ORDER_MARGIN_MS, serial)
+                raw = issue_settings(
+                    structs.replace(wanted, serial=serial, previous=before.serial, expires_ms=expires_ms), self._signing
+                )
+            else:
+                raw = settings.raw  # nothing is to be changed, but maybe somebody is to be told
+            done = yield from self._dealing(RequestType.SETTINGS, name, Settings(raw), trail, first=known.holders)
+            told = open_settings(done.settings, self.cluster, None)
+            if (told.order.lineage, told.order.name) != (lineage, name):
+                raise ManifestError(f"{trail.what}: the answer is about {told.order.name!r}")
+            self._descriptions.drop(name)
+            if not told.booked:
+                raise ManifestError(f"{trail.what}: the answer is not countersigned by the registry")
+            if told.digest == read_settings(raw).digest:
+                return _key_settings(told.order, done.confirmed, done.pending)
+            if settings is not None and told.serial <= settings.serial:
+                raise ManifestError(f"{trail.what}: the registry answered with older settings, {told.serial}")
+            settings = told
 
     def refresh_key(self, name: str, timeout_s: float) -> Call[KeyInfo]:
         """Replace the shares of a key by new ones: an epoch that was begun after this call."""
@@ -1500,16 +1630,35 @@ def _shape(use: _Use, algo: Algorithm) -> tuple[bytes, bool]:
 
 
 def _summary(entry: KeyEntry) -> KeySummary:
-    return KeySummary(entry.key, entry.algorithm, entry.version, entry.threshold, entry.shares)
+    return KeySummary(
+        entry.key, entry.algorithm, entry.version, entry.threshold, entry.shares, entry.state, entry.serial
+    )
+
+
+def _seconds(at_ms: int) -> float | None:
+    return at_ms / 1000 if at_ms else None
+
+
+def _key_settings(order: SettingsOrder, confirmed: Sequence[str], pending: Sequence[str]) -> KeySettings:
+    return KeySettings(
+        order.name,
+        order.enabled,
+        order.min_version,
+        _seconds(order.destroy_at_ms),
+        tuple(confirmed),
+        tuple(pending),
+    )
 
 
 def merge_lists(pages: Iterable[Sequence[KeySummary]]) -> tuple[KeySummary, ...]:
-    """The union of several nodes' listings, sorted by name; of several versions of a key the newest."""
+    """The union of several nodes' listings, sorted by name; of several versions and settings of a key the newest."""
     merged: dict[str, KeySummary] = {}
     for page in pages:
         for entry in page:
-            if entry.name not in merged or merged[entry.name].version < entry.version:
-                merged[entry.name] = entry
+            known = merged.setdefault(entry.name, entry)
+            newest = max(known, entry, key=lambda each: each.version)
+            latest = max(known, entry, key=lambda each: each.settings)
+            merged[entry.name] = replace(newest, state=latest.state, settings=latest.settings)
     return tuple(merged[name] for name in sorted(merged))
 
 

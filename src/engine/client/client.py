@@ -35,6 +35,7 @@ from engine.client.calls import (
     Ended,
     Exchange,
     KeyInfo,
+    KeySettings,
     KeySummary,
     LatencyStats,
     Lost,
@@ -875,10 +876,54 @@ class Engine:
         call = self._calls.import_key(name, algorithm, key_material, threshold, shares, wait_s)
         return self._run(call, wait_s)
 
-    def destroy_key(self, name: str, *, timeout: float | None = None) -> Destroyed:
-        """Destroy a key for good."""
+    @overload
+    def destroy_key(self, name: str, *, after: None = None, timeout: float | None = None) -> Destroyed: ...
+
+    @overload
+    def destroy_key(self, name: str, *, after: float, timeout: float | None = None) -> KeySettings: ...
+
+    def destroy_key(
+        self, name: str, *, after: float | None = None, timeout: float | None = None
+    ) -> Destroyed | KeySettings:
+        """Destroy a key for good, all its versions.
+
+        With ``after`` that is done in so many seconds, at most 366 days; all uses are refused from now on, and until
+        then ``restore_key`` takes it back.
+        """
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        if after is not None:
+            return self._run(self._calls.destroy_later(name, after, wait_s), wait_s)
         return self._run(self._calls.destroy_key(name, wait_s), wait_s)
+
+    def restore_key(self, name: str, *, timeout: float | None = None) -> KeySettings:
+        """Take back ``destroy_key(after=...)`` before the time has come; the key is then enabled or disabled as before.
+
+        ``KeyNotFound`` if it has.
+        """
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.restore_key(name, wait_s), wait_s)
+
+    def disable_key(self, name: str, *, timeout: float | None = None) -> KeySettings:
+        """Have every node refuse every use of a key with ``KeyDisabled`` until it is enabled again.
+
+        It goes on being refreshed, reshared and listed. Nodes that could not be told are ``pending``: they learn it
+        within seconds once they and the registry are up, and meanwhile get no shares from the others.
+        """
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.disable_key(name, wait_s), wait_s)
+
+    def enable_key(self, name: str, *, timeout: float | None = None) -> KeySettings:
+        """Let a disabled key be used again."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.enable_key(name, wait_s), wait_s)
+
+    def set_min_version(self, name: str, version: int, *, timeout: float | None = None) -> KeySettings:
+        """Have every node refuse uses of the versions of a key below this one with ``VersionRetired``.
+
+        It can be lowered again. ``ValueError`` for a version that the key does not have yet.
+        """
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.set_min_version(name, version, wait_s), wait_s)
 
     def refresh_key(self, name: str, *, timeout: float | None = None) -> KeyInfo:
         """Replace all shares of a key, and keep the key: a new epoch, whose shares don't fit to any from before.

@@ -52,6 +52,7 @@ __all__ = [
     "Role",
     "chain_after",
     "chain_serial",
+    "check_expiry",
     "check_share_counts",
     "check_successor",
     "decode_card",
@@ -250,6 +251,10 @@ class Cluster:
     def allows(self, identity: str, operation: str, key_name: str) -> bool:
         """Whether the policy lets a client do this to that key; what no rule allows is denied."""
         return _allowed(self.rules, identity, operation, key_name)
+
+    def allowed_ever(self, identity: str, operation: str, key_name: str) -> bool:
+        """Whether the policy of any manifest of the chain did."""
+        return _allowed(self.past_rules, identity, operation, key_name)
 
     def allows_any_key(self, identity: str, operation: str) -> bool:
         """Whether the policy lets a client do this to at least one conceivable key."""
@@ -692,6 +697,11 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
         return self.change if kind == _MOVE_KIND else b"" if kind == _RESHARE_KIND else self.placing
 
     @property
+    def lineage(self) -> bytes:
+        """The ``key_id`` of the key's first version: what all versions of a key have in common."""
+        return self.key_id
+
+    @property
     def shares(self) -> int:
         """n, the number of shares."""
         return len(self.holders)
@@ -768,7 +778,8 @@ class KeyRecord:
     raw: bytes
 
 
-def _check_expiry(what: str, expires_ms: int, now_ms: int) -> None:
+def check_expiry(what: str, expires_ms: int, now_ms: int) -> None:
+    """Refuse an order that has expired, or that would live too long."""
     if expires_ms + CLOCK_SKEW_MS < now_ms:
         raise ManifestError(f"{what}: expired {now_ms - expires_ms} ms ago")
     if expires_ms > now_ms + ORDER_LIFETIME_MAX_MS + CLOCK_SKEW_MS:
@@ -789,7 +800,7 @@ def open_create_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple
         raise ManifestError(f"create order: threshold {order.threshold} of {order.shares} shares")
     if now_ms is None:
         return order, signed
-    _check_expiry("create order", order.expires_ms, now_ms)
+    check_expiry("create order", order.expires_ms, now_ms)
     if not cluster.allows(signed.issuer, order.operation, order.name):
         raise AccessDenied(f"{signed.issuer!r} may not {order.operation} the key {order.name!r}")
     return order, signed
@@ -805,7 +816,7 @@ def open_destroy_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tupl
     signed = verify_envelope(raw, "order.destroy", clients)
     order = destroy_orders.decode(signed.payload)
     if now_ms is not None:
-        _check_expiry("destroy order", order.expires_ms, now_ms)
+        check_expiry("destroy order", order.expires_ms, now_ms)
     rules = cluster.past_rules if now_ms is None else cluster.rules
     if not _allowed(rules, signed.issuer, RequestType.DESTROY, order.name):
         raise AccessDenied(f"{signed.issuer!r} may not destroy the key {order.name!r}")
@@ -865,7 +876,7 @@ def _read_order(signed: Signed, codec: Codec[C], now_ms: int | None) -> C:
     if (order.fencing > 0) != (role == "balancer"):
         raise ManifestError(f"{what}: it has the fencing epoch {order.fencing}; a {role}'s has {_FENCINGS[role]}")
     if now_ms is not None:
-        _check_expiry(what, order.expires_ms, now_ms)
+        check_expiry(what, order.expires_ms, now_ms)
     return order
 
 

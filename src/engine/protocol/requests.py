@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final
 from msgspec import Meta, Struct
 
 from engine.keys import OPERATIONS, RequestType, request_class
+from engine.protocol.settings import KeyState
 from engine.protocol.wire import Aad, Blob, Codec, Data, Digest, Identifier, Name, Request, Text, UInt
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
 ]
 
 Envelope = Annotated[bytes, Meta(max_length=48 * 1024)]
+SettingsEnvelope = Annotated[bytes, Meta(max_length=2048)]
 MAX_MANIFEST_PIECE: Final = 32 * 1024
 """Most bytes of cluster manifests in one message."""
 ManifestData = Annotated[bytes, Meta(max_length=MAX_MANIFEST_PIECE)]
@@ -136,11 +138,15 @@ class Create(Message, frozen=True):
 
 
 class KeyDescription(Message, frozen=True):
-    """``[manifest, certificate, warnings]``: the signed truth about a key; warnings are those of its placement."""
+    """``[manifest, certificate, warnings, settings]``: the signed truth about a key.
+
+    Warnings are those of its placement; ``settings`` are the key's newest, or empty where nobody set any.
+    """
 
     manifest: Envelope
     certificate: Envelope
     warnings: Annotated[list[Text], Meta(max_length=16)]
+    settings: SettingsEnvelope = b""
 
 
 class Describe(Message, frozen=True):
@@ -160,6 +166,36 @@ class Destroyed(Message, frozen=True):
 
     confirmed: Annotated[list[Name], Meta(max_length=255)]
     pending: Annotated[list[Name], Meta(max_length=255)]
+
+
+class Settings(Message, frozen=True):
+    """Verb ``settings``, and to the registry: ``[order]``: a client's settings of a key."""
+
+    order: SettingsEnvelope
+
+
+class SettingsInForce(Message, frozen=True):
+    """``[settings, confirmed, pending]``: the key's settings, countersigned by the registry.
+
+    They are others than those that were sent if somebody's came before. ``confirmed`` are the nodes that keep them by
+    now; ``pending`` will when they are back.
+    """
+
+    settings: SettingsEnvelope
+    confirmed: Annotated[list[Name], Meta(max_length=255)]
+    pending: Annotated[list[Name], Meta(max_length=255)]
+
+
+class SettingsBooked(Message, frozen=True):
+    """``[settings]``: those that are in the registry's books, countersigned."""
+
+    settings: SettingsEnvelope
+
+
+class ShareSettings(Message, frozen=True):
+    """Node to holder: ``[settings]``, countersigned by the registry: keep them, and let the key be used accordingly."""
+
+    settings: SettingsEnvelope
 
 
 class Refresh(Message, frozen=True):
@@ -208,13 +244,15 @@ class ListKeys(Message, frozen=True):
 
 
 class KeyEntry(Message, frozen=True):
-    """``[key, algorithm, version, threshold, shares]``."""
+    """``[key, algorithm, version, threshold, shares, state, serial]``; ``serial`` is that of its settings, or 0."""
 
     key: KeyName
     algorithm: Annotated[str, Meta(max_length=64)]
     version: UInt
     threshold: UInt
     shares: UInt
+    state: KeyState = "enabled"
+    serial: UInt = 0
 
 
 class KeyList(Message, frozen=True):
@@ -610,9 +648,10 @@ class Sync(Message, frozen=True):
 
 
 class SyncEntry(Message, frozen=True):
-    """``[key_id, state, manifest, certificate, document]``.
+    """``[key_id, state, manifest, certificate, document, settings]``.
 
-    State ``committed`` (document empty) or ``destroyed`` (document is the client's destroy order).
+    State ``committed`` (document empty) or ``destroyed`` (document is the client's destroy order, or the settings by
+    which its time came). ``settings`` are the key's newest that are booked, or empty.
     """
 
     key_id: Identifier
@@ -620,6 +659,7 @@ class SyncEntry(Message, frozen=True):
     manifest: Envelope
     certificate: Envelope
     document: Envelope
+    settings: SettingsEnvelope = b""
 
 
 class SyncPage(Message, frozen=True):
@@ -779,6 +819,7 @@ SHARE_RENEW: Final = "share.renew"
 SHARE_RESHARE: Final = "share.reshare"
 SHARE_ACCEPT: Final = "share.accept"
 SHARE_LEAVE: Final = "share.leave"
+SHARE_SETTINGS: Final = "share.settings"
 STATS: Final = "stats"
 MOVE: Final = "move"
 LATENCY: Final = "latency"
@@ -786,6 +827,7 @@ REGISTRY_RESERVE: Final = "registry.reserve"
 REGISTRY_CHANGE: Final = "registry.change"
 REGISTRY_COMMIT: Final = "registry.commit"
 REGISTRY_DESTROY: Final = "registry.destroy"
+REGISTRY_SETTINGS: Final = "registry.settings"
 REGISTRY_SYNC: Final = "registry.sync"
 REGISTRY_OUTCOME: Final = "registry.outcome"
 REGISTRY_ABORT: Final = "registry.abort"
@@ -800,6 +842,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     RequestType.DESTROY: (Destroy, Destroyed),
     RequestType.REFRESH: (Refresh, KeyDescription),
     RequestType.RESHARE: (Reshare, KeyDescription),
+    RequestType.SETTINGS: (Settings, SettingsInForce),
     RequestType.DESCRIBE: (Describe, KeyDescription),
     RequestType.LIST: (ListKeys, KeyList),
     RequestType.PREWARM: (Prewarm, Empty),
@@ -820,6 +863,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_RESHARE: (ShareReshare, Refreshed),
     SHARE_ACCEPT: (ShareAccept, Prepared),
     SHARE_LEAVE: (ShareLeave, Empty),
+    SHARE_SETTINGS: (ShareSettings, Empty),
     STATS: (Empty, NodeStats),
     MOVE: (Move, MoveResults),
     LATENCY: (Empty, NodeLatency),
@@ -827,6 +871,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     REGISTRY_CHANGE: (Change, Reserved),
     REGISTRY_COMMIT: (Commit, Committed),
     REGISTRY_DESTROY: (Destroy, Empty),
+    REGISTRY_SETTINGS: (Settings, SettingsBooked),
     REGISTRY_SYNC: (Sync, SyncPage),
     REGISTRY_OUTCOME: (Outcome, OutcomeReply),
     REGISTRY_ABORT: (Outcome, OutcomeReply),
@@ -860,6 +905,7 @@ NODE_VERBS: Final = frozenset(
         SHARE_RESHARE,
         SHARE_ACCEPT,
         SHARE_LEAVE,
+        SHARE_SETTINGS,
         AUDIT_HEAD,
     }
 )
@@ -869,6 +915,7 @@ REGISTRY_VERBS: Final = frozenset(
         REGISTRY_CHANGE,
         REGISTRY_COMMIT,
         REGISTRY_DESTROY,
+        REGISTRY_SETTINGS,
         REGISTRY_SYNC,
         REGISTRY_OUTCOME,
         REGISTRY_ABORT,
