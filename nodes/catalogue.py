@@ -63,6 +63,7 @@ class Catalogue:
         self._next: dict[bytes, Entry] = {}
         self._moved: dict[str, Entry] = {}
         self._pending: dict[str, set[bytes]] = {}
+        self._lacking: dict[bytes, Entry] = {}
         self._watchers: list[Callable[[Entry], None]] = []
         for row in sorted(rows, key=lambda row: row.epoch):
             self.put(row)
@@ -84,6 +85,9 @@ class Catalogue:
                 return entry
             self._next.pop(row.key_id, None)
             self._by_id[row.key_id] = entry
+            self._lacking.pop(row.key_id, None)
+            if row.state == "committed" and not row.sealed:
+                self._lacking[row.key_id] = entry
             self._note_pending(entry)
             if row.state == "moved":
                 self._moved[row.name] = entry
@@ -199,6 +203,27 @@ class Catalogue:
         with self._lock:
             entries = (*self._by_id.values(), *self._next.values())
             return [entry for entry in entries if _waits(entry)]
+
+    def known(self) -> list[tuple[bytes, int, int]]:
+        """The keys that are not destroyed here, each with what is known of it: its epoch, and its settings' serial.
+
+        The epoch is the last that is known to be committed, 0 if there is none; so is the serial.
+        """
+        with self._lock:
+            entries = [entry for entry in self._by_id.values() if entry.row.state != "destroyed"]
+        return [
+            (
+                entry.row.key_id,
+                0 if entry.row.state == "prepared" else entry.row.epoch,
+                entry.settings.serial if entry.settings is not None else 0,
+            )
+            for entry in entries
+        ]
+
+    def lacking(self) -> list[Entry]:
+        """The live keys that this node is to hold a share of, and has none."""
+        with self._lock:
+            return list(self._lacking.values())
 
     def share_count(self) -> int:
         """How many shares of live keys this node holds."""

@@ -13,6 +13,8 @@ from typing import Any, Final, Literal
 
 import structlog
 
+from engine._version import __version__
+from engine.client.spreading import pull
 from engine.client.transport import Arrival, Channel, KeyRefused, ask, raise_for_status
 from engine.errors import (
     DeadlineExceeded,
@@ -45,6 +47,8 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.requests import (
     AUDIT_HEAD,
+    HELLO,
+    RECALLED,
     REGISTRY_ABORT,
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
@@ -58,6 +62,7 @@ from engine.protocol.requests import (
     SHARE_COMMIT,
     SHARE_DESTROY,
     SHARE_PREPARE,
+    SHARE_RECALL,
     SHARE_RELEASE,
     SHARE_SETTINGS,
     Abort,
@@ -65,6 +70,7 @@ from engine.protocol.requests import (
     Commit,
     Destroy,
     Destroyed,
+    Hello,
     KeyDescription,
     Outcome,
     OutcomeReply,
@@ -74,6 +80,7 @@ from engine.protocol.requests import (
     SettingsInForce,
     ShareCommit,
     SharePrepare,
+    ShareRecall,
     ShareRelease,
     ShareSettings,
     Sync,
@@ -82,6 +89,7 @@ from engine.protocol.requests import (
 )
 from engine.protocol.settings import SettingsRecord
 from engine.protocol.signed import SigningKey, sign_envelope
+from engine.protocol.wire import PROTOCOL_VERSION
 from engine.sharing import (
     NodeLocation,
     SecretBuffer,
@@ -112,6 +120,8 @@ SETTINGS_WAIT_S: Final = 2.0
 REGISTRY_TIMEOUT_S: Final = 2.0
 REGISTRY_PATIENCE_S: Final = 1.0
 REDIAL_S: Final = 0.05
+RECALL_S: Final = 2.0
+"""Who does not tell within so long what it knows is asked again later."""
 MAX_SYNC_PAGES: Final = 10_000
 
 log = structlog.get_logger()
@@ -630,6 +640,48 @@ class Conversation(FollowsCluster):
             if not page.more or not page.entries:
                 break
         return sorted(entries, key=lambda entry: entry.state != "destroyed"), cursor
+
+    def recall(
+        self, talker: Talker, names: Sequence[str], keys: Sequence[tuple[bytes, int, int]]
+    ) -> tuple[list[str], list[SyncEntry]]:
+        """Ask other nodes what has become of this node's keys; who told it of all, and what is later than here.
+
+        First the newest manifest that one of them has is taken. Nothing else that they say is checked here.
+        """
+        self._meet(talker.channel, names)
+        answered: list[str] = []
+        told: dict[SyncEntry, None] = {}
+        places = dict.fromkeys(names, 0)
+        while places:
+            answered += [name for name, place in places.items() if place >= len(keys)]
+            asked = {name: list(keys[at : at + RECALLED]) for name, at in places.items() if at < len(keys)}
+            bodies = {name: REQUEST_CODECS[SHARE_RECALL].encode(ShareRecall(page)) for name, page in asked.items()}
+            before, places, until_s = places, {}, self._clock() + RECALL_S
+            for name, reply in self.ask_all(talker.channel, SHARE_RECALL, bodies, until_s, None):
+                if isinstance(reply, EngineError):
+                    log.info("a node does not tell what it knows", member=name, reason=str(reply))
+                    continue
+                known = {key_id for key_id, *_ in asked[name]}
+                told |= dict.fromkeys(each for each in reply.entries if each.key_id in known)
+                places[name] = before[name] + reply.done
+        return answered, list(told)
+
+    def _meet(self, channel: Channel, names: Sequence[str]) -> None:
+        """Take the newest cluster manifest that one of these has."""
+        body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, __version__))
+        until_s = self._clock() + RECALL_S
+        serials = {
+            name: reply.cluster_serial
+            for name, reply in self.ask_all(channel, HELLO, dict.fromkeys(names, body), until_s, None)
+            if not isinstance(reply, EngineError)
+        }
+        for name in sorted(serials, key=lambda each: -serials[each]):
+            if serials[name] <= self._cluster.serial:
+                return
+            try:
+                pull(channel, name, self._source)
+            except EngineError as error:
+                log.warning("no manifest", member=name, reason=str(error))
 
     def tell(self, talker: Talker, names: Sequence[str], head: bytes, timeout_s: float) -> list[str]:
         """Tell nodes the newest head of this node's audit log; who confirmed it. One that is away is asked again."""

@@ -80,6 +80,7 @@ from engine.protocol.requests import (
     SHARE_DESTROY,
     SHARE_LEAVE,
     SHARE_PREPARE,
+    SHARE_RECALL,
     SHARE_REFRESH,
     SHARE_RELEASE,
     SHARE_RENEW,
@@ -124,6 +125,7 @@ from engine.protocol.requests import (
     ShareDeal,
     ShareLeave,
     SharePrepare,
+    ShareRecall,
     ShareRefresh,
     ShareRelease,
     ShareRenew,
@@ -175,6 +177,7 @@ from nodes.policy import check_key, check_verb
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
+from nodes.returning import Returning, recalled
 from nodes.token import Lane, LoadedKey, Token, Use, is_slow
 from nodes.tracing import NO_SPANS, Span, Tracer, child_of
 from nodes.witness import Heard, Witness
@@ -192,6 +195,8 @@ LOOK_AGAIN_S: Final = 1.0
 """How often at most it does so because somebody spoke of an epoch, version or key that it does not know."""
 BOOKS_EVERY_S: Final = 5.0
 """How often the node asks the registry what changed of its keys; a destruction that it missed is carried out then."""
+HELD_BACK: Final = frozenset({*OPERATIONS, RequestType.PREWARM})
+"""Uses of keys, which a node that has just started refuses until it has heard what became of them."""
 DURABLE_VERBS: Final = frozenset(
     {
         RequestType.GENERATE,
@@ -213,9 +218,9 @@ DURABLE_VERBS: Final = frozenset(
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
-UNRECORDED: Final = frozenset({HELLO, MANIFEST_FETCH, STATS, AUDIT_HEAD})
-"""Verbs that are recorded only where they fail: introductions, manifests that are asked for, figures for the
-balancer, and heads, which have their own records."""
+UNRECORDED: Final = frozenset({HELLO, MANIFEST_FETCH, STATS, AUDIT_HEAD, SHARE_RECALL})
+"""Verbs that are recorded only where they fail: introductions, manifests and documents of keys that are asked for,
+figures for the balancer, and heads, which have their own records."""
 WITHOUT_TOKEN: Final = frozenset(
     {
         RequestType.DESCRIBE,
@@ -234,6 +239,7 @@ WITHOUT_TOKEN: Final = frozenset(
         SHARE_DESTROY,
         SHARE_LEAVE,
         SHARE_SETTINGS,
+        SHARE_RECALL,
     }
 )
 """Verbs that need no token, and are served while it is out of service."""
@@ -423,6 +429,7 @@ class Handlers(FollowsCluster):
         fast: FastPath | None = None,
         clock: Callable[[], float] = time.monotonic,
         tracer: Tracer = NO_SPANS,
+        returning: Returning | None = None,
     ) -> None:
         self._node = node
         self._boot = boot
@@ -485,6 +492,10 @@ class Handlers(FollowsCluster):
         """Keys that were asked for while nobody had told whether they were made: the registry is asked."""
         self._settle_after_ms = 0
         self._catching_up = False
+        self._returning = returning or Returning(cluster, node, holds=False)
+        self._recalling = False
+        self._next_recall_s = 0.0
+        self._parked: list[tuple[_Call, bytes, Callable[[Lane], Any]]] = []
         self._verbs: dict[str, Callable[[_Call, Any], None]] = {
             **dict.fromkeys(OPERATIONS, self._operate),
             RequestType.GENERATE: self._create,
@@ -517,6 +528,7 @@ class Handlers(FollowsCluster):
             SHARE_ACCEPT: self._share_accept,
             SHARE_LEAVE: self._share_leave,
             SHARE_SETTINGS: self._share_settings,
+            SHARE_RECALL: self._share_recall,
         }
 
     @property
@@ -527,7 +539,7 @@ class Handlers(FollowsCluster):
     @property
     def serves(self) -> bool:
         """Whether uses of keys are served now; what is here may be read by any thread."""
-        return not (self._health.problem or self._audit.problem) and self._is_member()
+        return not (self._health.problem or self._audit.problem or self._returning.waits) and self._is_member()
 
     # --- the way in and out ---
 
@@ -897,6 +909,8 @@ class Handlers(FollowsCluster):
             raise KeyNotFound(f"no key {name!r} on {self._node}")
         if key_id and key_id != entry.row.key_id:
             raise StaleKey(f"{name!r} has another id than the request says")
+        if call.verb in HELD_BACK:
+            self._check_back(entry)
         call.entry = entry
         return entry
 
@@ -1308,7 +1322,7 @@ class Handlers(FollowsCluster):
             algorithms=list(self._token.algorithms),
             missing=missing,
             audit=self._audit.problem[:MAX_ERROR_DETAIL],
-            store=self._ledger.problem[:MAX_ERROR_DETAIL],
+            store=(self._ledger.problem or self._returning.problem)[:MAX_ERROR_DETAIL],
             alarms=[
                 each
                 for each in (
@@ -1418,7 +1432,31 @@ class Handlers(FollowsCluster):
         call.key, call.grant = self._name_of(body.key_id), body.grant
         grant = read_unverified(body.grant)  # checked before the share leaves
         call.detail = f"by the grant {grant.digest.hex()} of {grant.issuer}"
-        self._aside(call, self._local, lambda lane: self._holder.release(lane, body, call.incoming.member))
+        self._once_back(call, body.key_id, lambda lane: self._holder.release(lane, body, call.incoming.member))
+
+    def _once_back(self, call: _Call, key_id: bytes, work: Callable[[Lane], Any]) -> None:
+        """Do what gives away something of a share, as soon as this node has heard what became of its keys."""
+        if self._returning.waits:
+            self._parked.append((call, key_id, work))
+            return
+        entry = self._catalogue.by_id(key_id)
+        if entry is not None:
+            self._check_back(entry)
+        self._aside(call, self._local, work)
+
+    def _check_back(self, entry: Entry) -> None:
+        self._returning.check(entry.row.key_id, (holder.node for holder in entry.manifest.holders))
+
+    def _unpark(self) -> None:
+        """Go on with what waited, or say that it waited too long."""
+        parked, self._parked = self._parked, []
+        for call, key_id, work in parked:
+            try:
+                if self._clock() >= call.deadline_s:
+                    raise KeyPending(f"{self._node} serves no key yet: {self._returning.problem}")
+                self._once_back(call, key_id, work)
+            except Exception as error:  # every request gets exactly one answer
+                self._fail(call, error)
 
     def _name_of(self, key_id: bytes) -> str:
         """The name for the audit record, if the node knows the key."""
@@ -1446,8 +1484,9 @@ class Handlers(FollowsCluster):
         self._aside(call, self._local, lambda lane: self._holder.take_settings(body), taken)
 
     def _share_deal(self, call: _Call, body: ShareDeal) -> None:
-        call.key = read_change_order(body.order).name
-        self._aside(call, self._local, lambda lane: self._renewer.deal(lane, body, call.incoming.member))
+        order = read_change_order(body.order)
+        call.key = order.name
+        self._once_back(call, order.key_id, lambda lane: self._renewer.deal(lane, body, call.incoming.member))
 
     def _share_refresh(self, call: _Call, body: ShareRefresh) -> None:
         call.key = read_change_order(body.order).name
@@ -1468,6 +1507,9 @@ class Handlers(FollowsCluster):
     def _share_leave(self, call: _Call, body: ShareLeave) -> None:
         call.key = read_key_manifest(body.manifest).manifest.name
         self._aside(call, self._local, lambda lane: self._holder.leave(body))
+
+    def _share_recall(self, call: _Call, body: ShareRecall) -> None:
+        self._answer(call, recalled(self._catalogue, body.keys))
 
     # --- the heads of audit logs ---
 
@@ -1545,6 +1587,9 @@ class Handlers(FollowsCluster):
         overdue, self._unloading = self._unloading, []
         for each in overdue:
             self._unload(each)
+        if self._returning.to_ask and now >= self._next_recall_s:
+            self._recall()
+        self._unpark()
         if now >= self._next_heads_s:
             self._next_heads_s = now + HEADS_EVERY_S
             self._tell_head(HEADS_TIMEOUT_S)
@@ -1591,6 +1636,61 @@ class Handlers(FollowsCluster):
             self._dealer.submit(lambda talker: self._ask_registry(talker, stale), self._caught_up)
         except Overloaded:
             self._catching_up = False
+
+    def _recall(self) -> None:
+        """Ask the other nodes what has become of this one's keys; those that were silent again after a while."""
+        if self._recalling:
+            return
+        names, keys = self._returning.to_ask, self._catalogue.known()
+        self._recalling = True
+        try:
+            self._dealer.submit(lambda talker: self._conversation.recall(talker, names, keys), self._recalled)
+        except Overloaded:
+            self._recalling = False
+
+    def _recalled(self, told: tuple[list[str], list[SyncEntry]] | None, error: Exception | None) -> None:
+        self._next_recall_s = self._clock() + (0.0 if self._returning.waits else BOOKS_EVERY_S)
+        if told is None or self._audit.problem:
+            self._recalling = False
+            if told is None:
+                log.warning("asking the others failed", reason=str(error))
+            return
+        answered, entries = told
+
+        def done(taken: tuple[list[bytes], list[bytes]] | None, failure: Exception | None) -> None:
+            self._recalling = False
+            if taken is None:
+                log.error("what the others told could not be taken in", reason=str(failure))
+                return
+            gone, doubted = taken
+            waited = self._returning.waits
+            self._returning.asked(answered, doubted)
+            for key_id in (*gone, *doubted):
+                self._forget(key_id)
+            if waited and not self._returning.waits:
+                log.info("back", told_by=sorted(answered), changed=len(entries))
+                self._unpark()
+
+        try:
+            self._local.submit(lambda lane: self._take_in_recalled(entries), done)
+        except Overloaded:
+            self._recalling = False
+
+    def _take_in_recalled(self, entries: Sequence[SyncEntry]) -> tuple[list[bytes], list[bytes]]:
+        """Carry out what other nodes told: the ids of keys destroyed meanwhile, and of those that may be."""
+        gone: list[bytes] = []
+        doubted: list[bytes] = []
+        for item in entries:
+            before = self._catalogue.by_id(item.key_id)
+            try:
+                erased, doubtful = self._holder.recall(item)
+                self._record_change(item.key_id, before)
+            except (EngineError, ValueError) as error:
+                log.warning("what another node told was refused", key_id=item.key_id.hex(), reason=str(error))
+                continue
+            gone += [erased] if erased else []
+            doubted += [doubtful] if doubtful else []
+        return gone, doubted
 
     def _watch_clock(self, now_s: float) -> None:
         """Have the ledger written now and then, and say when the machine's clock is behind what was seen."""
@@ -1641,6 +1741,11 @@ class Handlers(FollowsCluster):
             gone, well = taken
             if well:  # else what was refused is asked for again
                 self._cursor = cursor
+            waited = self._returning.waits
+            self._returning.read_books()
+            if waited and not self._returning.waits:
+                log.info("back", told_by="the registry")
+                self._unpark()
             for key_id in gone:
                 self._forget(key_id)
 

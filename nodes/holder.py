@@ -29,6 +29,7 @@ from engine.protocol.grant import check_grant
 from engine.protocol.manifest import (
     ClusterSource,
     FollowsCluster,
+    KeyManifest,
     KeyRecord,
     Member,
     Receipt,
@@ -471,9 +472,7 @@ class ShareHolder(FollowsCluster):
         lineage = manifest.lineage
         known = self._catalogue.settings_of(lineage)
         if item.settings:
-            told = open_settings(item.settings, self._cluster, None)
-            if (told.order.lineage, told.order.name) != (lineage, manifest.name):
-                raise ManifestError(f"the settings in the registry's entry for {item.key_id.hex()} are another key's")
+            told, known = self._told_settings(item, manifest)
             if known is None or told.serial > known.serial:
                 self._keep_settings(told, known)
                 return
@@ -482,6 +481,13 @@ class ShareHolder(FollowsCluster):
         if known is not None:
             log.warning("the registry has older settings of a key", key=known.order.name, has=known.told)
             self._unbooked[lineage] = known.raw
+
+    def _told_settings(self, item: SyncEntry, manifest: KeyManifest) -> tuple[SettingsRecord, SettingsRecord | None]:
+        """The settings in an entry on a key, checked, and those that are known here."""
+        told = open_settings(item.settings, self._cluster, None)
+        if (told.order.lineage, told.order.name) != (manifest.lineage, manifest.name):
+            raise ManifestError(f"the settings in an entry for {item.key_id.hex()} are another key's")
+        return told, self._catalogue.settings_of(manifest.lineage)
 
     # --- the end ---
 
@@ -585,6 +591,31 @@ class ShareHolder(FollowsCluster):
             return None
         return self._erase(entry, item.document)
 
+    def recall(self, item: SyncEntry) -> tuple[bytes | None, bytes | None]:
+        """Take in what another node tells of a key that this one knows: the key's id if it was erased, or is doubted.
+
+        That proves itself but for one thing: whether an expired destroy order was booked in time, the registry alone
+        can say. Until then the key is doubted.
+        """
+        entry = self._catalogue.by_id(item.key_id)
+        if entry is None or entry.row.state == "destroyed":
+            return None, None
+        if item.settings:
+            self._keep_settings(*self._told_settings(item, entry.manifest))
+        if item.state == "committed":
+            return self._catch_up_key(item), None
+        if is_settings(item.document):
+            self._check_destruction(entry.record, item.document)
+            return self._erase(entry, item.document), None
+        order, _ = open_destroy_order(item.document, self._cluster, None)
+        if (order.key_id, order.name) != (item.key_id, entry.row.name):
+            raise ManifestError(f"a destroy order that was told for {entry.row.name!r} is for another key")
+        try:
+            return self.destroy(Destroy(item.document)), None
+        except (ManifestError, AccessDenied):
+            log.warning("another node says that a key was destroyed", key=entry.row.name)
+            return None, item.key_id
+
     def _note_destroyed(self, record: KeyRecord, document: bytes) -> None:
         """Note the destruction of a key that this node does not know, if its share may still be on a slow way here."""
         try:
@@ -606,10 +637,17 @@ class ShareHolder(FollowsCluster):
             raise ManifestError(f"two manifests of epoch {new.epoch} of {new.name!r}; this node keeps the first")
         if self.settle(entry, certificate).record.digest == record.digest:
             return
-        # All holders gave a receipt for that epoch, this one too, so it lost what it had stored. A share is erased only
-        # where its successor is at hand: no word of a registry's costs the one that is left.
+        if new.epoch <= old.epoch:
+            return  # it knows of a later one that others hold
         open_certificate(certificate, record, self._cluster)
-        log.error("this node has lost its share of a newer epoch", key=new.name, epoch=new.epoch, has=old.epoch)
+        if self.pledged(new.key_id) > new.attempt:
+            self._contradicted(record)
+            return
+        # All holders gave a receipt for that epoch, this one too, so it lost what it had stored: its store is an older
+        # copy. Its share is of an epoch that is over, and is used no more; but it is erased only with its successor at
+        # hand, so that no word of a registry's costs the last one that is left.
+        log.error("this node has lost its share of a newer epoch", key=new.name, epoch=new.epoch, had=old.epoch)
+        self._catalogue.put(self._store.put(self._row(record, "committed", certificate=certificate)))
 
     def _adopt(self, record: KeyRecord, certificate: bytes) -> None:
         """Note a key whose creation this node missed; it can combine it, but holds no share."""

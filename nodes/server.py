@@ -42,6 +42,7 @@ from nodes.orders import BalancerOrders
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
+from nodes.returning import Returning
 from nodes.rotation import STORE_NAME, settle
 from nodes.selftest import run_self_tests
 from nodes.sharers import Mark, hold, leave_mark, list_marks, misplaced, owner_of, tell_owner
@@ -248,6 +249,7 @@ class Server:
             known=self._listener.connections.known,
             fast=None if armed() else self._fast,
             tracer=self._tracer,
+            returning=Returning(cluster, identity.name, holds=bool(catalogue.known())),
         )
         self._fast.serve(self._listener.open, self._listener.lost, self._handlers, self._audit.uses, self._audit.drain)
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))

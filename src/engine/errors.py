@@ -53,6 +53,7 @@ class KeyNotFound(EngineError):
 class KeyPending(EngineError):
     """The node has a share of a key of this name that is being made, and has not heard yet whether it was.
 
+    Or it has just started, and has not heard yet what became of its keys while it was away.
     The client asks again within its deadline.
     """
 

@@ -66,6 +66,7 @@ from engine.protocol.requests import (
 )
 from engine.protocol.signed import read_unverified, sign_envelope
 from engine.sharing import FINGERPRINT_BYTES, Share, check_value, deal_zero, reconstruct_key
+from nodes.catalogue import Catalogue
 from nodes.refresh import Coordinator
 from nodes.token import Lane, Token
 
@@ -712,7 +713,7 @@ def test_a_registry_that_lies_to_some_holders_costs_no_share(scene: Scene) -> No
 
 
 def test_a_share_is_not_erased_without_its_successor(scene: Scene) -> None:
-    """Books with a true certificate of an epoch that this node has no share of change nothing but the log."""
+    """Books with a true certificate of an epoch that this node has no share of: the old one stays, and is not used."""
     record, certificate = scene.prepared()
     node = scene.nodes["node3"]
     before = node.share()
@@ -722,8 +723,12 @@ def test_a_share_is_not_erased_without_its_successor(scene: Scene) -> None:
     node.restart()
     for _ in range(2):
         assert node.holder.catch_up(books(scene, record, certificate)) is None
-        assert node.epochs() == {1: "committed"}
-        assert node.share() == before
+        assert node.rows() == {1: ("committed", True), 2: ("committed", False)}
+        with pytest.raises(QuorumUnavailable, match="holds no share"):
+            node.share()
+        node.restart()
+    first = Catalogue([row for row in node.store.rows() if row.epoch == 1]).by_id(scene.key_id)
+    assert node.holder.own_share(node.lane, first)[0] == before
 
 
 def test_a_node_without_a_share_says_so(scene: Scene) -> None:

@@ -25,6 +25,7 @@ from nodes.catalogue import Catalogue
 from nodes.clock import TrustedClock
 from nodes.holder import ShareHolder
 from nodes.ledger import GrantLedger
+from nodes.returning import recalled
 from nodes.store import ShareStore, StoreCorrupt
 from nodes.token import Lane, Token
 
@@ -311,3 +312,27 @@ def test_the_documents_tell_what_they_say(scene: Scene) -> None:
     )
     assert read_settings(raw).booked
     assert not read_settings(scene.signed(1, booked="")).booked
+
+
+def test_a_node_that_was_away_learns_settings_from_another(scene: Scene) -> None:
+    """Those that are booked, and the destruction whose time has come; a node's older word changes nothing."""
+    key_id, at_ms = scene.dealt.key_id, scene.world.now_ms + HOUR_MS
+    disabled, due = scene.signed(1), scene.signed(2, destroy_at_ms=at_ms)
+    with pytest.raises(ManifestError, match="not countersigned by the registry"):
+        scene.holder.recall(scene.item(settings=scene.signed(1, booked="")))
+    assert scene.state == "enabled"
+    scene.take(disabled)
+    [serial] = [known[2] for known in scene.catalogue.known()]
+    assert recalled(scene.catalogue, [(key_id, 1, serial)]).entries == []
+    [told] = recalled(scene.catalogue, [(key_id, 1, 0)]).entries
+    assert (told.state, told.settings) == ("committed", disabled)
+    assert scene.holder.recall(scene.item(settings=due)) == (None, None)
+    assert scene.state == "destroying"
+    assert scene.holder.recall(told) == (None, None)
+    assert scene.state == "destroying", "an older word"
+    with pytest.raises(ManifestError, match="ms are left"):
+        scene.holder.recall(scene.item("destroyed", due, due))
+    assert scene.row.sealed
+    scene.world.now_ms = at_ms
+    assert scene.holder.recall(scene.item("destroyed", due, due)) == (key_id, None)
+    assert scene.row.state == "destroyed"

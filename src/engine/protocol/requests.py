@@ -674,6 +674,27 @@ class SyncPage(Message, frozen=True):
     fencing_epoch: UInt
 
 
+RECALLED: Final = 1024
+"""Most keys in one question of what became of them."""
+
+
+class ShareRecall(Message, frozen=True):
+    """Node to node: ``[keys]``: what has become of these keys, as (key_id, epoch, serial)?
+
+    Sent by a node that was away; the epoch is the last that it knows to be committed, the serial that of the key's
+    settings, 0 if it knows of none.
+    """
+
+    keys: Annotated[list[tuple[Identifier, UInt, UInt]], Meta(min_length=1, max_length=RECALLED)]
+
+
+class Recalled(Message, frozen=True):
+    """``[done, entries]``: what is known of the first ``done`` of the keys that is later, as the registry tells it."""
+
+    done: Annotated[int, Meta(ge=1, le=RECALLED)]
+    entries: Annotated[list[SyncEntry], Meta(max_length=256)]
+
+
 class Outcome(Message, frozen=True):
     """``[key_id, attempt]``: holder to registry: what became of a prepared share? Dealer to registry: abort it."""
 
@@ -820,6 +841,7 @@ SHARE_RESHARE: Final = "share.reshare"
 SHARE_ACCEPT: Final = "share.accept"
 SHARE_LEAVE: Final = "share.leave"
 SHARE_SETTINGS: Final = "share.settings"
+SHARE_RECALL: Final = "share.recall"
 STATS: Final = "stats"
 MOVE: Final = "move"
 LATENCY: Final = "latency"
@@ -864,6 +886,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_ACCEPT: (ShareAccept, Prepared),
     SHARE_LEAVE: (ShareLeave, Empty),
     SHARE_SETTINGS: (ShareSettings, Empty),
+    SHARE_RECALL: (ShareRecall, Recalled),
     STATS: (Empty, NodeStats),
     MOVE: (Move, MoveResults),
     LATENCY: (Empty, NodeLatency),
@@ -906,6 +929,7 @@ NODE_VERBS: Final = frozenset(
         SHARE_ACCEPT,
         SHARE_LEAVE,
         SHARE_SETTINGS,
+        SHARE_RECALL,
         AUDIT_HEAD,
     }
 )

@@ -1,0 +1,121 @@
+"""What a node has to hear after its start before it serves the keys that it holds. It opens no socket.
+
+It may have been away for long, or its disk is an old copy: keys that it takes for its own may be destroyed, moved or
+refreshed since. So it asks every other node and the registry, and holds its keys back until one of them has told what
+it knows, and each other node was at least asked. Who was silent then is asked again, until the registry has told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from engine.errors import KeyPending
+from engine.protocol.manifest import ClusterSource, FollowsCluster
+from engine.protocol.requests import Recalled, SyncEntry
+from nodes.catalogue import Catalogue, Entry
+
+__all__ = ["Returning", "recalled"]
+
+REPLY_BYTES: Final = 40 * 1024
+REPLY_ENTRIES: Final = 256
+
+
+def recalled(catalogue: Catalogue, keys: Sequence[tuple[bytes, int, int]]) -> Recalled:
+    """What this node knows of another's keys that is later than what that one knows; of the first of them, at least."""
+    entries: list[SyncEntry] = []
+    size = done = 0
+    for key_id, epoch, serial in keys:
+        entry = catalogue.by_id(key_id)
+        if entry is not None and _is_later(entry, epoch, serial):
+            told = _told(entry)
+            size += len(told.manifest) + len(told.certificate) + len(told.document) + len(told.settings)
+            if entries and (size > REPLY_BYTES or len(entries) == REPLY_ENTRIES):
+                break
+            entries.append(told)
+        done += 1
+    return Recalled(done, entries)
+
+
+def _is_later(entry: Entry, epoch: int, serial: int) -> bool:
+    row, settings = entry.row, entry.settings
+    if row.state == "destroyed" or (settings is not None and settings.serial > serial):
+        return row.state != "prepared"
+    return row.state != "prepared" and row.epoch > epoch
+
+
+def _told(entry: Entry) -> SyncEntry:
+    row, gone = entry.row, entry.row.state == "destroyed"
+    return SyncEntry(
+        key_id=row.key_id,
+        state="destroyed" if gone else "committed",
+        manifest=row.manifest,
+        certificate=row.certificate,
+        document=row.document if gone else b"",
+        settings=entry.settings.raw if entry.settings is not None else b"",
+    )
+
+
+class Returning(FollowsCluster):
+    """How far a node has come back. One that holds no key is back at once."""
+
+    def __init__(self, cluster: ClusterSource, node: str, *, holds: bool) -> None:
+        self._source = cluster
+        self._node = node
+        self._holds = holds
+        self._asked = False
+        self._books = False
+        self._answered: set[str] = set()
+        self._suspended: set[bytes] = set()
+
+    @property
+    def to_ask(self) -> list[str]:
+        """The other nodes that have not told yet what they know; nobody, once all were asked and the registry told."""
+        if not self._holds or (self._asked and self._books):
+            return []
+        return [name for name in self._cluster.nodes if name != self._node and name not in self._answered]
+
+    @property
+    def waits(self) -> bool:
+        """Whether no key may be served yet."""
+        return self._holds and not (self._asked and (self._books or self._answered or self._alone))
+
+    @property
+    def _alone(self) -> bool:
+        return set(self._cluster.nodes) <= {self._node}
+
+    @property
+    def problem(self) -> str:
+        """Why it serves no key yet; empty if it does."""
+        if not self.waits:
+            return ""
+        if not self._asked:
+            return "it asks the others what became of its keys while it was away"
+        return "neither another node nor the registry has told yet what became of its keys while it was away"
+
+    def asked(self, answered: Iterable[str], destroyed: Iterable[bytes] = ()) -> None:
+        """All were asked; those ``answered``, and what they told was taken in.
+
+        The keys that they call ``destroyed`` are held back until the registry's books were read.
+        """
+        self._asked = True
+        self._answered.update(answered)
+        if not self._books:
+            self._suspended.update(destroyed)
+
+    def read_books(self) -> None:
+        """All that the registry tells of this node's keys was taken in; what it knows to be destroyed is erased."""
+        self._books = True
+        self._suspended.clear()
+
+    def check(self, key_id: bytes, holders: Iterable[str]) -> None:
+        """``KeyPending`` for a key that may be outdated, as far as is known now.
+
+        Another of its ``holders`` must have told what it knows of it, or the registry: others may never have known it.
+        """
+        if self.waits:
+            raise KeyPending(f"{self._node} serves no key yet: {self.problem}")
+        if self._holds and not self._books and not self._answered.intersection(holders):
+            raise KeyPending(f"{self._node} has not heard yet from another holder of the key what became of it")
+        if key_id in self._suspended:
+            raise KeyPending(f"{self._node} has heard that the key was destroyed, and waits for the registry's word")

@@ -1,0 +1,202 @@
+"""What a node that has just started must hear before it serves its keys, and what others tell it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from resharing import Scene
+
+from engine.errors import KeyPending, ManifestError, QuorumUnavailable
+from engine.protocol.requests import Destroy, SyncEntry
+from nodes.catalogue import Catalogue
+from nodes.returning import REPLY_BYTES, Returning, recalled
+from nodes.token import Lane, Token
+
+KEY, OTHER = b"k" * 16, b"o" * 16
+HOLDERS = ("node1", "node2", "node3")
+
+
+@pytest.fixture
+def returning(world: Any) -> Returning:
+    return Returning(world.cluster, "node1", holds=True)
+
+
+def others(world: Any) -> list[str]:
+    return [name for name in world.cluster.nodes if name != "node1"]
+
+
+def test_a_node_without_keys_is_back_at_once(world: Any) -> None:
+    made = Returning(world.cluster, "node1", holds=False)
+    assert (made.waits, made.to_ask, made.problem) == (False, [], "")
+    made.check(KEY, HOLDERS)
+
+
+def test_it_asks_all_and_needs_one_answer(world: Any, returning: Returning) -> None:
+    """Of another node or of the registry, and not before all were asked."""
+    for asked, answered, books in product((False, True), (False, True), (False, True)):
+        made = Returning(world.cluster, "node1", holds=True)
+        if books:
+            made.read_books()
+        if asked:
+            made.asked(["node2"] if answered else [])
+        back = asked and (answered or books)
+        assert made.waits is not back, (asked, answered, books)
+        assert bool(made.problem) is not back
+        if back:
+            made.check(KEY, HOLDERS)
+        else:
+            with pytest.raises(KeyPending, match="node1 serves no key yet"):
+                made.check(KEY, HOLDERS)
+
+
+def test_those_that_were_silent_are_asked_again_until_the_registry_has_told(world: Any, returning: Returning) -> None:
+    names = others(world)
+    assert returning.to_ask == names
+    returning.asked(names[1:])
+    assert returning.to_ask == names[:1]
+    assert not returning.waits
+    returning.asked([])
+    assert returning.to_ask == names[:1]
+    returning.read_books()
+    assert returning.to_ask == []
+
+
+def test_what_another_node_calls_destroyed_waits_for_the_registry(world: Any, returning: Returning) -> None:
+    returning.asked(others(world), [KEY])
+    returning.check(OTHER, HOLDERS)
+    with pytest.raises(KeyPending, match="waits for the registry's word"):
+        returning.check(KEY, HOLDERS)
+    returning.read_books()
+    returning.check(KEY, HOLDERS)
+    returning.asked([], [KEY])  # the registry's word is in already
+    returning.check(KEY, HOLDERS)
+
+
+def test_a_key_waits_for_one_that_may_know_it(world: Any, returning: Returning) -> None:
+    """Nodes that never held it can't tell that it is no more; what has no other holder waits for the registry."""
+    returning.asked(["node4"])
+    assert not returning.waits
+    with pytest.raises(KeyPending, match="another holder of the key"):
+        returning.check(KEY, HOLDERS)
+    returning.asked(["node3"])
+    returning.check(KEY, HOLDERS)
+    with pytest.raises(KeyPending, match="another holder of the key"):
+        returning.check(OTHER, ["node1"])
+    returning.read_books()
+    returning.check(OTHER, ["node1"])
+
+
+# --- what others tell ---
+
+
+@pytest.fixture
+def scene(world: Any, tmp_path: Path, lane: Lane, token: Token) -> Iterator[Scene]:
+    made = Scene(world, tmp_path, lane, token)
+    yield made
+    made.close()
+
+
+def told_by(node: Any, epoch: int) -> list[SyncEntry]:
+    """What another node answers to one that knows this epoch of the key."""
+    answer = recalled(node.catalogue, [(node.key_id, epoch, 0)])
+    assert answer.done == 1
+    return list(answer.entries)
+
+
+def test_a_share_of_an_epoch_that_is_over_is_not_used(scene: Scene) -> None:
+    """An old copy of a store learns the later epoch from another holder, and puts its share aside."""
+    node, other = scene.nodes["node1"], scene.nodes["node2"]
+    node.store.truncate_log()
+    copy = node.path.with_suffix(".copy")
+    shutil.copy(node.path, copy)
+    record = scene.reshare(scene.world.refresh_order(scene.dealt.record))
+    assert told_by(node, 2) == []
+    node.store.close()
+    shutil.copy(copy, node.path)
+    node.open()
+    assert node.rows() == {1: ("committed", True)}
+    assert told_by(node, 2) == [], "what is older is not told"
+    [entry] = told_by(other, 1)
+    assert node.holder.recall(entry) == (None, None)
+    assert node.rows() == {1: ("committed", True), 2: ("committed", False)}
+    assert [each.row.key_id for each in node.catalogue.lacking()] == [scene.key_id]
+    assert node.holder.recall(entry) == (None, None)
+    node.restart()
+    assert node.rows() == {1: ("committed", True), 2: ("committed", False)}
+    assert record.manifest.epoch == 2
+    with pytest.raises(QuorumUnavailable, match="holds no share"):
+        node.share()
+    node.holder.destroy(Destroy(scene.world.destroy_order(scene.key_id, "orders")))
+    assert node.rows() == {2: ("destroyed", False)}
+
+
+def test_no_false_word_costs_a_share(scene: Scene) -> None:
+    """Neither a certificate that is another manifest's, nor that of an attempt which this node has given up."""
+    node = scene.nodes["node1"]
+    node.store.truncate_log()
+    copy = node.path.with_suffix(".copy")
+    shutil.copy(node.path, copy)
+    scene.reshare(scene.world.refresh_order(scene.dealt.record))
+    [entry] = told_by(scene.nodes["node2"], 1)
+    node.store.close()
+    shutil.copy(copy, node.path)
+    node.open()
+    false = SyncEntry(entry.key_id, "committed", entry.manifest, scene.world.certificate(scene.dealt), b"")
+    with pytest.raises(ManifestError, match="not for this manifest"):
+        node.holder.recall(false)
+    node.holder.pledge(scene.key_id, scene.attempt + 1)
+    assert node.holder.recall(entry) == (None, None)
+    assert node.rows() == {1: ("committed", True)}
+
+
+def test_a_destroyed_key_is_erased_or_doubted(scene: Scene) -> None:
+    """By an order that is in time it goes at once; an expired one has it held back until the registry has told."""
+    world, record = scene.world, scene.dealt.record
+
+    def entry(order: bytes) -> SyncEntry:
+        return SyncEntry(scene.key_id, "destroyed", record.raw, world.certificate(scene.dealt), order)
+
+    late = world.destroy_order(scene.key_id, "orders", expires_in_ms=-60_000)
+    node = scene.nodes["node1"]
+    assert node.holder.recall(entry(late)) == (None, scene.key_id)
+    assert node.rows() == {1: ("committed", True)}
+    for order, match in (
+        (world.destroy_order(scene.key_id, "other"), "for another key"),
+        (world.destroy_order(b"o" * 16, "orders"), "for another key"),
+        (world.destroy_order(scene.key_id, "orders", client="node2"), "may not sign"),
+    ):
+        with pytest.raises(ManifestError, match=match):
+            node.holder.recall(entry(order))
+    assert node.rows() == {1: ("committed", True)}
+    assert node.holder.recall(entry(world.destroy_order(scene.key_id, "orders"))) == (scene.key_id, None)
+    assert node.rows() == {1: ("destroyed", False)}
+    [told] = told_by(node, 1)
+    assert (told.state, told_by(node, 99)) == ("destroyed", [told])
+    assert node.holder.recall(told) == (None, None)
+
+
+def test_an_answer_ends_before_it_is_too_long(scene: Scene) -> None:
+    """And says how many of the keys it is about, so that the others are asked for again."""
+    row = scene.nodes["node1"].entry.row
+    rows = [
+        replace(row, key_id=number.to_bytes(16, "big"), name=f"k{number}", epoch=2, state="moved", sealed=b"")
+        for number in range(200)
+    ]
+    catalogue = Catalogue(rows)
+    keys = [(each.key_id, 1, 0) for each in rows]
+    done = 0
+    found: list[bytes] = []
+    while done < len(keys):
+        answer = recalled(catalogue, keys[done:])
+        assert 0 < sum(len(each.manifest) for each in answer.entries) <= REPLY_BYTES
+        found += [each.key_id for each in answer.entries]
+        done += answer.done
+    assert found == [each.key_id for each in rows]
+    assert recalled(catalogue, [(each.key_id, 2, 0) for each in rows]).entries == []
+    assert recalled(catalogue, [(b"s" * 16, 0, 0)]).done == 1
