@@ -442,6 +442,18 @@ def test_a_holder_that_a_table_adds_to_a_group_gets_its_keys() -> None:
     assert stage.run() == [("k", node) for node in usual if node not in ("n1", "n4", "n2")]
 
 
+def test_a_group_that_leaves_the_manifests_rule_has_its_keys_loaded_where_it_goes() -> None:
+    """Also at holders that the key is not described to have yet: there are more than n where it has grown."""
+    stage = Stage()
+    group = stage.cluster.group_of("k")
+    usual = stage.cluster.group_holders(group)
+    stage.popular("k", holders=usual[:2])
+    stage.hint(groups=[])
+    nodes = list(stage.cluster.nodes)
+    stage.hint(groups=[(group, [nodes.index(node) for node in usual[:4]])])
+    assert stage.run() == [("k", node) for node in usual[2:4]]
+
+
 def test_without_somebody_who_loads_nothing_is_held_back() -> None:
     """A router alone, as with the switch off, does as it always did."""
     stage = Stage()

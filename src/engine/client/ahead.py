@@ -13,7 +13,7 @@ import heapq
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -131,12 +131,12 @@ class Ahead:
         changed = {group for group in now.keys() | then.keys() if now.get(group) != then.get(group)}
         cluster, found = self._calls.cluster, []
         for name, group in self._router.popular(changed, POPULAR_MAX, now_s):
-            usual: Sequence[str] = () if group in now and group in then else cluster.group_holders(group)
-            old = then.get(group, usual)
-            # A key of n shares is at the first n; what it is not described to be at is looked up anew.
             known = self._calls.peek(name)
-            first = now.get(group, usual)[: len(known.holders) if known is not None else 0]
-            found += [Warm(name, node) for node in first if node not in old]
+            # A key of n shares is at the first n by the rule. A table tells of all holders, which may be more than the
+            # key was described to have; what it is not described to be at is looked up anew.
+            usual = cluster.group_holders(group)[: len(known.holders)] if known is not None else ()
+            old = then.get(group, usual)
+            found += [Warm(name, node) for node in now.get(group, usual)[:NODES_OF_HINT] if node not in old]
         return found
 
     def _want(self, wanted: Iterable[Warm], spread_s: float, now_s: float) -> None:
