@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters
@@ -283,6 +283,7 @@ class LocalCluster:
     ``create_key``; ``domains`` is over how many sites the nodes are spread. ``clients`` are names of identities to
     make, ``rules`` the policy (by default the first client may do everything, and the others nothing). Of
     ``nodes_per_token`` nodes one after the other the first one owns a token that the others share, all on one host.
+    ``balancer`` has further settings for ``balancer.toml``, such as ``{"migrate": {"repair_after_s": 30}}``.
 
     Nodes whose process crashes or whose token hangs are restarted, unless ``supervised`` is off.
 
@@ -301,6 +302,7 @@ class LocalCluster:
         nodes_per_token: int = 1,
         clients: Sequence[str] = ("local",),
         rules: Sequence[PolicyRule] | None = None,
+        balancer: Mapping[str, object] | None = None,
         detached: bool = False,
         supervised: bool = True,
         start_timeout_s: float = START_TIMEOUT_S,
@@ -316,7 +318,7 @@ class LocalCluster:
         try:
             self._check_free(_folder(self.path))
             with self._alone():
-                plan = _Plan(nodes, threshold, count, domains, nodes_per_token, tuple(clients), rules)
+                plan = _Plan(nodes, threshold, count, domains, nodes_per_token, tuple(clients), rules, balancer or {})
                 self._create_and_start(plan, shares)
         except BaseException:
             # What was started has been ended; what ran before us is not ours to end.
@@ -848,7 +850,9 @@ class LocalCluster:
             for number, name in enumerate(names):
                 self._write_node(name, pin, names[number - number % plan.nodes_per_token])
             values = {"identity": "identity.toml", "manifest": "../cluster.manifest", "manifest_pin": pin}
-            write_toml(self.path / "balancer" / "balancer.toml", {"version": 1, **values, "data": "data"})
+            write_toml(
+                self.path / "balancer" / "balancer.toml", {"version": 1, **values, "data": "data", **plan.balancer}
+            )
             write_toml(self.path / "operator" / "operator.toml", {"version": 1, **values})
             self._init_tokens(names)
         self._write_file("local", names, list(plan.clients), plan.threshold, plan.shares)
@@ -935,6 +939,7 @@ class _Plan:
     nodes_per_token: int
     clients: tuple[str, ...]
     rules: Sequence[PolicyRule] | None
+    balancer: Mapping[str, object]
 
 
 def _check_size(nodes: int, threshold: int, shares: int, domains: int, clients: Sequence[str]) -> None:
