@@ -19,16 +19,18 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 
+from balancer.places import PLACES_TABLES, Places
 from engine.errors import (
     AccessDenied,
     ConfigError,
@@ -92,6 +94,9 @@ CHANGE_LEASE_MS = 10_000
 BUSY_TIMEOUT_S = 1.0
 
 
+T = TypeVar("T")
+
+
 class Registry(Protocol):
     """What the balancer needs of a registry. Times are milliseconds since the Unix epoch.
 
@@ -140,6 +145,12 @@ class Registry(Protocol):
 
     def usual_shape(self) -> tuple[int, int] | None:
         """Threshold and shares of most committed keys, by a sample of them; None without any."""
+
+    def places(self, ask: Callable[[Places], T]) -> T:
+        """What the index of places answers; any thread may ask."""
+
+    def set_targets(self, wanted: Mapping[int, Sequence[str]]) -> None:
+        """Note durably where placement groups are to be; any thread may do so."""
 
     def close(self) -> None:
         """Close the store."""
@@ -243,6 +254,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
            due_ms INTEGER NOT NULL, document BLOB NOT NULL, hash BLOB NOT NULL) STRICT, WITHOUT ROWID""",
         "CREATE INDEX by_due ON settings (due_ms) WHERE due_ms > 0",
     ),
+    PLACES_TABLES,
 )
 """Statements that take the schema from version i to i + 1."""
 _FENCING_EPOCH, _SERIAL, _CHANGE = 1, 2, 3
@@ -260,7 +272,10 @@ class SqliteRegistry(FollowsCluster):
         self._signing = signing
         self._path = path
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        self._store = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+        # Threads take turns: the service's, and the one that moves keys, which reads some rows at a time.
+        self._turn = threading.RLock()
+        self._store = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+        self._places = Places(self._store, self._group_of, self._may_grow)
         try:
             self._fencing_epoch = self._prepare(now_ms)
         except sqlite3.Error as error:
@@ -298,7 +313,19 @@ class SqliteRegistry(FollowsCluster):
                 )
             self._store.execute("UPDATE cluster SET serial = ?", (self._cluster.serial,))
             self._prune(now_ms)
+            self._places.prepare(self._grow_rules())
             return self._next(_FENCING_EPOCH)
+
+    def _group_of(self, name: str) -> int:
+        return self._cluster.group_of(name)
+
+    def _may_grow(self, name: str) -> bool:
+        return self._cluster.may_grow(self._signing.name, name)
+
+    def _grow_rules(self) -> bytes:
+        """What ``_may_grow`` goes by, in short."""
+        rules = [rule for rule in self._cluster.rules if "grow" in rule.operations]
+        return hashlib.sha256(msgspec.msgpack.encode([self._signing.name, *rules])).digest()
 
     @property
     def fencing_epoch(self) -> int:
@@ -309,6 +336,7 @@ class SqliteRegistry(FollowsCluster):
         """Remember under which manifest it served, so that it never serves under an older one."""
         with self._transaction("manifest"):
             self._store.execute("UPDATE cluster SET serial = max(serial, ?)", (serial,))
+            self._places.prepare(self._grow_rules())
 
     def close(self) -> None:
         """Close the file; what was promised is in it."""
@@ -720,6 +748,16 @@ class SqliteRegistry(FollowsCluster):
             last = changed
         return SyncPage(entries, len(entries) < len(found), last, self._fencing_epoch)
 
+    def places(self, ask: Callable[[Places], T]) -> T:
+        """What the index of places answers."""
+        with self._reading():
+            return ask(self._places)
+
+    def set_targets(self, wanted: Mapping[int, Sequence[str]]) -> None:
+        """Note where placement groups are to be."""
+        with self._transaction("targets"):
+            self._places.set_targets(wanted)
+
     # --- their parts ---
 
     def _holders(self, order: CreateOrder) -> tuple[str, ...]:
@@ -815,7 +853,8 @@ class SqliteRegistry(FollowsCluster):
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
-            yield
+            with self._turn:
+                yield
         except sqlite3.Error as error:
             raise RegistryUnavailable(f"the registry's store failed: {error}") from None
 
@@ -849,6 +888,8 @@ class SqliteRegistry(FollowsCluster):
         fields = _values(row)
         marks = ", ".join("?" * (len(fields) + 1))
         self._store.execute(f"INSERT OR REPLACE INTO keys VALUES ({marks})", (*fields, _hash(fields)))  # noqa: S608 - marks only
+        committed = row.state == _State.COMMITTED
+        self._places.put(row.key_id, row.manifest if committed else b"", row.certificate)
 
     def _change(self, key_id: bytes) -> _Change | None:
         with self._reading():
