@@ -40,12 +40,12 @@ def _signing(name: str) -> SigningKey:
 
 
 class World:
-    """An operator, clients alice (may do everything) and bob (nothing), six nodes in three sites, one balancer."""
+    """An operator, clients alice (may do everything) and bob (nothing), some nodes in three sites, one balancer."""
 
     now_ms = NOW_MS
 
-    def __init__(self, name: str = "test") -> None:
-        self.nodes = [f"node-{i}" for i in range(6)]
+    def __init__(self, name: str = "test", nodes: int = 6) -> None:
+        self.nodes = [f"node-{i}" for i in range(nodes)]
         self.keys = {each: _signing(each) for each in ("op", "alice", "bob", "balancer", *self.nodes)}
         roles = {"op": "operator", "alice": "client", "bob": "client", "balancer": "balancer"}
         members = [
@@ -142,3 +142,9 @@ def make_world() -> Callable[..., World]:
 @pytest.fixture
 def world() -> World:
     return World()
+
+
+@pytest.fixture(scope="session")
+def world_of_nine() -> World:
+    """Nine nodes in three sites."""
+    return World(nodes=9)
