@@ -17,6 +17,7 @@ import zmq
 
 from balancer.config import Settings, load_settings, prepare_data
 from balancer.loop import QUEUED_TABLES, ControlLoop, Service, now_ms
+from balancer.mover import Mover
 from balancer.optimizer import take_greeting
 from balancer.registry import SqliteRegistry
 from balancer.store import HistoryStore
@@ -97,6 +98,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
         stack.callback(publisher.close)
         listener = Listener(first.pair, first.endpoint, membership, settings.limits)
         stack.callback(listener.close)
+        mover = Mover(context, settings.own, membership, registry, identity.signing, settings.migrate, now_ms)
         loop = ControlLoop(
             context,
             identity,
@@ -108,7 +110,10 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             history_ticks=settings.history_ticks,
             series=settings.sources(),
             store=HistoryStore(settings.data / "history.db", tick_ms=settings.tick_ms, ticks=settings.history_ticks),
+            mover=mover,
         )
+        mover.start()
+        stack.callback(mover.stop)
         loop.start()
         stack.callback(loop.stop)
         log.info(

@@ -11,16 +11,40 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from balancer.history import HISTORY_TICKS_MAX
+from balancer.migrate import MigrateSettings
 from balancer.series import ExternalSeries, SeriesTable, Source, check_series
 from engine.client.admission import LimitsTable, ServiceLimits
 from engine.client.config import Identity, load_config, load_identity, resolve
 from engine.client.httpconfig import HttpConfig, HttpTable, http_config
 from engine.client.membership import Membership, OwnCurve, open_membership
 from engine.errors import ConfigError
+from engine.protocol.requests import MOVES_MAX
 
 __all__ = ["BalancerConfig", "Settings", "load_settings", "prepare_data"]
 
 Endpoint = Annotated[str, Meta(max_length=256, pattern=r"^(tcp://.+)?$")]
+
+
+class MigrateTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The section ``[migrate]``: whether and how quickly keys are moved, repaired and refreshed."""
+
+    enabled: bool = True
+    keys_per_s: Annotated[float, Meta(ge=1, le=100_000)] = 300.0
+    batch: Annotated[int, Meta(ge=1, le=MOVES_MAX)] = 64
+    under_way: Annotated[int, Meta(ge=1, le=64)] = 2
+    repair_after_s: Annotated[float, Meta(ge=1, le=30 * 86_400)] = 300.0
+    refresh_every_h: Annotated[float, Meta(ge=0, le=10 * 366 * 24)] = 0.0
+
+    def settings(self) -> MigrateSettings:
+        """What it sets."""
+        return MigrateSettings(
+            self.enabled,
+            self.keys_per_s,
+            self.batch,
+            self.under_way,
+            self.repair_after_s,
+            self.refresh_every_h * 3600.0,
+        )
 
 
 class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,6 +61,7 @@ class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     history_ticks: Annotated[int, Meta(ge=100, le=HISTORY_TICKS_MAX)] = 3_600
     limits: LimitsTable = LimitsTable()
     http: HttpTable = HttpTable()
+    migrate: MigrateTable = MigrateTable()
     series: Annotated[list[SeriesTable], Meta(max_length=16)] = []
 
 
@@ -58,6 +83,7 @@ class Settings:
     history_ticks: int
     limits: ServiceLimits
     http: HttpConfig | None
+    migrate: MigrateSettings
     series: tuple[tuple[SeriesTable, Path], ...]
 
     def sources(self) -> ExternalSeries:
@@ -101,6 +127,7 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         history_ticks=config.history_ticks,
         limits=config.limits.service(),
         http=http,
+        migrate=config.migrate.settings(),
         series=tuple((table, resolve(path, table.file or ".")) for table in config.series),
     )
 

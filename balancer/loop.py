@@ -21,16 +21,19 @@ import zmq
 from balancer.bank import Bank, accuracy
 from balancer.features import HORIZONS
 from balancer.forecast import Forecast, ForecastState, predict_load
-from balancer.groups import GroupPlaces
+from balancer.groups import GroupPlaces, overlaid
 from balancer.hints import plan_hints
 from balancer.history import SLOW_MS, History, HistorySnapshot
 from balancer.issue import TableIssuer
+from balancer.migrate import Kind, Progress
+from balancer.mover import Heard, Mover, Whereabouts
 from balancer.optimizer import RoutingSolver, optimize_assignment
 from balancer.plan import TableStamp, assignment_problem, generate_routing_table, pair_load, reissue_table
 from balancer.planner import Plan, Planner
 from balancer.registry import Registry
 from balancer.series import ExternalSeries
 from balancer.store import HistoryStore
+from balancer.strain import Strain
 from balancer.view import View, Viewer, plan_message
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, Turns, welcome
@@ -76,6 +79,7 @@ from engine.protocol.requests import (
     Hello,
     Holdings,
     HoldingsPage,
+    KeyMoves,
     ManifestFetch,
     ManifestOffer,
     ManifestPiece,
@@ -177,18 +181,20 @@ def decide(
     solver: RoutingSolver | None = None,
     places: Mapping[int, Sequence[int]] | None = None,
     before: RoutingTable | None = None,
+    moved: Sequence[tuple[int, Sequence[int]]] = (),
 ) -> RoutingTable:
     """One decision, a pure function of the snapshot: forecast (if none is given), assignment, hints, table.
 
-    ``solver`` only makes it quicker; ``places`` are the nodes that hold the warm groups; ``before`` is the table in
-    force, whose hints stay for as long as they have some use.
+    ``solver`` only makes it quicker; ``places`` are the nodes that hold the warm groups, and ``moved`` those of groups
+    that are not where they would be; ``before`` is the table in force, whose hints stay for as long as they have some
+    use.
     """
     forecast, places = forecast or predict_load(snapshot), places or {}
     problem = assignment_problem(snapshot, forecast, pair_load(snapshot, forecast, places))
     assignment = optimize_assignment(problem, time_limit_s=time_limit_s, solver=solver)
     hinted = before.hints if before is not None and tuple(before.nodes) == snapshot.nodes else ()
     hints = plan_hints(snapshot, forecast, problem, assignment, places, hinted)
-    return generate_routing_table(snapshot, forecast, assignment, stamp, hints=hints)
+    return generate_routing_table(snapshot, forecast, assignment, stamp, groups=moved, hints=hints)
 
 
 class ControlLoop(FollowsCluster):
@@ -207,6 +213,7 @@ class ControlLoop(FollowsCluster):
         history_ticks: int,
         series: ExternalSeries | None = None,
         store: HistoryStore | None = None,
+        mover: Mover | None = None,
     ) -> None:
         self._context = context
         self._identity = identity
@@ -221,6 +228,9 @@ class ControlLoop(FollowsCluster):
         self._history = History(tuple(cluster.cluster.nodes), tick_ms=tick_ms, ticks=history_ticks)
         self._series = series or ExternalSeries(())
         self._store = store
+        self._mover = mover
+        self._strain = Strain()
+        self._heard_s: dict[str, float] = {}
         self._saved: tuple[int, int] | None = None
         self._learned: ForecastState | None = None
         self._heard: frozenset[str] = frozenset()
@@ -255,6 +265,11 @@ class ControlLoop(FollowsCluster):
     def plan(self) -> Plan:
         """The newest plan for the placement groups."""
         return self._planner.plan
+
+    @property
+    def progress(self) -> Progress:
+        """What the mover has under way, and what waits."""
+        return Progress() if self._mover is None else self._mover.progress
 
     @property
     def tick_ms(self) -> int:
@@ -292,7 +307,8 @@ class ControlLoop(FollowsCluster):
 
     def _tick(self, channel: Channel, tick: int) -> None:
         self._follow_members(channel)
-        dropped = self._history.observe(tick, self._observe(channel))
+        reports = self._observe(channel)
+        dropped = self._history.observe(tick, reports)
         if dropped:
             log.warning("statistics dropped", nodes=dropped, reason="they can't be true")
         before = self.standing
@@ -302,11 +318,19 @@ class ControlLoop(FollowsCluster):
             snapshot = self._with_series(self._history.snapshot())
             forecast = predict_load(snapshot, self._learned)
             self._learned = forecast.state
+            where = self._exchange(reports)
             warm = [group for _, group in snapshot.pairs]
-            places = self._places.of(self._cluster, snapshot.nodes, warm, self.shape[1])
+            ruled = self._places.of(self._cluster, snapshot.nodes, warm, self.shape[1])
+            held = {group: crowd.holders for group in ruled if (crowd := where.held.get(group)) is not None}
+            places = overlaid(ruled, held, snapshot.nodes)
             limit_s = SOLVER_PART * self._tick_s
-            table = decide(snapshot, stamp, limit_s, forecast, solver=self._solver, places=places, before=before.table)
-            self._planner.offer(snapshot, forecast, self._cluster, places, self.shape)
+            moved = self._moved(where, places)
+            table = decide(
+                snapshot, stamp, limit_s, forecast, solver=self._solver, places=places, before=before.table, moved=moved
+            )  # fmt: skip
+            # A plan goes on from where groups are when those before it are carried out.
+            planned = overlaid(places, where.targets, snapshot.nodes)
+            self._planner.offer(snapshot, forecast, self._cluster, planned, self.shape, where.held)
             view: View | None = self._viewer.see(snapshot, forecast, places, table)
             error = ""
         except Exception as failure:  # whatever it is, the last good table stays
@@ -323,6 +347,28 @@ class ControlLoop(FollowsCluster):
         self._publisher.publish(issued.message)
         if self._saved is None or (tick - self._saved[0]) * self._tick_s >= SAVE_S:
             self._save(tick)
+
+    def _exchange(self, reports: Mapping[str, NodeStats]) -> Whereabouts:
+        """Tell the mover what was heard and planned; what it tells of where groups are."""
+        if self._mover is None:
+            return Whereabouts()
+        strain = self._strain.observe(reports, calm=self._mover.calm)
+        now_s = time.monotonic()
+        heard_s = {node: self._heard_s.get(node, now_s) for node in self._cluster.nodes}
+        self._heard_s = heard_s | dict.fromkeys(reports, now_s)
+        silent_s = {node: now_s - at_s for node, at_s in self._heard_s.items() if node not in reports}
+        self._mover.see(Heard(frozenset(reports), silent_s, strain), self._planner.plan)
+        return self._mover.whereabouts
+
+    def _moved(self, where: Whereabouts, places: Mapping[int, Sequence[int]]) -> list[tuple[int, Sequence[int]]]:
+        """The warm groups that are not where the manifest's rule has them, once all of their keys are there."""
+        return [
+            (group, nodes)
+            for group, nodes in places.items()
+            if (crowd := where.held.get(group)) is not None
+            and group not in where.unsettled
+            and self._places.moved(self._cluster, group, crowd.holders)
+        ]
 
     def _with_series(self, snapshot: HistorySnapshot) -> HistorySnapshot:
         known = self._series.known(snapshot.tick, len(snapshot.counts), snapshot.tick_ms)
@@ -625,7 +671,7 @@ class Service(FollowsCluster):
         return HoldingsPage([Held(*each) for each in told[:HELD_TOLD]], len(told) > HELD_TOLD)
 
     def _status(self, member: str, body: Empty) -> BalancerStatus:
-        standing = self._loop.standing
+        standing, progress = self._loop.standing, self._loop.progress
         return BalancerStatus(
             balancer=self._name,
             software=__version__,
@@ -641,7 +687,14 @@ class Service(FollowsCluster):
             series=[f"{name}: {problem}" for name, problem in self._loop.series_problems.items()],
             placement=self._loop.plan.text[:ERROR_MAX],
             host=host_health(self._data),
+            moves=_moves(progress),
+            moving=progress.text[:ERROR_MAX],
         )
+
+
+def _moves(progress: Progress) -> list[KeyMoves]:
+    counts = progress.waiting, progress.under_way, progress.done, progress.failed
+    return [KeyMoves(kind.word, *(each.get(kind, 0) for each in counts)) for kind in Kind]
 
 
 def _accuracies(bank: Bank) -> list[ForecastAccuracy]:

@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from balancer.bank import accuracy
 from balancer.features import HORIZONS
 from balancer.loop import ControlLoop, Service, Standing, Told, now_ms
+from balancer.migrate import Kind
 from balancer.view import PlanPage, View, loads, plan_page
 from engine._version import __version__
 from engine.client.httpconfig import HttpConfig
@@ -152,6 +153,7 @@ class _Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         yield from self._numbers()
         yield from self._work()
+        yield from self._moves()
         if self._standing.view is not None:
             yield from self._nodes(self._standing.view)
             yield from self._load(self._standing.view)
@@ -192,6 +194,24 @@ class _Metrics(Collector):
         yield CounterMetricFamily("keyquorum_balancer_failures", "What failed in the control loop.", work.failures)
         age_s = time.monotonic() - work.ended_s
         yield GaugeMetricFamily("keyquorum_balancer_tick_age_seconds", "Since the last round ended.", age_s)
+
+    def _moves(self) -> Iterator[Metric]:
+        told = self._pages.loop.progress
+        waiting = GaugeMetricFamily("keyquorum_balancer_keys_waiting", "Keys that wait for new shares.", labels=["why"])
+        goes = GaugeMetricFamily("keyquorum_balancer_keys_under_way", "Those that are being changed.", labels=["why"])
+        done = CounterMetricFamily("keyquorum_balancer_keys_changed", "Keys that got new shares.", labels=["why"])
+        failed = CounterMetricFamily("keyquorum_balancer_key_changes_failed", "Tries that failed.", labels=["why"])
+        for family, counts in (
+            (waiting, told.waiting), (goes, told.under_way), (done, told.done), (failed, told.failed),
+        ):  # fmt: skip
+            for kind in Kind:
+                family.add_metric([kind.word], counts.get(kind, 0))
+            yield family
+        for name, text, value in (
+            ("pace_per_second", "Keys a second that may be changed now.", told.keys_per_s),
+            ("strain_ratio", "How many times as long as usual requests take.", told.strain),
+        ):
+            yield GaugeMetricFamily(f"keyquorum_balancer_moving_{name}", text, value)
 
     def _nodes(self, view: View) -> Iterator[Metric]:
         up = GaugeMetricFamily("keyquorum_balancer_node_up", "1 if the node answers, else 0.", labels=["node"])

@@ -1,4 +1,4 @@
-"""Plans placements beside the control loop, in a thread of its own. What it plans is told and not carried out yet."""
+"""Plans placements beside the control loop, in a thread of its own. ``balancer.mover`` carries out what it plans."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from balancer.forecast import Forecast
 from balancer.history import HistorySnapshot
 from balancer.optimizer import PlacementSolver, SolverError
 from balancer.placement import Infeasible, Placement, PlacementProblem, holders_wanted
+from balancer.places import Crowd
 from balancer.plan import CAPACITY, load_ahead, network_times, service_times
 from engine.protocol.manifest import Cluster
 
@@ -35,11 +36,13 @@ def placement_problem(
     cluster: Cluster,
     places: Mapping[int, Sequence[int]],
     shape: tuple[int, int],
+    held: Mapping[int, Crowd] | None = None,
 ) -> tuple[PlacementProblem, tuple[int, ...]] | None:
     """What is to be placed, and the groups by row; None where no warm group is known.
 
     The load is that of ``load_ahead``: a move takes time, and is for what is to come. Groups that are not warm stay
-    where they are; what they need is evenly spread.
+    where they are; what they need is evenly spread. ``held`` has the shape of most of a group's keys, and whether they
+    may have further holders; where nothing is known of them they may, in the usual ``shape``.
     """
     of_pair = [(row, at, group) for at, (row, group) in enumerate(history.pairs) if group in places]
     groups = tuple(sorted({group for _, _, group in of_pair}))
@@ -55,10 +58,12 @@ def placement_problem(
     up &= np.array([node not in cluster.draining for node in history.nodes], dtype=bool)
     nodes = len(up)
     rest = np.maximum(whole - load.sum(axis=0), 0.0) @ service * 1e-6 / max(1, int(up.sum()))
-    threshold, shares = shape
+    shapes = [_shape(held.get(group) if held else None, shape) for group in groups]
     width = max(len(places[group]) for group in groups)
     today = np.array([[*places[group], *[-1] * (width - len(places[group]))] for group in groups], dtype=np.int32)
-    thresholds = np.full(len(groups), threshold, dtype=np.int32)
+    thresholds = np.array([threshold for threshold, _, _ in shapes], dtype=np.int32)
+    shares = np.array([number for _, number, _ in shapes], dtype=np.int32)
+    grows = np.array([grow for _, _, grow in shapes], dtype=bool)
     paths = [location.path for location in cluster.locations]
     depth = max(len(path) for path in paths)
     level = cluster.domain_level
@@ -76,14 +81,19 @@ def placement_problem(
             domain=domain,
             near=[_numbers([path[:each] for path in paths]) for each in (depth, depth - 1) if each > level],
             threshold=thresholds,
-            wanted=holders_wanted(
-                load, service, capacity, up, domain, thresholds, np.full(len(groups), shares, np.int32), today
-            ),
+            wanted=np.where(
+                grows, holders_wanted(load, service, capacity, up, domain, thresholds, shares, today), shares
+            ).astype(np.int32),
             today=today,
-            budget=max(1, int(MOVED_PART * len(groups) * shares)),
+            budget=max(1, int(MOVED_PART * shares.sum())),
         ),
         groups,
     )
+
+
+def _shape(crowd: Crowd | None, usual: tuple[int, int]) -> tuple[int, int, bool]:
+    """Threshold, shares, and whether there may be more."""
+    return (*usual, True) if crowd is None else (crowd.threshold, crowd.shares, crowd.grows)
 
 
 def _numbers(labels: Sequence[tuple[str, ...]]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
@@ -119,6 +129,13 @@ class Plan:
                 found += told
         return found
 
+    def targets(self) -> dict[int, tuple[str, ...]]:
+        """Where the plan wants the groups that it would move: their nodes, the most urgent group first."""
+        if self.placement is None or not self.nodes:
+            return {}
+        rows = dict.fromkeys(step.group for step in self.placement.steps)
+        return {self.groups[row]: tuple(self.nodes[node] for node in self.placement.holders[row]) for row in rows}
+
 
 class Planner:
     """Takes what the control loop knows, tick by tick; ``plan`` is the newest answer."""
@@ -138,11 +155,12 @@ class Planner:
         cluster: Cluster,
         places: Mapping[int, Sequence[int]],
         shape: tuple[int, int],
+        held: Mapping[int, Crowd] | None = None,
     ) -> None:
         """Look whether it is time for a plan from this, and make it, unless that still goes on with an earlier one."""
         if self._running is not None and not self._running.done():
             return
-        ask = partial(placement_problem, history, forecast, cluster, dict(places), shape)
+        ask = partial(placement_problem, history, forecast, cluster, dict(places), shape, held)
         self._running = self._pool.submit(self._look, ask, history.nodes, self._clock())
 
     def stop(self) -> None:

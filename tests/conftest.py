@@ -28,6 +28,8 @@ RULES = [
     PolicyRule("auditor", "*", ["status", "list"]),
 ]
 CLIENTS = ("local", "limited", "auditor", "nobody")
+STILL = {"migrate": {"enabled": False}}
+"""The tests say when a key moves."""
 LONG_FILES = (
     "engine/test_cluster_faults.py",
     "engine/test_cli_cluster.py",
@@ -71,7 +73,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     """Five nodes in three failure domains, 3-of-5."""
     path = tmp_path_factory.mktemp("cluster")
-    with LocalCluster(nodes=5, threshold=3, path=path, clients=CLIENTS, rules=RULES) as running:
+    with LocalCluster(nodes=5, threshold=3, path=path, clients=CLIENTS, rules=RULES, balancer=STILL) as running:
         yield running
 
 
@@ -85,5 +87,7 @@ def kq(cluster: LocalCluster) -> Iterator[Engine]:
 @pytest.fixture
 def own_cluster(tmp_path: Path) -> Iterator[LocalCluster]:
     """A cluster that the test may break."""
-    with LocalCluster(nodes=5, threshold=3, path=tmp_path / "kq", clients=CLIENTS, rules=RULES) as running:
+    with LocalCluster(
+        nodes=5, threshold=3, path=tmp_path / "kq", clients=CLIENTS, rules=RULES, balancer=STILL
+    ) as running:
         yield running

@@ -19,8 +19,9 @@ from engine.errors import ClusterError
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """A cluster of four nodes, which the tests of this file change one after the other."""
-    with LocalCluster(4, 2, tmp_path_factory.mktemp("nodes") / "kq", shares=3) as cluster:
+    """A cluster of four nodes, which the tests of this file change one after the other; they move the keys, too."""
+    still = {"migrate": {"enabled": False}}
+    with LocalCluster(4, 2, tmp_path_factory.mktemp("nodes") / "kq", shares=3, balancer=still) as cluster:
         yield cluster
 
 

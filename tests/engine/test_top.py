@@ -32,6 +32,7 @@ from engine.protocol.requests import (
     ClassLatency,
     ClassLoad,
     ForecastAccuracy,
+    KeyMoves,
     NodeLatency,
     NodeStatus,
     PlacementMove,
@@ -60,7 +61,21 @@ def node(name: str, uptime_ms: int, signs: int, errors: int = 0, hits: int = 0, 
 def balancer(*, failing: str = "") -> MemberStatus:
     accuracy = ForecastAccuracy(SIGN, "ridge", 700, 900, 910, 890, 10, -10)
     status = BalancerStatus(
-        "bal", "1", 1, 9_000, 7, 2, 40, 41, failing, SERVICE, [accuracy], [], "24 warm placement groups; 1 new holder"
+        "bal",
+        "1",
+        1,
+        9_000,
+        7,
+        2,
+        40,
+        41,
+        failing,
+        SERVICE,
+        [accuracy],
+        [],
+        "24 warm placement groups; 1 new holder",
+        moves=[KeyMoves("drain", 40, 12, 7, 1)],
+        moving="drain: 40 keys, 12 under way",
     )
     load = [ClassLoad(SIGN, 1, 40_000, 50_000, 60_000, 70_000), ClassLoad(SEAL, 0, 9_000, 9_500, 8_000, 8_500)]
     plan = BalancerPlan("bal", 1000, load, 24, [PlacementMove(7, "node2", True), PlacementMove(7, "node1", False)])

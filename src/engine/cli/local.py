@@ -15,7 +15,17 @@ import click
 import msgspec
 from rich.console import Console
 
-from engine.cli.output import Settings, client_config, common_options, emit, note, printable, start_logging, table
+from engine.cli.output import (
+    Settings,
+    client_config,
+    common_options,
+    emit,
+    note,
+    one_line,
+    printable,
+    start_logging,
+    table,
+)
 from engine.client.calls import MemberStatus
 from engine.client.client import connect
 from engine.client.local import LocalCluster
@@ -230,7 +240,23 @@ def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
     ]
     click.echo()
     table(settings, ("NODE", "HOLDER", "RELEASES", "EXPECTED", "P95", "STATE"), peers, None)
+    _moves(settings, members)
     _forecasts(settings, members)
+
+
+def _moves(settings: Settings, members: Sequence[MemberStatus]) -> None:
+    """Which keys each balancer has moved, repaired and refreshed, and which wait for it."""
+    told = [(member.name, member.status) for member in members if isinstance(member.status, BalancerStatus)]
+    rows = [
+        (name, each.why, each.waiting, each.under_way, each.done, each.failed)
+        for name, status in told
+        for each in status.moves
+    ]
+    if rows:
+        click.echo()
+        table(settings, ("BALANCER", "KEYS", "WAITING", "UNDER WAY", "DONE", "FAILED"), rows, None)
+    for name, status in told:
+        click.echo(f"{name}: {one_line(status.moving)}")
 
 
 def _forecasts(settings: Settings, members: Sequence[MemberStatus]) -> None:

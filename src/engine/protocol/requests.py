@@ -732,10 +732,25 @@ class ForecastAccuracy(Message, frozen=True):
     bias_tenth: Annotated[int, Meta(ge=-1_000_000, le=1_000_000)]
 
 
+class KeyMoves(Message, frozen=True):
+    """``[why, waiting, under_way, done, failed]``: keys that are given new shares, by why that is.
+
+    ``why`` is ``repair``, ``top-up``, ``drain``, ``plan`` or ``refresh``. Those under way wait too; ``done`` and
+    ``failed`` are counted since the balancer started, a key that is tried again each time.
+    """
+
+    why: Annotated[str, Meta(min_length=1, max_length=16)]
+    waiting: UInt
+    under_way: UInt
+    done: UInt
+    failed: UInt
+
+
 class BalancerStatus(Message, frozen=True):
     """What a balancer tells an operator.
 
-    ``series`` are the external series that are left out, and why; ``placement`` is what the newest plan says.
+    ``series`` are the external series that are left out, and why; ``placement`` is what the newest plan says;
+    ``moving`` is what becomes of it, and of the keys of nodes that are lost or drained.
     """
 
     balancer: Name
@@ -752,6 +767,8 @@ class BalancerStatus(Message, frozen=True):
     series: Annotated[list[Text], Meta(max_length=16)]
     placement: Text
     host: HostHealth = HostHealth(0, 0, 0, 0)
+    moves: Annotated[list[KeyMoves], Meta(max_length=16)] = []
+    moving: Text = ""
 
 
 class ClassLoad(Message, frozen=True):
