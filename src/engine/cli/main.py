@@ -24,10 +24,12 @@ from engine.errors import (
     EngineError,
     InvalidSignature,
     InvalidTag,
+    KeyDisabled,
     KeyExists,
     KeyNotFound,
     ManifestError,
     UnsupportedAlgorithm,
+    VersionRetired,
 )
 
 __all__ = ["cli", "main", "run"]
@@ -44,10 +46,12 @@ _REFUSALS = (
     ConfigError,
     InvalidSignature,
     InvalidTag,
+    KeyDisabled,
     KeyExists,
     KeyNotFound,
     ManifestError,
     UnsupportedAlgorithm,
+    VersionRetired,
     ValueError,
     TypeError,
     OSError,

@@ -1107,7 +1107,7 @@ class Calls:
         if isinstance(after_s, bool) or not isinstance(after_s, int | float):
             raise TypeError(f"after must be a number of seconds, not {type(after_s).__name__}")
         if not 0 < after_s <= DESTROY_DELAY_MAX_MS / 1000:
-            raise ValueError(f"after {after_s} s; it must be above 0 and at most {DESTROY_DELAY_MAX_MS / 1000:g} s")
+            raise ValueError(f"after {after_s} s; it must be above 0 and at most {DESTROY_DELAY_MAX_MS // 1000} s")
         at_ms = self._now_ms() + int(after_s * 1000)
         return self._set("destroy", name, lambda order: structs.replace(order, destroy_at_ms=at_ms), timeout_s)
 
