@@ -68,6 +68,7 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.refresh import Terms, check_parts, deal_parts, new_share, open_deals, open_part_statement
 from engine.protocol.routing import Router
+from engine.protocol.settings import open_settings, read_settings, settings_orders, state_of
 from engine.protocol.signed import add_signature, read_unverified
 from engine.protocol.table import (
     RoutingTable,
@@ -87,8 +88,8 @@ QUARTER_MS: Final = 15 * 60_000
 NAMES: Final = (*ROLES, "stranger", "nobody")
 _KINDS: Final = (
     "grant", "receipt", "certificate", "abort", "key", "order.create", "order.destroy", "order.refresh",
-    "order.reshare", "order.renew", "order.move", "cluster", "card", "table", "table.delta", "audit.head",
-    "refresh.deal", "refresh.part", "x", "",
+    "order.reshare", "order.renew", "order.move", "order.settings", "cluster", "card", "table", "table.delta",
+    "audit.head", "refresh.deal", "refresh.part", "x", "",
 )  # fmt: skip
 
 
@@ -280,6 +281,40 @@ def _reshare_order(raw: bytes, now: bool, kind: str = "order.reshare", operation
     require(len(set(without)) == len(without), "reshare order: a node twice is given up")
     require(not now or all(node in NODES for node in holders), "reshare order: a holder is no node")
     return tree
+
+
+def _settings_order(raw: bytes, now: bool) -> list[Any]:
+    """A client's settings, which a balancer may have signed too."""
+    found = opened(raw)
+    require(found is not None, "key settings: what is no envelope is accepted")
+    issuer, names = found[0][2], [name for name, _ in found[2]]
+    require(ROLES.get(issuer) == "client", f"key settings: {issuer!r}, no client, issues some")
+    strangers = [name for name in names if name != issuer and ROLES.get(name) != "balancer"]
+    require(not strangers, f"key settings: signed by {strangers}")
+    issuer, _, tree = verified(raw, "order.settings", keys_of("client", "balancer"), settings_orders)
+    name, _, serial, previous, _, _, destroy_at_ms, expires_ms = tree
+    require(previous < serial <= expires_ms, "key settings: a serial out of order is accepted")
+    require(destroy_at_ms <= expires_ms + 366 * 86_400_000, "key settings: a destruction of a far future is accepted")
+    if now:
+        in_time("key settings", expires_ms)
+    for operation in ("settings", *(("destroy",) if destroy_at_ms else ())):
+        require(allowed(issuer, operation, name), f"{issuer} may not {operation} {name!r}")
+    return tree
+
+
+def _take_settings(raw: bytes) -> str:
+    cluster = the_world().cluster
+    try:
+        settings, now = open_settings(raw, cluster, NOW_MS), True
+    except EngineError:
+        settings, now = open_settings(raw, cluster, None), False
+    tree = _settings_order(raw, now)
+    require(settings.booked == (len(opened(raw)[2]) > 1), "key settings: booked without a balancer")
+    require([getattr(settings.order, name) for name in codec_fields(settings_orders)] == tree, "key settings: changed")
+    require(settings.digest == hashlib.sha256(opened(raw)[1]).digest(), "key settings: another digest")
+    state = "destroying" if tree[6] else "enabled" if tree[4] else "disabled"
+    require(read_settings(raw) == settings and state_of(settings) == state, "key settings: read otherwise")
+    return f"{state}, {'booked' if settings.booked else 'not booked'}"
 
 
 # --- the targets of a key's documents ---
@@ -863,6 +898,7 @@ def _key_documents() -> list[bytes]:
         *(world.reshare_order(each, "carol" if each is world.shared else "alice") for each in dealt),
         *(world.renew_order(each) for each in dealt),
         *(world.move_order(each) for each in dealt),
+        *(world.settings(each, booked=each is not world.pair) for each in dealt),
         world.second.raw,
         world.moved.raw,
         world.placed.raw,
@@ -914,6 +950,7 @@ def document_targets() -> list[Target]:
         target("order.destroy", lambda: _of("order.destroy"), destroy, 2, manifest + "open_destroy_order"),
         target("order.refresh", lambda: _of("order.refresh"), change, 2, manifest + "open_refresh_order"),
         target("order.reshare", lambda: _of("order.reshare"), reshare, 2, manifest + "open_reshare_order"),
+        target("order.settings", lambda: _of("order.settings"), _take_settings, 2, base + "settings.open_settings"),
         target("order.renew", lambda: _of("order.renew"), renew, 2, manifest + "open_renew_order"),
         target("order.move", lambda: _of("order.move"), move, 2, manifest + "open_move_order"),
         target(

@@ -54,6 +54,7 @@ from engine.protocol.manifest import (
     refresh_orders,
     reshare_orders,
 )
+from engine.protocol.settings import SettingsOrder, book_settings, settings_orders
 from engine.protocol.signed import DOMAIN, SigningKey, sign_envelope
 from engine.protocol.wire import Codec
 from engine.sharing import Share, check_value, commitment
@@ -234,6 +235,15 @@ class World:
         holders = [HOLDERS[1], NODES[-1]]
         order = ReshareOrder(told.key_id, told.name, told.epoch, 2, holders, [HOLDERS[0]], nonce, NOW_MS + 60_000)
         return self.signed(reshare_orders, "order.reshare", order, client)
+
+    def settings(self, dealt: Dealt, client: str = "alice", *, booked: bool = True) -> bytes:
+        """Settings by which a key is to be destroyed, or where they are not booked, by which it is disabled."""
+        told = dealt.manifest
+        order = SettingsOrder(
+            told.name, told.key_id, NOW_MS, NOW_MS - 9, not booked, 1, NOW_MS + 99 if booked else 0, NOW_MS + 60_000
+        )
+        raw = self.signed(settings_orders, "order.settings", order, client)
+        return book_settings(raw, self.keys["balancer"]) if booked else raw
 
     def renew_order(self, dealt: Dealt) -> bytes:
         """A balancer's order to refresh a key."""

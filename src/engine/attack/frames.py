@@ -32,6 +32,7 @@ from engine.protocol.requests import (
     Prewarm,
     Refresh,
     Reshare,
+    Settings,
 )
 from engine.protocol.wire import HIGHEST_VERSION, PROTOCOL_VERSION, Request, reply_codec, request_codec
 
@@ -211,6 +212,7 @@ def _samples(stage: Stage) -> dict[type[Any], object]:
         Destroy: Destroy(b"x"),
         Refresh: Refresh(b"x" * 3),
         Reshare: Reshare(b"x" * 3),
+        Settings: Settings(b"x" * 3),
         Describe: Describe(name),
         ListKeys: ListKeys("*", "", 10),
         Prewarm: Prewarm(name, b"", b""),

@@ -45,11 +45,13 @@ from engine.protocol.requests import (
     Refresh,
     Reserve,
     Reshare,
+    Settings,
     ShareCommit,
     SharePrepare,
     ShareRelease,
     Sync,
 )
+from engine.protocol.settings import SettingsOrder, issue_settings
 from engine.protocol.signed import sign_envelope
 
 __all__ = ["ATTACKS"]
@@ -170,7 +172,7 @@ def policy(stage: Stage, trial: Trial) -> None:
 def _may(stage: Stage, client: str, verb: str, name: str) -> bool:
     every: tuple[str, ...] = (verb,)
     if verb == RequestType.DESCRIBE:
-        every = (verb, *OPERATIONS, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE)
+        every = (verb, *OPERATIONS, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE, RequestType.SETTINGS)
     elif verb == RequestType.PREWARM:
         every = (verb, *OPERATIONS)
     return any(stage.cluster.allows(client, each, name) for each in every)
@@ -193,6 +195,11 @@ def _orders_without_right(
             for node in stage.nodes:
                 requests.append((node, str(RequestType.DESTROY), pack(Destroy(raw))))
                 cases.append((f"{who}: a destroy order for {name!r}", node))
+        if not stage.cluster.allows(identity.name, RequestType.SETTINGS, name):
+            disabled = SettingsOrder(name, key_id, now_ms(), 0, False, 1, 0, expires)
+            raw = issue_settings(disabled, identity.signing)
+            requests.append((stage.nodes[0], str(RequestType.SETTINGS), pack(Settings(raw))))
+            cases.append((f"{who}: settings that disable {name!r}", stage.nodes[0]))
     return requests, cases
 
 
@@ -319,7 +326,12 @@ def unsigned_orders(stage: Stage, trial: Trial) -> None:
     moved = _signed(stage, "order.reshare", ReshareOrder(*about, 1, [stage.nodes[0]], [], os.urandom(16), expires))
     placed = _signed(stage, "order.move", ReshareOrder(*about, 1, [stage.nodes[0]], [], os.urandom(16), expires, 1))
     renewed = _signed(stage, "order.renew", RefreshOrder(*about, os.urandom(16), expires, 1))
+    disabled = SettingsOrder(manifest.name, manifest.lineage, now_ms(), 0, False, 1, 0, expires)
+    settings = issue_settings(disabled, stage.me.signing)
     tries: list[tuple[str, str, object, bool]] = [
+        ("the first client's settings, sent by the second", RequestType.SETTINGS, Settings(settings), True),
+        ("settings as a destroy order", RequestType.DESTROY, Destroy(settings), False),
+        ("a destroy order as settings", RequestType.SETTINGS, Settings(mine), False),
         ("the first client's destroy order, sent by the second", RequestType.DESTROY, Destroy(mine), True),
         ("the second client's destroy order, sent by the first", RequestType.DESTROY, Destroy(theirs), False),
         ("the first client's create order, sent by the second", RequestType.GENERATE, Create(create, b""), True),
