@@ -31,6 +31,7 @@ CLIENTS = ("local", "limited", "auditor", "nobody")
 STILL = {"migrate": {"enabled": False}}
 """The tests say when a key moves."""
 LONG_FILES = (
+    "engine/test_cluster_migrate.py",
     "engine/test_cluster_faults.py",
     "engine/test_cli_cluster.py",
     "simulation/test_simulation.py",

@@ -246,3 +246,24 @@ def test_a_hot_group_gets_further_holders_that_serve_it(tmp_path: Path) -> None:
             assert (info.threshold, len(info.holders) > 3) == (2, True)
             assert set(info.holders) - first
         assert moves_of(kq)["plan"].failed == 0
+
+
+def test_a_share_that_was_not_made_with_its_key_is_made_later(tmp_path: Path) -> None:
+    """A holder is down when a key is made; it comes back, and when the key's order is over it gets its share."""
+    with (
+        LocalCluster(nodes=5, threshold=2, shares=5, path=tmp_path / "kq") as cluster,
+        engine.connect(cluster.client_config) as kq,
+    ):
+        cluster.kill("node5")
+        for number in range(4):
+            kq.create_key(f"thin/{number}", "aes-256-gcm", threshold=2, shares=5, timeout=5.0)
+        sealed = kq.encrypt("thin/0", b"from before")
+        cluster.start_node("node5")
+        until(lambda: moves_of(kq)["top-up"].done >= 4)
+        told = until(lambda: (found := shares_of(cluster)) and all(len(found[name]) == 5 for name in found) and found)
+        assert len(told) == 4
+        assert moves_of(kq)["top-up"].waiting == 0
+        for node in ("node1", "node2", "node3"):
+            cluster.kill(node)
+        kq.flush("thin/0")
+        assert kq.decrypt("thin/0", sealed) == b"from before", "with a share that was made later"
