@@ -58,6 +58,7 @@ from engine.protocol.requests import (
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
+    REGISTRY_LACKING,
     REGISTRY_OUTCOME,
     REGISTRY_RESERVE,
     REGISTRY_SETTINGS,
@@ -80,6 +81,7 @@ from engine.protocol.requests import (
     Holdings,
     HoldingsPage,
     KeyMoves,
+    Lacking,
     ManifestFetch,
     ManifestOffer,
     ManifestPiece,
@@ -523,6 +525,7 @@ class Service(FollowsCluster):
             REGISTRY_SYNC: self._sync,
             REGISTRY_OUTCOME: self._outcome,
             REGISTRY_ABORT: self._abort,
+            REGISTRY_LACKING: self._lacking,
             HELLO: self._hello,
             TABLE: self._table,
             PLAN: self._plan,
@@ -648,6 +651,10 @@ class Service(FollowsCluster):
 
     def _abort(self, member: str, body: Outcome) -> OutcomeReply:
         return self._registry.abort(body.key_id, body.attempt, member)
+
+    def _lacking(self, member: str, body: Lacking) -> Empty:
+        self._registry.lacking(member, body.keys)
+        return Empty()
 
     def _hello(self, member: str, body: Hello) -> Welcome:
         return welcome(body, self._name, self._boot, self._cluster, self._limits)

@@ -121,6 +121,13 @@ class Places:
         )
         self._count(crowd, 1)
 
+    def lose(self, key_id: bytes, node: str) -> None:
+        """Note that a holder has no share of a key any more, until its next epoch; in a transaction, as ``put``."""
+        found = self._store.execute("SELECT missing FROM placed WHERE key_id = ?", (key_id,)).fetchone()
+        if found is not None and node not in _parted(found[0]):
+            missing = _joined([*_parted(found[0]), node])
+            self._store.execute("UPDATE placed SET missing = ? WHERE key_id = ?", (missing, key_id))
+
     def _count(self, crowd: Sequence[object], change: int) -> None:
         self._store.execute(
             "INSERT INTO crowds VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET keys = keys + excluded.keys",

@@ -137,6 +137,9 @@ class Registry(Protocol):
     def sync(self, node: str, after: int) -> SyncPage:
         """The keys a node holds a share of that changed after a change number."""
 
+    def lacking(self, node: str, keys: Sequence[tuple[bytes, int]]) -> None:
+        """Note that a node has no share of these keys, by id and epoch, although it is a holder."""
+
     def count(self) -> int:
         """How many keys are committed."""
 
@@ -757,6 +760,21 @@ class SqliteRegistry(FollowsCluster):
         """Note where placement groups are to be."""
         with self._transaction("targets"):
             self._places.set_targets(wanted)
+
+    def lacking(self, node: str, keys: Sequence[tuple[bytes, int]]) -> None:
+        """Note it of those whose last epoch it is, and of which the node is a holder, until their next epoch."""
+        found = []
+        for key_id, epoch in keys:
+            row = self._row(key_id)
+            if row is None or row.state != _State.COMMITTED:
+                continue
+            told = read_key_manifest(row.manifest).manifest
+            if told.epoch == epoch and told.holder(node) is not None:
+                found.append(key_id)
+        if found:
+            with self._transaction("lacking"):
+                for key_id in found:
+                    self._places.lose(key_id, node)
 
     # --- their parts ---
 

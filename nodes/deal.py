@@ -52,6 +52,7 @@ from engine.protocol.requests import (
     REGISTRY_ABORT,
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
+    REGISTRY_LACKING,
     REGISTRY_OUTCOME,
     REGISTRY_RESERVE,
     REGISTRY_SETTINGS,
@@ -72,6 +73,7 @@ from engine.protocol.requests import (
     Destroyed,
     Hello,
     KeyDescription,
+    Lacking,
     Outcome,
     OutcomeReply,
     Reserve,
@@ -682,6 +684,11 @@ class Conversation(FollowsCluster):
                 pull(channel, name, self._source)
             except EngineError as error:
                 log.warning("no manifest", member=name, reason=str(error))
+
+    def report_lacking(self, talker: Talker, keys: Sequence[tuple[bytes, int]]) -> None:
+        """Tell the registry of shares that this node is to hold and has not."""
+        until_s = self._clock() + REGISTRY_TIMEOUT_S
+        self.ask_registry(talker.channel, REGISTRY_LACKING, Lacking(list(keys)), until_s)
 
     def tell(self, talker: Talker, names: Sequence[str], head: bytes, timeout_s: float) -> list[str]:
         """Tell nodes the newest head of this node's audit log; who confirmed it. One that is away is asked again."""

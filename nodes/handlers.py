@@ -177,7 +177,7 @@ from nodes.policy import check_key, check_verb
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
-from nodes.returning import Returning, recalled
+from nodes.returning import LackingReport, Returning, recalled
 from nodes.token import Lane, LoadedKey, Token, Use, is_slow
 from nodes.tracing import NO_SPANS, Span, Tracer, child_of
 from nodes.witness import Heard, Witness
@@ -493,6 +493,7 @@ class Handlers(FollowsCluster):
         self._settle_after_ms = 0
         self._catching_up = False
         self._returning = returning or Returning(cluster, node, holds=False)
+        self._lacking = LackingReport(catalogue)
         self._recalling = False
         self._next_recall_s = 0.0
         self._parked: list[tuple[_Call, bytes, Callable[[Lane], Any]]] = []
@@ -1720,7 +1721,19 @@ class Handlers(FollowsCluster):
         for settings in self._holder.unbooked():
             self._conversation.offer_settings(talker, settings)
         books, cursor = self._conversation.registry_books(talker, self._cursor)
+        self._report_lacking(talker, cursor.fencing_epoch)
         return books, cursor, [(entry, self._conversation.outcome(talker, entry)) for entry in stale]
+
+    def _report_lacking(self, talker: Talker, fencing_epoch: int) -> None:
+        keys = self._lacking.due(fencing_epoch, self._clock())
+        if not keys:
+            return
+        try:
+            self._conversation.report_lacking(talker, keys)
+        except EngineError as error:
+            log.info("the registry does not hear of lacking shares", reason=str(error))
+        else:
+            self._lacking.told(keys)
 
     def _caught_up(self, told: Any, error: Exception | None) -> None:
         if told is None:

@@ -12,13 +12,15 @@ from typing import Final
 
 from engine.errors import KeyPending
 from engine.protocol.manifest import ClusterSource, FollowsCluster
-from engine.protocol.requests import Recalled, SyncEntry
+from engine.protocol.requests import RECALLED, Recalled, SyncEntry
 from nodes.catalogue import Catalogue, Entry
 
-__all__ = ["Returning", "recalled"]
+__all__ = ["LackingReport", "Returning", "recalled"]
 
 REPLY_BYTES: Final = 40 * 1024
 REPLY_ENTRIES: Final = 256
+REPORT_EVERY_S: Final = 300.0
+"""So often the registry hears again of shares that are lacking: it may have been put back, too."""
 
 
 def recalled(catalogue: Catalogue, keys: Sequence[tuple[bytes, int, int]]) -> Recalled:
@@ -119,3 +121,25 @@ class Returning(FollowsCluster):
             raise KeyPending(f"{self._node} has not heard yet from another holder of the key what became of it")
         if key_id in self._suspended:
             raise KeyPending(f"{self._node} has heard that the key was destroyed, and waits for the registry's word")
+
+
+class LackingReport:
+    """Which shares the registry is to hear of that this node is to hold and has not: each once in a while."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        self._catalogue = catalogue
+        self._told: set[tuple[bytes, int]] = set()
+        self._fencing_epoch = 0
+        self._again_s = 0.0
+
+    def due(self, fencing_epoch: int, now_s: float) -> list[tuple[bytes, int]]:
+        """Some keys with their epochs that the registry of this fencing epoch has not heard of lately."""
+        if fencing_epoch != self._fencing_epoch or now_s >= self._again_s:
+            self._told.clear()
+            self._fencing_epoch, self._again_s = fencing_epoch, now_s + REPORT_EVERY_S
+        lacking = {(entry.row.key_id, entry.row.epoch) for entry in self._catalogue.lacking()}
+        return sorted(lacking - self._told)[:RECALLED]
+
+    def told(self, keys: Iterable[tuple[bytes, int]]) -> None:
+        """The registry has heard of these."""
+        self._told.update(keys)

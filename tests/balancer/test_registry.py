@@ -81,6 +81,32 @@ def test_what_the_nodes_hold(world: Any, registry: SqliteRegistry) -> None:
     assert registry.holdings(late(world)) == expected - Counter(held[0])
 
 
+def test_a_share_that_a_holder_lacks_is_noted(world: Any, registry: SqliteRegistry, path: Path) -> None:
+    """By its own word alone, and for the last epoch; so it is over a restart."""
+
+    def lacking(opened: SqliteRegistry) -> dict[bytes, tuple[str, ...]]:
+        return {each.key_id: each.missing for each in opened.places(lambda p: p.lacking(late(world), None, 10))}
+
+    order = world.order("k")
+    told = open_key_manifest(world.commit(registry, order), world.cluster).manifest
+    holders = [holder.node for holder in told.holders]
+    stranger = next(node for node in world.cluster.nodes if node not in holders)
+    registry.lacking(stranger, [(told.key_id, 1)])
+    registry.lacking(holders[0], [(told.key_id, 2), (b"unknown-unknown-", 1)])
+    assert lacking(registry) == {}
+    for _ in range(2):
+        registry.lacking(holders[0], [(told.key_id, 1)])
+        assert lacking(registry) == {told.key_id: (holders[0],)}
+    registry.lacking(holders[1], [(told.key_id, 1)])
+    registry.close()
+    with closing(world.open(path)) as again:
+        assert lacking(again) == {told.key_id: (holders[0], holders[1])}
+        again.destroy(world.destroy_order(order), world.now_ms)
+        assert lacking(again) == {}
+        again.lacking(holders[0], [(told.key_id, 1)])
+        assert lacking(again) == {}
+
+
 def test_the_same_order_again_aborts_the_earlier_attempt(world: Any, registry: SqliteRegistry) -> None:
     """A repeated order gets the next attempt and notices on the earlier ones, which can't commit any more."""
     order = world.order()

@@ -459,6 +459,42 @@ def test_nodes_come_and_go_by_the_operators_command(site: Site) -> None:
     assert site.run("decrypt", "orders", stdin=sealed).out == b"before"
 
 
+def test_nodes_take_as_many_signatures_as_any_manifest(tmp_path: Path) -> None:
+    """With a quorum of two, one operator's command leaves a manifest for the other, and brings it to nobody."""
+    port = iter(free_ports(6))
+
+    def run(*words: str, code: int = 0) -> Result:
+        told = keyquorum(*words, "-o", "json", cwd=tmp_path, config=tmp_path / "shop" / "client.toml")
+        assert told.code == code, told
+        return told
+
+    for role, name in (("operator", "alice"), ("operator", "bob"), ("client", "shop")):
+        run("init", role, name, "--name", name)
+    places = ("--location", "site1/room1/rack1/host1")
+    for name in ("node1", "node2"):
+        run("init", "node", name, "--name", name, "--endpoint", f"tcp://127.0.0.1:{next(port)}", *places)
+    ends = [f"tcp://127.0.0.1:{next(port)}" for _ in range(2)]
+    run("init", "balancer", "bal", "--name", "bal", "--endpoint", ends[0], "--publish-endpoint", ends[1])
+    cards = [f"--card={name}/{name}.card" for name in ("bob", "node1", "node2", "bal", "shop")]
+    first = ("--operator", "alice", "--name", "prod", "--quorum", "2", *cards)
+    run("cluster", "sign", *first, "--out", "cluster.manifest")
+    pin = run("cluster", "show", "cluster.manifest").json["pin"]
+    run("cluster", "countersign", "--operator", "bob", "--yes", "cluster.manifest", "--pin", pin)
+    for name in ("alice", "shop"):
+        run("cluster", "join", name, "cluster.manifest", "--pin", pin)
+
+    short = run("node", "drain", "node2", "--operator", "alice", "--no-wait", "--out", "next.manifest", code=2)
+    assert "next.manifest has 1 of 2 signatures needed" in short.error["message"]
+    told = run("cluster", "show", "next.manifest").json
+    assert (told["draining"], told["complete"]) == (["node2"], False)
+    assert run("cluster", "show", "alice/cluster.manifest").json["draining"] == []
+    run("cluster", "countersign", "--operator", "bob", "--yes", "next.manifest")
+    assert run("cluster", "show", "next.manifest").json["complete"]
+    run("cluster", "join", "alice", "next.manifest")
+    last = run("node", "drain", "node1", "--operator", "alice", "--no-wait", code=1)
+    assert "without 'node1' there is no node that keys can be given to" in last.error["message"]
+
+
 def test_up_and_down(tmp_path: Path) -> None:
     """A cluster in a folder goes on after the command, is found without options, and keeps its keys over a stop."""
 

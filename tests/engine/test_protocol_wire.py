@@ -343,7 +343,8 @@ def test_a_verb_has_one_audience() -> None:
         REGISTRY_VERBS,
         requests.MANIFEST_VERBS,
         {requests.HELLO},
-        {requests.STATS, requests.LATENCY, requests.TABLE, requests.PLAN, requests.HOLDINGS},
+        requests.BALANCER_VERBS,
+        {requests.LATENCY, requests.TABLE, requests.PLAN, requests.HOLDINGS},
     )
     for one, other in itertools.combinations(groups, 2):
         assert not set(one) & set(other)

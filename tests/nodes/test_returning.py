@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resharing import Scene
+from resharing import NODES, Scene
 
 from engine.errors import KeyPending, ManifestError, QuorumUnavailable
 from engine.protocol.requests import Destroy, SyncEntry
 from nodes.catalogue import Catalogue
-from nodes.returning import REPLY_BYTES, Returning, recalled
+from nodes.returning import REPLY_BYTES, REPORT_EVERY_S, LackingReport, Returning, recalled
+from nodes.store import Row
 from nodes.token import Lane, Token
 
 KEY, OTHER = b"k" * 16, b"o" * 16
@@ -90,6 +91,31 @@ def test_a_key_waits_for_one_that_may_know_it(world: Any, returning: Returning) 
         returning.check(OTHER, ["node1"])
     returning.read_books()
     returning.check(OTHER, ["node1"])
+
+
+def test_lacking_shares_are_reported_once_in_a_while(world: Any) -> None:
+    """And again to a registry that started anew, or after some minutes; a share that is there again is not."""
+    stored, lacked = (world.deal(name, holders=NODES[:3]) for name in ("stored", "lacked"))
+
+    def row(dealt: Any, epoch: int = 1, sealed: bytes = b"") -> Row:
+        told = dealt.record
+        key_id, name = told.manifest.key_id, told.manifest.name
+        return Row(key_id, 1, epoch, 1, name, "committed", told.digest, told.raw, b"c", b"", sealed, 0)
+
+    catalogue = Catalogue([row(stored, sealed=b"s"), row(lacked)])
+    report = LackingReport(catalogue)
+    keys = [(lacked.record.manifest.key_id, 1)]
+    assert report.due(7, 0.0) == keys
+    assert report.due(7, 1.0) == keys, "the registry has not heard of it yet"
+    report.told(keys)
+    assert report.due(7, 2.0) == []
+    assert report.due(8, 3.0) == keys
+    report.told(keys)
+    assert report.due(8, 4.0) == []
+    assert report.due(8, 3.0 + REPORT_EVERY_S) == keys
+    catalogue.put(row(lacked, epoch=2, sealed=b"s"))
+    assert report.due(9, 5000.0) == []
+    assert catalogue.lacking() == []
 
 
 # --- what others tell ---

@@ -6,6 +6,7 @@ cluster's folder, or one with a folder of their own, whose manifest a client bri
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,8 @@ __all__ = ["node"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 LOCAL: Final = Path("keyquorum-cluster")
+STALLED_S: Final = 10.0
+"""After so long without progress it is told what the balancer says of it."""
 
 
 def _whose(command: F) -> F:
@@ -172,9 +175,21 @@ def _local(folder: Path) -> LocalCluster:
 
 
 def _await(settings: Settings, whose: fleet.Fleet, name: str, what: str, timeout_s: float | None) -> None:
-    """Wait until a node holds nothing, with a bar."""
+    """Wait until a node holds nothing, with a bar; where that gets no further, say what the balancer waits for."""
     with count_progress(settings, what) as draw:
-        fleet.wait_empty(whose, name, timeout_s, lambda left: draw(left.keys))
+        last, since_s, said = -1, time.monotonic(), ""
+
+        def look(left: fleet.Left) -> None:
+            nonlocal last, since_s, said
+            draw(left.keys)
+            now = time.monotonic()
+            if left.keys != last:
+                last, since_s = left.keys, now
+            elif now - since_s > STALLED_S and left.moving not in ("", said):
+                said = left.moving
+                note(f"{left.keys} keys wait; the balancer: {said}")
+
+        fleet.wait_empty(whose, name, timeout_s, look)
 
 
 def _told(settings: Settings, whose: fleet.Fleet, text: str, **more: Any) -> None:

@@ -11,11 +11,19 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.client.transport import Channel, ask
+from engine.client.transport import Channel, ask, raise_for_status
 from engine.errors import ClusterError, EngineError, RegistryUnavailable
 from engine.keys import RequestType
 from engine.protocol.manifest import Cluster, Member
-from engine.protocol.requests import HOLDINGS, Empty, Holdings, HoldingsPage, NodeStatus
+from engine.protocol.requests import (
+    HOLDINGS,
+    REQUEST_CODECS,
+    Empty,
+    Holdings,
+    HoldingsPage,
+    NodeStatus,
+    balancer_status_codec,
+)
 
 __all__ = ["Fleet", "Left", "add", "drain", "keys_by_node", "left_on", "remove", "replace", "undrain", "wait_empty"]
 
@@ -25,10 +33,14 @@ LOOK_EVERY_S = 0.25
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """What a node holds: keys by the registry's books, shares by its own word (None where it does not answer)."""
+    """What a node holds: keys by the registry's books, shares by its own word (None where it does not answer).
+
+    ``moving`` is what the balancer says of the keys that are to go: what is under way, and what it waits for.
+    """
 
     booked: int
     stored: int | None
+    moving: str = ""
 
     @property
     def keys(self) -> int:
@@ -76,7 +88,20 @@ def left_on(channel: Channel, cluster: Cluster, node: str, timeout_s: float = AS
         status: NodeStatus | None = ask(channel, node, RequestType.STATUS, Empty(), timeout_s)
     except (EngineError, KeyError):
         status = None
-    return Left(booked, None if status is None else status.shares)
+    return Left(booked, None if status is None else status.shares, _moving(channel, cluster, timeout_s))
+
+
+def _moving(channel: Channel, cluster: Cluster, timeout_s: float) -> str:
+    """What the first balancer that answers says of the keys that it has moved."""
+    body = REQUEST_CODECS[RequestType.STATUS].encode(Empty())
+    for balancer in cluster.of_role("balancer"):
+        try:
+            reply = channel.call(balancer.name, RequestType.STATUS, body, timeout_s)
+            raise_for_status(reply)
+            return balancer_status_codec.decode(reply.body).moving
+        except EngineError:
+            continue
+    return ""
 
 
 def _node(cluster: Cluster, name: str) -> Member:
@@ -176,7 +201,7 @@ def wait_empty(
             left = fleet.left_on(node)
             if not left.keys:
                 return
-            reason = f"shares of {left.keys} keys are not moved"
+            reason = f"shares of {left.keys} keys are not moved; {left.moving}"
             told(left)
         except RegistryUnavailable as error:
             reason = str(error)

@@ -695,6 +695,12 @@ class Recalled(Message, frozen=True):
     entries: Annotated[list[SyncEntry], Meta(max_length=256)]
 
 
+class Lacking(Message, frozen=True):
+    """Node to registry: ``[keys]``: of these keys, as (key_id, epoch), it is a holder, and has no share any more."""
+
+    keys: Annotated[list[tuple[Identifier, UInt]], Meta(min_length=1, max_length=RECALLED)]
+
+
 class Outcome(Message, frozen=True):
     """``[key_id, attempt]``: holder to registry: what became of a prepared share? Dealer to registry: abort it."""
 
@@ -870,6 +876,7 @@ REGISTRY_SETTINGS: Final = "registry.settings"
 REGISTRY_SYNC: Final = "registry.sync"
 REGISTRY_OUTCOME: Final = "registry.outcome"
 REGISTRY_ABORT: Final = "registry.abort"
+REGISTRY_LACKING: Final = "registry.lacking"
 TABLE: Final = "table"
 PLAN: Final = "plan"
 HOLDINGS: Final = "holdings"
@@ -915,6 +922,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     REGISTRY_SYNC: (Sync, SyncPage),
     REGISTRY_OUTCOME: (Outcome, OutcomeReply),
     REGISTRY_ABORT: (Outcome, OutcomeReply),
+    REGISTRY_LACKING: (Lacking, Empty),
     TABLE: (Empty, Table),
     PLAN: (Empty, BalancerPlan),
     HOLDINGS: (Holdings, HoldingsPage),
@@ -960,6 +968,7 @@ REGISTRY_VERBS: Final = frozenset(
         REGISTRY_SYNC,
         REGISTRY_OUTCOME,
         REGISTRY_ABORT,
+        REGISTRY_LACKING,
     }
 )
 
