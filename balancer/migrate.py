@@ -191,13 +191,12 @@ class Progress:
 # --- where a crowd is to be ---
 
 
-def change_of(crowd: Crowd, now: Situation, after_s: float) -> Change | None:
+def change_of(crowd: Crowd, now: Situation, lost: frozenset[str]) -> Change | None:
     """What is to be done with the keys of a crowd, by where they are; None if they may stay as they are.
 
     Those of its holders that may, stay; a target's nodes come first, then holders of today, then the group's others in
     the order of the manifest, as the failure domains allow.
     """
-    lost = now.lost(after_s)
     gone = [node for node in crowd.holders if node in lost or node not in now.cluster.nodes]
     left = [node for node in crowd.holders if node in now.cluster.draining and node not in gone]
     target = now.targets.get(crowd.group, ())
@@ -205,7 +204,7 @@ def change_of(crowd: Crowd, now: Situation, after_s: float) -> Change | None:
     count = crowd.shares
     if crowd.grows:
         count = max(crowd.shares, min(len(target or crowd.holders), MAX_HOLDERS))
-    if kind is Kind.PLAN and not target and len(crowd.holders) == count:
+    if kind is Kind.PLAN and len(crowd.holders) == count and set(crowd.holders).issuperset(target[:count]):
         return None
     wanted = dict.fromkeys((*target, *crowd.holders, *now.cluster.group_holders(crowd.group)))
     found: Change | None = None
@@ -355,6 +354,7 @@ class Migration:
         self._shunned: dict[str, float] = {}
         self._changes: dict[Crowd, Change | None] = {}
         self._frame: object = None
+        self._lost: frozenset[str] = frozenset()
         self._done: Counter[Kind] = Counter()
         self._failures: Counter[Kind] = Counter()
         self._numbers = 0
@@ -365,11 +365,12 @@ class Migration:
     def look(self, now: Situation) -> None:
         """Take in the newest situation."""
         self._now = now
+        self._lost = now.lost(self._settings.repair_after_s)
         frame = (
             now.cluster.serial,
             now.cluster.draining,
             now.up,
-            now.lost(self._settings.repair_after_s),
+            self._lost,
             tuple(now.targets.items()),
         )
         if frame != self._frame:
@@ -378,12 +379,8 @@ class Migration:
 
     def _change(self, crowd: Crowd) -> Change | None:
         if crowd not in self._changes:
-            self._changes[crowd] = change_of(crowd, self._now, self._settings.repair_after_s)
+            self._changes[crowd] = change_of(crowd, self._now, self._lost)
         return self._changes[crowd]
-
-    def settled(self, group: int) -> bool:
-        """Whether no key of a placement group is on its way, or is to go."""
-        return not any(crowd.group == group and self._change(crowd) is not None for crowd in self._now.crowds)
 
     def unsettled(self) -> frozenset[int]:
         """The groups of which a key is on its way, or is to go."""

@@ -81,17 +81,31 @@ class Places:
     def prepare(self, rules: bytes) -> None:
         """Have the index be of all committed keys, by what ``rules`` stands for; in a transaction, as ``put``.
 
-        It is made anew where it was made by other rules, or never.
+        It is made where there is none, and follows where the rules are others than those that it was made by.
         """
         made = self._store.execute("SELECT rules FROM placed_by").fetchone()
         if made is not None and made[0] == rules:
             return
-        for table in ("placed", "crowds"):
-            self._store.execute(f"DELETE FROM {table}")  # noqa: S608 - fixed names
-        found = self._store.execute("SELECT key_id, manifest, certificate FROM keys WHERE state = 2")
-        for key_id, manifest, certificate in found:
-            self.put(key_id, manifest, certificate)
+        if made is None:
+            for each in self._store.execute("SELECT key_id, manifest, certificate FROM keys WHERE state = 2"):
+                self.put(*each)
+        else:
+            self._regrow()
         self._store.execute("INSERT OR REPLACE INTO placed_by VALUES (1, ?)", (rules,))
+
+    def _regrow(self) -> None:
+        found = self._store.execute(
+            "SELECT placed.key_id, name, pg, nodes, threshold, shares, grows FROM placed JOIN keys USING (key_id)"
+        )
+        changed = [
+            (key_id, crowd, grows)
+            for key_id, name, *crowd in found
+            if (grows := int(self._may_grow(name.decode()))) != crowd[-1]
+        ]
+        for key_id, crowd, grows in changed:
+            self._store.execute("UPDATE placed SET grows = ? WHERE key_id = ?", (grows, key_id))
+            self._count(crowd, -1)
+            self._count([*crowd[:-1], grows], 1)
 
     def put(self, key_id: bytes, manifest: bytes, certificate: bytes) -> None:
         """Note where a committed key is; empty documents: it is no more."""

@@ -453,7 +453,8 @@ def test_obstacles_are_told(played: Played) -> None:
     nodes = tuple(played.cluster.nodes)
 
     def obstacle(threshold: int, *holders: str, repair_after_s: float = FAST.repair_after_s) -> Any:
-        change = change_of(Crowd(0, holders, threshold, len(holders)), played.situation(), repair_after_s)
+        now = played.situation()
+        change = change_of(Crowd(0, holders, threshold, len(holders)), now, now.lost(repair_after_s))
         return change and (change.kind, change.obstacle)
 
     played.die("node-0", "node-1")
@@ -541,5 +542,5 @@ def test_no_course_of_events_endangers_a_key_or_stops_the_rest(world_of_nine: An
     stuck = {reason for reason, _ in played.migration.progress().stuck}
     assert all(key.there == set(key.holders) for key in played.keys.values()), stuck
     for key in played.keys.values():
-        change = change_of(key.place.crowd, played.situation(), options.repair_after_s)
+        change = change_of(key.place.crowd, played.situation(), frozenset())
         assert change is None or change.obstacle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,23 +107,28 @@ def test_targets_are_kept_in_their_order(world: Any, tmp_path: Path) -> None:
     registry.close()
 
 
-def test_the_index_is_made_anew_by_other_rules(world: Any, tmp_path: Path) -> None:
-    """Which keys may grow follows the policy: while the registry runs, and where it changed meanwhile."""
+def test_which_keys_may_grow_follows_the_policy(world: Any, tmp_path: Path) -> None:
+    """Where it changed while nobody served; what a holder said that it lacks is not forgotten for it."""
     path = tmp_path / "registry.db"
     registry = world.open(path)
     made(world, registry, "hot/a")
     made(world, registry, "cold/a")
+    key = registry.places(lambda places: places.of_crowd(crowd(world, "hot/a"), None, 9))[0]
+    registry.lacking(key.crowd.holders[0], [(key.key_id, 1)])
     registry.close()
+    before = world.cluster
 
     def ruled(*rules: PolicyRule) -> Any:
         members = list(world.cluster.members.values())
         chain = issue_cluster_manifest(name="test", members=members, rules=rules, operators=[world.keys["op"]])
-        return open_chain(chain, chain_pin(chain))
+        made = open_chain(chain, chain_pin(chain))
+        return replace(made, pin=before.pin)
 
-    growing = ruled(PolicyRule("alice", "*", ["*"]), PolicyRule("bal*", "hot/*", ["grow"]))
-    object.__setattr__(growing, "pin", world.cluster.pin)
-    world.cluster = growing
-    registry = world.open(path)
-    expected = {crowd(world, "hot/a", grows=True): 1, crowd(world, "cold/a"): 1}
-    assert registry.places(lambda places: places.crowds()) == expected
-    registry.close()
+    for rules, hot in (([PolicyRule("bal*", "hot/*", ["grow"])], True), ([PolicyRule("*", "*", ["*"])], False)):
+        world.cluster = ruled(*rules)
+        registry = world.open(path)
+        expected = {crowd(world, "hot/a", grows=hot): 1, crowd(world, "cold/a"): 1}
+        assert registry.places(lambda places: places.crowds()) == expected
+        (lacks,) = registry.places(lambda places: places.lacking(2**50, None, 9))
+        assert (lacks.name, lacks.missing) == ("hot/a", key.crowd.holders[:1])
+        registry.close()
