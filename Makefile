@@ -86,6 +86,11 @@ bench-routing: ## slow tokens and kill nodes beside rivals, on a real cluster an
 	@.ci/setup test,bench
 	@$(BIN)/python bench/routing.py $(BENCH_ARGS)
 
+.PHONY: bench-lifecycle
+bench-lifecycle: ## move 10,000 keys, refresh and create over their fsyncs, service meanwhile (10 minutes); build/bench/lifecycle.json
+	@.ci/setup test,bench
+	@$(BIN)/python bench/lifecycle.py $(BENCH_ARGS)
+
 .PHONY: stages
 stages: ## say where the time of a warm AES-GCM goes, in client and node (BENCH_ARGS="--flame flame.svg --markdown")
 	@.ci/setup test,bench

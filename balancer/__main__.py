@@ -31,6 +31,7 @@ from engine.errors import ConfigError, EngineError, ManifestError
 from engine.failpoints import arm_from_environment
 from engine.notify import Notifier
 from engine.protocol.manifest import Cluster
+from engine.protocol.signed import RecentSignatures, remember_signatures
 
 DRAIN_S = 1.0
 """How long requests that already arrived are answered after a signal to stop."""
@@ -79,6 +80,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
     identity, membership = settings.identity, settings.membership
     _check_lifeline(lifeline)
     raise_file_limit()
+    remember_signatures(RecentSignatures())
     take_greeting()
     with ExitStack() as stack:
         wake = _catch_signals(stack)

@@ -37,6 +37,7 @@ from balancer.strain import Strain
 from balancer.view import View, Viewer, plan_message
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, Turns, welcome
+from engine.client.bundles import answer_bundle, check_bundle
 from engine.client.config import CurveSource, Identity
 from engine.client.listener import Incoming, Listener
 from engine.client.membership import Servers
@@ -48,6 +49,7 @@ from engine.errors import AccessDenied, EngineError, Overloaded, ProtocolError
 from engine.keys import RequestType
 from engine.protocol.manifest import ClusterSource, FollowsCluster
 from engine.protocol.requests import (
+    BUNDLED_REGISTRY_VERBS,
     HELD_TOLD,
     HELLO,
     HOLDINGS,
@@ -59,6 +61,7 @@ from engine.protocol.requests import (
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
     REGISTRY_LACKING,
+    REGISTRY_MANY,
     REGISTRY_OUTCOME,
     REGISTRY_RESERVE,
     REGISTRY_SETTINGS,
@@ -70,6 +73,8 @@ from engine.protocol.requests import (
     TABLE,
     BalancerPlan,
     BalancerStatus,
+    Bundle,
+    BundleResults,
     Change,
     Commit,
     Committed,
@@ -526,6 +531,7 @@ class Service(FollowsCluster):
             REGISTRY_OUTCOME: self._outcome,
             REGISTRY_ABORT: self._abort,
             REGISTRY_LACKING: self._lacking,
+            REGISTRY_MANY: self._many,
             HELLO: self._hello,
             TABLE: self._table,
             PLAN: self._plan,
@@ -635,6 +641,11 @@ class Service(FollowsCluster):
 
     def _commit(self, member: str, body: Commit) -> Committed:
         return Committed(self._registry.commit(body.manifest, body.receipts, self._now_ms()))
+
+    def _many(self, member: str, body: Bundle) -> BundleResults:
+        check_bundle(body, BUNDLED_REGISTRY_VERBS)
+        with self._registry.together():
+            return answer_bundle(body, lambda message: self._verbs[body.verb](member, message))
 
     def _destroy(self, member: str, body: Destroy) -> Empty:
         self._registry.destroy(body.order, self._now_ms())

@@ -22,7 +22,7 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -118,6 +118,9 @@ class Registry(Protocol):
 
     def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
         """Make the current attempt's manifest the key's; the commit certificate."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """All that is booked until the end is durable together, when this ends; what fails alone is not booked."""
 
     def outcome(self, key_id: bytes, attempt: int, now_ms: int) -> OutcomeReply:
         """What became of an attempt: pending, committed or aborted."""
@@ -274,6 +277,8 @@ class SqliteRegistry(FollowsCluster):
         self._source = cluster
         self._signing = signing
         self._path = path
+        self._booked: list[str] | None = None
+        """The steps of the transaction that many requests share, while there is one."""
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         # Threads take turns: the service's, and the one that moves keys, which reads some rows at a time.
         self._turn = threading.RLock()
@@ -472,6 +477,8 @@ class SqliteRegistry(FollowsCluster):
 
     def _take_in(self, row: _Row, manifest: bytes, certificate: bytes) -> _Row:
         """The row after what a certificate proves: all holders store a newer epoch than the books tell of."""
+        if manifest == row.manifest:
+            return row
         record = open_key_manifest(manifest, self._cluster)
         told, known = record.manifest, read_key_manifest(row.manifest).manifest
         if told.key_id != row.key_id:
@@ -880,17 +887,41 @@ class SqliteRegistry(FollowsCluster):
     def _transaction(self, step: str) -> Iterator[None]:
         """All or nothing; durable when it returns. ``step`` names its failpoints."""
         failpoint(f"registry.{step}.before")
-        with self._reading():
-            self._store.execute("BEGIN IMMEDIATE")
+        with self._reading():  # it is this thread's turn from here on, and so are the steps of a bundle
+            booked = self._booked
+            self._store.execute("BEGIN IMMEDIATE" if booked is None else "SAVEPOINT step")
             try:
                 yield
                 failpoint(f"registry.{step}.changed")
+                self._store.execute("COMMIT" if booked is None else "RELEASE step")
+            except BaseException:
+                if self._store.in_transaction:  # SQLite may have rolled back all of it by itself
+                    for statement in ("ROLLBACK",) if booked is None else ("ROLLBACK TO step", "RELEASE step"):
+                        self._store.execute(statement)
+                raise
+        if booked is not None:
+            booked.append(step)
+            return
+        failpoint(f"registry.{step}.durable")
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is booked until the end is one transaction; what fails alone is undone alone."""
+        booked: list[str] = []
+        with self._reading():
+            self._store.execute("BEGIN IMMEDIATE")
+            self._booked = booked
+            try:
+                yield
                 self._store.execute("COMMIT")
             except BaseException:
                 if self._store.in_transaction:
                     self._store.execute("ROLLBACK")
                 raise
-        failpoint(f"registry.{step}.durable")
+            finally:
+                self._booked = None
+        for step in booked:
+            failpoint(f"registry.{step}.durable")
 
     def _row(self, key_id: bytes) -> _Row | None:
         with self._reading():

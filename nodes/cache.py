@@ -7,7 +7,7 @@ wiped; see ``Handlers`` for loaded keys, ``shares`` for unsealed ones and ``reme
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Final, Generic, Literal, TypeVar
@@ -17,6 +17,8 @@ __all__ = ["REASONS", "Cache", "CacheLimits", "CacheStatistics", "Reason"]
 Reason = Literal["ttl", "uses", "room", "changed", "flushed"]
 """Why an entry left: its time, its uses, the limits on entries and bytes, newer truth, or somebody's word."""
 REASONS: Final[tuple[Reason, ...]] = ("ttl", "uses", "room", "changed", "flushed")
+
+FEW: Final = 64
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -69,6 +71,10 @@ class Cache(Generic[K, V]):
 
     def __init__(self, limits: CacheLimits, on_evict: Callable[[V], None] = lambda value: None) -> None:
         self._entries: OrderedDict[K, _Entry[V]] = OrderedDict()
+        self._ages: deque[tuple[K, _Entry[V]]] = deque()
+        """The entries in the order of their loading, which is that of their ends; some have left meanwhile."""
+        self._spent: set[K] = set()
+        """Keys of entries that had no use left when they were last used."""
         self._limits = limits
         self._on_evict = on_evict
         self._bytes = 0
@@ -101,6 +107,8 @@ class Cache(Generic[K, V]):
             self._entries.move_to_end(key)
             taken = min(most, entry.uses_left)
             entry.uses_left -= taken
+            if entry.uses_left < 1:
+                self._spent.add(key)
             return entry.value, taken, entry.expires_s
 
     def settle(self, key: K, value: V, used: int, unused: int) -> None:
@@ -119,6 +127,8 @@ class Cache(Generic[K, V]):
             if entry is not None and reason is None:
                 self._entries.move_to_end(key)
                 entry.uses_left -= 1
+                if entry.uses_left < 1:
+                    self._spent.add(key)
                 self._tally.hits += counted
                 return reader(entry.value)
             self._tally.misses += counted
@@ -141,7 +151,11 @@ class Cache(Generic[K, V]):
             return False
         with self._lock:
             gone = self._take([key], "changed")
-            self._entries[key] = _Entry(value, size, now_s + self._limits.ttl_s, self._limits.max_uses)
+            entry = _Entry(value, size, now_s + self._limits.ttl_s, self._limits.max_uses)
+            self._entries[key] = entry
+            self._ages.append((key, entry))
+            if len(self._ages) > 2 * len(self._entries) + FEW:
+                self._ages = deque((key, aged) for key, aged in self._ages if self._entries.get(key) is aged)
             self._bytes += size
             while len(self._entries) > self._limits.max_entries or self._bytes > self._limits.max_bytes:
                 gone += self._take([next(iter(self._entries))], "room")
@@ -170,10 +184,15 @@ class Cache(Generic[K, V]):
         """Let those leave whose time or uses are over; how many there were."""
         with self._lock:
             gone: list[V] = []
-            for key, entry in list(self._entries.items()):
-                reason = self._over(entry, now_s)
-                if reason is not None:
-                    gone += self._take([key], reason)
+            while self._ages and self._ages[0][1].expires_s <= now_s:
+                key, aged = self._ages.popleft()
+                if self._entries.get(key) is aged:
+                    gone += self._take([key], "ttl")
+            for key in self._spent:
+                entry = self._entries.get(key)
+                if entry is not None and entry.uses_left < 1:
+                    gone += self._take([key], "uses")
+            self._spent.clear()
         self._let_go(gone)
         return len(gone)
 

@@ -65,6 +65,7 @@ class Catalogue:
         self._pending: dict[str, set[bytes]] = {}
         self._lacking: dict[bytes, Entry] = {}
         self._watchers: list[Callable[[Entry], None]] = []
+        self._noted: set[bytes] | None = None
         for row in sorted(rows, key=lambda row: row.epoch):
             self.put(row)
 
@@ -79,6 +80,8 @@ class Catalogue:
         with self._lock:
             entry = Entry(row, record, ALGORITHMS[record.manifest.algorithm], self._settings.get(lineage))
             self._lineages.setdefault(lineage, set()).add(row.key_id)
+            if self._noted is not None:
+                self._noted.add(row.key_id)
             before = self._by_id.get(row.key_id)
             if row.state == "prepared" and before is not None and before.row.epoch < row.epoch:
                 self._next[row.key_id] = entry
@@ -133,6 +136,8 @@ class Catalogue:
     def remove(self, row: Row) -> None:
         """Forget a prepared row."""
         with self._lock:
+            if self._noted is not None:
+                self._noted.add(row.key_id)
             for entries in (self._by_id, self._next):
                 entry = entries.get(row.key_id)
                 if entry is not None and entry.row.epoch == row.epoch:
@@ -147,6 +152,29 @@ class Catalogue:
         ids.discard(row.key_id)
         if not ids:
             self._lineages.pop(lineage, None)
+
+    def note_changes(self) -> set[bytes]:
+        """From now on, the ids of the keys that change here, until ``forget_changes``."""
+        self._noted = set()
+        return self._noted
+
+    def forget_changes(self) -> None:
+        """End that."""
+        self._noted = None
+
+    def reload(self, key_id: bytes, rows: Iterable[Row]) -> None:
+        """Take a key as these rows tell it: what was put in since they were stored is undone."""
+        with self._lock:
+            self._next.pop(key_id, None)
+            entry = self._by_id.pop(key_id, None)
+            if entry is not None:
+                self._settled(entry.row)
+                for entries in (self._by_name, self._moved):
+                    named = entries.get(entry.row.name)
+                    if named is not None and named.row.key_id == key_id:
+                        del entries[entry.row.name]
+        for row in sorted(rows, key=lambda row: row.epoch):
+            self.put(row)
 
     def _note_pending(self, entry: Entry) -> None:
         if _waits(entry):

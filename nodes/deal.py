@@ -53,6 +53,7 @@ from engine.protocol.requests import (
     REGISTRY_COMMIT,
     REGISTRY_DESTROY,
     REGISTRY_LACKING,
+    REGISTRY_MANY,
     REGISTRY_OUTCOME,
     REGISTRY_RESERVE,
     REGISTRY_SETTINGS,
@@ -554,7 +555,9 @@ class Conversation(FollowsCluster):
         patient_until_s = min(deadline_s, self._clock() + REGISTRY_PATIENCE_S)
         while True:
             for balancer in self._cluster.of_role("balancer"):
-                left_s = min(REGISTRY_TIMEOUT_S, deadline_s - self._clock())
+                # A bundle is as much work as all that is in it.
+                patience_s = REGISTRY_TIMEOUT_S * (2 if verb == REGISTRY_MANY else 1)
+                left_s = min(patience_s, deadline_s - self._clock())
                 if left_s <= 0:
                     problems.setdefault(balancer.name, f"{balancer.name}: the deadline is over")
                     continue

@@ -21,6 +21,7 @@ from msgspec import structs
 from engine._version import __version__
 from engine.client._router import Connection
 from engine.client.admission import Admission, ServiceLimits, welcome
+from engine.client.bundles import answer_bundle, check_bundle
 from engine.client.listener import IDLE, Incoming
 from engine.client.membership import Membership
 from engine.client.spreading import Desk, Gossip
@@ -79,6 +80,7 @@ from engine.protocol.requests import (
     SHARE_DEAL,
     SHARE_DESTROY,
     SHARE_LEAVE,
+    SHARE_MANY,
     SHARE_PREPARE,
     SHARE_RECALL,
     SHARE_REFRESH,
@@ -90,6 +92,8 @@ from engine.protocol.requests import (
     STATS,
     Abort,
     AuditNotice,
+    Bundle,
+    BundleResults,
     CacheCount,
     ClassCount,
     Create,
@@ -215,6 +219,7 @@ DURABLE_VERBS: Final = frozenset(
         SHARE_ACCEPT,
         SHARE_LEAVE,
         SHARE_SETTINGS,
+        SHARE_MANY,
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
@@ -274,6 +279,7 @@ STEPS: Final[dict[str, str]] = {
     SHARE_ACCEPT: "holder.accept",
     SHARE_LEAVE: "holder.leave",
     SHARE_SETTINGS: "holder.settings",
+    SHARE_MANY: "holder.many",
 }
 """Verb -> the failpoints of its end: ``.recorded`` once the audit record is durable, ``.answered`` after the reply."""
 RECORDED: Final = {verb: f"{step}.recorded" for verb, step in STEPS.items()}
@@ -530,6 +536,16 @@ class Handlers(FollowsCluster):
             SHARE_LEAVE: self._share_leave,
             SHARE_SETTINGS: self._share_settings,
             SHARE_RECALL: self._share_recall,
+            SHARE_MANY: self._share_many,
+        }
+        self._bundled: dict[str, Callable[[Lane, Any, Member], object]] = {
+            SHARE_DEAL: lambda lane, body, sender: renewer.deal(lane, body, sender),
+            SHARE_REFRESH: lambda lane, body, sender: renewer.refresh(lane, body, sender),
+            SHARE_RENEW: lambda lane, body, sender: renewer.renew(lane, body, sender),
+            SHARE_RESHARE: lambda lane, body, sender: renewer.reshare(lane, body, sender),
+            SHARE_ACCEPT: lambda lane, body, sender: renewer.accept(lane, body, sender),
+            SHARE_COMMIT: lambda lane, body, sender: holder.commit(body),
+            SHARE_LEAVE: lambda lane, body, sender: holder.leave(body),
         }
 
     @property
@@ -1511,6 +1527,53 @@ class Handlers(FollowsCluster):
 
     def _share_recall(self, call: _Call, body: ShareRecall) -> None:
         self._answer(call, recalled(self._catalogue, body.keys))
+
+    def _share_many(self, call: _Call, body: Bundle) -> None:
+        """Many steps about different keys at once: each is checked as if it came alone, and all are one transaction."""
+        check_bundle(body, self._bundled)
+        step, sender = self._bundled[body.verb], call.incoming.member
+        call.detail = f"{body.verb}, {len(body.bodies)} keys"
+
+        def work(lane: Lane) -> BundleResults:
+            names: list[str] = []
+
+            def one(message: Any) -> object:
+                made = step(lane, message, sender)
+                names.append(self._name_in(message))
+                return made
+
+            with self._holder.together():
+                results = answer_bundle(body, one, lambda: self._clock() >= call.deadline_s)
+            if body.verb in DURABLE_VERBS:
+                self._record_steps(call, body.verb, names)
+            return results
+
+        self._aside(call, self._local, work)
+
+    def _name_in(self, message: Any) -> str:
+        """The name of the key that a step is about."""
+        if isinstance(message, ShareCommit):
+            return self._name_of(message.key_id)
+        if isinstance(message, ShareRenew | ShareAccept | ShareLeave):
+            return read_key_manifest(message.manifest).manifest.name
+        return read_change_order(message.order).name
+
+    def _record_steps(self, call: _Call, verb: str, names: Sequence[str]) -> None:
+        """Record what was done for each key of a bundle, before the record of the whole; by the worker that did it."""
+        for name in names:
+            self._audit.write(
+                Record(
+                    time_ms=self._now_ms(),
+                    node=self._node,
+                    boot=self._boot_text,
+                    request=call.number,
+                    event=chain.STEP,
+                    member=call.incoming.member.name,
+                    verb=verb,
+                    key=name if self._audit_name is None else self._audit_name(name),
+                    outcome="ok",
+                )
+            )
 
     # --- the heads of audit logs ---
 

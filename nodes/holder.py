@@ -7,7 +7,8 @@ taken at its word.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, TypeVar
 
@@ -99,6 +100,25 @@ class ShareHolder(FollowsCluster):
         catalogue.watch(self._changed)
         self._untidy = True  # an earlier start may have ended before it could
         self._unbooked: dict[bytes, bytes] = {}
+        self._together = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All that is stored and erased until the end is one transaction, durable when this ends; or none of it is."""
+        changed = self._catalogue.note_changes()
+        self._together = True
+        try:
+            with self._store.together():
+                yield
+        except BaseException:
+            for key_id in changed:
+                self._catalogue.reload(key_id, self._store.rows_of(key_id))
+            raise
+        finally:
+            self._together = False
+            self._catalogue.forget_changes()
+        if self._untidy:
+            self._erase_soon()
 
     # --- creation ---
 
@@ -247,11 +267,12 @@ class ShareHolder(FollowsCluster):
         A share that was prepared for an epoch which others made in another attempt is deleted.
         """
         manifest = record.manifest
-        open_certificate(certificate, record, self._cluster)
+        entry = self._catalogue.by_id(manifest.key_id)
+        if entry is None or (entry.row.manifest, entry.row.certificate) != (record.raw, certificate):
+            open_certificate(certificate, record, self._cluster)
         named = self._catalogue.by_name(manifest.name)
         if named is not None and named.row.key_id != manifest.key_id:
             raise KeyExists(f"the key {manifest.name!r} exists with another id")
-        entry = self._catalogue.by_id(manifest.key_id)
         if entry is None:
             return
         if read_certificate(certificate) in (entry.record.digest, self._next_digest(entry)):
@@ -542,6 +563,8 @@ class ShareHolder(FollowsCluster):
     def _erase_traces(self) -> None:
         """Empty the store's log of what was erased; if that can't be done now, ``tidy`` does it later."""
         self._untidy = True
+        if self._together:  # the log is emptied once for all
+            return
         self._store.truncate_log()
         self._untidy = False
 

@@ -7,8 +7,9 @@ old epoch is the valid one; whatever fails before is aborted and changes nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import structlog
@@ -30,6 +31,7 @@ from engine.protocol.manifest import (
     FollowsCluster,
     Holder,
     KeyRecord,
+    RefreshOrder,
     ReshareOrder,
     check_successor,
     key_manifests,
@@ -53,8 +55,8 @@ from engine.protocol.refresh import (
 from engine.protocol.requests import (
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
-    REQUEST_CODECS,
     SHARE_ACCEPT,
+    SHARE_COMMIT,
     SHARE_DEAL,
     SHARE_LEAVE,
     SHARE_REFRESH,
@@ -67,6 +69,7 @@ from engine.protocol.requests import (
     Outcome,
     Reserved,
     ShareAccept,
+    ShareCommit,
     ShareDeal,
     ShareLeave,
     ShareRefresh,
@@ -76,6 +79,7 @@ from engine.protocol.requests import (
 from engine.protocol.reshare import check_reshare_size, check_sub_shares
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.sharing import check_placement
+from nodes.bundles import ask_many, ask_registry_many
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import COMMIT_WAIT_S, Conversation, Talker
 from nodes.orders import BalancerOrders
@@ -85,6 +89,8 @@ __all__ = ["Coordinator"]
 MAX_TEXT: Final = 200
 DEAL_PART: Final = 0.5
 """Of the time that is left, the holders get this part to deal: a silent one is told early."""
+
+NONE_RESERVED: Final = Reserved(0, [], [], b"", b"")
 
 log = structlog.get_logger()
 
@@ -107,8 +113,55 @@ class _Stated:
     statements: tuple[PartStatement, ...]
 
 
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One key that is being changed, as far as it has come; ``outcome`` is there once nothing is left to do."""
+
+    raw_order: bytes
+    order: RefreshOrder | ReshareOrder
+    entry: Entry
+    terms: Terms
+    record: KeyRecord
+    """Of the epoch before, until the new manifest is made."""
+    reserved: Reserved = NONE_RESERVED
+    dealt: list[_Dealt] = field(default_factory=list)
+    stated: _Stated | None = None
+    receipts: list[bytes] = field(default_factory=list)
+    certificate: bytes = b""
+    error: EngineError | ValueError | None = None
+    outcome: KeyDescription | EngineError | ValueError | None = None
+
+    @property
+    def reshares(self) -> bool:
+        """Whether the key gets other holders; else its shares are refreshed."""
+        return isinstance(self.order, ReshareOrder)
+
+    @property
+    def step(self) -> str:
+        """What the names of its failpoints begin with."""
+        return "dealer.reshare" if self.reshares else "dealer.refresh"
+
+    @property
+    def holders(self) -> list[str]:
+        """The nodes that are to hold a share."""
+        return [holder.node for holder in self.terms.holders]
+
+    @property
+    def before(self) -> tuple[bytes, bytes]:
+        """The manifest and certificate of the epoch that is replaced."""
+        return self.terms.before.raw, self.entry.row.certificate
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """What fails in here ends this key's change, and no other's."""
+        try:
+            yield
+        except (EngineError, ValueError) as error:
+            self.error = error
+
+
 class Coordinator(FollowsCluster):
-    """Refreshes and reshares keys that this node holds a share of."""
+    """Refreshes and reshares keys that this node holds a share of; many go through the same steps together."""
 
     def __init__(
         self,
@@ -136,6 +189,45 @@ class Coordinator(FollowsCluster):
         holders that are down; ``ValueError``: the key is too large for its number of shares, has threshold 1 and is to
         be refreshed, or has too few holders for a reshare that can be checked.
         """
+        (outcome,) = self._carry_out(talker, [raw_order], deadline_s)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def move(self, talker: Talker, orders: Sequence[bytes], deadline_s: float) -> list[MoveResult]:
+        """Carry out a balancer's orders, each of another key; what became of each, in order."""
+        ids = [read_change_order(raw).key_id for raw in orders]
+        if len(set(ids)) != len(ids):
+            raise ValueError("two orders for one key; each must be of another")
+        outcomes = self._carry_out(talker, orders, deadline_s)
+        return [_result(key_id, outcome) for key_id, outcome in zip(ids, outcomes, strict=True)]
+
+    def _carry_out(
+        self, talker: Talker, orders: Sequence[bytes], deadline_s: float
+    ) -> list[KeyDescription | EngineError | ValueError]:
+        """The orders, step by step for all that have come so far; what each came to."""
+        made = [self._opened(raw) for raw in orders]
+        jobs = [each for each in made if isinstance(each, _Job)]
+        channel = talker.channel
+        for step in (self._reserve, self._deals, self._statements, self._renew, self._pass_on_settings, self._commit):
+            if live := [job for job in jobs if job.error is None and job.outcome is None]:
+                step(talker, live, deadline_s)
+        for job in jobs:
+            if job.error is not None:
+                self._give_up(channel, job, job.error)
+        if live := [job for job in jobs if job.outcome is None]:
+            self._announce(channel, live, deadline_s)
+        outcomes = [each.outcome if isinstance(each, _Job) else each for each in made]
+        return [each for each in outcomes if each is not None]
+
+    def _opened(self, raw_order: bytes) -> _Job | KeyDescription | EngineError | ValueError:
+        """The job that an order is, or what is to be said of it at once."""
+        try:
+            return self._begun(raw_order)
+        except (EngineError, ValueError) as error:
+            return error
+
+    def _begun(self, raw_order: bytes) -> _Job | KeyDescription:
         order, signed = open_change_order(raw_order, self._cluster, self._now_ms())
         entry = self._catalogue.by_id(order.key_id)
         if entry is None or entry.row.state != "moved":
@@ -149,68 +241,11 @@ class Coordinator(FollowsCluster):
         if entry.row.epoch < order.from_epoch:
             raise StaleKey(f"{self._node} knows epoch {entry.row.epoch} of {order.name!r}, not {order.from_epoch} yet")
         self._orders.check(order, signed, entry.manifest)
-        reshare = order if isinstance(order, ReshareOrder) else None
-        if reshare is None:
-            self._check(entry)
+        if isinstance(order, ReshareOrder):
+            self._check_reshare(entry, raw_order, order)
         else:
-            self._check_reshare(entry, raw_order, reshare)
-        step = "dealer.refresh" if reshare is None else "dealer.reshare"
-        change = Change(raw_order, entry.row.manifest, entry.row.certificate)
-        reserved = self._conversation.ask_registry(talker.channel, REGISTRY_CHANGE, change, deadline_s)
-        failpoint(f"{step}.reserved")
-        if reserved.attempt == 0:
-            return self._conversation.already(talker, reserved)
-        terms = Terms(entry.record, reserved.attempt, signed.digest, order)
-        names = [holder.node for holder in terms.holders]
-        certificate = b""
-        record: KeyRecord | None = None
-        try:
-            dealt = self._deals(talker.channel, terms, raw_order, entry, deadline_s)
-            failpoint(f"{step}.dealt")
-            states = self._statements if reshare is None else self._state
-            stated = states(talker.channel, terms, raw_order, entry, dealt, deadline_s)
-            record = self._manifest(terms, raw_order, stated)
-            failpoint(f"{step}.stated")
-            receipts = self._renew(talker.channel, record, terms, entry, stated, reserved, deadline_s)
-            failpoint(f"{step}.renewed")
-            self._pass_on_settings(talker.channel, entry, names, deadline_s)
-            certificate = self._conversation.ask_registry(
-                talker.channel, REGISTRY_COMMIT, Commit(record.raw, receipts), deadline_s
-            ).certificate
-        except (EngineError, ValueError) as error:
-            attempt = Outcome(order.key_id, reserved.attempt)
-            certificate = self._conversation.give_up(talker.channel, order.name, attempt, names, error)
-            if record is None:
-                raise
-        failpoint(f"{step}.committed")
-        open_certificate(certificate, record, self._cluster)
-        self._conversation.announce(talker.channel, record, certificate, names, deadline_s)
-        failpoint(f"{step}.announced")
-        warnings = []
-        if reshare is not None:
-            warnings = self._warnings(reshare) + self._dismiss(talker.channel, record, terms, certificate, deadline_s)
-            failpoint("dealer.reshare.dismissed")
-        return KeyDescription(record.raw, certificate, warnings[:16])
-
-    def move(self, talker: Talker, orders: Sequence[bytes], deadline_s: float) -> list[MoveResult]:
-        """Carry out a balancer's orders; what became of each, in order."""
-        return [self._moved(talker, raw, deadline_s) for raw in orders]
-
-    def _moved(self, talker: Talker, raw_order: bytes, deadline_s: float) -> MoveResult:
-        key_id = read_change_order(raw_order).key_id
-        try:
-            described = self.change(talker, raw_order, deadline_s)
-        except EngineError as error:
-            return MoveResult(key_id, 0, error.code, str(error)[:MAX_TEXT])
-        except ValueError as error:
-            return MoveResult(key_id, 0, "invalid-request", str(error)[:MAX_TEXT])
-        return MoveResult(key_id, read_key_manifest(described.manifest).manifest.epoch, "", "")
-
-    def _pass_on_settings(self, channel: Channel, entry: Entry, names: Sequence[str], deadline_s: float) -> None:
-        """Have new holders know the key's settings before their shares count."""
-        newcomers = [name for name in names if entry.manifest.holder(name) is None]
-        if entry.settings is not None and newcomers:
-            self._conversation.spread_settings(channel, entry.settings.raw, newcomers, deadline_s)
+            self._check(entry)
+        return _Job(raw_order, order, entry, Terms(entry.record, 1, signed.digest, order), entry.record)
 
     def _check(self, entry: Entry) -> None:
         name = entry.row.name
@@ -240,181 +275,292 @@ class Coordinator(FollowsCluster):
             )
         check_reshare_size(entry.record, entry.row.certificate, raw_order, order, len(entry.row.sealed))
 
-    def _warnings(self, order: ReshareOrder) -> list[str]:
-        """What is to be said of the placement that the client ordered."""
-        level = self._cluster.domain_level
-        return list(check_placement(self._cluster.locations, order.holders, order.threshold, domain_level=level))
+    # --- the steps, each for all jobs that have come so far ---
 
-    def _dismiss(
-        self, channel: Channel, record: KeyRecord, terms: Terms, certificate: bytes, deadline_s: float
-    ) -> list[str]:
-        """Have the holders of before that are none any more erase their share; a warning of those that did not say so.
+    def _reserve(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
+        """An attempt for each, of the registry; or what it knows to be done already."""
+        changes = [Change(job.raw_order, *job.before) for job in jobs]
+        asker, channel = self._conversation, talker.channel
+        for job, reserved in zip(
+            jobs, ask_registry_many(asker, channel, REGISTRY_CHANGE, changes, deadline_s), strict=True
+        ):
+            if isinstance(reserved, EngineError):
+                job.outcome = reserved
+                continue
+            failpoint(f"{job.step}.reserved")
+            if reserved.attempt == 0:
+                job.outcome = self._already(talker, reserved)
+                continue
+            job.reserved = reserved
+            job.terms = Terms(job.entry.record, reserved.attempt, job.terms.order, job.order)
 
-        They learn it from the registry's books, too.
-        """
-        leaving = [each.node for each in terms.before.manifest.holders if record.manifest.holder(each.node) is None]
-        body = REQUEST_CODECS[SHARE_LEAVE].encode(ShareLeave(record.raw, certificate))
-        until_s = min(deadline_s, self._clock() + COMMIT_WAIT_S)
-        pending = []
-        here = [name for name in leaving if name in self._cluster.nodes]
-        for name, reply in self._conversation.ask_all(channel, SHARE_LEAVE, dict.fromkeys(here, body), until_s, None):
-            if isinstance(reply, EngineError):
-                log.warning("a share is not erased yet", key=record.manifest.name, holder=name, reason=str(reply))
-                pending.append(name)
-        return [f"{', '.join(pending)} did not say yet that its old share is erased"] if pending else []
+    def _already(self, talker: Talker, reserved: Reserved) -> KeyDescription | EngineError:
+        try:
+            return self._conversation.already(talker, reserved)
+        except EngineError as error:
+            return error
 
-    def _everybody(
-        self, channel: Channel, verb: str, messages: dict[str, Any], deadline_s: float, what: str
-    ) -> dict[str, Any]:
-        """The replies of all these; else the first refusal, or ``QuorumUnavailable`` that names the silent."""
-        bodies = {name: REQUEST_CODECS[verb].encode(message) for name, message in messages.items()}
-        replies: dict[str, Any] = {}
-        silent: dict[str, EngineError] = {}
-        for holder, reply in self._conversation.ask_all(channel, verb, bodies, deadline_s, None):
-            if isinstance(reply, NodeUnavailable | DeadlineExceeded):
-                silent[holder] = reply
-            elif isinstance(reply, EngineError):
-                raise reply
-            else:
-                replies[holder] = reply
-        if silent:
-            told = "; ".join(f"{name}: {error}" for name, error in silent.items())
-            raise QuorumUnavailable(f"{what} needs all {len(bodies)} holders ({told})", list(silent))
-        return replies
-
-    def _deals(self, channel: Channel, terms: Terms, raw_order: bytes, entry: Entry, deadline_s: float) -> list[_Dealt]:
+    def _deals(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
         """A deal of every dealer, in the manifest's order. Those that don't verify are left out of a refresh."""
-        message = ShareDeal(raw_order, terms.attempt, entry.record.digest, entry.row.certificate)
         now = self._clock()
         until_s = now + (deadline_s - now) * DEAL_PART
-        names = [holder.node for holder in terms.dealers]
-        replies = self._everybody(channel, SHARE_DEAL, dict.fromkeys(names, message), until_s, _what(terms))
+        asked = [
+            (job, holder.node, ShareDeal(job.raw_order, job.terms.attempt, job.entry.record.digest, job.before[1]))
+            for job in jobs
+            for holder in job.terms.dealers
+        ]
+        for job, replies in self._ask(talker.channel, SHARE_DEAL, asked, until_s):
+            with job.guarded():
+                job.dealt = self._checked_deals(job, _whole(job, replies))
+                failpoint(f"{job.step}.dealt")
+
+    def _checked_deals(self, job: _Job, replies: dict[str, Any]) -> list[_Dealt]:
         dealt = []
-        for name in names:
-            reply = replies[name]
+        for name, reply in replies.items():
             try:
-                deal = open_deal(terms, reply.statement, self._cluster)
-                if deal.dealer.node != name or len(reply.parts) != len(terms.holders):
+                deal = open_deal(job.terms, reply.statement, self._cluster)
+                if deal.dealer.node != name or len(reply.parts) != len(job.terms.holders):
                     raise ManifestError(f"{name} sent the deal of another, or {len(reply.parts)} parts")
             except EngineError as error:
-                if isinstance(terms.change, ReshareOrder):
-                    raise ShareCorrupt(f"{entry.row.name!r}: {name} sent a bad deal: {error}", [name]) from None
-                log.error("bad deal", key=entry.row.name, dealer=name, reason=str(error))
+                if job.reshares:
+                    raise ShareCorrupt(f"{job.order.name!r}: {name} sent a bad deal: {error}", [name]) from None
+                log.error("bad deal", key=job.order.name, dealer=name, reason=str(error))
                 continue
             dealt.append(_Dealt(reply.statement, deal, tuple(reply.parts)))
         return dealt
 
-    def _statements(
-        self,
-        channel: Channel,
-        terms: Terms,
-        raw_order: bytes,
-        entry: Entry,
-        dealt: Sequence[_Dealt],
-        deadline_s: float,
-    ) -> _Stated:
-        """Every holder's statement on the first t deals that all can use.
+    def _statements(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
+        """Every new holder's statement: on all deals of a reshare, on the first t of a refresh that all can use.
 
-        A dealer that is named as wrong is left out, and the next one taken in its place.
+        A dealer that is named as wrong in a refresh is left out, and the next one taken in its place.
         """
-        manifest = terms.before.manifest
-        usable = list(dealt)
-        problem: ShareCorrupt | None = None
-        while len(usable) >= manifest.threshold:
-            chosen = tuple(usable[: manifest.threshold])
-            try:
-                return self._state(channel, terms, raw_order, entry, chosen, deadline_s)
-            except ShareCorrupt as error:
-                problem = error
-                named = {each.deal.dealer.node for each in chosen} & set(error.holders[:1])
-                if not named:
-                    raise
-                log.error("bad deal", key=manifest.name, dealer=error.holders[0], reason=str(error))
-                usable = [each for each in usable if each.deal.dealer.node not in named]
-        raise problem or ShareCorrupt(
-            f"{manifest.name!r}: {len(usable)} holders dealt as they must, {manifest.threshold} are needed"
-        )
+        for verb, some in (
+            (SHARE_REFRESH, [job for job in jobs if not job.reshares]),
+            (SHARE_RESHARE, [job for job in jobs if job.reshares]),
+        ):
+            pending = [(job, list(job.dealt)) for job in some]
+            while pending:
+                pending = self._state(talker.channel, verb, pending, deadline_s)
+        for job in jobs:
+            if job.error is None:
+                with job.guarded():
+                    job.record = self._manifest(job)
+                    failpoint(f"{job.step}.stated")
 
     def _state(
-        self,
-        channel: Channel,
-        terms: Terms,
-        raw_order: bytes,
-        entry: Entry,
-        chosen: Sequence[_Dealt],
-        deadline_s: float,
-    ) -> _Stated:
-        deals = open_deals(terms, [each.raw for each in chosen], self._cluster)
-        raw_deals = [each.raw for each in chosen]
-        names = [holder.node for holder in terms.holders]
-        dealt = {name: [each.parts[place] for each in chosen] for place, name in enumerate(names)}
-        messages: dict[str, ShareRefresh | ShareReshare]
-        if isinstance(terms.change, ReshareOrder):
-            before = terms.before.raw, entry.row.certificate
-            messages = {
-                name: ShareReshare(*before, raw_order, terms.attempt, raw_deals, parts) for name, parts in dealt.items()
-            }
-            verb, check = SHARE_RESHARE, check_sub_shares
-        else:
-            messages = {name: ShareRefresh(raw_order, terms.attempt, raw_deals, parts) for name, parts in dealt.items()}
-            verb, check = SHARE_REFRESH, check_parts
-        replies = self._everybody(channel, verb, messages, deadline_s, _what(terms))
-        raws = tuple(replies[name].statement for name in names)
-        statements = tuple(open_part_statement(terms, deals, raw, self._cluster) for raw in raws)
-        check(terms, deals, statements)
-        return _Stated(tuple(chosen), raws, statements)
+        self, channel: Channel, verb: str, pending: Sequence[tuple[_Job, list[_Dealt]]], deadline_s: float
+    ) -> list[tuple[_Job, list[_Dealt]]]:
+        """Ask for the statements once; those that are to be asked again, with the deals that are left."""
+        chosen: dict[_Job, tuple[_Dealt, ...]] = {}
+        deals: dict[_Job, list[Deal]] = {}
+        asked: list[tuple[_Job, str, object]] = []
+        for job, usable in pending:
+            with job.guarded():
+                some = tuple(usable if job.reshares else usable[: job.terms.before.manifest.threshold])
+                deals[job] = open_deals(job.terms, [each.raw for each in some], self._cluster)
+                chosen[job] = some
+                asked += [(job, name, message) for name, message in self._questions(job, some)]
+        again = []
+        left = dict(pending)
+        for job, replies in self._ask(channel, verb, asked, deadline_s):
+            with job.guarded():
+                try:
+                    job.stated = self._checked_statements(job, chosen[job], deals[job], _whole(job, replies))
+                except ShareCorrupt as error:
+                    rest = _without_named(chosen[job], left[job], error)
+                    if job.reshares or len(rest) == len(left[job]) or len(rest) < job.terms.before.manifest.threshold:
+                        raise
+                    log.error("bad deal", key=job.order.name, dealer=error.holders[0], reason=str(error))
+                    again.append((job, rest))
+        return again
 
-    def _manifest(self, terms: Terms, raw_order: bytes, stated: _Stated) -> KeyRecord:
+    def _questions(self, job: _Job, chosen: Sequence[_Dealt]) -> Iterator[tuple[str, ShareRefresh | ShareReshare]]:
+        raws = [each.raw for each in chosen]
+        for place, name in enumerate(job.holders):
+            parts = [each.parts[place] for each in chosen]
+            if job.reshares:
+                yield name, ShareReshare(*job.before, job.raw_order, job.terms.attempt, raws, parts)
+            else:
+                yield name, ShareRefresh(job.raw_order, job.terms.attempt, raws, parts)
+
+    def _checked_statements(
+        self, job: _Job, chosen: tuple[_Dealt, ...], deals: list[Deal], replies: dict[str, Any]
+    ) -> _Stated:
+        raws = tuple(replies[name].statement for name in job.holders)
+        statements = tuple(open_part_statement(job.terms, deals, raw, self._cluster) for raw in raws)
+        (check_sub_shares if job.reshares else check_parts)(job.terms, deals, statements)
+        return _Stated(chosen, raws, statements)
+
+    def _manifest(self, job: _Job) -> KeyRecord:
         """The manifest of the new epoch: the one before with the new commitments, and what a reshare changes."""
-        before, change = terms.before, terms.change
-        reshare = isinstance(change, ReshareOrder)
-        signed_by_client = reshare and not change.fencing
+        before, order, stated = job.terms.before, job.order, job.stated
+        if stated is None:
+            raise ShareCorrupt(
+                f"{order.name!r}: {len(job.dealt)} holders dealt as they must, {before.manifest.threshold} are needed"
+            )
+        of_client = job.reshares and not order.fencing
         manifest = replace(
             before.manifest,
-            threshold=change.threshold if isinstance(change, ReshareOrder) else before.manifest.threshold,
-            sharing=b"" if signed_by_client else before.manifest.resharing,
-            placing=b"" if reshare else before.manifest.moving,
-            epoch=terms.epoch,
-            attempt=terms.attempt,
+            threshold=order.threshold if isinstance(order, ReshareOrder) else before.manifest.threshold,
+            sharing=b"" if of_client else before.manifest.resharing,
+            placing=b"" if job.reshares else before.manifest.moving,
+            epoch=job.terms.epoch,
+            attempt=job.terms.attempt,
             holders=[Holder(each.holder.node, each.holder.x, each.commitment) for each in stated.statements],
             previous=before.digest,
-            change=raw_order,
+            change=job.raw_order,
         )
         raw = sign_envelope("key", self._now_ms(), key_manifests.encode(manifest), self._signing)
         record = open_key_manifest(raw, self._cluster)
         check_successor(record, before)
         return record
 
-    def _renew(
-        self,
-        channel: Channel,
-        record: KeyRecord,
-        terms: Terms,
-        entry: Entry,
-        stated: _Stated,
-        reserved: Reserved,
-        deadline_s: float,
-    ) -> list[bytes]:
+    def _renew(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
         """Have every holder store its new share; their receipts."""
-        raw_deals, raws, aborts = [each.raw for each in stated.deals], list(stated.raws), list(reserved.aborts)
-        before = terms.before.raw, entry.row.certificate
-        reshare = isinstance(terms.change, ReshareOrder)
-        messages: dict[str, ShareRenew | ShareAccept] = {}
-        for place, holder in enumerate(terms.holders):
-            parts = [each.parts[place] for each in stated.deals]
-            messages[holder.node] = (
-                ShareAccept(*before, record.raw, raw_deals, parts, raws, aborts)
-                if reshare
-                else ShareRenew(record.raw, raw_deals, parts, raws, aborts)
-            )
-        verb = SHARE_ACCEPT if reshare else SHARE_RENEW
-        replies = self._everybody(channel, verb, messages, deadline_s, _what(terms))
-        receipts = []
-        for name, reply in replies.items():
-            if open_receipt(reply.receipt, record, self._cluster) != name:
-                raise ManifestError(f"{name} sent the receipt of another")
-            receipts.append(reply.receipt)
-        return receipts
+        for verb, some in (
+            (SHARE_RENEW, [job for job in jobs if not job.reshares]),
+            (SHARE_ACCEPT, [job for job in jobs if job.reshares]),
+        ):
+            asked = [(job, name, message) for job in some for name, message in _renewals(job)]
+            for job, replies in self._ask(talker.channel, verb, asked, deadline_s):
+                with job.guarded():
+                    for name, reply in _whole(job, replies).items():
+                        if open_receipt(reply.receipt, job.record, self._cluster) != name:
+                            raise ManifestError(f"{name} sent the receipt of another")
+                        job.receipts.append(reply.receipt)
+                    failpoint(f"{job.step}.renewed")
+
+    def _pass_on_settings(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
+        """Have new holders know the keys' settings before their shares count."""
+        for job in jobs:
+            newcomers = [name for name in job.holders if job.entry.manifest.holder(name) is None]
+            if job.entry.settings is not None and newcomers:
+                with job.guarded():
+                    self._conversation.spread_settings(talker.channel, job.entry.settings.raw, newcomers, deadline_s)
+
+    def _commit(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
+        messages = [Commit(job.record.raw, job.receipts) for job in jobs]
+        asker, channel = self._conversation, talker.channel
+        for job, reply in zip(
+            jobs, ask_registry_many(asker, channel, REGISTRY_COMMIT, messages, deadline_s), strict=True
+        ):
+            if isinstance(reply, EngineError):
+                job.error = reply
+            else:
+                job.certificate = reply.certificate
+
+    def _give_up(self, channel: Channel, job: _Job, error: EngineError | ValueError) -> None:
+        """Have the registry abort the attempt; if only its reply was lost, the key goes on."""
+        attempt = Outcome(job.order.key_id, job.reserved.attempt)
+        names = [holder.node for holder in job.terms.holders]
+        try:
+            job.certificate = self._conversation.give_up(channel, job.order.name, attempt, names, error)
+            if job.record is job.entry.record:
+                raise error
+        except (EngineError, ValueError) as failure:
+            job.outcome = failure
+
+    def _announce(self, channel: Channel, jobs: Sequence[_Job], deadline_s: float) -> None:
+        """Tell the new holders, then those that leave. Who misses it learns it from a combiner or the registry."""
+        told = []
+        for job in jobs:
+            failpoint(f"{job.step}.committed")
+            try:
+                open_certificate(job.certificate, job.record, self._cluster)
+            except EngineError as error:
+                job.outcome = error
+                continue
+            told.append(job)
+        commits = [(job, name, ShareCommit(job.order.key_id, job.certificate)) for job in told for name in job.holders]
+        until_s = min(deadline_s, self._clock() + COMMIT_WAIT_S)
+        for job, replies in self._ask(channel, SHARE_COMMIT, commits, until_s):
+            for name, reply in replies.items():
+                if isinstance(reply, EngineError):
+                    log.warning("commit not taken in yet", key=job.order.name, holder=name, reason=str(reply))
+        for job in told:
+            failpoint(f"{job.step}.announced")
+        pending = self._dismiss(channel, [job for job in told if job.reshares], deadline_s)
+        for job in told:
+            warnings = [*self._warnings(job.order), *pending.get(job, [])] if job.reshares else []
+            job.outcome = KeyDescription(job.record.raw, job.certificate, warnings[:16])
+
+    def _warnings(self, order: RefreshOrder | ReshareOrder) -> list[str]:
+        """What is to be said of the placement that a client ordered."""
+        if not isinstance(order, ReshareOrder) or order.fencing:
+            return []
+        level = self._cluster.domain_level
+        return list(check_placement(self._cluster.locations, order.holders, order.threshold, domain_level=level))
+
+    def _dismiss(self, channel: Channel, jobs: Sequence[_Job], deadline_s: float) -> dict[_Job, list[str]]:
+        """Have the holders of before that are none any more erase their share; warnings of those that did not say so.
+
+        They learn it from the registry's books, too.
+        """
+        asked: list[tuple[_Job, str, object]] = []
+        for job in jobs:
+            message = ShareLeave(job.record.raw, job.certificate)
+            leaving = {each.node for each in job.terms.before.manifest.holders} - set(job.holders)
+            asked += [(job, name, message) for name in sorted(leaving) if name in self._cluster.nodes]
+        until_s = min(deadline_s, self._clock() + COMMIT_WAIT_S)
+        warnings: dict[_Job, list[str]] = {}
+        for job, replies in self._ask(channel, SHARE_LEAVE, asked, until_s):
+            pending = [name for name, reply in replies.items() if isinstance(reply, EngineError)]
+            for name in pending:
+                reason = str(replies[name])
+                log.warning("a share is not erased yet", key=job.order.name, holder=name, reason=reason)
+            if pending:
+                warnings[job] = [f"{', '.join(pending)} did not say yet that its old share is erased"]
+        if jobs:
+            failpoint("dealer.reshare.dismissed")
+        return warnings
+
+    def _ask(
+        self, channel: Channel, verb: str, asked: Sequence[tuple[_Job, str, object]], deadline_s: float
+    ) -> list[tuple[_Job, dict[str, Any]]]:
+        """Each job with what its nodes replied, errors too."""
+        replies = ask_many(self._conversation, channel, verb, [(name, each) for _, name, each in asked], deadline_s)
+        found: dict[_Job, dict[str, Any]] = {}
+        for (job, name, _), reply in zip(asked, replies, strict=True):
+            found.setdefault(job, {})[name] = reply
+        return list(found.items())
+
+
+def _whole(job: _Job, replies: dict[str, Any]) -> dict[str, Any]:
+    """The replies of all that were asked; else the first refusal, or ``QuorumUnavailable`` that names the silent."""
+    silent: dict[str, EngineError] = {}
+    for name, reply in replies.items():
+        if isinstance(reply, NodeUnavailable | DeadlineExceeded):
+            silent[name] = reply
+        elif isinstance(reply, EngineError):
+            raise reply
+    if silent:
+        told = "; ".join(f"{name}: {error}" for name, error in silent.items())
+        raise QuorumUnavailable(f"{_what(job.terms)} needs all {len(replies)} holders ({told})", list(silent))
+    return replies
+
+
+def _without_named(chosen: Sequence[_Dealt], usable: Sequence[_Dealt], error: ShareCorrupt) -> list[_Dealt]:
+    """The deals that are left without that of the dealer which an error names first."""
+    named = {each.deal.dealer.node for each in chosen} & set(error.holders[:1])
+    return [each for each in usable if each.deal.dealer.node not in named]
+
+
+def _renewals(job: _Job) -> Iterator[tuple[str, ShareRenew | ShareAccept]]:
+    stated = job.stated or _Stated((), (), ())
+    raws, deals, aborts = list(stated.raws), [each.raw for each in stated.deals], list(job.reserved.aborts)
+    for place, name in enumerate(job.holders):
+        parts = [each.parts[place] for each in stated.deals]
+        if job.reshares:
+            yield name, ShareAccept(*job.before, job.record.raw, deals, parts, raws, aborts)
+        else:
+            yield name, ShareRenew(job.record.raw, deals, parts, raws, aborts)
+
+
+def _result(key_id: bytes, outcome: KeyDescription | EngineError | ValueError) -> MoveResult:
+    if isinstance(outcome, KeyDescription):
+        return MoveResult(key_id, read_key_manifest(outcome.manifest).manifest.epoch, "", "")
+    code = outcome.code if isinstance(outcome, EngineError) else "invalid-request"
+    return MoveResult(key_id, 0, code, str(outcome)[:MAX_TEXT])
 
 
 def _what(terms: Terms) -> str:

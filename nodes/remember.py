@@ -1,15 +1,21 @@
-"""Signatures that were found good, so that the same grant, receipt or manifest is not verified twice by one node.
+"""Signatures that were found good, and shares that were made of what was dealt, so that neither is worked out twice.
 
-What is remembered is that this key signed these bytes, which stays true; time, policy and epoch are checked each time.
+What is remembered is that this key signed these bytes, and what becomes of these bytes, which stay true; time, policy
+and epoch are checked each time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Final
 
+from engine.protocol.refresh import Deal, NewShare, Terms
+from engine.sharing import SALT_BYTES, SecretBuffer, Share
 from nodes.cache import Cache, CacheLimits, CacheStatistics, Reason
 
-__all__ = ["SignatureCache"]
+__all__ = ["Remembered", "SignatureCache"]
+
+SHARES_KEPT: Final = 64
 
 
 class SignatureCache:
@@ -38,3 +44,50 @@ class SignatureCache:
     def expire(self) -> int:
         """Forget those whose time is over."""
         return self._cache.expire(self._clock())
+
+
+_Kept = tuple[Terms, tuple[bytes, ...], tuple[bytes, ...], tuple[Deal, ...], tuple[bytes, ...], int, SecretBuffer]
+
+
+class Remembered:
+    """New shares that were worked out for a statement and are to be stored in a moment; used by one thread.
+
+    A few of the newest, each until it is taken, in locked memory: who forgets one works it out again.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[bytes, _Kept] = {}
+
+    def put(
+        self, terms: Terms, raws: Sequence[bytes], parts: Sequence[bytes], deals: Sequence[Deal], new: NewShare
+    ) -> None:
+        """Keep what these deals and parts make by these terms."""
+        key_id = terms.before.manifest.key_id
+        self._drop(key_id)
+        while len(self._kept) >= SHARES_KEPT:
+            self._drop(next(iter(self._kept)))
+        try:
+            secret = SecretBuffer.copy_of(new.salt + new.share.y)
+        except OSError:  # locked memory is short
+            return
+        self._kept[key_id] = (terms, tuple(raws), tuple(parts), tuple(deals), new.values, new.share.x, secret)
+
+    def take(self, terms: Terms, raws: Sequence[bytes], parts: Sequence[bytes]) -> tuple[list[Deal], NewShare] | None:
+        """What was kept of exactly these bytes, once."""
+        kept = self._kept.get(terms.before.manifest.key_id)
+        if kept is None:
+            return None
+        before, its_raws, its_parts, deals, values, x, secret = kept
+        same = (before.told(), before.order, before.before.digest) == (terms.told(), terms.order, terms.before.digest)
+        found = None
+        if same and its_raws == tuple(raws) and its_parts == tuple(parts):
+            with memoryview(secret) as view:
+                salt, y = bytes(view[:SALT_BYTES]), bytes(view[SALT_BYTES:])
+            found = list(deals), NewShare(Share(x, y), salt, values)
+        self._drop(terms.before.manifest.key_id)
+        return found
+
+    def _drop(self, key_id: bytes) -> None:
+        kept = self._kept.pop(key_id, None)
+        if kept is not None:
+            kept[-1].close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from engine.errors import AccessDenied, ManifestError, QuorumUnavailable, ShareCorrupt, StaleKey
 from engine.failpoints import failpoint
@@ -32,7 +32,9 @@ from engine.protocol.refresh import (
     BadDeal,
     Deal,
     NewShare,
+    Opener,
     PartStatement,
+    Sealer,
     Terms,
     check_parts,
     check_size,
@@ -55,13 +57,18 @@ from engine.protocol.requests import (
 )
 from engine.protocol.reshare import check_sub_shares, merged_share
 from engine.protocol.signed import Signed, SigningKey
-from engine.sharing import FINGERPRINT_BYTES, Share, commitment, deal_sub_shares, deal_zero
+from engine.sharing import FINGERPRINT_BYTES, SALT_BYTES, Share, commitment, deal_sub_shares, deal_zero
 from nodes.catalogue import Catalogue, Entry
 from nodes.holder import ShareHolder
 from nodes.orders import BalancerOrders
+from nodes.remember import Remembered
 from nodes.token import Lane
 
 __all__ = ["Renewer"]
+
+SEALED_TOGETHER: Final = 64
+SEALER_MS: Final = 5_000
+"""How many deals share an ephemeral key, and for how long."""
 
 R = TypeVar("R")
 
@@ -87,6 +94,11 @@ class Renewer(FollowsCluster):
         self._holder = holder
         self._orders = orders
         self._now_ms = now_ms
+        self._remembered = Remembered()
+        self._openers: dict[bytes, Opener] = {}
+        self._sealer, self._sealer_ms = Sealer(os.urandom(32)), now_ms()
+        self._dealt: set[tuple[bytes, bytes, int]] = set()
+        """The terms that were dealt by with this ephemeral key."""
 
     def deal(self, lane: Lane, body: ShareDeal, sender: Member) -> Dealt:
         """This node's sharing of zero for all holders, or of its share for the new ones. Nothing is kept of it."""
@@ -105,8 +117,8 @@ class Renewer(FollowsCluster):
         else:
             check_size(entry.record, len(share.y))
             updates = deal_zero(len(share.y) + FINGERPRINT_BYTES, threshold=entry.manifest.threshold, xs=xs)
-        drawn = os.urandom(64 * len(xs))
-        statement, parts = deal_parts(terms, self._signing, self._cluster, updates, self._now_ms(), drawn)
+        drawn, sealer = os.urandom(SALT_BYTES * len(xs)), self._sealer_for(terms)
+        statement, parts = deal_parts(terms, self._signing, self._cluster, updates, self._now_ms(), drawn, sealer)
         failpoint("holder.deal.dealt")
         return Dealt(statement, parts)
 
@@ -119,6 +131,7 @@ class Renewer(FollowsCluster):
         entry, terms, _ = self._begin(open_renewing_order, body.order, body.attempt, sender)
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._new_share(lane, entry, terms, deals, body.parts)
+        self._remembered.put(terms, body.deals, body.parts, deals, new)
         self._holder.pledge(entry.row.key_id, terms.attempt)
         failpoint("holder.refresh.pledged")
         statement = sign_part_statement(terms, deals, new, self._signing, self._now_ms())
@@ -134,8 +147,11 @@ class Renewer(FollowsCluster):
         entry, terms, _ = self._begin(open_renewing_order, change, attempt, sender, renews=record.digest)
         check_successor(record, entry.record)
         self._make_room(record, body.aborts)
-        deals = open_deals(terms, body.deals, self._cluster)
-        new = self._new_share(lane, entry, terms, deals, body.parts)
+        known = self._remembered.take(terms, body.deals, body.parts)
+        if known is None:
+            deals = open_deals(terms, body.deals, self._cluster)
+            known = deals, self._new_share(lane, entry, terms, deals, body.parts)
+        deals, new = known
         self._check(check_parts, record, terms, deals, body.statements, new)
         return self._holder.store_prepared(lane, record, new.share, new.salt)
 
@@ -146,6 +162,7 @@ class Renewer(FollowsCluster):
             self._orders.count(terms.change, issuer)
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._merged(terms, deals, body.parts)
+        self._remembered.put(terms, body.deals, body.parts, deals, new)
         self._holder.pledge(terms.before.manifest.key_id, terms.attempt)
         failpoint("holder.reshare.pledged")
         statement = sign_part_statement(terms, deals, new, self._signing, self._now_ms())
@@ -161,8 +178,11 @@ class Renewer(FollowsCluster):
         terms, _ = self._receive(body.before, body.certificate, change, attempt, sender, renews=record.digest)
         check_successor(record, terms.before)
         self._make_room(record, body.aborts)
-        deals = open_deals(terms, body.deals, self._cluster)
-        new = self._merged(terms, deals, body.parts)
+        known = self._remembered.take(terms, body.deals, body.parts)
+        if known is None:
+            deals = open_deals(terms, body.deals, self._cluster)
+            known = deals, self._merged(terms, deals, body.parts)
+        deals, new = known
         self._check(check_sub_shares, record, terms, deals, body.statements, new)
         return self._holder.store_prepared(lane, record, new.share, new.salt)
 
@@ -192,7 +212,9 @@ class Renewer(FollowsCluster):
     ) -> tuple[Terms, str]:
         """As ``_begin``, for a node that is to hold a share: by the certified manifest of the epoch before."""
         order, signed = open_sharing_order(raw_order, self._cluster, self._now_ms())
-        record = open_key_manifest(before, self._cluster)
+        known = self._catalogue.by_id(order.key_id)
+        own = known is not None and known.row.manifest == before and known.row.state == "committed"
+        record = known.record if known is not None and own else open_key_manifest(before, self._cluster)
         manifest = record.manifest
         if (manifest.key_id, manifest.name, manifest.epoch) != (order.key_id, order.name, order.from_epoch):
             raise ManifestError(f"the order replaces epoch {order.from_epoch} of {order.name!r}, not the one that came")
@@ -255,18 +277,30 @@ class Renewer(FollowsCluster):
         self, lane: Lane, entry: Entry, terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes]
     ) -> NewShare:
         old, _ = self._holder.own_share(lane, entry)
-        return self._by_either_key(lambda secret: new_share(terms, deals, parts, old, self._node, secret))
+        return self._by_either_key(lambda opener: new_share(terms, deals, parts, old, self._node, opener))
 
     def _merged(self, terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes]) -> NewShare:
-        opened = self._by_either_key(lambda secret: open_parts(terms, deals, parts, self._node, secret))
+        opened = self._by_either_key(lambda opener: open_parts(terms, deals, parts, self._node, opener))
         return merged_share(terms, deals, opened)
 
-    def _by_either_key(self, make: Callable[[bytes], R]) -> R:
-        *earlier, last = self._curve_secrets()
-        for secret in earlier:  # while its key changes, a dealer may know the one of before alone
+    def _by_either_key(self, make: Callable[[Opener], R]) -> R:
+        secrets = self._curve_secrets()
+        self._openers = {each: self._openers.get(each) or Opener(each) for each in secrets}
+        *earlier, last = (self._openers[each] for each in secrets)
+        for opener in earlier:  # while its key changes, a dealer may know the one of before alone
             with contextlib.suppress(BadDeal):
-                return make(secret)
+                return make(opener)
         return make(last)
+
+    def _sealer_for(self, terms: Terms) -> Sealer:
+        """The ephemeral key for what is dealt now: the same one for a while, but never twice by the same terms."""
+        now_ms = self._now_ms()
+        dealt = (terms.before.digest, terms.order, terms.attempt)
+        if dealt in self._dealt or len(self._dealt) >= SEALED_TOGETHER or abs(now_ms - self._sealer_ms) > SEALER_MS:
+            self._sealer, self._sealer_ms = Sealer(os.urandom(32)), now_ms
+            self._dealt = set()
+        self._dealt.add(dealt)
+        return self._sealer
 
     def _check(
         self,

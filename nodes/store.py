@@ -171,6 +171,7 @@ class ShareStore:
 
     def __init__(self, path: Path, node: str, lane: Lane) -> None:
         self._lock = threading.RLock()
+        self._together = False
         fresh = not path.exists()
         if fresh:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -224,8 +225,35 @@ class ShareStore:
             raise StoreCorrupt(f"the store does not belong to the token of {self._node!r}, or was changed") from None
 
     @contextmanager
+    def together(self) -> Iterator[None]:
+        """All changes until the end are one durable transaction; one that fails is undone alone."""
+        with self._lock, self._transaction():
+            self._together = True
+            try:
+                yield
+            finally:
+                self._together = False
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        """A change among others of one transaction."""
+        self._db.execute("SAVEPOINT step")
+        try:
+            yield
+        except BaseException:
+            if self._db.in_transaction:  # SQLite may have rolled back all of it by itself
+                self._db.execute("ROLLBACK TO step")
+                self._db.execute("RELEASE step")
+            raise
+        self._db.execute("RELEASE step")
+
+    @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._lock:
+            if self._together:
+                with self._step():
+                    yield
+                return
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 failpoint("store.write.begun")
@@ -378,6 +406,10 @@ class ShareStore:
     def rows(self) -> list[Row]:
         """Every row, each checked; a damaged one is told by ``StoreCorrupt``."""
         return self._read()
+
+    def rows_of(self, key_id: bytes) -> list[Row]:
+        """The rows of a key, each checked."""
+        return self._read("WHERE key_id = ?", key_id)
 
     def get(self, key_id: bytes, version: int = 1, epoch: int = 1) -> Row | None:
         """One row, checked."""

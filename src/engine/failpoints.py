@@ -71,6 +71,8 @@ POINTS: Final[Mapping[str, str]] = {
     "dealer.move.answered": "the reply was handed to the socket",
     "holder.deal.dealt": "the sharing is made; nobody has it",
     "holder.deal.answered": "the reply was handed to the socket",
+    "holder.many.recorded": "the audit records of a bundle of steps are durable; the coordinator has no reply",
+    "holder.many.answered": "the replies to a bundle were handed to the socket",
     "holder.refresh.pledged": "no earlier attempt is followed any more; nothing is signed yet",
     "holder.refresh.stated": "the statement is signed; nobody has it",
     "holder.refresh.answered": "the reply was handed to the socket",

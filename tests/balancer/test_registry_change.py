@@ -374,3 +374,21 @@ def test_who_may_reshare(key: Key) -> None:
     ):
         with pytest.raises(error, match=match):
             key.change(key.reshare_order(**{"holders": key.world.nodes[:3], **changes}))
+
+
+def test_what_is_booked_together_is_booked_together(key: Key) -> None:
+    """What fails in a bundle is undone alone; if the whole fails, nothing of it is there."""
+    order = key.reshare_order(key.world.nodes[:4])
+
+    def change_and_fail() -> None:
+        with key.registry.together():
+            assert key.change(order).attempt == 2
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        change_and_fail()
+    with key.registry.together():
+        with pytest.raises(ManifestError, match="replaces epoch 5"):
+            key.change(key.reshare_order(key.world.nodes[:4], from_epoch=5))
+        assert key.change(order).attempt == 2
+    assert key.change(order).attempt == 3

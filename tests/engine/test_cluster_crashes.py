@@ -40,7 +40,7 @@ KEPT = 8
 """Keys beyond this many are destroyed."""
 ROUNDS = 4
 """Lives of a key within which a point must have been passed."""
-ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.", "registry.adopt.", "dealer.move.")
+ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.", "registry.adopt.", "dealer.move.", "holder.many.")
 """Points that no life of a key here passes: tests/nodes/test_rotation.py and test_crash_points.py go through them, and
 tests/engine/test_cluster_moves.py."""
 REFRESH = (".refresh.", "holder.deal.", "holder.renew.", "registry.change.")

@@ -736,13 +736,14 @@ class _Refresh:
                 [1 ^ 16, 2 ^ 16, 3 ^ 16],
             )
             updates = [Share(x, y) for x, y in zip((1, 2, 3), values, strict=True)]
-            drawn = material(f"drawn {node}", 64 * 3)
-            self.dealt[node] = deal_parts(self.terms, world.keys[node], world.cluster, updates, 1, drawn)
+            drawn = material(f"drawn {node}", 32 * 3)
+            sealer = refresh.Sealer(material(f"ephemeral {node}", 32))
+            self.dealt[node] = deal_parts(self.terms, world.keys[node], world.cluster, updates, 1, drawn, sealer)
         self.deals = open_deals(self.terms, [self.dealt[node][0] for node in HOLDERS[:2]], world.cluster)
         self.new = {
             node: new_share(
                 self.terms, self.deals, self.parts(place), world.first.shares[node], node,
-                world.curve(node).private_bytes_raw(),
+                refresh.Opener(world.curve(node).private_bytes_raw()),
             )
             for place, node in enumerate(HOLDERS)
         }  # fmt: skip
@@ -843,14 +844,14 @@ def _change_part(r: Random, data: bytes, donor: bytes) -> bytes:
         return change_message(r, data, donor)
     state = the_refresh()
     dealer, node = HOLDERS[0], HOLDERS[1]
-    plain = bytearray(material(f"drawn {dealer}", 64 * 3)[:32] + bytes(state.length + 16))
+    plain = bytearray(material(f"drawn {dealer}", 32 * 3)[:32] + bytes(state.length + 16))
     for _ in range(1 + int(r.random() * 3)):
         plain[int(r.random() * len(plain))] = int(r.random() * 256)
     del plain[int(r.random() * 2 * len(plain)) :]
     manifest = state.world.first.manifest
     context = state.terms.part_context(manifest.holders[int(r.random() * 3)], manifest.holders[int(r.random() * 3)])
     public = state.world.curve(node).public_key().public_bytes_raw()
-    sealed = refresh.seal_part(public, bytes(plain), context, material(f"ephemeral {r.random()}", 32))
+    sealed = refresh.Sealer(material(f"ephemeral {r.random()}", 32)).seal(public, bytes(plain), context)
     return msgpack.packb([sealed, state.parts(1)[1]], use_bin_type=True)
 
 
@@ -864,7 +865,7 @@ def _take_part(data: bytes) -> str:
         parts,
         state.world.first.shares[node],
         node,
-        state.world.curve(node).private_bytes_raw(),
+        refresh.Opener(state.world.curve(node).private_bytes_raw()),
     )
     require(made == state.new[node], "other parts than the dealers' make another share")
     return "accepted"
@@ -1057,7 +1058,7 @@ def document_targets() -> list[Target]:
             base + "refresh.new_share",
             base + "refresh.open_parts",
             base + "refresh._open_part",
-            base + "refresh.seal_part",
+            base + "refresh.Sealer.seal",
             change=_change_part,
         ),
     ]

@@ -5,6 +5,7 @@ Holders with real stores and a real token; ``resharing`` is in the network's pla
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ from engine.protocol.manifest import (
     read_key_manifest,
 )
 from engine.protocol.moves import check_move
-from engine.protocol.requests import SHARE_ACCEPT, SHARE_DEAL, SHARE_RESHARE
+from engine.protocol.refresh import Opener, Sealer
+from engine.protocol.requests import SHARE_ACCEPT, SHARE_DEAL, SHARE_RESHARE, ShareCommit, ShareLeave
 from engine.sharing import NodeLocation, check_placement, placement_risk
 from nodes.orders import BalancerOrders
 from nodes.token import Lane, Token
@@ -322,3 +324,63 @@ def test_a_node_that_is_draining_gets_no_share_that_has_none(scene: Scene) -> No
     drain("node2", "node3")
     assert scene.reshare(order).manifest.epoch == 2
     assert scene.holds(ELSEWHERE, 2)
+
+
+# --- many at once ---
+
+
+def test_what_is_stored_together_is_durable_together_or_not_at_all(scene: Scene) -> None:
+    """One step that fails is undone alone; if the transaction fails, nothing of it is left, nor known."""
+    _, certificate = prepared(scene, ELSEWHERE)
+    node = scene.nodes["node2"]
+    before = node.rows()
+
+    def commit_and_fail() -> None:
+        with node.holder.together():
+            node.holder.commit(ShareCommit(scene.key_id, certificate))
+            assert node.rows() == {2: ("committed", True)}
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        commit_and_fail()
+    assert node.rows() == before == {1: ("committed", True), 2: ("prepared", True)}
+    assert node.entry.row.epoch == 1
+    coming = node.catalogue.next_of(scene.key_id)
+    assert coming is not None
+    assert coming.row.epoch == 2
+    with node.holder.together():
+        with contextlib.suppress(ZeroDivisionError), node.store._transaction():
+            node.store.delete(coming.row)
+            raise ZeroDivisionError
+        node.holder.commit(ShareCommit(scene.key_id, certificate))
+    node.restart()
+    assert node.rows() == {2: ("committed", True)}
+    leaver = scene.nodes["node1"]
+    sealed = leaver.entry.row.sealed
+    with leaver.holder.together():
+        leaver.holder.leave(ShareLeave(coming.row.manifest, certificate))
+    assert leaver.rows() == {2: ("moved", False)}
+    assert all(sealed[40:72] not in path.read_bytes() for path in scene.path.glob("node1.db*"))
+
+
+def test_an_order_for_a_key_comes_once_in_a_request(scene: Scene) -> None:
+    world = scene.world
+    orders = [world.renew_order(scene.dealt.record), world.renew_order(scene.dealt.record)]
+    with pytest.raises(ValueError, match="two orders for one key"):
+        scene.coordinator_of("node1").move(None, orders, 10.0)
+
+
+def test_a_dealers_key_is_used_for_one_part_of_a_context(scene: Scene) -> None:
+    """Deals of many keys share it; a deal by the same terms once more does not."""
+    prepared(scene, ELSEWHERE)
+    body = scene.bodies[SHARE_DEAL, "node1"]
+    first, second = (scene.step(SHARE_DEAL, "node1", body) for _ in range(2))
+    assert len({part[:32] for part in first.parts}) == 1
+    assert first.parts[0][:32] != second.parts[0][:32]
+    sealer = Sealer(bytes(range(32)))
+    public = scene.world.curve_key("node2").public_key().public_bytes_raw()
+    sealer.seal(public, b"a", b"context")
+    with pytest.raises(ValueError, match="was sealed before"):
+        sealer.seal(public, b"b", b"context")
+    opener = Opener(scene.world.curve_key("node2").private_bytes_raw())
+    assert opener.open(sealer.seal(public, b"b", b"another"), b"another") == b"b"

@@ -37,6 +37,8 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.refresh import (
     BadDeal,
+    Opener,
+    Sealer,
     Terms,
     check_parts,
     check_size,
@@ -50,6 +52,7 @@ from engine.protocol.requests import (
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
     REQUEST_CODECS,
+    SHARE_COMMIT,
     SHARE_DEAL,
     SHARE_REFRESH,
     SHARE_RENEW,
@@ -123,8 +126,9 @@ class Scene:
 
     def false_deal(self, name: str, updates: Sequence[Share]) -> Dealt:
         """A deal as a node can make it that does not keep to the protocol."""
-        drawn = os.urandom(64 * len(updates))
-        return Dealt(*deal_parts(self.terms, self.world.keys[name], self.world.cluster, updates, 1, drawn))
+        key, drawn = self.world.keys[name], os.urandom(32 * len(updates))
+        sealer = Sealer(os.urandom(32))
+        return Dealt(*deal_parts(self.terms, key, self.world.cluster, updates, 1, drawn, sealer))
 
     def deals(self, **false: Dealt) -> dict[str, Dealt]:
         """Deals of the first t holders, in the manifest's order."""
@@ -380,7 +384,7 @@ def test_a_part_opens_for_its_holder_alone(scene: Scene) -> None:
     opened = open_deals(scene.terms, raws, scene.world.cluster)
     parts = [each.parts[3] for each in deals.values()]
     old = scene.nodes["node4"].share()
-    mine, theirs = (scene.world.curve_key(name).private_bytes_raw() for name in ("node4", "node1"))
+    mine, theirs = (Opener(scene.world.curve_key(name).private_bytes_raw()) for name in ("node4", "node1"))
     assert new_share(scene.terms, opened, parts, old, "node4", mine)
     with pytest.raises(BadDeal, match="does not open"):
         new_share(scene.terms, opened, parts, old, "node4", theirs)
@@ -781,6 +785,9 @@ class Carrier:
     def ask_all(self, channel: object, verb: str, bodies: dict[str, bytes], *rest: object) -> Iterator[tuple[str, Any]]:
         self.verbs.append(verb)
         for name, body in bodies.items():
+            if verb == SHARE_COMMIT:
+                yield name, self.scene.nodes[name].holder.commit(REQUEST_CODECS[verb].decode(body))
+                continue
             renewer = self.scene.nodes[name].renewer
             step = {SHARE_DEAL: renewer.deal, SHARE_REFRESH: renewer.refresh, SHARE_RENEW: renewer.renew}[verb]
             try:
@@ -789,9 +796,6 @@ class Carrier:
             except EngineError as error:
                 reply = error
             yield name, reply
-
-    def announce(self, channel: object, record: KeyRecord, certificate: bytes, names: Any, deadline_s: float) -> None:
-        self.scene.commit(names, certificate)
 
     def give_up(self, channel: object, name: str, attempt: Any, holders: Any, error: Exception) -> bytes:
         self.given_up.append(attempt.attempt)
@@ -820,13 +824,14 @@ def coordinate(scene: Scene, carrier: Carrier) -> Any:
 
 def test_the_coordinator_takes_every_step_once(scene: Scene, carrier: Carrier) -> None:
     described = coordinate(scene, carrier)
-    assert carrier.verbs == [REGISTRY_CHANGE, SHARE_DEAL, SHARE_REFRESH, SHARE_RENEW, REGISTRY_COMMIT]
+    steps = [SHARE_DEAL, SHARE_REFRESH, SHARE_RENEW]
+    assert carrier.verbs == [REGISTRY_CHANGE, *steps, REGISTRY_COMMIT, SHARE_COMMIT]
     assert (scene.record.raw, scene.record.manifest.epoch) == (described.manifest, 2)
     assert all(node.epochs() == {2: "committed"} for node in scene.nodes.values())
     assert not carrier.given_up
     again = coordinate(scene, carrier)  # the same order: the epoch that it names is past
     assert again.manifest == described.manifest
-    assert len(carrier.verbs) == 5
+    assert len(carrier.verbs) == 6
 
 
 def test_a_false_dealer_is_left_out(scene: Scene, carrier: Carrier) -> None:

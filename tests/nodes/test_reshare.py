@@ -43,6 +43,8 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.refresh import (
     BadDeal,
+    Opener,
+    Sealer,
     Terms,
     deal_parts,
     open_deals,
@@ -68,6 +70,10 @@ from engine.sharing import FINGERPRINT_BYTES, Share, check_value, deal_sub_share
 from nodes.token import Lane, Token
 
 # --- the protocol alone ---
+
+
+def sealer() -> Sealer:
+    return Sealer(os.urandom(32))
 
 
 class Round:
@@ -96,15 +102,15 @@ class Round:
         raws, dealt = [], []
         for dealer in self.terms.dealers:
             updates = false.get(dealer.node) or self.sub_shares(self.shares[dealer.node].y)
-            key, drawn = self.world.keys[dealer.node], os.urandom(64 * len(updates))
-            raw, parts = deal_parts(self.terms, key, self.world.cluster, updates, 1, drawn)
+            key, drawn = self.world.keys[dealer.node], os.urandom(32 * len(updates))
+            raw, parts = deal_parts(self.terms, key, self.world.cluster, updates, 1, drawn, sealer())
             raws.append(raw)
             dealt.append(parts)
         self.deals = open_deals(self.terms, raws, self.world.cluster)
         self.made = {}
         for place, holder in enumerate(self.terms.holders):
             secret = self.world.curve_key(holder.node).private_bytes_raw()
-            opened = open_parts(self.terms, self.deals, [parts[place] for parts in dealt], holder.node, secret)
+            opened = open_parts(self.terms, self.deals, [parts[place] for parts in dealt], holder.node, Opener(secret))
             self.made[holder.node] = merged_share(self.terms, self.deals, opened)
 
     def check(self) -> None:
@@ -240,21 +246,25 @@ def test_deals_are_of_all_dealers_and_one_more_than_the_threshold(world: Any) ->
     raws = []
     for dealer in round_.terms.dealers:
         updates = round_.sub_shares(round_.shares[dealer.node].y)
-        raws.append(deal_parts(round_.terms, world.keys[dealer.node], world.cluster, updates, 1, os.urandom(192))[0])
+        raws.append(
+            deal_parts(round_.terms, world.keys[dealer.node], world.cluster, updates, 1, os.urandom(96), sealer())[0]
+        )
     for some in (raws[:3], raws[1:], [*raws[:3], raws[2]], raws[::-1]):
         with pytest.raises(ManifestError, match="deals for"):
             open_deals(round_.terms, some, world.cluster)
     order = world.reshare_order(round_.dealt.record, threshold=2, holders=NODES[:3], without=["node3", "node4"])
     few = Terms.of(round_.dealt.record, 2, order)
     two = [
-        deal_parts(few, world.keys[name], world.cluster, round_.sub_shares(round_.shares[name].y), 1, os.urandom(192))
+        deal_parts(
+            few, world.keys[name], world.cluster, round_.sub_shares(round_.shares[name].y), 1, os.urandom(96), sealer()
+        )
         for name in NODES[:2]
     ]
     with pytest.raises(ManifestError, match="one more than the threshold"):
         open_deals(few, [raw for raw, _ in two], world.cluster)
     given_up = world.keys["node3"], world.cluster, round_.sub_shares(bytes(round_.length))
     with pytest.raises(ManifestError, match="'node3' is no holder of 'orders' that deals"):
-        deal_parts(few, *given_up, 1, os.urandom(192))
+        deal_parts(few, *given_up, 1, os.urandom(96), sealer())
 
 
 # --- holders with stores, and the coordinator ---
@@ -359,8 +369,8 @@ def test_who_deals_a_false_share_is_named(scene: Scene) -> None:
         terms = Terms.of(scene.nodes["node3"].entry.record, body.attempt, body.order)
         masked = Share(1, os.urandom(64 + FINGERPRINT_BYTES))
         updates = deal_sub_shares(masked, threshold=2, xs=[1, 2, 3])
-        key, drawn = scene.world.keys["node3"], os.urandom(192)
-        return Dealt(*deal_parts(terms, key, scene.world.cluster, updates, 1, drawn))
+        key, drawn = scene.world.keys["node3"], os.urandom(96)
+        return Dealt(*deal_parts(terms, key, scene.world.cluster, updates, 1, drawn, sealer()))
 
     scene.false[SHARE_DEAL, "node3"] = false
     with pytest.raises(BadDeal, match="what node3 dealt for 'orders' is not its share") as caught:

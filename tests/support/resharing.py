@@ -16,6 +16,7 @@ from engine.protocol.requests import (
     REGISTRY_COMMIT,
     REQUEST_CODECS,
     SHARE_ACCEPT,
+    SHARE_COMMIT,
     SHARE_DEAL,
     SHARE_LEAVE,
     SHARE_REFRESH,
@@ -71,19 +72,22 @@ class Scene:
         """Have a node carry the order out by the next attempt."""
         self.attempt += 1
         self.coordinator = coordinator
-        node: Any = self.nodes[coordinator]
-        made = Coordinator(
+        talker: Any = type("Talker", (), {"channel": None})()
+        self.described = self.coordinator_of(coordinator).change(talker, order, 10.0)
+        return read_key_manifest(self.described.manifest)
+
+    def coordinator_of(self, name: str) -> Coordinator:
+        """A node's coordinator, which talks to this."""
+        node: Any = self.nodes[name]
+        return Coordinator(
             self.world.cluster,
-            self.world.keys[coordinator],
+            self.world.keys[name],
             node.catalogue,
             self,  # type: ignore[arg-type]
             node.orders,
             self.world.clock,
             lambda: 0.0,
         )
-        talker: Any = type("Talker", (), {"channel": None})()
-        self.described = made.change(talker, order, 10.0)
-        return read_key_manifest(self.described.manifest)
 
     # --- what the coordinator talks to ---
 
@@ -109,6 +113,8 @@ class Scene:
         node = self.nodes[name]
         if verb == SHARE_LEAVE:
             return node.holder.leave(body)
+        if verb == SHARE_COMMIT:
+            return node.holder.commit(body)
         renewer = node.renewer
         steps = {
             SHARE_DEAL: renewer.deal,
@@ -118,10 +124,6 @@ class Scene:
             SHARE_RENEW: renewer.renew,
         }
         return steps[verb](self.lane, body, self.member(sender or self.coordinator))
-
-    def announce(self, channel: object, record: KeyRecord, certificate: bytes, names: Any, deadline_s: float) -> None:
-        for name in names:
-            self.nodes[name].holder.commit(ShareCommit(self.key_id, certificate))
 
     def give_up(self, channel: object, name: str, attempt: Any, holders: Any, error: Exception) -> bytes:
         self.given_up.append(attempt.attempt)

@@ -44,7 +44,7 @@ MAX_GAPS: Final = 1_000
 """Gaps that a check remembers, to tell a line that was moved from one that was made up."""
 SEGMENT, START, STOP, TORN, BROKEN, RESUMED = "segment", "start", "stop", "torn", "broken", "resumed"
 HEAD, PEER_HEAD, PEER_FORK = "head", "peer-head", "peer-fork"
-REQUEST, REPLY, BOOKS, REFUSED = "request", "reply", "books", "refused"
+REQUEST, REPLY, STEP, BOOKS, REFUSED = "request", "reply", "step", "books", "refused"
 
 _PREFIX: Final = re.compile(rb'\{"seq":([0-9]{1,18}),"prev":"([0-9a-f]{64})",')
 

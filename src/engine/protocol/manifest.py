@@ -7,12 +7,13 @@ milliseconds since the Unix epoch.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cached_property, lru_cache
 from types import MappingProxyType
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import zmq.utils.z85
 from msgspec import Meta, Struct
@@ -242,11 +243,32 @@ class Cluster:
 
     def sign_key(self, *roles: Role) -> Mapping[str, bytes]:
         """The Ed25519 public keys of the members of these roles, by name."""
-        return {m.name: m.sign_public for m in self.members.values() if m.role in roles}
+        found = self._sign_keys.get(roles)
+        if found is None:
+            found = {m.name: m.sign_public for m in self.members.values() if m.role in roles}
+            self._sign_keys[roles] = found
+        return found
 
     def sign_key_ever(self, role: Role) -> Mapping[str, tuple[bytes, ...]]:
         """The same with all keys of past manifests: for documents that were made under them and still stand."""
-        return {name: keys for (name, its_role), keys in self.past.items() if its_role == role}
+        found = self._sign_keys_ever.get(role)
+        if found is None:
+            found = {name: keys for (name, its_role), keys in self.past.items() if its_role == role}
+            self._sign_keys_ever[role] = found
+        return found
+
+    @cached_property
+    def _sign_keys(self) -> dict[tuple[Role, ...], Mapping[str, bytes]]:
+        return {}
+
+    @cached_property
+    def _sign_keys_ever(self) -> dict[Role, Mapping[str, tuple[bytes, ...]]]:
+        return {}
+
+    @cached_property
+    def seen(self) -> Seen:
+        """Documents of keys that were found good by this manifest, whatever the time is: they come again and again."""
+        return Seen()
 
     def allows(self, identity: str, operation: str, key_name: str) -> bool:
         """Whether the policy lets a client do this to that key; what no rule allows is denied."""
@@ -304,6 +326,26 @@ class Cluster:
     @cached_property
     def _holders(self) -> dict[int, tuple[str, ...]]:
         return {}
+
+
+class Seen:
+    """What some of the newest documents say, by their bytes; safe for several threads."""
+
+    def __init__(self, most: int = 512) -> None:
+        self._most = most
+        self._known: dict[tuple[bytes, ...], Any] = {}
+        self._lock = threading.Lock()
+
+    def get(self, *key: bytes) -> Any:
+        """What was put in under this key, or None."""
+        return self._known.get(key)
+
+    def put(self, value: Any, *key: bytes) -> None:
+        """Keep it in the place of the oldest."""
+        with self._lock:
+            self._known[key] = value
+            if len(self._known) > self._most:
+                del self._known[next(iter(self._known))]
 
 
 class ClusterSource(Protocol):
@@ -913,6 +955,7 @@ def open_renewing_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tup
     return (open_renew_order if _kind(raw) == _RENEW_KIND else open_refresh_order)(raw, cluster, now_ms)
 
 
+@lru_cache(maxsize=256)
 def read_change_order(raw: bytes) -> RefreshOrder | ReshareOrder:
     """The order of a later epoch without any check."""
     return (reshare_orders if _is_sharing(raw) else refresh_orders).decode(read_unverified(raw).payload)
@@ -940,28 +983,48 @@ def open_key_manifest(raw: bytes, cluster: Cluster, now_ms: int | None = None) -
     that is carried out is held against time and policy. Later, the members of past manifests count too. A later
     manifest is held against its predecessor by ``check_successor``, where that is at hand.
     """
-    signed = verify_envelope(raw, "key", cluster.sign_key_ever("node") if now_ms is None else cluster.sign_key("node"))
+    record: KeyRecord | None = cluster.seen.get(b"key", raw)
+    if record is None:
+        record = _checked_manifest(raw, cluster)
+        cluster.seen.put(record, b"key", raw)
+    if now_ms is not None:
+        _check_today(record, cluster, now_ms)
+    return record
+
+
+def _check_today(record: KeyRecord, cluster: Cluster, now_ms: int) -> None:
+    """What goes beyond a good manifest where its share is first stored."""
+    verify_envelope(record.raw, "key", cluster.sign_key("node"))
+    manifest = record.manifest
+    if manifest.epoch == 1:
+        open_create_order(manifest.order, cluster, now_ms)
+    else:
+        open_change_order(manifest.change, cluster, now_ms)
+    for holder in manifest.holders:
+        if holder.node not in cluster.nodes:
+            raise ManifestError(
+                f"key manifest of {manifest.name!r}: the holder {holder.node!r} is no node of the cluster"
+            )
+
+
+def _checked_manifest(raw: bytes, cluster: Cluster) -> KeyRecord:
+    signed = verify_envelope(raw, "key", cluster.sign_key_ever("node"))
     manifest = key_manifests.decode(signed.payload)
-    order, _ = open_create_order(manifest.order, cluster, now_ms if manifest.epoch == 1 else None)
+    order, _ = open_create_order(manifest.order, cluster, None)
     if (manifest.key_id, manifest.name, manifest.algorithm) != (order.key_id, order.name, order.algorithm):
         raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's order")
-    _check_epoch(manifest, cluster, now_ms)
+    _check_epoch(manifest, cluster)
     _check_sharing(manifest, order, cluster)
     if len({holder.node for holder in manifest.holders}) != manifest.shares:
         raise ManifestError(f"key manifest of {manifest.name!r}: a node holds two shares")
     if len({holder.x for holder in manifest.holders}) != manifest.shares:
         raise ManifestError(f"key manifest of {manifest.name!r}: two shares have the same x")
-    for holder in manifest.holders:
-        if now_ms is not None and holder.node not in cluster.nodes:
-            raise ManifestError(
-                f"key manifest of {manifest.name!r}: the holder {holder.node!r} is no node of the cluster"
-            )
     if bool(manifest.public_key) != ALGORITHMS[order.algorithm].asymmetric:
         raise ManifestError(f"key manifest of {manifest.name!r}: public key missing or out of place")
     return KeyRecord(manifest, signed.digest, signed.issuer, raw)
 
 
-def _check_epoch(manifest: KeyManifest, cluster: Cluster, now_ms: int | None) -> None:
+def _check_epoch(manifest: KeyManifest, cluster: Cluster) -> None:
     if manifest.version != 1:
         raise ManifestError(f"key manifest of {manifest.name!r}: version {manifest.version}; keys have version 1 alone")
     if manifest.epoch == 1:
@@ -970,7 +1033,7 @@ def _check_epoch(manifest: KeyManifest, cluster: Cluster, now_ms: int | None) ->
         return
     if len(manifest.previous) != 32:
         raise ManifestError(f"key manifest of {manifest.name!r}: epoch {manifest.epoch} names no predecessor")
-    change, signed = open_change_order(manifest.change, cluster, now_ms)
+    change, signed = open_change_order(manifest.change, cluster, None)
     if (change.key_id, change.name, change.from_epoch + 1) != (manifest.key_id, manifest.name, manifest.epoch):
         raise ManifestError(
             f"key manifest of {manifest.name!r}: it differs from the {_OF[signed.kind]}'s {_ORDERS[signed.kind]}"
@@ -1052,6 +1115,7 @@ def check_successor(record: KeyRecord, before: KeyRecord) -> None:
         raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change the holders")
 
 
+@lru_cache(maxsize=256)
 def read_key_manifest(raw: bytes) -> KeyRecord:
     """A key manifest without its checks: for one that was checked before and comes from an authenticated store."""
     signed = read_unverified(raw)
@@ -1083,6 +1147,9 @@ def open_certificate(raw: bytes, record: KeyRecord, cluster: Cluster) -> tuple[s
     They are at least t+1 (n if fewer) for a first epoch, and all n for a later one: each holder erases its share of the
     epoch before on the certificate's word.
     """
+    known: tuple[str, ...] | None = cluster.seen.get(b"certificate", raw, record.digest)
+    if known is not None:
+        return known
     signed = verify_envelope(raw, "certificate", cluster.sign_key_ever("balancer"))
     certificate = certificates.decode(signed.payload)
     if (certificate.key_id, certificate.manifest_hash) != (record.manifest.key_id, record.digest):
@@ -1093,6 +1160,7 @@ def open_certificate(raw: bytes, record: KeyRecord, cluster: Cluster) -> tuple[s
         raise ManifestError(
             f"commit certificate of {record.manifest.name!r}: {len(holders)} receipts, {needed} are needed"
         )
+    cluster.seen.put(holders, b"certificate", raw, record.digest)
     return holders
 
 

@@ -49,7 +49,9 @@ __all__ = [
     "BadDeal",
     "Deal",
     "NewShare",
+    "Opener",
     "PartStatement",
+    "Sealer",
     "Terms",
     "check_complete",
     "check_parts",
@@ -64,6 +66,7 @@ __all__ = [
     "weights",
 ]
 
+EXCHANGES_KEPT: Final = 64
 PART_OVERHEAD: Final = FINGERPRINT_BYTES + SALT_BYTES + 32 + 16
 """Bytes of a sealed part beyond the share's own: mask, salt, the ephemeral key, the tag."""
 STATEMENT_BYTES: Final = 640
@@ -227,42 +230,87 @@ def check_size(record: KeyRecord, length: int) -> None:
 
 
 def deal_parts(
-    terms: Terms, key: SigningKey, cluster: Cluster, updates: Sequence[Share], serial: int, random_bytes: bytes
+    terms: Terms,
+    key: SigningKey,
+    cluster: Cluster,
+    updates: Sequence[Share],
+    serial: int,
+    random_bytes: bytes,
+    sealer: Sealer,
 ) -> tuple[bytes, list[bytes]]:
     """Deal a sharing of zero (``deal_zero``) or of the own share (``deal_sub_shares``): the statement and sealed parts.
 
-    ``updates`` are of the share and the mask, in the new manifest's order. ``random_bytes`` are 64 for each holder: its
-    contribution to the salt, and an ephemeral key.
+    ``updates`` are of the share and the mask, in the new manifest's order. ``random_bytes`` are 32 for each holder: its
+    contribution to the salt.
     """
     manifest = terms.before.manifest
     dealer = next((each for each in terms.dealers if each.node == key.name), None)
     if dealer is None:
         raise ManifestError(f"{key.name!r} is no holder of {manifest.name!r} that deals")
-    if len(random_bytes) != 64 * len(terms.holders):
-        raise ValueError(f"{len(random_bytes)} random bytes for {len(terms.holders)} holders; 64 each are needed")
+    if len(random_bytes) != SALT_BYTES * len(terms.holders):
+        raise ValueError(f"{len(random_bytes)} random bytes for {len(terms.holders)} holders; 32 each are needed")
     commitments, parts = [], []
     for place, (holder, update) in enumerate(zip(terms.holders, updates, strict=True)):
         node = cluster.nodes.get(holder.node)
         if node is None:
             raise ManifestError(f"the holder {holder.node!r} of {manifest.name!r} is no node of the cluster")
-        drawn = random_bytes[64 * place : 64 * (place + 1)]
-        plain = update.y + drawn[:SALT_BYTES]
+        plain = update.y + random_bytes[SALT_BYTES * place : SALT_BYTES * (place + 1)]
         context = terms.part_context(dealer, holder)
         commitments.append(_part_commitment(context, plain))
-        parts.append(seal_part(node.curve_public, plain, context, drawn[SALT_BYTES:]))
+        parts.append(sealer.seal(node.curve_public, plain, context))
     payload = refresh_deals.encode(RefreshDeal(*terms.told(), terms.order, terms.before.digest, commitments))
     return sign_envelope("refresh.deal", serial, payload, key), parts
 
 
-def seal_part(public: bytes, plain: bytes, context: bytes, ephemeral: bytes) -> bytes:
-    """Encrypt to an X25519 public key: ephemeral key, HKDF-SHA256 over ``context``, AES-256-GCM.
+class Sealer:
+    """Encrypts parts to X25519 public keys: ephemeral key, HKDF-SHA256 over the part's context, AES-256-GCM.
 
-    The key is used once, so the nonce is zero.
+    The key is used once, so the nonce is zero. One ephemeral key does for many parts, each of another context: a dealer
+    exchanges it once with each holder, and a holder once with each dealer. ``random_bytes`` are 32.
     """
-    private = X25519PrivateKey.from_private_bytes(ephemeral)
-    sent = private.public_key().public_bytes_raw()
-    key = _part_key(private.exchange(X25519PublicKey.from_public_bytes(public)), sent, public, context)
-    return sent + AESGCM(key).encrypt(bytes(12), plain, None)
+
+    def __init__(self, random_bytes: bytes) -> None:
+        self._private = X25519PrivateKey.from_private_bytes(random_bytes)
+        self._sent = self._private.public_key().public_bytes_raw()
+        self._shared: dict[bytes, bytes] = {}
+        self._used: set[bytes] = set()
+
+    def __repr__(self) -> str:
+        return f"Sealer({len(self._used)})"
+
+    def seal(self, public: bytes, plain: bytes, context: bytes) -> bytes:
+        """The sealed part; ``ValueError`` for a context that was sealed for before, whose key would be used twice."""
+        if context in self._used:
+            raise ValueError("a part of this context was sealed before; its key is good for one")
+        self._used.add(context)
+        shared = self._shared.get(public)
+        if shared is None:
+            shared = self._private.exchange(X25519PublicKey.from_public_bytes(public))
+            self._shared[public] = shared
+        return self._sent + AESGCM(_part_key(shared, self._sent, public, context)).encrypt(bytes(12), plain, None)
+
+
+class Opener:
+    """A holder's X25519 key, with what it exchanged of late: a dealer sends one ephemeral key with many parts."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._private = X25519PrivateKey.from_private_bytes(secret)
+        self._public = self._private.public_key().public_bytes_raw()
+        self._shared: dict[bytes, bytes] = {}
+
+    def __repr__(self) -> str:
+        return f"Opener({len(self._shared)})"
+
+    def open(self, sealed: bytes, context: bytes) -> bytes:
+        """The plain part; ``InvalidTag`` of pyca/cryptography, or ``ValueError``, if it does not open."""
+        sent = sealed[:32]
+        shared = self._shared.get(sent)
+        if shared is None:
+            shared = self._private.exchange(X25519PublicKey.from_public_bytes(sent))
+            while len(self._shared) >= EXCHANGES_KEPT:
+                del self._shared[next(iter(self._shared))]
+            self._shared[sent] = shared
+        return AESGCM(_part_key(shared, sent, self._public, context)).decrypt(bytes(12), sealed[32:], None)
 
 
 def _part_key(shared: bytes, sent: bytes, public: bytes, context: bytes) -> bytes:
@@ -317,7 +365,7 @@ def _entry(terms: Terms, signed: Signed, among: Sequence[Holder]) -> Holder:
 
 
 def new_share(
-    terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes], old: Share, node: str, curve_secret: bytes
+    terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes], old: Share, node: str, opener: Opener
 ) -> NewShare:
     """What a holder's share becomes by what was dealt to it; ``BadDeal`` names the dealer of a part that is wrong."""
     manifest = terms.before.manifest
@@ -325,7 +373,7 @@ def new_share(
     if mine is None or mine.x != old.x:
         raise ManifestError(f"{node!r} holds no share of {manifest.name!r} with x = {old.x}")
     updates, values = [], []
-    opened = open_parts(terms, deals, parts, node, curve_secret)
+    opened = open_parts(terms, deals, parts, node, opener)
     for deal, update in zip(deals, opened.shares, strict=True):
         if len(update.y) != len(old.y) + FINGERPRINT_BYTES:
             raise BadDeal(f"{deal.dealer.node} dealt {node} {len(update.y)} bytes", [deal.dealer.node])
@@ -345,9 +393,7 @@ class OpenedParts:
         return f"OpenedParts({len(self.shares)})"
 
 
-def open_parts(
-    terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes], node: str, curve_secret: bytes
-) -> OpenedParts:
+def open_parts(terms: Terms, deals: Sequence[Deal], parts: Sequence[bytes], node: str, opener: Opener) -> OpenedParts:
     """The parts dealt to ``node``, each decrypted and held against its dealer's commitment; else ``BadDeal``."""
     manifest = terms.before.manifest
     mine = terms.holder(node)
@@ -355,11 +401,10 @@ def open_parts(
         raise ManifestError(f"{node!r} is not to hold a share of {manifest.name!r}")
     if len(parts) != len(deals):
         raise ManifestError(f"{len(parts)} parts of {len(deals)} deals for {manifest.name!r}")
-    private = X25519PrivateKey.from_private_bytes(curve_secret)
     place = terms.holders.index(mine)
     shares, salts = [], hashlib.sha256(_SALT_LABEL + terms.context + bytes([mine.x]))
     for deal, sealed in zip(deals, parts, strict=True):
-        plain = _open_part(private, sealed, terms.part_context(deal.dealer, mine), deal, place)
+        plain = _open_part(opener, sealed, terms.part_context(deal.dealer, mine), deal, place)
         if len(plain) <= FINGERPRINT_BYTES + SALT_BYTES:
             raise BadDeal(f"{deal.dealer.node} dealt {node} {len(plain)} bytes", [deal.dealer.node])
         shares.append(Share(mine.x, plain[:-SALT_BYTES]))
@@ -367,13 +412,10 @@ def open_parts(
     return OpenedParts(tuple(shares), salts.digest())
 
 
-def _open_part(private: X25519PrivateKey, sealed: bytes, context: bytes, deal: Deal, place: int) -> bytes:
+def _open_part(opener: Opener, sealed: bytes, context: bytes, deal: Deal, place: int) -> bytes:
     """A part decrypted and held against its dealer's commitment."""
-    sent = sealed[:32]
     try:
-        shared = private.exchange(X25519PublicKey.from_public_bytes(sent))
-        key = _part_key(shared, sent, private.public_key().public_bytes_raw(), context)
-        plain = AESGCM(key).decrypt(bytes(12), sealed[32:], None)
+        plain = opener.open(sealed, context)
     except (PycaInvalidTag, ValueError):
         raise BadDeal(f"a part that {deal.dealer.node} dealt does not open", [deal.dealer.node]) from None
     if not hmac.compare_digest(_part_commitment(context, plain), deal.commitments[place]):

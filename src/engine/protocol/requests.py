@@ -848,6 +848,31 @@ class Table(Message, frozen=True):
     table: Blob
 
 
+BUNDLE_MAX: Final = 32
+"""Most requests in a bundle."""
+BUNDLED: Final = 60 * 1024
+
+
+class Bundle(Message, frozen=True):
+    """``[verb, bodies]``: many requests of one verb, each about another key, that are carried out together."""
+
+    verb: Annotated[str, Meta(max_length=32)]
+    bodies: Annotated[list[Annotated[bytes, Meta(max_length=BUNDLED)]], Meta(min_length=1, max_length=BUNDLE_MAX)]
+
+
+class BundleResult(Message, frozen=True):
+    """``[good, body]``: the body of the ok reply, or of the error."""
+
+    good: bool
+    body: Annotated[bytes, Meta(max_length=BUNDLED)]
+
+
+class BundleResults(Message, frozen=True):
+    """``[results]``: of the first so many requests, in their order; the rest were not looked at."""
+
+    results: Annotated[list[BundleResult], Meta(min_length=1, max_length=BUNDLE_MAX)]
+
+
 HELLO: Final = "hello"
 MANIFEST_FETCH: Final = "manifest.fetch"
 MANIFEST_OFFER: Final = "manifest.offer"
@@ -865,6 +890,7 @@ SHARE_ACCEPT: Final = "share.accept"
 SHARE_LEAVE: Final = "share.leave"
 SHARE_SETTINGS: Final = "share.settings"
 SHARE_RECALL: Final = "share.recall"
+SHARE_MANY: Final = "share.many"
 STATS: Final = "stats"
 MOVE: Final = "move"
 LATENCY: Final = "latency"
@@ -877,6 +903,7 @@ REGISTRY_SYNC: Final = "registry.sync"
 REGISTRY_OUTCOME: Final = "registry.outcome"
 REGISTRY_ABORT: Final = "registry.abort"
 REGISTRY_LACKING: Final = "registry.lacking"
+REGISTRY_MANY: Final = "registry.many"
 TABLE: Final = "table"
 PLAN: Final = "plan"
 HOLDINGS: Final = "holdings"
@@ -911,6 +938,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_LEAVE: (ShareLeave, Empty),
     SHARE_SETTINGS: (ShareSettings, Empty),
     SHARE_RECALL: (ShareRecall, Recalled),
+    SHARE_MANY: (Bundle, BundleResults),
     STATS: (Empty, NodeStats),
     MOVE: (Move, MoveResults),
     LATENCY: (Empty, NodeLatency),
@@ -923,6 +951,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     REGISTRY_OUTCOME: (Outcome, OutcomeReply),
     REGISTRY_ABORT: (Outcome, OutcomeReply),
     REGISTRY_LACKING: (Lacking, Empty),
+    REGISTRY_MANY: (Bundle, BundleResults),
     TABLE: (Empty, Table),
     PLAN: (Empty, BalancerPlan),
     HOLDINGS: (Holdings, HoldingsPage),
@@ -955,6 +984,7 @@ NODE_VERBS: Final = frozenset(
         SHARE_LEAVE,
         SHARE_SETTINGS,
         SHARE_RECALL,
+        SHARE_MANY,
         AUDIT_HEAD,
     }
 )
@@ -969,8 +999,14 @@ REGISTRY_VERBS: Final = frozenset(
         REGISTRY_OUTCOME,
         REGISTRY_ABORT,
         REGISTRY_LACKING,
+        REGISTRY_MANY,
     }
 )
+BUNDLED_SHARE_VERBS: Final = frozenset(
+    {SHARE_DEAL, SHARE_REFRESH, SHARE_RENEW, SHARE_RESHARE, SHARE_ACCEPT, SHARE_COMMIT, SHARE_LEAVE}
+)
+BUNDLED_REGISTRY_VERBS: Final = frozenset({REGISTRY_CHANGE, REGISTRY_COMMIT})
+"""The verbs that ``share.many`` and ``registry.many`` take many requests of."""
 
 
 def classify_request(request: Request | str, algorithm_name: str) -> str:

@@ -9,9 +9,11 @@ checked.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Protocol
+from functools import lru_cache
+from typing import Annotated, Final, Protocol
 
 from cryptography.exceptions import InvalidSignature as PycaInvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -21,6 +23,7 @@ from engine.errors import ManifestError, ProtocolError
 from engine.protocol.wire import Blob, Codec, Name, UInt
 
 __all__ = [
+    "RecentSignatures",
     "Signed",
     "SigningKey",
     "add_signature",
@@ -34,6 +37,10 @@ FORMAT = 1
 DOMAIN = b"keyquorum/signed/1\0"
 MAX_ENVELOPE = 1024 * 1024
 """Longest envelope in bytes; those inside messages are bounded by the message."""
+
+REMEMBERED: Final = 1024
+REMEMBERED_MAX: Final = 4096
+"""So many envelopes of at most so many bytes need not be taken apart again."""
 
 
 class _Signature(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -64,6 +71,7 @@ class SigningKey:
     def __init__(self, name: str, private: Ed25519PrivateKey) -> None:
         self.name = name
         self._private = private
+        self._public = private.public_key().public_bytes_raw()
 
     def __repr__(self) -> str:
         return f"SigningKey({self.name!r})"
@@ -71,7 +79,7 @@ class SigningKey:
     @property
     def public(self) -> bytes:
         """The 32-byte public key."""
-        return self._private.public_key().public_bytes_raw()
+        return self._public
 
     def sign(self, data: bytes) -> bytes:
         """The 64-byte signature over the domain label and ``data``."""
@@ -98,7 +106,12 @@ class Signed:
 def sign_envelope(kind: str, serial: int, payload: bytes | Blob, key: SigningKey, *others: SigningKey) -> bytes:
     """The envelope of ``payload``, issued by ``key`` and signed by it and the ``others``."""
     body = _bodies.encode(_Body(FORMAT, kind, key.name, serial, payload))
-    return _envelopes.encode(_Envelope(body, [_Signature(each.name, each.sign(body)) for each in (key, *others)]))
+    signatures = [_Signature(each.name, each.sign(body)) for each in (key, *others)]
+    memory = _memory
+    if memory is not None:  # it comes back, in certificates and from those who were asked
+        for each, made in zip((key, *others), signatures, strict=True):
+            memory.learn(_digest(each.public, made.value, body))
+    return _envelopes.encode(_Envelope(body, signatures))
 
 
 def add_signature(raw: bytes, key: SigningKey) -> bytes:
@@ -109,6 +122,11 @@ def add_signature(raw: bytes, key: SigningKey) -> bytes:
 
 
 def _parse(raw: bytes) -> tuple[_Envelope, _Body, Signed]:
+    """The parts of an envelope. Short ones are remembered: the documents of a key come again with every step."""
+    return _remembered(raw) if type(raw) is bytes and len(raw) <= REMEMBERED_MAX else _taken_apart(raw)
+
+
+def _taken_apart(raw: bytes) -> tuple[_Envelope, _Body, Signed]:
     envelope = _envelopes.decode(raw)
     body = _bodies.decode(envelope.body)
     signers = tuple(each.signer for each in envelope.signatures)
@@ -116,6 +134,9 @@ def _parse(raw: bytes) -> tuple[_Envelope, _Body, Signed]:
         raise ProtocolError("signed envelope: a signer appears twice")
     digest = hashlib.sha256(envelope.body).digest()
     return envelope, body, Signed(body.kind, body.issuer, body.serial, body.payload, signers, digest, raw)
+
+
+_remembered = lru_cache(maxsize=REMEMBERED)(_taken_apart)
 
 
 def read_unverified(raw: bytes) -> Signed:
@@ -151,8 +172,7 @@ def verify_envelope(
         public = lookup(signature.signer)
         if public is None:
             raise ManifestError(f"{kind}: {signature.signer!r} may not sign this")
-        candidates = (public,) if isinstance(public, bytes) else public
-        if not any(_verifies(each, signature.value, envelope.body) for each in candidates):
+        if not _signed_by(public, signature.value, envelope.body):
             raise ManifestError(f"{kind}: the signature of {signature.signer!r} is wrong")
         good += 1
     if good < threshold:
@@ -172,6 +192,26 @@ class SignatureMemory(Protocol):
         """Remember it for a while."""
 
 
+class RecentSignatures:
+    """The last so many good signatures, for a process that is asked little else: the balancer."""
+
+    def __init__(self, most: int = 8192) -> None:
+        self._most = most
+        self._known: dict[bytes, None] = {}
+        self._lock = threading.Lock()
+
+    def knows(self, digest: bytes) -> bool:
+        """Whether it is one of them."""
+        return digest in self._known
+
+    def learn(self, digest: bytes) -> None:
+        """Remember it in the place of the oldest."""
+        with self._lock:
+            self._known[digest] = None
+            if len(self._known) > self._most:
+                del self._known[next(iter(self._known))]
+
+
 _memory: SignatureMemory | None = None
 
 
@@ -184,17 +224,30 @@ def remember_signatures(memory: SignatureMemory | None) -> None:
     _memory = memory
 
 
+def _signed_by(public: bytes | tuple[bytes, ...], signature: bytes, body: bytes) -> bool:
+    """Whether it is a signature by this key, or by any of these."""
+    if isinstance(public, bytes):
+        return _verifies(public, signature, body)
+    return any(_verifies(each, signature, body) for each in public)
+
+
 def _verifies(public: bytes, signature: bytes, body: bytes) -> bool:
     memory = _memory
     if memory is None:
         return _verify(public, signature, body)
-    digest = hashlib.sha256(public + signature + body).digest()  # the first two have fixed lengths
+    digest = _digest(public, signature, body)
     if memory.knows(digest):
         return True
     good = _verify(public, signature, body)
     if good:
         memory.learn(digest)
     return good
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _digest(public: bytes, signature: bytes, body: bytes) -> bytes:
+    """The name of a signature in the memory; the first two have fixed lengths."""
+    return hashlib.sha256(public + signature + body).digest()
 
 
 def _verify(public: bytes, signature: bytes, body: bytes) -> bool:

@@ -24,16 +24,14 @@ __all__ = ["Mover"]
 class Mover:
     """The balancer's signing key and a channel of its own to the nodes; and one of the first client's."""
 
-    def __init__(self, cluster: LocalCluster, kq: Engine) -> None:
+    def __init__(self, cluster: LocalCluster, kq: Engine, fencing: int = 0) -> None:
         self.cluster = cluster
         self.identity = load_identity(cluster.path / "balancer" / "identity.toml")
         self.client = load_identity(cluster.client_config.parent / "identity.toml")
         self.context: zmq.Context[Any] = zmq.Context()
         self.channel = Channel(self.identity.transport, Servers(cluster), self.context)
         self.of_client = Channel(self.client.transport, Servers(cluster), self.context)
-        (status,) = [each.status for each in kq.status() if each.name == self.identity.name]
-        assert isinstance(status, BalancerStatus)
-        self.fencing = status.fencing_epoch
+        self.fencing = fencing or _fencing(kq, self.identity.name)
 
     def __enter__(self) -> Mover:
         return self
@@ -51,7 +49,7 @@ class Mover:
             except EngineError:
                 continue
             return read_key_manifest(found.manifest).manifest
-        raise AssertionError(f"no node knows {name!r}")
+        raise RuntimeError(f"no node knows {name!r}")
 
     def move(self, at: str, orders: Sequence[bytes], timeout_s: float = 30.0) -> list[MoveResult]:
         """Have a node carry these orders out."""
@@ -76,6 +74,14 @@ class Mover:
             "expires_ms": now_ms() + 60_000,
             "fencing": self.fencing,
         } | changes
+
+
+def _fencing(kq: Engine, balancer: str) -> int:
+    """The fencing epoch under which a balancer serves."""
+    for member in kq.status(timeout=10.0):
+        if member.name == balancer and isinstance(member.status, BalancerStatus):
+            return member.status.fencing_epoch
+    raise RuntimeError(f"{balancer} does not tell its status")
 
 
 def now_ms() -> int:
