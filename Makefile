@@ -18,6 +18,7 @@ BENCH_ARGS ?=
 ATTACK_ARGS ?=
 FAULTS_ARGS ?=
 FUZZ_ARGS ?=
+MOVES_ARGS ?=
 # Tests wait for each other's processes a lot, so that a worker more than there are processors keeps those busy.
 WORKERS := $(shell n=$$(nproc); echo $$((n < 3 ? n + 1 : 4)))
 
@@ -107,6 +108,11 @@ assurance: ## the long proofs: valgrind, timing, NEON, sanitizers, a million cha
 	@tests/assurance/tools
 	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest tests/assurance tests/nodes/test_tampering.py tests/test_bench.py \
 		tests/simulation --verbose $(PYTEST_ARGS)
+
+.PHONY: moves
+moves: ## 12,000 seeds of the simulation in which keys move (1.5 hours of two cores); MOVES_ARGS="--count 500" runs fewer
+	@.ci/setup test
+	@PYTHONHASHSEED=0 $(BIN)/python tests/simulation/run.py --moves --jobs $$(nproc) --count 12000 $(MOVES_ARGS)
 
 .PHONY: attack
 attack: ## attack a cluster that it starts (2 minutes); build/attack/report.md and .json; ATTACK_ARGS="--quick"

@@ -207,7 +207,7 @@ def test_liars_who_know_of_each_other_are_seen_while_t_are_honest(
 def test_a_new_holder_that_tells_something_false_is_seen(
     world: Any, shape: tuple[tuple[int, int], tuple[int, int]], data: st.DataObject
 ) -> None:
-    """Of a deal: it or the dealer, and of a gap it alone, where two more than t' hold a share."""
+    """Of a deal: it or the dealer, and of a gap it alone, where two more than t' hold a share; else it is one of all."""
     round_ = Round(world, *shape)
     round_.deal({})
     liar = data.draw(st.sampled_from(list(round_.made)))
@@ -220,6 +220,7 @@ def test_a_new_holder_that_tells_something_false_is_seen(
     if len(round_.made) >= round_.new + 2:
         of_deal = place < len(round_.deals)
         assert caught.value.holders == ((round_.deals[place].dealer.node, liar) if of_deal else (liar,))
+    assert liar in caught.value.holders
 
 
 def test_with_as_many_holders_as_suffice_everybody_is_named(world: Any) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from engine.sharing import SecretBuffer
 from nodes.token import LoadedKey
 
 NODES = ("n1", "n2", "n3", "n4")
+WIDE_NODES = (*NODES, "n5", "n6")
 BALANCER = "bal"
 ROLES = {
     "op": "operator",
@@ -66,13 +67,20 @@ def _member(name: str, key: SigningKey) -> Member:
     )
 
 
-KEYS = {name: signing(name) for name in (*ROLES, *NODES)}
+KEYS = {name: signing(name) for name in (*ROLES, *WIDE_NODES)}
 MEMBERS = {name: _member(name, key) for name, key in KEYS.items()}
 CURVE = {name: member.curve_z85 for name, member in MEMBERS.items()}
-_CHAIN = issue_cluster_manifest(
-    name="sim", members=list(MEMBERS.values()), rules=RULES, operators=[KEYS["op"]], groups=16
-)
-CLUSTER: Cluster = open_chain(_CHAIN, chain_pin(_CHAIN))
+
+
+def _cluster(nodes: Sequence[str]) -> Cluster:
+    members = [MEMBERS[name] for name in (*ROLES, *nodes)]
+    chain = issue_cluster_manifest(name="sim", members=members, rules=RULES, operators=[KEYS["op"]], groups=16)
+    return open_chain(chain, chain_pin(chain))
+
+
+CLUSTER = _cluster(NODES)
+WIDE_CLUSTER = _cluster(WIDE_NODES)
+"""With more nodes, so that a key has somewhere to go."""
 
 
 @lru_cache(maxsize=4096)

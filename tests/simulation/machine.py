@@ -525,6 +525,7 @@ class Disk:
         self.crash_in = -1
         self.crash_after_commit = False
         self.on_crash: Callable[[], None] = lambda: None
+        self.on_commit: Callable[[], None] = lambda: None
         self.files: dict[str, sqlite3.Connection] = {}
         self.commits = 0
         self.rolls_back = sim.random.random() < 0.5
@@ -557,6 +558,7 @@ class Disk:
             self.die("before")
 
     def after_commit(self) -> None:
+        self.on_commit()
         if self.crash_in == 0:
             self.die("after")
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import os
 import sqlite3
-from collections.abc import Callable, Generator
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,7 @@ from casting import (
     KEYS,
     MEMBERS,
     NODES,
+    WIDE_NODES,
     SimHealth,
     SimLane,
     SimToken,
@@ -56,6 +58,7 @@ from engine.protocol.grant import Grant
 from engine.protocol.manifest import (
     CLOCK_SKEW_MS,
     AbortNotice,
+    Cluster,
     CommitCertificate,
     Receipt,
     aborts,
@@ -109,7 +112,7 @@ ORPHAN_S = 75.0
 LATE_S = 0.02
 MARK_S = (MARK_EVERY_MS + 1500) / 1000
 """By then a node has written down how late it is: the mark is looked at once a second."""
-KEKS = {name: os.urandom(32) for name in NODES}
+KEKS = {name: os.urandom(32) for name in WIDE_NODES}
 DESTROYED = 3
 """The registry's number of that state."""
 FOLDER = Path(__file__).parent.relative_to(Path(__file__).parents[2])
@@ -144,6 +147,7 @@ class Proc:
         self.disk = Disk(world.sim, name)
         self.disk.on_crash = self.crash
         self.boot = 0
+        self.crashes = 0
         self.up = False
         self.skew_ms = 0
 
@@ -183,6 +187,7 @@ class Proc:
         if not self.up:
             return
         self.up = False
+        self.crashes += 1
         self.sim.tell(f"{self.name} dies")
         self.world.net.gone(self.name)
         self.disk.power_cut()
@@ -279,7 +284,7 @@ class WatchedGathering(Gathering):
                 raise Violated(f"a gathering asks {holder} twice")
             self.asked_at[holder] = now_s
         fruitless = len(self.ended) - (len(self.shares) - self._had)
-        if not self._tried and len(self.asked_at) > self._manifest.threshold - self._had + fruitless + late:
+        if chosen and not self._tried and len(self.asked_at) > self._manifest.threshold - self._had + fruitless + late:
             raise Violated(f"a gathering asks {list(self.asked_at)}; {fruitless} gave nothing, {late} are late")
         return chosen
 
@@ -338,19 +343,19 @@ class Node(Proc):
         token: Any = SimToken()
         path: Any = self.disk.path("shares.db")
         store = ShareStore(path, self.name, lane)
-        store.note_cluster_serial(CLUSTER.serial)
+        store.note_cluster_serial(world.cluster.serial)
         self.catalogue = Catalogue(store.rows())
         self.store = store
-        self.listener = SimListener(world.net, self.name, CLUSTER)
+        self.listener = SimListener(world.net, self.name, world.cluster)
         shares = ShareCache(CacheLimits(2.0, 16), self.clock)
         self.trusted = TrustedClock(store.clock_mark().mark_ms, wall_ms=self.now_ms, steady_ms=self.steady_ms)
         ledger = GrantLedger(store, self.trusted, monotonic_s=self.clock)
         ledger.flush()
         now_ms = self.trusted.now_ms
-        holder = WatchedHolder(CLUSTER, KEYS[self.name], store, self.catalogue, token.algorithms, ledger, shares)
+        holder = WatchedHolder(world.cluster, KEYS[self.name], store, self.catalogue, token.algorithms, ledger, shares)
         holder.world = world
         conversation = WatchedConversation(
-            CLUSTER,
+            world.cluster,
             KEYS[self.name],
             token.missing,
             "up",
@@ -360,11 +365,14 @@ class Node(Proc):
             with_room=shares.with_room,
         )
         conversation.world = world
-        orders = BalancerOrders(CLUSTER, store, self.clock)
-        renewer = Renewer(
-            CLUSTER, KEYS[self.name], lambda: [curve_secret(self.name)], self.catalogue, holder, orders, now_ms
+        orders = BalancerOrders(world.cluster, store, self.clock)
+        secrets = [curve_secret(self.name)]
+        renewer = world.make_renewer(
+            world.cluster, KEYS[self.name], lambda: secrets, self.catalogue, holder, orders, now_ms
         )
-        coordinator = Coordinator(CLUSTER, KEYS[self.name], self.catalogue, conversation, orders, now_ms, self.clock)
+        coordinator = world.make_coordinator(
+            world.cluster, KEYS[self.name], self.catalogue, conversation, orders, now_ms, self.clock
+        )
 
         def talker() -> Talker:
             channel: Any = SimChannel(world.net, self.name, CURVE[self.name])
@@ -378,7 +386,7 @@ class Node(Proc):
         self.handlers = Handlers(
             node=self.name,
             boot=sim.random.randbytes(16),
-            cluster=CLUSTER,
+            cluster=world.cluster,
             token=token,
             lane=lane,
             catalogue=self.catalogue,
@@ -387,7 +395,7 @@ class Node(Proc):
             audit=audit,
             audit_strict=world.audit_strict,
             audit_name=None,
-            witness=Witness(self.name, CLUSTER, ()),
+            witness=Witness(self.name, world.cluster, ()),
             local=worker(lane),
             slow=worker(lane),
             talkers=worker([talker(), talker()], threads=2),
@@ -459,11 +467,12 @@ class Registry(Proc):
 
     def _open(self) -> None:
         path: Any = self.disk.path("registry.db")
-        self.listener = SimListener(self.world.net, self.name, CLUSTER)
-        self.registry = SqliteRegistry(path, CLUSTER, KEYS[self.name], self.now_ms())
+        world, cluster = self.world, self.world.cluster
+        self.listener = SimListener(world.net, self.name, cluster)
+        self.registry = SqliteRegistry(path, cluster, KEYS[self.name], self.now_ms())
         loop: Any = mock.NonCallableMock(standing=Standing())
-        self.service = Service(self.listener, self.registry, CLUSTER, self.name, loop, ServiceLimits(), self.now_ms)
-        self.world.net.listeners[self.name] = (self.listener, self.inside(self.service.answer_waiting))
+        self.service = Service(self.listener, self.registry, cluster, self.name, loop, ServiceLimits(), self.now_ms)
+        world.net.listeners[self.name] = (self.listener, self.inside(self.service.answer_waiting))
 
 
 class Client:
@@ -476,9 +485,9 @@ class Client:
         channel: Any = SimChannel(world.net, f"client-{name}", CURVE[name])
         self.channel = channel
         channel.arrived = self._arrived
-        router = Router(CLUSTER)
+        router = Router(world.cluster)
         self.calls = Calls(
-            CLUSTER,
+            world.cluster,
             KEYS[name],
             router,
             clock=lambda: self.sim.now,
@@ -548,6 +557,11 @@ Script = Generator[Any, Any, None]
 class World:
     """Everything of one seed."""
 
+    cluster: Cluster = CLUSTER
+    node_names: tuple[str, ...] = NODES
+    make_renewer: type[Renewer] = Renewer
+    make_coordinator: type[Coordinator] = Coordinator
+
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.sim = Sim(seed)
@@ -564,7 +578,7 @@ class World:
         self.refreshes = self.reshares = 0
         self.checked = 0
         self.healed = False
-        self.nodes = {name: Node(self, name) for name in NODES}
+        self.nodes = {name: Node(self, name) for name in self.node_names}
         self.registry = Registry(self, BALANCER)
         self.procs: dict[str, Proc] = {**self.nodes, BALANCER: self.registry}
         self._clients = itertools.count()
@@ -579,7 +593,7 @@ class World:
         self.chaos_s = CHAOS_S[self.length]
         self.audit_strict = r.random() < 0.3
         self.evil = r.choice(("", "", "liar", "thief", "thief", "rogue"))
-        self.evil_node = r.choice(NODES)
+        self.evil_node = r.choice(self.node_names)
         self.liar = self.evil_node if self.evil == "liar" else ""
         self.thief = self.evil_node if self.evil == "thief" else ""
         self.names = ("k",) if self.length == "short" else r.choice((("k",), ("k", "l")))
@@ -591,6 +605,10 @@ class World:
         }
         self.features = [self.length, f"{self.threshold} of {self.shares}", self.evil or "all honest"]
         self.features += [name for name, there in drawn.items() if there]
+
+    def spare(self) -> str:
+        """A node that may be down while all keys must be of use; empty if there is none."""
+        return self.sim.random.choice(self.node_names)
 
     # --- what is observed ---
 
@@ -629,7 +647,7 @@ class World:
             why = f"its issuer {signed.issuer} is no client"
         elif not verifies_once(MEMBERS[signed.issuer].sign_public, *_signature(body.grant)):
             why = "its signature is wrong"
-        elif any(not CLUSTER.allows(signed.issuer, each, name) for each in grant.operations):
+        elif any(not self.cluster.allows(signed.issuer, each, name) for each in grant.operations):
             why = f"{signed.issuer} may not {grant.operations} with {name!r}"
         elif grant.key_id != manifest.key_id or (grant.version, grant.epoch) != (manifest.version, manifest.epoch):
             why = "it is for another key, version or epoch"
@@ -832,7 +850,7 @@ def refresh(world: World, client: Client, key: Acknowledged) -> Script:
 
 def reshare(world: World, client: Client, key: Acknowledged) -> Script:
     """Share a key among other nodes, as many as before."""
-    holders = world.sim.random.sample(NODES, world.shares)
+    holders = world.sim.random.sample(world.node_names, world.shares)
     call = partial(client.calls.reshare_key, key.name, world.threshold, None, holders, (), 2.0)
     made, error = yield f"reshare {key.name} to {','.join(holders)}", call, 2.0
     if error is None:
@@ -844,7 +862,7 @@ def reshare(world: World, client: Client, key: Acknowledged) -> Script:
 
 def repeat_order(world: World, client: Client, name: str, algorithm: str, body: bytes) -> Script:
     """Send the very same order again, to some node: it must give the same key, or none."""
-    node = world.sim.random.choice(NODES)
+    node = world.sim.random.choice(world.node_names)
 
     def again() -> Generator[Any, Any, Any]:
         reply = yield Exchange(node, "generate", body, 2.0)
@@ -918,7 +936,7 @@ def thief(world: World, name: str) -> None:
                 grant = sign_envelope("grant", _now(world), payload, issuer)
         if grant:
             body = REQUEST_CODECS[SHARE_RELEASE].encode(ShareRelease(key_id, grant, b""))
-            for holder in r.sample(NODES, 2):
+            for holder in r.sample(world.node_names, 2):
                 if holder != name:
                     _try(channel, holder, SHARE_RELEASE, body)
         if sim.now < world.chaos_s + THIEF_S:
@@ -965,7 +983,7 @@ def rogue_registry(world: World, name: str) -> None:
     channel.arrived = lambda arrival: None
 
     def act() -> None:
-        node = world.nodes[r.choice(NODES)]
+        node = world.nodes[r.choice(world.node_names)]
         rows = [(node.name, row) for row in node.rows()] if node.up else []
         if rows:
             holder, row = r.choice(rows)
@@ -1021,7 +1039,15 @@ POINTS = sorted(
 )
 
 
-def faults(world: World) -> dict[str, Callable[[], None]]:
+KINDS = ("point", "point", "point", "die", "commit", "break", "cut", "loss", "double", "slow", "step", "full")
+
+
+def faults(
+    world: World,
+    points: Sequence[str] = POINTS,
+    kinds: Sequence[str] = KINDS,
+    counts: Sequence[int] = (0, 1, 1, 2, 3),
+) -> dict[str, Callable[[], None]]:
     """Draw the faults of this seed; the failpoints to be armed."""
     sim, r, net = world.sim, world.sim.random, world.net
     armed: dict[str, Callable[[], None]] = {}
@@ -1041,16 +1067,14 @@ def faults(world: World) -> dict[str, Callable[[], None]]:
             die(proc)
 
         proc.disk.on_crash = on_crash
-    for _ in range(r.choice((0, 1, 1, 2, 3))):
+    for _ in range(r.choice(counts)):
         proc = r.choice(list(world.procs.values()))
         peer = r.choice(list(world.procs.values()))
-        kind = r.choice(
-            ("point", "point", "point", "die", "commit", "break", "cut", "loss", "double", "slow", "step", "full")
-        )
+        kind = r.choice(kinds)
         when = r.random() * world.chaos_s * 0.7
         world.features.append(kind)
         if kind == "point":
-            point = r.choice(POINTS)
+            point = r.choice(points)
             armed[point] = _dying(world, die, r.choice((1, 1, 1, 2, 3, 5)), point)
         elif kind == "die":
             sim.at(when, lambda proc=proc: die(proc))
@@ -1105,18 +1129,12 @@ class Report:
 
     seed: int
     trace: str
-    steps: int
-    gathers: int
-    checked: int
-    releases: int
-    refreshes: int
-    reshares: int
-    keys: int
+    counts: Counter[str]
     features: tuple[str, ...]
 
 
 @contextmanager
-def simulated() -> Generator[None, None, None]:
+def simulated(make: Callable[[int], World] = World) -> Generator[None, None, None]:
     """Have the modules under simulation use simulated disks, and check each signature once."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False)
     with ExitStack() as stack:
@@ -1125,13 +1143,13 @@ def simulated() -> Generator[None, None, None]:
         stack.enter_context(mock.patch.object(nodes.deal, "Gathering", WatchedGathering))
         stack.enter_context(mock.patch.object(engine.protocol.signed, "_verify", verifies_once))
         stack.enter_context(mock.patch.object(engine.protocol.signed, "_parse", parses_once))
-        stack.enter_context(mock.patch.dict(FRESH_FILES, _fresh_files(), clear=True))
+        stack.enter_context(mock.patch.dict(FRESH_FILES, _fresh_files(make), clear=True))
         yield
 
 
-def _fresh_files() -> dict[tuple[str, str], bytes]:
+def _fresh_files(make: Callable[[int], World]) -> dict[tuple[str, str], bytes]:
     """The files of a cluster that was just started."""
-    world = World(0)
+    world = make(0)
     for proc in world.procs.values():
         proc.start()
     files = {
@@ -1142,44 +1160,41 @@ def _fresh_files() -> dict[tuple[str, str], bytes]:
     return files
 
 
-def features(seed: int) -> frozenset[str]:
-    """What is drawn of a seed before it begins."""
-    return frozenset(World(seed).features)
-
-
 def run_seed(seed: int, how: str = "") -> Report:
     """Run one seed inside ``simulated()``; ``Violated`` tells what went wrong, and how to see it again.
 
     ``how`` are further arguments of the command for that.
     """
     world = World(seed)
+    played(world, lambda: _run(world), how)
+    counts = Counter(
+        events=world.sim.steps,
+        keys=sum(len(each) for each in world.acknowledged.values()),
+        gathers=world.gathers,
+        checked=world.checked,
+        releases=world.releases,
+        refreshes=world.refreshes,
+        reshares=world.reshares,
+    )
+    return Report(seed, world.sim.trace, counts, tuple(world.features))
+
+
+def played(world: World, course: Callable[[], None], how: str) -> None:
+    """Run the course of a world to its end, and clean up; ``Violated`` tells all that is needed to see it again."""
     try:
-        _run(world)
+        course()
     except (Exception, Violated) as error:
         last = "\n".join(list(world.sim.recent)[-40:])
         told = str(error) if isinstance(error, Violated) else repr(error)
         raise Violated(
-            f"seed {seed}: {told}\nscenario: {', '.join(world.features)}\nlast events:\n{last}\n"
-            f"again: .venv/bin/python {FOLDER}/run.py --seed {seed}{how}"
+            f"seed {world.seed}: {told}\nscenario: {', '.join(world.features)}\nlast events:\n{last}\n"
+            f"again: .venv/bin/python {FOLDER}/run.py --seed {world.seed}{how}"
         ) from error
     finally:
         failpoints.arm({})
         world.sim.end()
         for proc in world.procs.values():
             proc.disk.close()
-    keys = sum(len(each) for each in world.acknowledged.values())
-    return Report(
-        seed,
-        world.sim.trace,
-        world.sim.steps,
-        world.gathers,
-        world.checked,
-        world.releases,
-        world.refreshes,
-        world.reshares,
-        keys,
-        tuple(world.features),
-    )
 
 
 def _run(world: World) -> None:
@@ -1200,12 +1215,21 @@ def _run(world: World) -> None:
     if "restart attack" in world.features:
         restart_attack(world, node)
     if "clock attack" in world.features:
-        clock_attack(world, world.nodes[r.choice([each for each in NODES if each != node])])
+        clock_attack(world, world.nodes[r.choice([each for each in world.node_names if each != node])])
     if world.evil == "rogue":
         rogue_registry(world, node)
     sim.run(world.chaos_s)
+    heal_and_check(world)
+
+
+def heal_and_check(world: World, before_books: Callable[[], None] | None = None) -> None:
+    """End what goes wrong, let all come to rest, and look at books, stores and use of every key."""
+    sim = world.sim
     _heal(world)
     _settle(world)
+    if before_books is not None:
+        before_books()
+        _settle(world)
     if any(row.state == "prepared" and not _given_up(row) for node in world.nodes.values() for row in node.rows()):
         sim.skip(ORPHAN_S)  # until the order of an attempt whose dealer died has run out
         _settle(world)
@@ -1338,8 +1362,9 @@ def _check_use(world: World) -> None:
         return  # such a node refuses every grant, as expired, until its clock is reset
     down = ""
     if not world.liar and not ahead:
-        down = world.sim.random.choice(NODES)
-        world.nodes[down].crash()
+        down = world.spare()
+        if down:
+            world.nodes[down].crash()
 
     def check(client: Client) -> Script:
         for name, keys in world.acknowledged.items():

@@ -19,7 +19,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN = Path(__file__).parent / "run.py"
-SEEDS = 10_000 if os.environ.get("KEYQUORUM_ASSURANCE") else 800
+LONG = bool(os.environ.get("KEYQUORUM_ASSURANCE"))
+SEEDS = 10_000 if LONG else 800
+MOVE_SEEDS = 2_000 if LONG else 120
+"""``make moves`` runs 10,000."""
 PROCESSES = 2
 TIMEOUT_S = 900
 """It only ends a run that hangs."""
@@ -67,22 +70,33 @@ def runner() -> Iterator[Runner]:
 @pytest.fixture(scope="module")
 def noticed(runner: Runner) -> dict[str, dict[str, Any]]:
     """What became of each planted bug."""
-    _, told, err = runner.finish(runner.start("--bugs"))
+    return bugs(runner)
+
+
+def bugs(runner: Runner, *arguments: str) -> dict[str, dict[str, Any]]:
+    _, told, err = runner.finish(runner.start("--bugs", *arguments))
     assert told, err
     return {each["bug"]: each for each in told}
 
 
-def test_no_seed_violates_an_invariant(runner: Runner) -> None:
-    part = SEEDS // PROCESSES
+def totals_of(runner: Runner, seeds: int, *arguments: str) -> Counter[str]:
+    """What so many seeds did, none of which failed."""
+    part = seeds // PROCESSES
     processes = [
-        runner.start("--first", str(index * part), "--count", str(part), hash_seed=index) for index in range(PROCESSES)
+        runner.start("--first", str(index * part), "--count", str(part), *arguments, hash_seed=index)
+        for index in range(PROCESSES)
     ]
     totals: Counter[str] = Counter()
     for process in processes:
         status, told, err = runner.finish(process)
         assert status == 0, err
         totals.update(told[-1]["totals"])
-    assert totals["seeds"] == SEEDS
+    assert totals["seeds"] == seeds
+    return totals
+
+
+def test_no_seed_violates_an_invariant(runner: Runner) -> None:
+    totals = totals_of(runner, SEEDS)
     # It is a proof of nothing if nothing happens: every kind of fault and attack is there often, and keys are used.
     assert totals["keys"] > SEEDS
     assert totals["gathers"] > SEEDS
@@ -95,12 +109,36 @@ def test_no_seed_violates_an_invariant(runner: Runner) -> None:
         assert features[f"feature {kind}"] > SEEDS // 50, features
 
 
+def test_keys_that_move_are_whole_at_every_instant(runner: Runner) -> None:
+    """Looked at after each commit of each process: t shares of the committed epoch, of one secret, and no older one."""
+    totals = totals_of(runner, MOVE_SEEDS, "--moves")
+    assert totals["instants"] > 100 * MOVE_SEEDS
+    assert totals["moves"] > MOVE_SEEDS
+    assert totals["refreshes"] > MOVE_SEEDS // 4
+    assert totals["checked"] > MOVE_SEEDS // 2
+    assert totals["crashes"] > MOVE_SEEDS
+    for what in ("lies", "named liar", "named all", "fallbacks"):
+        assert totals[what] > MOVE_SEEDS // 50, totals
+    features = {name: count for name, count in totals.items() if name.startswith("feature ")}
+    faults = ("point", "die", "commit", "break", "cut", "loss", "double", "slow", "full")
+    for kind in (*faults, "false share", "false degree", "false part", "false words", "fallback", "rogue"):
+        assert features[f"feature {kind}"] > MOVE_SEEDS // 50, features
+
+
+def test_every_bug_in_what_moves_keys_is_noticed(runner: Runner) -> None:
+    noticed = bugs(runner, "--moves")
+    assert len(noticed) >= BUGS_MIN
+    unnoticed = [f"{name}: {each['what']}" for name, each in noticed.items() if each["found"] is None]
+    assert not unnoticed
+
+
 def test_a_seed_is_the_same_course_of_events_every_time(runner: Runner) -> None:
     """In processes whose hashes of strings differ; and two seeds differ."""
-    first, second = (runner.start("--first", "0", "--count", "15", hash_seed=each) for each in (1, 2))
-    one, two = ([each.get("trace") for each in runner.finish(process)[1]] for process in (first, second))
-    assert one == two
-    assert len(set(one[:15])) == 15
+    for kind in ((), ("--moves",)):
+        first, second = (runner.start("--first", "0", "--count", "15", *kind, hash_seed=each) for each in (1, 2))
+        one, two = ([each.get("trace") for each in runner.finish(process)[1]] for process in (first, second))
+        assert one == two
+        assert len(set(one[:15])) == 15
 
 
 def test_every_planted_bug_is_noticed(noticed: dict[str, dict[str, Any]]) -> None:

@@ -63,6 +63,7 @@ __all__ = [
     "open_part_statement",
     "open_parts",
     "sign_part_statement",
+    "unlike_deal",
     "weights",
 ]
 
@@ -473,12 +474,24 @@ def check_parts(terms: Terms, deals: Sequence[Deal], statements: Sequence[PartSt
             continue
         dealer = deal.dealer.node
         if faults is None:
-            raise BadDeal(f"what {dealer} dealt for {manifest.name!r} does not share zero as it must", [dealer])
+            raise unlike_deal(
+                dealer, f"dealt for {manifest.name!r} does not share zero as it must", statements, manifest.threshold
+            )
         liars = [each.holder.node for each in statements if each.holder.x in faults]
         raise BadDeal(
             f"what {dealer} dealt for {manifest.name!r} does not fit what {', '.join(liars)} tells of it",
             [dealer, *liars],
         )
+
+
+def unlike_deal(dealer: str, what: str, statements: Sequence[PartStatement], threshold: int) -> BadDeal:
+    """Values of a deal that are no sharing: its dealer is named, and all holders where a lie of one looks the same.
+
+    That is so while they are fewer than two more than the threshold.
+    """
+    holders = [each.holder.node for each in statements] if len(statements) < threshold + 2 else []
+    told = ", or a holder tells it wrong" if holders else ""
+    return BadDeal(f"what {dealer} {what}{told}", [dealer, *holders])
 
 
 def check_complete(terms: Terms, statements: Sequence[PartStatement]) -> None:

@@ -24,6 +24,7 @@ from engine.protocol.refresh import (
     Terms,
     check_complete,
     deals_digest,
+    unlike_deal,
     weights,
 )
 from engine.protocol.wire import MAX_MESSAGE
@@ -102,7 +103,7 @@ def check_sub_shares(terms: Terms, deals: Sequence[Deal], statements: Sequence[P
             continue
         dealer = deal.dealer.node
         if faults is None:
-            raise BadDeal(f"what {dealer} dealt for {name!r} is no sharing with the threshold {new}", [dealer])
+            raise unlike_deal(dealer, f"dealt for {name!r} is no sharing with the threshold {new}", statements, new)
         liars = [nodes[x] for x in faults]
         raise BadDeal(
             f"what {dealer} dealt for {name!r} does not fit what {', '.join(liars)} tells of it", [dealer, *liars]

@@ -1,0 +1,585 @@
+"""Seeds in which keys move all the time: what is on every disk is held against the rules after every single commit.
+
+It is the world of ``scenario`` with more nodes, and with shares that are refreshed and moved by two clients at once
+while processes die, messages get lost, holders lie and the registry falls back to what it was. ``run.py --moves`` runs
+it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import Any
+from unittest import mock
+
+from casting import BALANCER, CURVE, KEYS, WIDE_CLUSTER, WIDE_NODES, SimLane
+from machine import SimChannel, Violated
+from scenario import (
+    KEKS,
+    USES,
+    Acknowledged,
+    Client,
+    Proc,
+    Report,
+    Script,
+    World,
+    faults,
+    heal_and_check,
+    played,
+    repeat_order,
+    user,
+)
+
+import nodes.renewer
+from engine import failpoints
+from engine.errors import EngineError, KeyExists, ShareCorrupt
+from engine.protocol.manifest import (
+    CommitCertificate,
+    KeyManifest,
+    Receipt,
+    certificates,
+    read_key_manifest,
+    receipts,
+)
+from engine.protocol.refresh import NewShare
+from engine.protocol.requests import REQUEST_CODECS, SHARE_COMMIT, SHARE_LEAVE, ShareCommit, ShareLeave
+from engine.protocol.signed import sign_envelope
+from engine.sharing import Share, reconstruct_key
+from nodes.refresh import Coordinator
+from nodes.renewer import Renewer
+from nodes.store import SALT_BYTES, seal_context
+
+MOVING = (
+    "dealer.refresh.",
+    "dealer.reshare.",
+    "dealer.abort.",
+    "holder.deal.",
+    "holder.re",
+    "holder.accept.",
+    "holder.leave.",
+    "holder.prepare.",
+    "holder.commit.",
+    "store.write.",
+    "registry.change.",
+    "registry.adopt.",
+    "registry.commit.",
+    "registry.abort.",
+)
+POINTS = tuple(name for name in failpoints.POINTS if name.startswith(MOVING))
+"""Where a process may die in these seeds."""
+KINDS = ("point",) * 6 + ("die", "die", "commit", "commit", "break", "cut", "loss", "double", "slow", "full")
+EVIL = ("", "", "", "false share", "false degree", "false part", "false words", "fallback", "fallback", "rogue")
+SHAPES = ((1, 2), (2, 3), (2, 3), (2, 4), (3, 4), (3, 5), (4, 6), (3, 6))
+"""(t, n) of a new epoch; all have a holder to spare, so that the next move can be checked."""
+CHAOS_S = 5.0
+LIES = 4
+LAST_TRIES = 12
+KEPT_OLD = ("committed", "moved", "destroyed")
+
+
+# --- what is on the disks ---
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A row of a node's store."""
+
+    key_id: bytes
+    epoch: int
+    state: str
+    digest: bytes
+    manifest: bytes
+    certified: bool
+    sealed: bytes
+
+
+class Disks:
+    """What every disk holds of every key, looked at after each commit; and the rules that it must obey at any instant.
+
+    A manifest is *certified* once a registry or a node has written down its certificate.
+    """
+
+    def __init__(self, world: MoveWorld) -> None:
+        self._world = world
+        self._rows: dict[str, list[Kept]] = {}
+        self._booked: dict[bytes, tuple[int, bytes]] = {}
+        self._certified: dict[bytes, dict[int, tuple[bytes, KeyManifest]]] = {}
+        self._newest: dict[tuple[str, bytes], int] = {}
+        self._secrets: dict[bytes, bytes] = {}
+        self._good: set[tuple[bytes, int, bytes]] = set()
+        self.instants = 0
+
+    def changed(self, proc: Proc) -> None:
+        """A process has just made something durable."""
+        if proc.name == BALANCER:
+            self._read_books(proc)
+        else:
+            self._read_store(proc)
+        self.instants += 1
+        for key_id in self._certified:
+            self._check(key_id)
+
+    def fell_back(self, proc: Proc) -> None:
+        """The registry's disk is an older one: a certificate that nobody else has is gone for good."""
+        seen = {row.digest for rows in self._rows.values() for row in rows if row.certified}
+        for epochs in self._certified.values():
+            for epoch in [each for each, (digest, _) in epochs.items() if digest not in seen]:
+                del epochs[epoch]
+        self._read_books(proc)
+
+    def _read_books(self, proc: Proc) -> None:
+        file = proc.disk.files["registry.db"]
+        for raw, digest in file.execute("SELECT manifest, manifest_hash FROM keys WHERE state IN (2, 3)").fetchall():
+            self._certify(read_key_manifest(raw).manifest, digest)
+
+    def _read_store(self, proc: Proc) -> None:
+        query = "SELECT key_id, epoch, state, manifest_hash, manifest, certificate != x'', sealed FROM keys"
+        rows = [Kept(*row) for row in proc.disk.files["shares.db"].execute(query).fetchall()]
+        self._rows[proc.name] = rows
+        for row in rows:
+            if row.certified:
+                self._certify(read_key_manifest(row.manifest).manifest, row.digest)
+            if row.state not in KEPT_OLD:
+                continue
+            newest = self._newest.get((proc.name, row.key_id), 0)
+            if row.epoch < newest:
+                raise Violated(f"{proc.name} goes back from epoch {newest} to {row.epoch}")
+            self._newest[proc.name, row.key_id] = row.epoch
+        for row in rows:
+            if row.sealed and row.epoch < self._newest.get((proc.name, row.key_id), 0):
+                raise Violated(f"{proc.name} keeps its share of epoch {row.epoch} beside a later one")
+
+    def _certify(self, manifest: KeyManifest, digest: bytes) -> None:
+        known = self._certified.setdefault(manifest.key_id, {}).setdefault(manifest.epoch, (digest, manifest))
+        if known[0] != digest:
+            raise Violated(f"two manifests of epoch {manifest.epoch} of {manifest.name!r} are certified")
+
+    def manifest(self, key_id: bytes) -> KeyManifest:
+        """The newest certified manifest of a key."""
+        return max(self._certified[key_id].items())[1][1]
+
+    def lacking(self, key_id: bytes) -> tuple[str, ...]:
+        """The holders that have no share of the newest epoch: they missed the creation."""
+        _, (digest, manifest) = max(self._certified[key_id].items())
+        having = {node for node, rows in self._rows.items() for row in rows if row.digest == digest and row.sealed}
+        return tuple(each.node for each in manifest.holders if each.node not in having)
+
+    def _check(self, key_id: bytes) -> None:
+        """At least t shares of the committed epoch are there, and every share of it is of the one secret."""
+        if key_id in self._world.destroying or not self._certified[key_id]:
+            return
+        epoch, (digest, manifest) = max(self._certified[key_id].items())
+        found = {}
+        for node, rows in self._rows.items():
+            for row in rows:
+                if row.digest == digest and row.sealed:
+                    found[node] = row
+        if len(found) < manifest.threshold:
+            raise Violated(
+                f"{manifest.name!r}: {len(found)} shares of the committed epoch {epoch} are left, at {sorted(found)}; "
+                f"{manifest.threshold} are needed"
+            )
+        new = {node: row for node, row in found.items() if (digest, epoch, row.sealed) not in self._good}
+        if not new:
+            return
+        shares = {node: self._share(node, row, manifest) for node, row in found.items()}
+        for node, row in new.items():
+            others = [share for each, share in shares.items() if each != node][: manifest.threshold - 1]
+            secret = bytes(reconstruct_key([shares[node], *others]))
+            if self._secrets.setdefault(key_id, secret) != secret:
+                raise Violated(f"{manifest.name!r}: with the share of {node} epoch {epoch} is another key")
+            self._good.add((digest, epoch, row.sealed))
+
+    @staticmethod
+    def _share(node: str, row: Kept, manifest: KeyManifest) -> Share:
+        mine = manifest.holder(node)
+        if mine is None:
+            raise Violated(f"{node} has a share of epoch {row.epoch} and is no holder of it")
+        plain = SimLane(KEKS[node]).unseal(row.sealed, seal_context(manifest, mine.x, node, row.digest))
+        return Share(mine.x, plain[SALT_BYTES:])
+
+    def check_end(self) -> None:
+        """All is quiet: of each key there are the shares of one epoch, all of them, and any t give the secret."""
+        for key_id, epochs in self._certified.items():
+            if key_id in self._world.destroying or not epochs:
+                continue
+            epoch, (digest, manifest) = max(epochs.items())
+            shares = []
+            for node, rows in self._rows.items():
+                for row in rows:
+                    if row.key_id != key_id or not row.sealed or row.state == "prepared":
+                        continue
+                    if row.digest != digest:
+                        raise Violated(f"{node} still has a share of epoch {row.epoch} of {manifest.name!r}")
+                    shares.append(self._share(node, row, manifest))
+            if epoch > 1 and len(shares) < manifest.shares:
+                raise Violated(f"{manifest.name!r}: {len(shares)} of {manifest.shares} shares of epoch {epoch}")
+            for some in combinations(shares, manifest.threshold):
+                if bytes(reconstruct_key(some)) != self._secrets[key_id]:
+                    raise Violated(f"{manifest.name!r}: the shares {[each.x for each in some]} give another key")
+
+
+# --- who lies ---
+
+
+class LyingRenewer(Renewer):
+    """The real holder's side; in one node of some seeds it deals or tells something false."""
+
+    world: MoveWorld
+
+    @property
+    def _lie(self) -> str:
+        return self.world.evil if self.world.lies and self._node == self.world.evil_node else ""
+
+    def deal(self, lane: Any, body: Any, sender: Any) -> Any:
+        """Deal; perhaps of another share, on a polynomial of a higher degree, or another part than is committed to."""
+        lie = self._lie
+        if lie not in ("false share", "false degree", "false part"):
+            return super().deal(lane, body, sender)
+        self.world.lied += 1
+        if lie == "false part":
+            dealt = super().deal(lane, body, sender)
+            parts = list(dealt.parts)
+            place = self.world.sim.random.randrange(len(parts))
+            parts[place] = parts[place][:-1] + bytes([parts[place][-1] ^ 1])
+            return type(dealt)(dealt.statement, parts)
+        sub, zero = nodes.renewer.deal_sub_shares, nodes.renewer.deal_zero
+
+        def sub_shares(share: Share, *, threshold: int, xs: Any) -> list[Share]:
+            if lie == "false share":
+                return sub(Share(share.x, _flipped(share.y)), threshold=threshold, xs=xs)
+            if threshold + 1 > len(xs):
+                return _bent(sub(share, threshold=threshold, xs=xs))
+            return sub(share, threshold=threshold + 1, xs=xs)
+
+        def zeros(length: int, *, threshold: int, xs: Any) -> list[Share]:
+            if lie == "false share":
+                return sub(Share(255, _flipped(bytes(length))), threshold=threshold, xs=xs)
+            return (
+                zero(length, threshold=threshold + 1, xs=xs)
+                if threshold < len(xs)
+                else _bent(zero(length, threshold=threshold, xs=xs))
+            )
+
+        with (
+            mock.patch.object(nodes.renewer, "deal_sub_shares", sub_shares),
+            mock.patch.object(nodes.renewer, "deal_zero", zeros),
+        ):
+            return super().deal(lane, body, sender)
+
+    def refresh(self, lane: Any, body: Any, sender: Any) -> Any:
+        """Tell what the share becomes; perhaps with a wrong value."""
+        with self._false_words():
+            return super().refresh(lane, body, sender)
+
+    def reshare(self, lane: Any, body: Any, sender: Any) -> Any:
+        """Tell what the new share would be; perhaps with a wrong value."""
+        with self._false_words():
+            return super().reshare(lane, body, sender)
+
+    @contextmanager
+    def _false_words(self) -> Iterator[None]:
+        if self._lie != "false words":
+            yield
+            return
+        self.world.lied += 1
+        real = nodes.renewer.sign_part_statement
+
+        def sign(terms: Any, deals: Any, new: NewShare, *rest: Any) -> bytes:
+            return real(terms, deals, replace(new, values=(_flipped(new.values[0]), *new.values[1:])), *rest)
+
+        with mock.patch.object(nodes.renewer, "sign_part_statement", sign):
+            yield
+
+
+class WatchedCoordinator(Coordinator):
+    """The real coordinator; whom it names is held against who lies."""
+
+    world: MoveWorld
+
+    def change(self, talker: Any, raw_order: bytes, deadline_s: float) -> Any:
+        """Carry out an order; a false word must be named with its speaker, and nobody where all are honest."""
+        try:
+            return super().change(talker, raw_order, deadline_s)
+        except ShareCorrupt as error:
+            if not self.world.lied:
+                raise Violated(f"{self._node} names {error.holders}, and nobody lied: {error}") from None
+            if self.world.evil_node not in error.holders:
+                raise Violated(f"{self.world.evil_node} lied, {error.holders} are named: {error}") from None
+            self.world.named["all" if len(error.holders) > 2 else "liar"] += 1
+            raise
+
+
+def _flipped(value: bytes) -> bytes:
+    return bytes([value[0] ^ 1]) + value[1:]
+
+
+def _bent(shares: list[Share]) -> list[Share]:
+    """As many shares as the threshold lie on a polynomial whatever they are: then another constant is the only lie."""
+    return [Share(shares[0].x, _flipped(shares[0].y)), *shares[1:]]
+
+
+# --- the world ---
+
+
+class MoveWorld(World):
+    """Six nodes, two keys that move, and what is on the disks."""
+
+    cluster = WIDE_CLUSTER
+    node_names = WIDE_NODES
+    make_renewer = LyingRenewer
+    make_coordinator = WatchedCoordinator
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        LyingRenewer.world = WatchedCoordinator.world = self
+        self.disks = Disks(self)
+        self.lied = 0
+        self.named: Counter[str] = Counter()
+        self.destroying: set[bytes] = set()
+        self.fallbacks = 0
+        self.refused = 0
+        for proc in self.procs.values():
+            proc.disk.on_commit = partial(self.disks.changed, proc)
+
+    def _cast(self, r: Any) -> None:
+        self.threshold, self.shares = r.choice(((2, 3), (2, 3), (2, 4), (3, 4), (3, 5)))
+        self.length, self.chaos_s = "long", CHAOS_S
+        self.audit_strict = r.random() < 0.3
+        self.evil = r.choice(EVIL)
+        self.evil_node = r.choice(self.node_names)
+        self.liar = self.thief = ""
+        self.names = r.choice((("k",), ("k", "l")))
+        self.features = [f"{self.threshold} of {self.shares}", self.evil or "all honest"]
+        self.features += ["two names"] * (len(self.names) > 1)
+
+    @property
+    def lies(self) -> bool:
+        """Whether somebody lies now: a few times, as all is tried again and again until it no longer does."""
+        return not self.healed and self.lied < LIES
+
+    def spare(self) -> str:
+        """A node that may be down while all keys must be of use."""
+        needed = {
+            node
+            for epochs in self.disks._certified.values()
+            for _, manifest in [max(epochs.items())[1]]
+            if manifest.shares == manifest.threshold
+            for node in [each.node for each in manifest.holders]
+        }
+        return self.sim.random.choice([each for each in self.node_names if each not in needed] or [""])
+
+
+def keeper(world: MoveWorld, client: Client, name: str) -> Script:
+    """Creates a key, and from then on moves and refreshes it."""
+    r = world.sim.random
+    key = yield from created(world, client, name)
+    if key is None:
+        return
+    yield from changes(world, client, name, r.randrange(2, 6))
+    if r.random() < 0.15 and world.evil != "fallback":
+        world.destroying.add(bytes.fromhex(key.key_id))
+        key.destroying = True
+        _, error = yield f"destroy {name}", partial(client.calls.destroy_key, name, 3.0), 3.0
+        key.destroyed = error is None
+
+
+def created(world: MoveWorld, client: Client, name: str) -> Generator[Any, Any, Acknowledged | None]:
+    """The key, once a client was told that it is there."""
+    r = world.sim.random
+    algorithm = r.choice(tuple(USES))
+    for _ in range(4):
+        before = len(client.sent)
+        make = partial(client.calls.create_key, name, algorithm, world.threshold, world.shares, 3.0)
+        _, error = yield f"create {name}", make, 3.0
+        orders = [each for each in client.sent[before:] if each.verb == "generate"]
+        if error is None:
+            return world.acknowledge(name, algorithm, client.calls._descriptions.get(name), orders[-1].body)
+        if orders and not isinstance(error, KeyExists):
+            key: Acknowledged | None = yield from repeat_order(world, client, name, algorithm, orders[-1].body)
+            if key is not None:
+                return key
+        yield r.random() * 0.5
+    return None
+
+
+def changes(world: MoveWorld, client: Client, name: str, count: int) -> Script:
+    """Move or refresh a key so many times; each is tried again now and then, as people do."""
+    r = world.sim.random
+    for _ in range(count):
+        yield r.random() * 0.5
+        keys = world.acknowledged.get(name)
+        if not keys or keys[-1].destroying:
+            continue
+        yield from (refresh if r.random() < 0.25 else move)(world, client, keys[-1])
+
+
+def move(world: MoveWorld, client: Client, key: Acknowledged) -> Script:
+    """Give a key other holders, and perhaps another t and n."""
+    r = world.sim.random
+    threshold, shares = r.choice(SHAPES)
+    holders = r.sample(world.node_names, shares)
+    known = world.disks.manifest(bytes.fromhex(key.key_id))
+    spared = max(0, known.shares - known.threshold - 1)
+    without = tuple(r.sample([each.node for each in known.holders], r.randint(0, spared)) if r.random() < 0.3 else ())
+    call = partial(client.calls.reshare_key, key.name, threshold, None, holders, without, 2.0)
+    made, error = yield f"move {key.name} to {threshold} of {','.join(holders)}", call, 2.0
+    if error is None:
+        world.reshares += 1
+        if made.epoch < 2 or made.key_id != key.key_id or list(made.holders) != holders:
+            raise Violated(f"a move of {key.name!r} gave epoch {made.epoch} of {made.key_id} at {made.holders}")
+        key.epoch = max(key.epoch, made.epoch)
+    else:
+        world.refused += 1
+
+
+def refresh(world: MoveWorld, client: Client, key: Acknowledged) -> Script:
+    """Replace the shares of a key."""
+    made, error = yield f"refresh {key.name}", partial(client.calls.refresh_key, key.name, 2.0), 2.0
+    if error is None:
+        world.refreshes += 1
+        key.epoch = max(key.epoch, made.epoch)
+    else:
+        world.refused += 1
+
+
+def fallback(world: MoveWorld) -> None:
+    """The registry's disk is put back to what it was a while ago, once there are keys."""
+    r, proc = world.sim.random, world.procs[BALANCER]
+    copies: list[sqlite3.Connection] = []
+
+    def copy() -> None:
+        file = proc.disk.files["registry.db"]
+        if len(world.acknowledged) < len(world.names) or file.in_transaction:
+            world.sim.after(0.2, copy)
+            return
+        copies.append(sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False))
+        file.backup(copies[0])  # serialize() leaves out what is in the log
+        world.sim.after(0.2 + r.random() * 2, put_back)
+
+    def put_back() -> None:
+        if world.healed:
+            copies[0].close()
+            return
+        world.sim.tell("the registry falls back")
+        proc.crash()
+        proc.disk.files["registry.db"].close()
+        proc.disk.files["registry.db"] = copies[0]
+        world.fallbacks += 1
+        world.disks.fell_back(proc)
+        world.sim.after(0.1 + r.random(), proc.start)
+
+    world.sim.after(0.4 + r.random(), copy)
+
+
+def rogue(world: MoveWorld, name: str) -> None:
+    """A node with the balancer's key: it certifies what it has prepared, with its own receipts alone."""
+    sim, r = world.sim, world.sim.random
+    channel = SimChannel(world.net, f"rogue-{name}", CURVE[name])
+    channel.arrived = lambda arrival: None
+
+    def act() -> None:
+        node = world.nodes[name]
+        for row in node.rows() if node.up else ():
+            if row.epoch > 1 and row.state == "prepared":
+                attack(row)
+        if not world.healed:
+            sim.after(0.003 + r.random() * 0.02, act)
+
+    def attack(row: Any) -> None:
+        manifest = read_key_manifest(row.manifest).manifest
+        mine = manifest.holder(name)
+        if mine is None:
+            return
+        told = receipts.encode(Receipt(row.key_id, row.manifest_hash, mine.x))
+        given = [sign_envelope("receipt", 1, told, KEYS[name])] * manifest.shares
+        payload = certificates.encode(CommitCertificate(row.key_id, row.manifest_hash, given))
+        forged = sign_envelope("certificate", 1, payload, KEYS[BALANCER])
+        commit = REQUEST_CODECS[SHARE_COMMIT].encode(ShareCommit(row.key_id, forged))
+        leave = REQUEST_CODECS[SHARE_LEAVE].encode(ShareLeave(row.manifest, forged))
+        for each in r.sample(world.node_names, 2):
+            verb, body = (SHARE_LEAVE, leave) if manifest.holder(each) is None else (SHARE_COMMIT, commit)
+            with suppress(EngineError):
+                channel.start(each, verb, body, 1.0)
+
+    sim.after(0.3, act)
+
+
+# --- one seed ---
+
+
+def play(world: MoveWorld) -> None:
+    """All of a seed."""
+    sim, r = world.sim, world.sim.random
+    for proc in world.procs.values():
+        proc.skew_ms = r.randrange(-1500, 1500)
+        proc.start()
+    failpoints.arm(faults(world, POINTS, KINDS, (0, 1, 1, 2, 2, 3, 4)))
+    for name in world.names:
+        world.play("alice", partial(_with_name, keeper, world, name))
+    if r.random() < 0.6:
+        world.play("dave", lambda client: _later(0.4, changes(world, client, "k", 3)))
+    world.play("carol", lambda client: user(world, client, "k"))
+    if world.evil == "fallback":
+        fallback(world)
+    if world.evil == "rogue":
+        rogue(world, world.evil_node)
+    sim.run(world.chaos_s)
+    heal_and_check(world, before_books=partial(_last_change, world) if world.fallbacks else None)
+    world.disks.check_end()
+
+
+def _with_name(script: Callable[..., Script], world: MoveWorld, name: str, client: Client) -> Script:
+    return script(world, client, name)
+
+
+def _later(seconds: float, script: Script) -> Script:
+    yield seconds
+    yield from script
+
+
+def _last_change(world: MoveWorld) -> None:
+    """A registry that fell back learns from the holders what it forgot, by the next change of each key."""
+
+    def script(client: Client) -> Script:
+        for keys in world.acknowledged.values():
+            for key in [each for each in keys if not each.destroying]:
+                for _ in range(LAST_TRIES):
+                    without = world.disks.lacking(bytes.fromhex(key.key_id))
+                    call = partial(client.calls.reshare_key, key.name, None, None, None, without, 4.0)
+                    made, error = yield f"last change of {key.name}", call, 4.0
+                    if error is None:
+                        key.epoch = max(key.epoch, made.epoch)
+                        break
+                    yield 1.0
+                else:
+                    raise Violated(f"{key.name!r} can't be changed after the registry fell back: {error}")
+
+    world.play("alice", script)
+    world.sim.run(world.sim.now + 120.0, done=lambda: not world.scripts)
+
+
+def run_seed(seed: int, how: str = "") -> Report:
+    """Run one seed inside ``simulated(MoveWorld)``; ``Violated`` as of the other simulation."""
+    world = MoveWorld(seed)
+    played(world, lambda: play(world), f" --moves{how}")
+    counts = Counter(
+        events=world.sim.steps,
+        instants=world.disks.instants,
+        keys=sum(len(each) for each in world.acknowledged.values()),
+        moves=world.reshares,
+        refreshes=world.refreshes,
+        refused=world.refused,
+        gathers=world.gathers,
+        checked=world.checked,
+        lies=world.lied,
+        fallbacks=world.fallbacks,
+        crashes=sum(proc.crashes for proc in world.procs.values()),
+    )
+    counts.update({f"named {who}": count for who, count in world.named.items()})
+    return Report(world.seed, world.sim.trace, counts, tuple(world.features))
