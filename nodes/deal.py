@@ -122,6 +122,7 @@ SETTINGS_WAIT_S: Final = 2.0
 """How long holders get to take in settings; they learn them from the registry's books too."""
 REGISTRY_TIMEOUT_S: Final = 2.0
 REGISTRY_PATIENCE_S: Final = 1.0
+BUNDLE_PATIENCE: Final = 5
 REDIAL_S: Final = 0.05
 RECALL_S: Final = 2.0
 """Who does not tell within so long what it knows is asked again later."""
@@ -555,8 +556,8 @@ class Conversation(FollowsCluster):
         patient_until_s = min(deadline_s, self._clock() + REGISTRY_PATIENCE_S)
         while True:
             for balancer in self._cluster.of_role("balancer"):
-                # A bundle is as much work as all that is in it.
-                patience_s = REGISTRY_TIMEOUT_S * (2 if verb == REGISTRY_MANY else 1)
+                # A bundle is as much work as all that is in it, and no client waits for it.
+                patience_s = REGISTRY_TIMEOUT_S * (BUNDLE_PATIENCE if verb == REGISTRY_MANY else 1)
                 left_s = min(patience_s, deadline_s - self._clock())
                 if left_s <= 0:
                     problems.setdefault(balancer.name, f"{balancer.name}: the deadline is over")
