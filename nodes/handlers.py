@@ -200,7 +200,7 @@ LOOK_AGAIN_S: Final = 1.0
 BOOKS_EVERY_S: Final = 5.0
 """How often the node asks the registry what changed of its keys; a destruction that it missed is carried out then."""
 HELD_BACK: Final = frozenset({*OPERATIONS, RequestType.PREWARM})
-"""Uses of keys, which a node that has just started refuses until it has heard what became of them."""
+"""Uses of keys, which a node that has just started keeps until it has asked what became of them."""
 DURABLE_VERBS: Final = frozenset(
     {
         RequestType.GENERATE,
@@ -502,7 +502,7 @@ class Handlers(FollowsCluster):
         self._lacking = LackingReport(catalogue)
         self._recalling = False
         self._next_recall_s = 0.0
-        self._parked: list[tuple[_Call, bytes, Callable[[Lane], Any]]] = []
+        self._parked: list[tuple[_Call, Callable[[], None]]] = []
         self._verbs: dict[str, Callable[[_Call, Any], None]] = {
             **dict.fromkeys(OPERATIONS, self._operate),
             RequestType.GENERATE: self._create,
@@ -588,9 +588,16 @@ class Handlers(FollowsCluster):
                 raise TokenError(f"{self._node}: {self._health.problem}")
             body = REQUEST_CODECS[request.verb].decode(request.body)
             self._checked(call)
-            self._verbs[request.verb](call, body)
+            self._dispatch(call, body)
         except Exception as error:  # every request gets exactly one answer
             self._fail(call, error)
+
+    def _dispatch(self, call: _Call, body: Any) -> None:
+        """Have a checked request carried out; a use of a key once the others were asked what became of the keys."""
+        if call.verb in HELD_BACK and self._returning.waits:
+            self._parked.append((call, lambda: self._dispatch(call, body)))
+            return
+        self._verbs[call.verb](call, body)
 
     def _checked(self, call: _Call) -> float:
         """So far everything was a check, but for the first record; the time now."""
@@ -927,7 +934,7 @@ class Handlers(FollowsCluster):
         if key_id and key_id != entry.row.key_id:
             raise StaleKey(f"{name!r} has another id than the request says")
         if call.verb in HELD_BACK:
-            self._check_back(entry)
+            self._returning.check(entry.row.key_id)
         call.entry = entry
         return entry
 
@@ -1344,6 +1351,7 @@ class Handlers(FollowsCluster):
                 each
                 for each in (
                     self._manifest_problem(),
+                    self._returning.alarm,
                     self.token_alarm,
                     self._audit.broken,
                     *self._witness.alarms.values(),
@@ -1452,26 +1460,23 @@ class Handlers(FollowsCluster):
         self._once_back(call, body.key_id, lambda lane: self._holder.release(lane, body, call.incoming.member))
 
     def _once_back(self, call: _Call, key_id: bytes, work: Callable[[Lane], Any]) -> None:
-        """Do what gives away something of a share, as soon as this node has heard what became of its keys."""
-        if self._returning.waits:
-            self._parked.append((call, key_id, work))
-            return
+        """Do what gives away something of a share, as soon as this node has heard what became of the key."""
         entry = self._catalogue.by_id(key_id)
-        if entry is not None:
-            self._check_back(entry)
+        if entry is not None and not self._returning.may_release(holder.node for holder in entry.manifest.holders):
+            self._parked.append((call, lambda: self._once_back(call, key_id, work)))
+            self._next_recall_s = 0.0  # who asks can be asked
+            return
+        self._returning.check(key_id)
         self._aside(call, self._local, work)
-
-    def _check_back(self, entry: Entry) -> None:
-        self._returning.check(entry.row.key_id, (holder.node for holder in entry.manifest.holders))
 
     def _unpark(self) -> None:
         """Go on with what waited, or say that it waited too long."""
         parked, self._parked = self._parked, []
-        for call, key_id, work in parked:
+        for call, again in parked:
             try:
                 if self._clock() >= call.deadline_s:
-                    raise KeyPending(f"{self._node} serves no key yet: {self._returning.problem}")
-                self._once_back(call, key_id, work)
+                    raise KeyPending(f"{self._node} has not heard yet what became of the key while it was away")
+                again()
             except Exception as error:  # every request gets exactly one answer
                 self._fail(call, error)
 
@@ -1713,7 +1718,7 @@ class Handlers(FollowsCluster):
             self._recalling = False
 
     def _recalled(self, told: tuple[list[str], list[SyncEntry]] | None, error: Exception | None) -> None:
-        self._next_recall_s = self._clock() + (0.0 if self._returning.waits else BOOKS_EVERY_S)
+        self._next_recall_s = self._clock() + (BOOKS_EVERY_S if self._returning.heard else 0.0)
         if told is None or self._audit.problem:
             self._recalling = False
             if told is None:
@@ -1727,13 +1732,12 @@ class Handlers(FollowsCluster):
                 log.error("what the others told could not be taken in", reason=str(failure))
                 return
             gone, doubted = taken
-            waited = self._returning.waits
+            if answered or self._returning.waits:
+                log.info("asked the others", answered=sorted(answered), changed=len(entries))
             self._returning.asked(answered, doubted)
             for key_id in (*gone, *doubted):
                 self._forget(key_id)
-            if waited and not self._returning.waits:
-                log.info("back", told_by=sorted(answered), changed=len(entries))
-                self._unpark()
+            self._unpark()
 
         try:
             self._local.submit(lambda lane: self._take_in_recalled(entries), done)
@@ -1817,11 +1821,8 @@ class Handlers(FollowsCluster):
             gone, well = taken
             if well:  # else what was refused is asked for again
                 self._cursor = cursor
-            waited = self._returning.waits
             self._returning.read_books()
-            if waited and not self._returning.waits:
-                log.info("back", told_by="the registry")
-                self._unpark()
+            self._unpark()
             for key_id in gone:
                 self._forget(key_id)
 

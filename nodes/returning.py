@@ -1,8 +1,9 @@
-"""What a node has to hear after its start before it serves the keys that it holds. It opens no socket.
+"""What a node has to hear after its start before it goes by what it remembers of its keys. It opens no socket.
 
 It may have been away for long, or its disk is an old copy: keys that it takes for its own may be destroyed, moved or
-refreshed since. So it asks every other node and the registry, and holds its keys back until one of them has told what
-it knows, and each other node was at least asked. Who was silent then is asked again, until the registry has told.
+refreshed since. So it asks every other node and the registry. It uses no key before all were asked, and gives nothing
+of a share away before another holder of the key, or the registry, has told what it knows. Who was silent is asked
+again, until the registry has told.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _told(entry: Entry) -> SyncEntry:
 
 
 class Returning(FollowsCluster):
-    """How far a node has come back. One that holds no key is back at once."""
+    """How far a node has come back. One that held no key at its start is back at once."""
 
     def __init__(self, cluster: ClusterSource, node: str, *, holds: bool) -> None:
         self._source = cluster
@@ -79,21 +80,25 @@ class Returning(FollowsCluster):
 
     @property
     def waits(self) -> bool:
-        """Whether no key may be served yet."""
-        return self._holds and not (self._asked and (self._books or self._answered or self._alone))
+        """Whether the others were not asked yet, so that no key is used."""
+        return self._holds and not self._asked
 
     @property
-    def _alone(self) -> bool:
-        return set(self._cluster.nodes) <= {self._node}
+    def heard(self) -> bool:
+        """Whether anybody has told yet; a node that holds no key, or is the only one, has nobody to hear from."""
+        return not self._holds or self._books or bool(self._answered) or set(self._cluster.nodes) <= {self._node}
 
     @property
     def problem(self) -> str:
-        """Why it serves no key yet; empty if it does."""
-        if not self.waits:
+        """Why it uses no key yet; empty if it does."""
+        return "it asks the others what became of its keys while it was away" if self.waits else ""
+
+    @property
+    def alarm(self) -> str:
+        """What is wrong where nobody can be asked; empty if somebody has told."""
+        if self.waits or self.heard:
             return ""
-        if not self._asked:
-            return "it asks the others what became of its keys while it was away"
-        return "neither another node nor the registry has told yet what became of its keys while it was away"
+        return "it gives no shares away: neither another node nor the registry has told what became of its keys"
 
     def asked(self, answered: Iterable[str], destroyed: Iterable[bytes] = ()) -> None:
         """All were asked; those ``answered``, and what they told was taken in.
@@ -110,17 +115,19 @@ class Returning(FollowsCluster):
         self._books = True
         self._suspended.clear()
 
-    def check(self, key_id: bytes, holders: Iterable[str]) -> None:
-        """``KeyPending`` for a key that may be outdated, as far as is known now.
+    def check(self, key_id: bytes) -> None:
+        """``KeyPending`` for a key that is not to be used yet, as far as is known now.
 
-        Another of its ``holders`` must have told what it knows of it, or the registry: others may never have known it.
+        If nobody could be reached, it may be: who needs the shares of others gets them from such as know.
         """
         if self.waits:
             raise KeyPending(f"{self._node} serves no key yet: {self.problem}")
-        if self._holds and not self._books and not self._answered.intersection(holders):
-            raise KeyPending(f"{self._node} has not heard yet from another holder of the key what became of it")
         if key_id in self._suspended:
             raise KeyPending(f"{self._node} has heard that the key was destroyed, and waits for the registry's word")
+
+    def may_release(self, holders: Iterable[str]) -> bool:
+        """Whether one that may know of the key's end has told: the registry, or another of its holders."""
+        return not self._holds or self._books or not self._answered.isdisjoint(holders)
 
 
 class LackingReport:

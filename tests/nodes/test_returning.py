@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +33,40 @@ def others(world: Any) -> list[str]:
 
 def test_a_node_without_keys_is_back_at_once(world: Any) -> None:
     made = Returning(world.cluster, "node1", holds=False)
-    assert (made.waits, made.to_ask, made.problem) == (False, [], "")
-    made.check(KEY, HOLDERS)
+    assert (made.waits, made.heard, made.to_ask, made.problem, made.alarm) == (False, True, [], "", "")
+    made.check(KEY)
+    assert made.may_release(["node1"])
 
 
-def test_it_asks_all_and_needs_one_answer(world: Any, returning: Returning) -> None:
-    """Of another node or of the registry, and not before all were asked."""
-    for asked, answered, books in product((False, True), (False, True), (False, True)):
-        made = Returning(world.cluster, "node1", holds=True)
-        if books:
-            made.read_books()
-        if asked:
-            made.asked(["node2"] if answered else [])
-        back = asked and (answered or books)
-        assert made.waits is not back, (asked, answered, books)
-        assert bool(made.problem) is not back
-        if back:
-            made.check(KEY, HOLDERS)
-        else:
-            with pytest.raises(KeyPending, match="node1 serves no key yet"):
-                made.check(KEY, HOLDERS)
+def test_it_uses_no_key_before_all_were_asked(world: Any, returning: Returning) -> None:
+    """Whether anybody answers or not; it says which of both it is."""
+    assert returning.waits
+    with pytest.raises(KeyPending, match="node1 serves no key yet: it asks the others"):
+        returning.check(KEY)
+    returning.read_books()
+    assert returning.waits
+    returning.asked([])
+    assert (returning.waits, returning.problem, returning.alarm) == (False, "", "")
+    returning.check(KEY)
+    alone = Returning(world.cluster, "node1", holds=True)
+    alone.asked([])
+    assert (alone.waits, alone.heard, alone.problem) == (False, False, "")
+    assert alone.alarm.startswith("it gives no shares away: neither another node nor the registry has told")
+    alone.check(KEY)
+    alone.asked(["node5"])
+    assert (alone.heard, alone.alarm) == (True, "")
+
+
+def test_a_share_waits_for_one_that_may_know_of_the_key(returning: Returning) -> None:
+    """Another of its holders, or the registry; nodes that never held it can't tell that it is no more."""
+    assert not returning.may_release(HOLDERS)
+    returning.asked(["node4"])
+    assert not returning.may_release(HOLDERS)
+    returning.asked(["node3"])
+    assert returning.may_release(HOLDERS)
+    assert not returning.may_release(["node1", "node2"])
+    returning.read_books()
+    assert returning.may_release(["node1"])
 
 
 def test_those_that_were_silent_are_asked_again_until_the_registry_has_told(world: Any, returning: Returning) -> None:
@@ -61,7 +74,6 @@ def test_those_that_were_silent_are_asked_again_until_the_registry_has_told(worl
     assert returning.to_ask == names
     returning.asked(names[1:])
     assert returning.to_ask == names[:1]
-    assert not returning.waits
     returning.asked([])
     assert returning.to_ask == names[:1]
     returning.read_books()
@@ -70,27 +82,13 @@ def test_those_that_were_silent_are_asked_again_until_the_registry_has_told(worl
 
 def test_what_another_node_calls_destroyed_waits_for_the_registry(world: Any, returning: Returning) -> None:
     returning.asked(others(world), [KEY])
-    returning.check(OTHER, HOLDERS)
+    returning.check(OTHER)
     with pytest.raises(KeyPending, match="waits for the registry's word"):
-        returning.check(KEY, HOLDERS)
+        returning.check(KEY)
     returning.read_books()
-    returning.check(KEY, HOLDERS)
+    returning.check(KEY)
     returning.asked([], [KEY])  # the registry's word is in already
-    returning.check(KEY, HOLDERS)
-
-
-def test_a_key_waits_for_one_that_may_know_it(world: Any, returning: Returning) -> None:
-    """Nodes that never held it can't tell that it is no more; what has no other holder waits for the registry."""
-    returning.asked(["node4"])
-    assert not returning.waits
-    with pytest.raises(KeyPending, match="another holder of the key"):
-        returning.check(KEY, HOLDERS)
-    returning.asked(["node3"])
-    returning.check(KEY, HOLDERS)
-    with pytest.raises(KeyPending, match="another holder of the key"):
-        returning.check(OTHER, ["node1"])
-    returning.read_books()
-    returning.check(OTHER, ["node1"])
+    returning.check(KEY)
 
 
 def test_lacking_shares_are_reported_once_in_a_while(world: Any) -> None:
