@@ -634,7 +634,7 @@ class Service(FollowsCluster):
         return codec.encode(reply)
 
     def _reserve(self, member: str, body: Reserve) -> Reserved:
-        return self._registry.reserve(body.order, member, self._now_ms())
+        return self._registry.reserve(body.order, member, self._now_ms(), body.manifest, body.certificate)
 
     def _change(self, member: str, body: Change) -> Reserved:
         return self._registry.change(body.order, body.manifest, body.certificate, member, self._now_ms())

@@ -1,12 +1,14 @@
 """The registry: names, keys, attempts and tombstones, durable before they are told. It knows no socket and no clock.
 
-A key goes reserved -> committed -> destroyed, or reserved -> aborted. A committed key goes from epoch to epoch: beside
-it stands at most one pending change, whose attempts are numbered on over the life of the key's id. Invariants:
+A key here is one version of what a client calls so. It goes reserved -> committed -> destroyed, or reserved -> aborted;
+the versions of one name share their lineage, the id of version 1, and are destroyed together. A committed key goes from
+epoch to epoch: beside it stands at most one pending change, whose attempts are numbered on over the life of the key's
+id. Invariants:
 
-1. A name belongs to at most one reserved or committed key.
+1. A name and version belong to at most one reserved or committed key, and a name to one lineage of them.
 2. An attempt for which an abort notice was signed never commits, not even after the registry fell back to an old copy:
    the notice on an attempt it did not know is preceded by a durable note, and later attempts are numbered beyond it.
-3. A destroyed key id never comes back.
+3. A destroyed key id never comes back, and no version follows one that was destroyed.
 4. An epoch follows the one that is committed, by receipts of all its holders; no notice is signed on an attempt that
    was committed once.
 
@@ -59,6 +61,7 @@ from engine.protocol.manifest import (
     open_destroy_order,
     open_key_manifest,
     open_receipt,
+    read_create_order,
     read_key_manifest,
     receipts_needed,
 )
@@ -72,6 +75,7 @@ from engine.protocol.settings import (
     read_settings,
 )
 from engine.protocol.signed import SigningKey, sign_envelope
+from engine.sharing import check_placement
 
 __all__ = ["Registry", "SqliteRegistry"]
 
@@ -91,6 +95,8 @@ DUE_MAX = 64
 """How many keys are destroyed at a time whose time has come."""
 CHANGE_LEASE_MS = 10_000
 """A change under way keeps those of other orders waiting for this long; then its coordinator counts as dead."""
+ROTATE_LEASE_MS = 15_000
+"""The same of a rotation: its dealer may have to make an RSA key."""
 BUSY_TIMEOUT_S = 1.0
 
 
@@ -110,8 +116,10 @@ class Registry(Protocol):
     def note_cluster_serial(self, serial: int) -> None:
         """Remember under which cluster manifest it served."""
 
-    def reserve(self, order: bytes, dealer: str, now_ms: int) -> Reserved:
-        """Reserve the name of a client's create order for one attempt of ``dealer``."""
+    def reserve(
+        self, order: bytes, dealer: str, now_ms: int, manifest: bytes = b"", certificate: bytes = b""
+    ) -> Reserved:
+        """Reserve the name and version of a client's create order for one attempt of ``dealer``."""
 
     def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
         """Begin an attempt of ``dealer`` to carry out an order to refresh, reshare or move a committed key."""
@@ -194,6 +202,16 @@ class _Row:
         return self.expires_ms + CLOCK_SKEW_MS < now_ms
 
 
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """Which version of which lineage a reserved or committed key is, and when it was last reserved."""
+
+    key_id: bytes
+    version: int
+    lineage: bytes
+    began_ms: int
+
+
 class _ChangeState(IntEnum):
     PENDING = 1
     ENDED = 2
@@ -261,6 +279,14 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX by_due ON settings (due_ms) WHERE due_ms > 0",
     ),
     PLACES_TABLES,
+    (
+        """CREATE TABLE versions (key_id BLOB PRIMARY KEY, name BLOB NOT NULL, version INTEGER NOT NULL,
+           lineage BLOB NOT NULL, began_ms INTEGER NOT NULL) STRICT, WITHOUT ROWID""",
+        "CREATE UNIQUE INDEX live_versions ON versions (name, version)",
+        "CREATE INDEX by_lineage ON versions (lineage)",
+        "INSERT INTO versions SELECT key_id, name, 1, key_id, 0 FROM keys WHERE state IN (1, 2)",
+        "DROP INDEX live_names",
+    ),
 )
 """Statements that take the schema from version i to i + 1."""
 _FENCING_EPOCH, _SERIAL, _CHANGE = 1, 2, 3
@@ -377,12 +403,17 @@ class SqliteRegistry(FollowsCluster):
 
     # --- the verbs ---
 
-    def reserve(self, order: bytes, dealer: str, now_ms: int) -> Reserved:
-        """Reserve the name for one attempt of ``dealer``; earlier attempts of the order are aborted for good.
+    def reserve(
+        self, order: bytes, dealer: str, now_ms: int, manifest: bytes = b"", certificate: bytes = b""
+    ) -> Reserved:
+        """Reserve the name and version for one attempt of ``dealer``; earlier attempts of the order are aborted.
 
-        An order that has already made its key gets that back, as attempt 0. ``KeyExists``: the name is taken or being
-        created; ``ManifestError``: the order is forged, expired or differs from an earlier one of its key id;
-        ``AccessDenied``; ``KeyNotFound``: the key was destroyed; ``ValueError``: too few nodes.
+        An order that has already made its key gets that back, as attempt 0, and so does one for a version that another
+        order has made: the newest one. ``manifest`` and ``certificate`` are of the version before, as the dealer knows
+        it: one that the books lack is taken in first. ``KeyExists``: the name is taken or being created;
+        ``Overloaded``: this version is being made by another order; ``ManifestError``: the order is forged, expired,
+        differs from an earlier one of its key id or follows no version that is there; ``AccessDenied``;
+        ``KeyNotFound``: the key was destroyed; ``ValueError``: too few nodes.
         """
         wanted, signed = open_create_order(order, self._cluster, None)
         row = self._row(wanted.key_id)
@@ -396,7 +427,13 @@ class SqliteRegistry(FollowsCluster):
         open_create_order(order, self._cluster, now_ms)
         if dealer not in self._cluster.nodes:
             raise AccessDenied(f"{dealer!r} is no node and can't deal a key")
-        holders = self._holders(wanted)
+        before = None
+        if wanted.operation == "rotate":
+            self._take_in_version(wanted, manifest, certificate, now_ms)
+            before = self._newest(wanted)
+            if self._version(before.key_id).version >= wanted.version:
+                return Reserved(0, _names(before), [], before.manifest, before.certificate)
+        holders = self._holders(wanted, before)
         with self._transaction("reserve"):
             self._free_name(wanted, now_ms)
             attempt = max(row.attempt if row else 0, self._refused(wanted.key_id)) + 1
@@ -418,8 +455,64 @@ class SqliteRegistry(FollowsCluster):
                     tombstone=b"",
                 )
             )
+            self._put_version(wanted, now_ms)
         notices = [self._notice(wanted.key_id, each) for each in range(max(1, attempt - ABORTS_MAX), attempt)]
         return Reserved(attempt, list(holders), notices, b"", b"")
+
+    def _newest(self, wanted: CreateOrder) -> _Row:
+        """The newest committed version of the key that is to be rotated."""
+        found = self._store.execute(
+            """SELECT versions.key_id FROM versions JOIN keys USING (key_id)
+               WHERE lineage = ? AND state = 2 ORDER BY version DESC LIMIT 1""",
+            (wanted.lineage,),
+        ).fetchone()
+        row = self._row(found[0]) if found else None
+        if row is None or row.text != wanted.name:
+            raise KeyNotFound(f"no key {wanted.name!r} of this lineage is committed")
+        version = self._version(row.key_id).version
+        if version < wanted.version - 1:
+            raise ManifestError(f"version {wanted.version} of {wanted.name!r} does not follow the newest, {version}")
+        algorithm = read_key_manifest(row.manifest).manifest.algorithm
+        if wanted.algorithm != algorithm:
+            raise ManifestError(f"{wanted.name!r} is {algorithm}: its versions can't be {wanted.algorithm}")
+        return row
+
+    def _take_in_version(self, wanted: CreateOrder, manifest: bytes, certificate: bytes, now_ms: int) -> None:
+        """Book what a certificate proves: a version whose holders know better than a registry that fell back."""
+        if not manifest:
+            return
+        record = open_key_manifest(manifest, self._cluster)
+        told = record.manifest
+        if (told.name, told.lineage) != (wanted.name, wanted.lineage):
+            raise ManifestError(f"the manifest of {told.name!r} is of another key")
+        known = self._row(told.key_id)
+        if told.version < 2 or (known is not None and known.state in (_State.COMMITTED, _State.DESTROYED)):
+            return
+        first = self._row(told.lineage)
+        if first is None or first.state != _State.COMMITTED:
+            raise KeyNotFound(f"no key {wanted.name!r} of this lineage is committed")
+        open_certificate(certificate, record, self._cluster)
+        order = read_create_order(told.order)
+        with self._transaction("take-in"):
+            self._free_name(order, now_ms, certified=True)
+            self._put(
+                _Row(
+                    key_id=told.key_id,
+                    name=told.name.encode(),
+                    state=_State.COMMITTED,
+                    attempt=told.attempt,
+                    dealer=record.dealer.encode(),
+                    order_digest=open_create_order(told.order, self._cluster, None)[1].digest,
+                    expires_ms=order.expires_ms,
+                    holders="\n".join(holder.node for holder in told.holders).encode(),
+                    manifest_hash=record.digest,
+                    manifest=manifest,
+                    certificate=certificate,
+                    tombstone=b"",
+                )
+            )
+            self._put_version(order, now_ms)
+            self._note_change(told.key_id, self._told_of(record))
 
     def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
         """Begin an attempt of ``dealer`` to change a committed key by an order; earlier ones are aborted for good.
@@ -509,6 +602,9 @@ class SqliteRegistry(FollowsCluster):
         # Who leaves hears of it too, and who was to come by an attempt that was given up.
         told = self._store.execute("SELECT node FROM shares WHERE key_id = ?", (row.key_id,)).fetchall()
         self._note_change(row.key_id, list({*_names(newer), *(node.decode() for (node,) in told)}))
+        newest = self._lineage(self._version(row.key_id).lineage)[-1]
+        if newest.key_id != row.key_id and newest.state == _State.COMMITTED:
+            self._note_change(newest.key_id, _names(newer))
 
     def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
         """Make the manifest the key's; the certificate. The same manifest again gets the same certificate.
@@ -542,10 +638,18 @@ class SqliteRegistry(FollowsCluster):
             )
             if told.epoch == 1:
                 self._put(newer)
-                self._note_change(told.key_id, [holder.node for holder in told.holders])
+                self._note_change(told.key_id, self._told_of(record))
             else:
                 self._advance(row, newer)
         return certificate
+
+    def _told_of(self, record: KeyRecord) -> list[str]:
+        """The holders of a version that was made, and those of the others: they shall know that it is the newest."""
+        told = {holder.node: None for holder in record.manifest.holders}
+        if record.manifest.version > 1:
+            for row in self._lineage(record.manifest.lineage):
+                told |= dict.fromkeys(_names(row))
+        return list(told)
 
     def _note_change(self, key_id: bytes, nodes: Sequence[str]) -> None:
         change = self._next(_CHANGE)
@@ -614,14 +718,14 @@ class SqliteRegistry(FollowsCluster):
         return OutcomeReply("aborted", self._notice(key_id, attempt))
 
     def destroy(self, order: bytes, now_ms: int) -> None:
-        """Mark the key destroyed and keep the order as its tombstone; once more changes nothing.
+        """Mark all versions of the key destroyed and keep the order as their tombstone; once more changes nothing.
 
-        ``KeyNotFound``: no committed key has this id; ``ManifestError``: the order is forged, expired or names another
-        key; ``AccessDenied``.
+        ``KeyNotFound``: no committed key's version 1 has this id; ``ManifestError``: the order is forged, expired or
+        names another key; ``AccessDenied``.
         """
         wanted, _ = open_destroy_order(order, self._cluster, None)
         row = self._row(wanted.key_id)
-        if row is None or row.state not in (_State.COMMITTED, _State.DESTROYED):
+        if row is None or row.state not in (_State.COMMITTED, _State.DESTROYED) or self._is_later(row):
             raise KeyNotFound(f"no key {wanted.name!r} of this id is committed")
         if row.text != wanted.name:
             raise ManifestError(f"the destroy order names {wanted.name!r}, the key is {row.text!r}")
@@ -629,9 +733,13 @@ class SqliteRegistry(FollowsCluster):
             return
         open_destroy_order(order, self._cluster, now_ms)
         with self._transaction("destroy"):
-            self._put(replace(row, state=_State.DESTROYED, tombstone=order))
-            change = self._next(_CHANGE)
-            self._store.execute("UPDATE shares SET changed = ? WHERE key_id = ?", (change, wanted.key_id))
+            for version in self._lineage(wanted.key_id):
+                if version.state == _State.COMMITTED:
+                    self._put(replace(version, state=_State.DESTROYED, tombstone=order))
+                    change = self._next(_CHANGE)  # one for each: a page of the books may end between them
+                    self._store.execute("UPDATE shares SET changed = ? WHERE key_id = ?", (change, version.key_id))
+                else:
+                    self._put(replace(version, state=_State.ABORTED))
 
     def settings(self, order: bytes, now_ms: int) -> bytes:
         """Book a client's settings of a key, unless others came before it knew of; those in force then, countersigned.
@@ -695,6 +803,7 @@ class SqliteRegistry(FollowsCluster):
         with self._transaction("revive"):
             for row in late:
                 self._put(replace(row, state=_State.COMMITTED, tombstone=b""))
+                self._put_version(read_create_order(read_key_manifest(row.manifest).manifest.order), 0)
 
     def destroy_due(self, now_ms: int) -> int:
         """Destroy the keys whose time has come, all versions, at most so many; how many settings were carried out.
@@ -713,6 +822,9 @@ class SqliteRegistry(FollowsCluster):
             order = read_settings(settings.document).order
             with self._transaction("due"):
                 rows = self._rows_of(order)
+                for row in self._lineage(lineage):
+                    if row.state == _State.RESERVED:  # a version that is being made
+                        self._put(replace(row, state=_State.ABORTED))
                 for row in rows:
                     self._put(replace(row, state=_State.DESTROYED, tombstone=settings.document))
                 self._note_everywhere([row.key_id for row in rows])
@@ -785,26 +897,40 @@ class SqliteRegistry(FollowsCluster):
 
     # --- their parts ---
 
-    def _holders(self, order: CreateOrder) -> tuple[str, ...]:
+    def _holders(self, order: CreateOrder, before: _Row | None = None) -> tuple[str, ...]:
+        """The nodes that are to hold a key: those of its version before, if there are as many and no better ones."""
         holders = self._cluster.group_holders(self._cluster.group_of(order.name))[: order.shares]
         if len(holders) < order.shares:
             raise ValueError(
                 f"{order.shares} shares need as many nodes; the cluster has {len(holders)} that are not draining"
             )
+        earlier = tuple(_names(before)) if before is not None else ()
+        if len(earlier) == order.shares and set(earlier) <= set(self._cluster.nodes) - set(self._cluster.draining):
+            places, level = self._cluster.locations, self._cluster.domain_level
+            worse = check_placement(places, earlier, order.threshold, domain_level=level)
+            if len(worse) <= len(check_placement(places, holders, order.threshold, domain_level=level)):
+                return earlier
         return holders
 
-    def _free_name(self, order: CreateOrder, now_ms: int) -> None:
-        """Refuse a name that another key has; a reservation whose order expired is aborted instead."""
+    def _free_name(self, order: CreateOrder, now_ms: int, *, certified: bool = False) -> None:
+        """Refuse a name and version that another key has; a reservation that nobody works on is aborted instead.
+
+        So is one in whose place others have made a version that is ``certified``.
+        """
         found = self._store.execute(
-            "SELECT key_id FROM keys WHERE name = ? AND state IN (1, 2) AND key_id != ?",
-            (order.name.encode(), order.key_id),
+            "SELECT key_id FROM versions WHERE name = ? AND version = ? AND key_id != ?",
+            (order.name.encode(), order.version, order.key_id),
         ).fetchone()
         row = self._row(found[0]) if found else None
         if row is None:
             return
         if row.state == _State.COMMITTED:
             raise KeyExists(f"the name {order.name!r} is taken by another key")
-        if not row.expired(now_ms):
+        if order.version > 1 and not row.expired(now_ms) and not certified:
+            wait_ms = self._version(row.key_id).began_ms + ROTATE_LEASE_MS - now_ms
+            if 0 < wait_ms <= ROTATE_LEASE_MS:
+                raise Overloaded(f"{order.name!r} is being rotated; its dealer has {wait_ms} ms left")
+        elif not row.expired(now_ms) and not certified:
             wait_ms = row.expires_ms + CLOCK_SKEW_MS - now_ms
             raise KeyExists(f"a key {order.name!r} is being created; that order runs out in {wait_ms} ms")
         self._put(replace(row, state=_State.ABORTED))
@@ -933,7 +1059,39 @@ class SqliteRegistry(FollowsCluster):
             raise RegistryUnavailable(f"the registry's row of the key {key_id.hex()} is damaged")
         return row
 
+    def _version(self, key_id: bytes) -> _Version:
+        """Which version a reserved or committed key is."""
+        with self._reading():
+            found = self._store.execute(
+                "SELECT key_id, version, lineage, began_ms FROM versions WHERE key_id = ?", (key_id,)
+            ).fetchone()
+        if found is None:
+            raise RegistryUnavailable(f"the registry has lost which version the key {key_id.hex()} is")
+        return _Version(*found)
+
+    def _put_version(self, order: CreateOrder, now_ms: int) -> None:
+        self._store.execute(
+            """INSERT INTO versions VALUES (?, ?, ?, ?, ?)
+               ON CONFLICT (key_id) DO UPDATE SET began_ms = excluded.began_ms""",
+            (order.key_id, order.name.encode(), order.version, order.lineage or order.key_id, now_ms),
+        )
+
+    def _lineage(self, lineage: bytes) -> list[_Row]:
+        """The reserved and committed versions of a key, the newest last."""
+        with self._reading():
+            found = self._store.execute(
+                "SELECT key_id FROM versions WHERE lineage = ? ORDER BY version", (lineage,)
+            ).fetchall()
+        return [row for (key_id,) in found if (row := self._row(key_id)) is not None]
+
+    @staticmethod
+    def _is_later(row: _Row) -> bool:
+        """Whether it is another version of its key than the first."""
+        return read_key_manifest(row.manifest).manifest.version > 1
+
     def _put(self, row: _Row) -> None:
+        if row.state not in (_State.RESERVED, _State.COMMITTED):
+            self._store.execute("DELETE FROM versions WHERE key_id = ?", (row.key_id,))
         fields = _values(row)
         marks = ", ".join("?" * (len(fields) + 1))
         self._store.execute(f"INSERT OR REPLACE INTO keys VALUES ({marks})", (*fields, _hash(fields)))  # noqa: S608 - marks only

@@ -20,9 +20,9 @@ REQUESTS: Final[int]
 class Plan:
     """How one member's uses of one key with one verb are served.
 
-    ``use`` is a ``Use`` of the token, or what is called like one; ``lines`` are its records (``UseBuffer.record``);
-    ``times`` takes in how long its stages take (``engine.protocol.requests.STAGES``). ``worker`` makes uses that are
-    too slow for the loop.
+    One with ``newest`` holds as long as there is no newer version of the key. ``use`` is a ``Use`` of the token, or
+    what is called like one; ``lines`` are its records (``UseBuffer.record``); ``times`` takes in how long its stages
+    take (``engine.protocol.requests.STAGES``). ``worker`` makes uses that are too slow for the loop.
     """
 
     member: str
@@ -35,6 +35,8 @@ class Plan:
     count: Any
     group: int
     request_class: str
+    key_id: bytes
+    newest: bool
     lines: UseLines
     worker: Any
     def __new__(
@@ -55,6 +57,7 @@ class Plan:
         digested: bool,
         associated: bool,
         proves: bool,
+        newest: bool,
         most: int,
         lines: UseLines,
         times: Histograms | None = None,
@@ -93,8 +96,11 @@ class FastPath:
         """Who opens and takes what has no plan, is told of a reply that its client does not take, and admits and counts
         a use; where it is recorded, and what chains those that wait there, after their replies have left."""
 
-    def remember(self, user_id: str, plan: Plan) -> None:
-        """Serve such requests, from the connections of that CURVE key (Z85), by the plan from now on."""
+    def remember(self, user_id: str, key_id: bytes, plan: Plan) -> None:
+        """Serve such requests, from the connections of that CURVE key (Z85), by the plan from now on.
+
+        They name the key by its name and this id, or none where it is empty.
+        """
 
     def forget(self) -> None:
         """Something changed: every plan has to be made anew."""

@@ -75,7 +75,8 @@ cdef class Plan:
     cdef readonly object count
     cdef readonly int group
     cdef readonly str request_class
-    cdef bytes key_id
+    cdef readonly bytes key_id
+    cdef readonly bint newest
     cdef object use
     cdef readonly object worker
     cdef bint digested
@@ -93,13 +94,13 @@ cdef class Plan:
     cdef Histograms times
 
     def __cinit__(self, *, str member, str verb, str name, cluster, entry, loaded, cached_as, count, int group,
-                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, size_t most, UseLines lines,
-                 Histograms times=None, worker=None):
+                 str request_class, bytes key_id, use, bint digested, bint associated, bint proves, bint newest, size_t most,
+                 UseLines lines, Histograms times=None, worker=None):
         self.member, self.verb, self.name = member, verb, name
         self.cluster, self.entry, self.loaded, self.cached_as = cluster, entry, loaded, cached_as
         self.count, self.group, self.request_class, self.key_id = count, group, request_class, key_id
         self.use, self.digested, self.associated, self.proves, self.most = use, digested, associated, proves, most
-        self.lines, self.times, self.worker = lines, times, worker
+        self.lines, self.times, self.worker, self.newest = lines, times, worker, newest
 
     cdef void took(self, double started_s, double begun_s, double ended_s, double recorded_s) noexcept:
         """Note how long each stage of a use took that has been answered just now."""
@@ -237,11 +238,11 @@ cdef class FastPath:
         self._opened, self._lost, self._handlers = opened, lost, handlers
         self._uses, self._drain = uses, drain
 
-    def remember(self, str user_id, Plan plan not None):
-        """Serve such requests by the plan from now on."""
+    def remember(self, str user_id, bytes key_id not None, Plan plan not None):
+        """Serve such requests that name the key by its name and this id, or none, by the plan from now on."""
         if len(self._plans) >= 10_000:
             self.forget()
-        self._plans[user_id.encode() + plan.verb.encode() + b"\0" + plan.name.encode()] = plan
+        self._plans[user_id.encode() + plan.verb.encode() + b"\0" + plan.name.encode() + b"\0" + key_id] = plan
 
     def forget(self):
         """Something changed: every plan has to be made anew."""
@@ -355,7 +356,7 @@ cdef class FastPath:
         cdef Connection connection
         cdef kq_operate request
         cdef uint8_t *content
-        cdef size_t length, parts
+        cdef size_t length, parts, at
         cdef char[WHERE_MAX] where
         cdef Plan plan
         connection = self._router.next(&content, &length, &parts)
@@ -365,9 +366,12 @@ cdef class FastPath:
             memcpy(where, PyUnicode_DATA(connection.user), Z85_KEY)
             memcpy(where + Z85_KEY, request.verb.at, request.verb.length)
             where[Z85_KEY + request.verb.length] = 0
-            memcpy(where + Z85_KEY + request.verb.length + 1, request.key.at, request.key.length)
-            found = self._plans.get(PyBytes_FromStringAndSize(where, Z85_KEY + request.verb.length + 1
-                                                              + request.key.length))
+            at = Z85_KEY + request.verb.length + 1
+            memcpy(where + at, request.key.at, request.key.length)
+            at += request.key.length
+            where[at] = 0
+            memcpy(where + at + 1, request.key_id.at, request.key_id.length)
+            found = self._plans.get(PyBytes_FromStringAndSize(where, at + 1 + request.key_id.length))
             if found is not None:
                 plan = found
                 if plan.fits(&request) and self._serve(plan, &request, connection):

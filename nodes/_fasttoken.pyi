@@ -163,6 +163,12 @@ class Use:
     def __call__(self, data: Buffer, associated_data: Buffer = b"", proof: Buffer = b"", /) -> bytes:
         """The result in fresh bytes."""
 
+    def then(self, following: Use | None, data: Buffer, associated_data: Buffer, /) -> bytes:
+        """What ``following`` makes of this one's result, both with the same associated data; nothing without it.
+
+        The result between the two is in memory that is wiped, and in no object.
+        """
+
 def ecdsa_to_der(raw: Buffer, /) -> bytes:
     """r || s (each up to 48 bytes) as an Ecdsa-Sig-Value."""
 

@@ -22,6 +22,7 @@ class Entry:
     row: Row
     record: KeyRecord
     algorithm: Algorithm
+    lineage: bytes
     settings: SettingsRecord | None = None
 
     @property
@@ -43,15 +44,19 @@ class Entry:
         return True
 
 
+def _age(entry: Entry) -> int:
+    return entry.row.version
+
+
 def _waits(entry: Entry) -> bool:
     """Whether it waits for its certificate; one that was aborted waits for nothing."""
     return entry.row.state == "prepared" and not entry.row.document
 
 
 class Catalogue:
-    """Entries by key id, and the committed ones by name; safe for several threads.
+    """Entries by key id, and by name those of the newest version; safe for several threads.
 
-    A key has one entry, and while its shares are replaced a second one: the prepared share of the next epoch.
+    A version has one entry, and while its shares are replaced a second one: the prepared share of the next epoch.
     """
 
     def __init__(self, rows: Iterable[Row], settings: Iterable[bytes] = ()) -> None:
@@ -62,6 +67,8 @@ class Catalogue:
         self._by_name: dict[str, Entry] = {}
         self._next: dict[bytes, Entry] = {}
         self._moved: dict[str, Entry] = {}
+        self._live: dict[str, dict[bytes, Entry]] = {}
+        """By name, what is committed or moved."""
         self._pending: dict[str, set[bytes]] = {}
         self._lacking: dict[bytes, Entry] = {}
         self._watchers: list[Callable[[Entry], None]] = []
@@ -78,7 +85,7 @@ class Catalogue:
         record = read_key_manifest(row.manifest)
         lineage = record.manifest.lineage
         with self._lock:
-            entry = Entry(row, record, ALGORITHMS[record.manifest.algorithm], self._settings.get(lineage))
+            entry = Entry(row, record, ALGORITHMS[record.manifest.algorithm], lineage, self._settings.get(lineage))
             self._lineages.setdefault(lineage, set()).add(row.key_id)
             if self._noted is not None:
                 self._noted.add(row.key_id)
@@ -92,14 +99,12 @@ class Catalogue:
             if row.state == "committed" and not row.sealed:
                 self._lacking[row.key_id] = entry
             self._note_pending(entry)
-            if row.state == "moved":
-                self._moved[row.name] = entry
-            elif (moved := self._moved.get(row.name)) is not None and moved.row.key_id == row.key_id:
-                del self._moved[row.name]
-            if row.state == "committed":
-                self._by_name[row.name] = entry
-            elif (named := self._by_name.get(row.name)) is not None and named.row.key_id == row.key_id:
-                del self._by_name[row.name]
+            live = self._live.setdefault(row.name, {})
+            if row.state in ("committed", "moved"):
+                live[row.key_id] = entry
+            else:
+                live.pop(row.key_id, None)
+            self._choose(row.name, live)
         for changed in self._watchers:
             changed(entry)
         return entry
@@ -118,6 +123,9 @@ class Catalogue:
                     for named in (self._by_name, self._moved):
                         if named.get(entry.row.name) is entry:
                             named[entry.row.name] = fresh
+                    live = self._live.get(entry.row.name, {})
+                    if live.get(key_id) is entry:
+                        live[key_id] = fresh
                     changed_entries += [fresh] if entries is self._by_id else []
         for fresh in changed_entries:
             for changed in self._watchers:
@@ -128,10 +136,26 @@ class Catalogue:
         return self._settings.get(lineage)
 
     def versions(self, lineage: bytes) -> list[Entry]:
-        """The key's versions that are known here, in whatever state."""
+        """The key's versions that are known here, in whatever state, the oldest first."""
         with self._lock:
-            found = [self._by_id.get(key_id) for key_id in self._lineages.get(lineage, ())]
-        return [entry for entry in found if entry is not None]
+            found = [self._by_id[key_id] for key_id in self._lineages.get(lineage, ()) if key_id in self._by_id]
+        return sorted(found, key=_age)
+
+    def _choose(self, name: str, live: dict[bytes, Entry]) -> None:
+        """Note which version of a name is the newest, and whether this node is a holder of it.
+
+        Where this node has shares, the newest is of that lineage: one that moved away before may be destroyed by now.
+        """
+        here = max((each for each in live.values() if each.row.state == "committed"), key=_age, default=None)
+        mine = [each for each in live.values() if here is None or each.lineage == here.lineage]
+        newest = max(mine, key=_age, default=None)
+        for entries, state in ((self._by_name, "committed"), (self._moved, "moved")):
+            if newest is not None and newest.row.state == state:
+                entries[name] = newest
+            else:
+                entries.pop(name, None)
+        if not live:
+            self._live.pop(name, None)
 
     def remove(self, row: Row) -> None:
         """Forget a prepared row."""
@@ -195,12 +219,31 @@ class Catalogue:
         return set(ids) if ids else set()
 
     def by_name(self, name: str) -> Entry | None:
-        """The live key of that name."""
+        """The newest version of the live key of that name, if this node is a holder of it."""
         return self._by_name.get(name)
 
     def moved(self, name: str) -> Entry | None:
-        """The key of that name that this node held a share of once, as others hold it now."""
+        """The newest version of the key of that name, if others hold it: this node had a share of it, or of another."""
         return self._moved.get(name)
+
+    def newest(self, name: str) -> Entry | None:
+        """The newest version of the key of that name, whoever holds it."""
+        return self._by_name.get(name) or self._moved.get(name)
+
+    def version(self, name: str, version: int) -> Entry | None:
+        """That version of the key of that name, whoever holds it."""
+        with self._lock:
+            newest = self._by_name.get(name) or self._moved.get(name)
+            live = self._live.get(name, {}).values()
+            return next(
+                (each for each in live if newest and (each.lineage, each.row.version) == (newest.lineage, version)),
+                None,
+            )
+
+    def held(self, name: str) -> list[Entry]:
+        """The versions of the key of that name that this node is a holder of."""
+        with self._lock:
+            return [each for each in self._live.get(name, {}).values() if each.row.state == "committed"]
 
     def by_id(self, key_id: bytes) -> Entry | None:
         """The key of that id in whatever state."""
@@ -256,4 +299,5 @@ class Catalogue:
     def share_count(self) -> int:
         """How many shares of live keys this node holds."""
         with self._lock:
-            return sum(bool(entry.row.sealed) for entry in self._by_name.values())
+            live = (entry for entries in self._live.values() for entry in entries.values())
+            return sum(bool(entry.row.sealed) for entry in live)

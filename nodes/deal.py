@@ -63,6 +63,7 @@ from engine.protocol.requests import (
     SHARE_ABORT,
     SHARE_COMMIT,
     SHARE_DESTROY,
+    SHARE_LEAVE,
     SHARE_PREPARE,
     SHARE_RECALL,
     SHARE_RELEASE,
@@ -82,6 +83,7 @@ from engine.protocol.requests import (
     Settings,
     SettingsInForce,
     ShareCommit,
+    ShareLeave,
     SharePrepare,
     ShareRecall,
     ShareRelease,
@@ -317,10 +319,18 @@ class Conversation(FollowsCluster):
 
     # --- the dealer ---
 
-    def create(self, talker: Talker, raw_order: bytes, material: bytes, deadline_s: float) -> KeyDescription:
-        """Make or import a key as the client ordered, share it out and have it committed.
+    def create(
+        self,
+        talker: Talker,
+        raw_order: bytes,
+        material: bytes,
+        deadline_s: float,
+        earlier: Sequence[Entry] = (),
+    ) -> KeyDescription:
+        """Make or import a key, or a later version of one, as the client ordered, share it out and have it committed.
 
-        Idempotent by the order: when it was carried out before, its result is returned.
+        Idempotent by the order: when it was carried out before, its result is returned. ``earlier`` are the versions
+        that this node knows, the oldest first; the registry is told of the newest, and their holders of the new one.
         """
         order, _ = open_create_order(raw_order, self._cluster, self._now_ms())
         algo = algorithm(order.algorithm)
@@ -332,8 +342,11 @@ class Conversation(FollowsCluster):
         if order.operation == "import":
             check_material(algo, material)
         elif material:
-            raise ValueError("a generate request carries no material")
-        reserved = self.ask_registry(talker.channel, REGISTRY_RESERVE, Reserve(raw_order), deadline_s)
+            raise ValueError(f"a {order.operation} request carries no material")
+        reserve = Reserve(raw_order)
+        if earlier:
+            reserve = Reserve(raw_order, earlier[-1].row.manifest, earlier[-1].row.certificate)
+        reserved = self.ask_registry(talker.channel, REGISTRY_RESERVE, reserve, deadline_s)
         failpoint("dealer.create.reserved")
         if reserved.attempt == 0:
             return self.already(talker, reserved)
@@ -345,6 +358,8 @@ class Conversation(FollowsCluster):
             failpoint("dealer.create.dealt")
             receipts = self._prepare(talker.channel, record, offers, deadline_s)
             failpoint("dealer.create.prepared")
+            if earlier and earlier[-1].settings is not None:  # before the shares of those count who are new to the key
+                self.spread_settings(talker.channel, earlier[-1].settings.raw, list(receipts), deadline_s)
             certificate: bytes = self.ask_registry(
                 talker.channel, REGISTRY_COMMIT, Commit(record.raw, list(receipts.values())), deadline_s
             ).certificate
@@ -355,7 +370,7 @@ class Conversation(FollowsCluster):
             receipts = dict.fromkeys(open_certificate(certificate, record, self._cluster), b"")
         failpoint("dealer.create.committed")
         open_certificate(certificate, record, self._cluster)
-        self.announce(talker.channel, record, certificate, list(receipts), deadline_s)
+        self.announce(talker.channel, record, certificate, list(receipts), deadline_s, earlier)
         failpoint("dealer.create.announced")
         absent = [holder.node for holder in record.manifest.holders if holder.node not in receipts]
         if absent:
@@ -438,14 +453,14 @@ class Conversation(FollowsCluster):
             seed=order.key_id,
             domain_level=level,
         )
-        # Version 1 and epoch 1, as in KeyManifest.key_context and context.
-        key_context = order.key_id + (1).to_bytes(4, "big")
+        # Epoch 1, as in KeyManifest.key_context and context.
+        key_context = order.key_id + order.version.to_bytes(4, "big")
         context = key_context + (1).to_bytes(4, "big")
         salts = {name: new_salt() for name in dealt.assignment}
         manifest = KeyManifest(
             key_id=order.key_id,
             name=order.name,
-            version=1,
+            version=order.version,
             epoch=1,
             attempt=reserved.attempt,
             algorithm=order.algorithm,
@@ -498,12 +513,26 @@ class Conversation(FollowsCluster):
         )
 
     def announce(
-        self, channel: Channel, record: KeyRecord, certificate: bytes, holders: Sequence[str], deadline_s: float
+        self,
+        channel: Channel,
+        record: KeyRecord,
+        certificate: bytes,
+        holders: Sequence[str],
+        deadline_s: float,
+        earlier: Sequence[Entry] = (),
     ) -> None:
-        """Tell the holders that the key is committed. Who misses it learns it from a combiner or the registry."""
+        """Tell the holders that the key is committed, and those of ``earlier`` versions alone that others hold it.
+
+        Who misses it learns it from a combiner or the registry.
+        """
         body = REQUEST_CODECS[SHARE_COMMIT].encode(ShareCommit(record.manifest.key_id, certificate))
         until_s = min(deadline_s, self._clock() + COMMIT_WAIT_S)
-        for holder, reply in self.ask_all(channel, SHARE_COMMIT, dict.fromkeys(holders, body), until_s, None):
+        replies = self.ask_all(channel, SHARE_COMMIT, dict.fromkeys(holders, body), until_s, None)
+        mine = {holder.node for holder in record.manifest.holders}
+        others = {holder.node for entry in earlier for holder in entry.manifest.holders} - mine
+        body = REQUEST_CODECS[SHARE_LEAVE].encode(ShareLeave(record.raw, certificate))
+        told = self.ask_all(channel, SHARE_LEAVE, dict.fromkeys(sorted(others), body), until_s, None)
+        for holder, reply in (*replies, *told):
             if isinstance(reply, EngineError):
                 log.warning("commit not taken in yet", key=record.manifest.name, holder=holder, reason=str(reply))
 
@@ -572,19 +601,19 @@ class Conversation(FollowsCluster):
         told = "; ".join(problems.values()) or "the cluster manifest names no balancer"
         raise RegistryUnavailable(f"creating and destroying keys needs the registry, which does not answer ({told})")
 
-    def destroy(self, talker: Talker, raw_order: bytes, entry: Entry, deadline_s: float) -> Destroyed:
-        """Have the registry and every holder carry out the client's destroy order."""
+    def destroy(self, talker: Talker, raw_order: bytes, entries: Sequence[Entry], deadline_s: float) -> Destroyed:
+        """Have the registry and every holder of a version in ``entries`` carry out the client's destroy order."""
         failpoint("dealer.destroy.before")
         self.ask_registry(talker.channel, REGISTRY_DESTROY, Destroy(raw_order), deadline_s)
         failpoint("dealer.destroy.booked")
         body = REQUEST_CODECS[SHARE_DESTROY].encode(Destroy(raw_order))
-        holders = [holder.node for holder in entry.manifest.holders]
+        holders = list(dict.fromkeys(holder.node for entry in entries for holder in entry.manifest.holders))
         confirmed = []
         for holder, reply in self.ask_all(
             talker.channel, SHARE_DESTROY, dict.fromkeys(holders, body), deadline_s, None
         ):
             if isinstance(reply, EngineError):
-                log.warning("destruction pending", key=entry.row.name, holder=holder, reason=str(reply))
+                log.warning("destruction pending", key=entries[0].row.name, holder=holder, reason=str(reply))
             else:
                 confirmed.append(holder)
         failpoint("dealer.destroy.told")

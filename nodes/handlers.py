@@ -30,11 +30,14 @@ from engine.errors import (
     AuditUnavailable,
     DeadlineExceeded,
     EngineError,
+    InvalidSignature,
+    InvalidTag,
     KeyDisabled,
     KeyNotFound,
     KeyPending,
     NeedGrant,
     NodeUnavailable,
+    OlderVersion,
     Overloaded,
     ProtocolError,
     RegistryUnavailable,
@@ -43,14 +46,15 @@ from engine.errors import (
     VersionRetired,
 )
 from engine.failpoints import failpoint
-from engine.keys import OPERATIONS, KeyKind, RequestType
+from engine.keys import OPERATIONS, PRODUCING, USES, KeyKind, RequestType
 from engine.protocol import audit as chain
 from engine.protocol.audit import Record
+from engine.protocol.ciphertext import version_in
 from engine.protocol.grant import check_grant, read_grant
 from engine.protocol.manifest import (
     Cluster,
     ClusterSource,
-    DestroyOrder,
+    CreateOrder,
     FollowsCluster,
     Member,
     RefreshOrder,
@@ -122,6 +126,9 @@ from engine.protocol.requests import (
     Refresh,
     Reshare,
     Result,
+    Rewrap,
+    Rewrapped,
+    RewrapResult,
     ServiceCount,
     Settings,
     ShareAccept,
@@ -205,6 +212,7 @@ DURABLE_VERBS: Final = frozenset(
     {
         RequestType.GENERATE,
         RequestType.IMPORT,
+        RequestType.ROTATE,
         RequestType.DESTROY,
         RequestType.REFRESH,
         RequestType.RESHARE,
@@ -259,9 +267,10 @@ FAREWELL_S: Final = 0.3
 """What a node that stops gives the others to take in its last head."""
 MAX_ERROR_DETAIL: Final = 200
 STEPS: Final[dict[str, str]] = {
-    **dict.fromkeys(OPERATIONS, "combiner.operate"),
+    **dict.fromkeys(USES, "combiner.operate"),
     RequestType.GENERATE: "dealer.create",
     RequestType.IMPORT: "dealer.create",
+    RequestType.ROTATE: "dealer.create",
     RequestType.DESTROY: "dealer.destroy",
     RequestType.REFRESH: "dealer.refresh",
     RequestType.RESHARE: "dealer.reshare",
@@ -507,12 +516,14 @@ class Handlers(FollowsCluster):
             **dict.fromkeys(OPERATIONS, self._operate),
             RequestType.GENERATE: self._create,
             RequestType.IMPORT: self._create,
+            RequestType.ROTATE: self._create,
             RequestType.DESTROY: self._destroy,
             RequestType.REFRESH: self._refresh,
             RequestType.RESHARE: self._reshare,
             RequestType.SETTINGS: self._set,
             RequestType.DESCRIBE: self._describe,
             RequestType.LIST: self._list,
+            RequestType.REWRAP: self._rewrap,
             RequestType.PREWARM: self._prewarm,
             RequestType.FLUSH: self._flush,
             RequestType.STATUS: self._status,
@@ -582,7 +593,7 @@ class Handlers(FollowsCluster):
                 self._record(call, chain.REQUEST)
                 call.spend(AUDIT, self._clock() - begun_s)
             check_verb(self._cluster, incoming.member, request.verb)
-            if request.verb in OPERATIONS and not self._is_member():
+            if request.verb in USES and not self._is_member():
                 raise NodeUnavailable(f"{self._node} is no member of the cluster any more")
             if self._health.problem and request.verb not in WITHOUT_TOKEN:
                 raise TokenError(f"{self._node}: {self._health.problem}")
@@ -613,6 +624,8 @@ class Handlers(FollowsCluster):
         if self._fast is None or entry is None or self._audit_strict or body.grant:
             return
         algo = entry.algorithm
+        if not body.key_id and call.verb == RequestType.DECRYPT and entry.row.version > 1:
+            return  # each ciphertext says of which version it is
         name = call.key if self._audit_name is None else self._audit_name(call.key)
         member = call.incoming.member
         plan = Plan(
@@ -631,12 +644,13 @@ class Handlers(FollowsCluster):
             digested=body.digested,
             associated=algo.kind is KeyKind.AES,
             proves=call.verb in (RequestType.VERIFY, RequestType.VERIFY_MAC),
+            newest=call.verb in PRODUCING or not body.key_id,
             most=most_data(algo, call.verb),
             lines=chain.use_lines(node=self._node, boot=self._boot_text, member=member.name, verb=call.verb, key=name),
             times=self._latencies.of(call.request_class),
             worker=self._slow if loaded.slow else None,
         )
-        self._fast.remember(member.curve_z85, plan)
+        self._fast.remember(member.curve_z85, body.key_id, plan)
 
     def lease_planned(self, plan: Plan, connection: Connection, now_s: float) -> tuple[int, float] | None:
         """Admit uses by a plan over a connection in advance: how many, and until when (monotonic seconds).
@@ -679,7 +693,9 @@ class Handlers(FollowsCluster):
         key = plan.loaded.key
         if (
             self._health.problem
-            or self._catalogue.by_name(plan.name) is not plan.entry
+            # What makes nothing new is done with older versions too, where they are named.
+            or (self._catalogue.by_name(plan.name) if plan.newest else self._catalogue.by_id(plan.key_id))
+            is not plan.entry
             or key.generation != key.lane.generation  # as ``lives``, which costs a call
         ):
             return -1
@@ -784,6 +800,8 @@ class Handlers(FollowsCluster):
             return
         if isinstance(error, StaleKey):
             self._outdated(call)
+        elif isinstance(error, InvalidSignature | InvalidTag):
+            error = self._unless_older(call, error)
         code = error.code if isinstance(error, EngineError) else "invalid-request"
         if not isinstance(error, EngineError | ValueError | TypeError):
             code = "error"
@@ -792,6 +810,16 @@ class Handlers(FollowsCluster):
         if self._audit_name is not None:
             detail = call.detail  # an error's text may hold names of keys
         self._finish(call, code, detail, lambda: self._replier.fail(call.incoming, error, self._load(call)))
+
+    def _unless_older(self, call: _Call, error: EngineError) -> EngineError:
+        """The error, or that another version may fit: signatures, MACs and RSA ciphertexts do not tell theirs."""
+        entry = call.entry
+        if entry is None or (call.verb == RequestType.DECRYPT and entry.algorithm.kind is KeyKind.AES):
+            return error
+        newest = self._catalogue.newest(call.key)
+        if newest is None or newest.row.version <= entry.row.version:
+            return error
+        return OlderVersion(f"{error} (by version {entry.row.version} of {call.key!r}, {newest.row.version} is newest)")
 
     def _finish(self, call: _Call, outcome: str, detail: str, reply: Callable[[], None]) -> None:
         """Record the outcome, then reply: at once, or once the record is on the disk. Without a record no reply."""
@@ -915,6 +943,8 @@ class Handlers(FollowsCluster):
         call.key = name
         check_key(self._cluster, call.incoming.member, call.verb, name)
         entry = self._catalogue.by_name(name)
+        if key_id and (entry is None or key_id != entry.row.key_id):
+            entry = self._meant(call, name, key_id) or entry
         if entry is None:
             doubted = self._catalogue.pending(name)
             if doubted:
@@ -938,12 +968,81 @@ class Handlers(FollowsCluster):
         call.entry = entry
         return entry
 
+    def _meant(self, call: _Call, name: str, key_id: bytes) -> Entry | None:
+        """The older version of a key that a request names by its id, if there is one."""
+        entry = self._catalogue.by_id(key_id)
+        if entry is None or entry.row.name != name:
+            return None
+        if entry.row.state == "prepared":
+            self._doubted.add(key_id)  # somebody knows that it was made
+        newest = self._catalogue.newest(name)
+        if newest is None or entry.lineage != newest.lineage or entry.row.state not in ("committed", "moved"):
+            return None
+        if call.verb in PRODUCING and entry is not newest:
+            raise StaleKey(f"{name!r} has a newer version than {entry.row.version}, which makes nothing new any more")
+        if entry.row.state == "moved":
+            raise _moved(entry)
+        return entry
+
     def _operate(self, call: _Call, body: Operate) -> None:
         entry = self._entry(call, body.key, body.key_id)
+        if call.verb == RequestType.DECRYPT and not body.key_id:
+            entry = call.entry = self._version_of(entry, body.data)
         call.request_class = classify_request(call.verb, entry.algorithm.name)
         entry.check_usable()
         check_operation(entry.algorithm, call.verb, body)
         self._with_key(call, entry, body.grant, lambda loaded: self._perform(call, body, loaded))
+
+    def _version_of(self, entry: Entry, ciphertext: bytes) -> Entry:
+        """The version that a ciphertext says it is of, for who names none."""
+        version = version_in(ciphertext) if entry.algorithm.kind is KeyKind.AES else 0
+        older = self._catalogue.version(entry.row.name, version) if 0 < version < entry.row.version else None
+        if older is not None and older.row.state == "moved":
+            raise _moved(older)
+        return older or entry
+
+    def _rewrap(self, call: _Call, body: Rewrap) -> None:
+        new = self._entry(call, body.key, body.to_id)
+        if new is not self._catalogue.newest(body.key):
+            raise StaleKey(f"{body.key!r} has a newer version than {new.row.version}")
+        old = self._entry(call, body.key, body.from_id)
+        if new.algorithm.kind is not KeyKind.AES:
+            raise ValueError(f"rewrap is no operation of {new.algorithm.name}: it is for AES-GCM alone")
+        call.entry, call.request_class = new, classify_request(call.verb, new.algorithm.name)
+        new.check_usable()
+        old.check_usable()
+        self._with_key(
+            call,
+            old,
+            body.from_grant,
+            lambda before: self._with_key(
+                call, new, body.to_grant, lambda after: self._rewrapped(call, body, old, before, after)
+            ),
+        )
+
+    def _rewrapped(self, call: _Call, body: Rewrap, old: Entry, before: _Loaded, after: _Loaded) -> None:
+        """Decrypt with one version and encrypt with the other; a bad ciphertext costs the others nothing."""
+        new = call.entry
+        if new is None:
+            raise RuntimeError("a rewrapping has two versions")
+        begun_s = self._clock()
+        opens = bound(self._lane, before.key, RequestType.DECRYPT.value, old.row.version, digested=False)
+        closes = bound(self._lane, after.key, RequestType.ENCRYPT.value, new.row.version, digested=False)
+        results: list[RewrapResult] = []
+        for item in body.items:
+            try:
+                if old is new:  # it is held against its tag, and stays as it is
+                    opens.then(None, item.data, item.associated_data)
+                    results.append(RewrapResult("", "", item.data))
+                else:
+                    results.append(RewrapResult("", "", opens.then(closes, item.data, item.associated_data)))
+            except InvalidTag as error:
+                results.append(RewrapResult(error.code, str(error)[:MAX_ERROR_DETAIL], b""))
+        call.spend(TOKEN, self._clock() - begun_s)
+        call.service_us = max(1, int(call.spent_s[TOKEN] * 1e6))
+        done = sum(not each.code for each in results)
+        call.detail = f"{done} of {len(results)} from version {old.row.version} to {new.row.version}"
+        self._answer(call, Rewrapped(results))
 
     def _prewarm(self, call: _Call, body: Prewarm) -> None:
         entry = self._entry(call, body.key, body.key_id)
@@ -1090,7 +1189,7 @@ class Handlers(FollowsCluster):
 
     def _release_waiting(self, entry: Entry, loaded: _Loaded | None, error: Exception | None) -> None:
         waiting = self._gathering.pop(entry.row.key_id, [])
-        current = self._catalogue.by_name(entry.row.name)
+        current = self._catalogue.by_id(entry.row.key_id)
         if loaded is not None and (refused := _refused_meanwhile(entry, current)) is not None:
             self._unload(loaded)
             loaded, error = None, refused
@@ -1173,16 +1272,17 @@ class Handlers(FollowsCluster):
                 f"the order is {signed.issuer!r}'s to {order.operation}, the request is another's or another"
             )
         begun = self._clock()
+        earlier = self._earlier(order) if order.operation == "rotate" else []
 
         # What was carried out already is told again, however much else was made.
-        limited = order.operation == "generate" and not self._catalogue.knows(order.key_id)
+        limited = order.operation != "import" and not self._catalogue.knows(order.key_id)
         if limited:
             self._generation.begin(order.algorithm, begun)
 
         def work(talker: Talker) -> KeyDescription:
             since_s = time.thread_time()
             try:
-                return self._conversation.create(talker, body.order, body.material, call.deadline_s)
+                return self._conversation.create(talker, body.order, body.material, call.deadline_s, earlier)
             finally:
                 call.service_us = int((self._clock() - begun) * 1e6)
                 call.busy_s = time.thread_time() - since_s
@@ -1197,13 +1297,30 @@ class Handlers(FollowsCluster):
             ended()
             raise
 
+    def _earlier(self, order: CreateOrder) -> list[Entry]:
+        """The versions of the key that is to be rotated, as this holder of the newest knows them; the oldest first."""
+        versions = [each for each in self._catalogue.versions(order.lineage) if each.row.name == order.name]
+        live = [each for each in versions if each.row.state in ("committed", "moved")]
+        if not live:
+            raise KeyNotFound(f"no key {order.name!r} of the lineage {order.lineage.hex()} on {self._node}")
+        if live[-1].row.state == "moved":
+            raise _moved(live[-1])
+        return live
+
     def _destroy(self, call: _Call, body: Destroy) -> None:
         order, signed = open_destroy_order(body.order, self._cluster, self._now_ms())
-        entry = self._ordered(call, order, signed)
+        call.key = order.name
+        if signed.issuer != call.incoming.member.name:
+            raise ValueError(f"the order is {signed.issuer!r}'s")
+        entries = [each for each in self._catalogue.versions(order.key_id) if each.row.name == order.name]
+        if not entries:
+            raise KeyNotFound(f"no key {order.name!r} with id {order.key_id.hex()} on {self._node}")
+        if all(each.row.state == "moved" for each in entries):
+            raise _moved(entries[-1])
         self._aside(
             call,
             self._dealer,
-            lambda talker: self._conversation.destroy(talker, body.order, entry, call.deadline_s),
+            lambda talker: self._conversation.destroy(talker, body.order, entries, call.deadline_s),
         )
 
     def _set(self, call: _Call, body: Settings) -> None:
@@ -1263,7 +1380,7 @@ class Handlers(FollowsCluster):
 
         self._aside(call, self._mover, work)
 
-    def _ordered(self, call: _Call, order: DestroyOrder | RefreshOrder | ReshareOrder, signed: Signed) -> Entry:
+    def _ordered(self, call: _Call, order: RefreshOrder | ReshareOrder, signed: Signed) -> Entry:
         """The key that an order of the one who asks is about."""
         call.key = order.name
         if signed.issuer != call.incoming.member.name:
@@ -1276,8 +1393,21 @@ class Handlers(FollowsCluster):
         return entry
 
     def _describe(self, call: _Call, body: Describe) -> None:
-        entry = self._entry(call, body.key)
+        entry = self._of_version(call, body.key, body.version) if body.version else self._entry(call, body.key)
         self._answer(call, KeyDescription(entry.row.manifest, entry.row.certificate, [], self._settings_of(entry)))
+
+    def _of_version(self, call: _Call, name: str, version: int) -> Entry:
+        """That version of the live key of that name, policy checked."""
+        entry = self._catalogue.version(name, version)
+        if entry is None:
+            self._entry(call, name)  # another node may know the name
+            raise KeyNotFound(f"no version {version} of the key {name!r} on {self._node}")
+        call.key = name
+        check_key(self._cluster, call.incoming.member, call.verb, name)
+        if entry.row.state == "moved":
+            raise _moved(entry)
+        call.entry = entry
+        return entry
 
     def _list(self, call: _Call, body: ListKeys) -> None:
         member = call.incoming.member.name
@@ -1316,13 +1446,12 @@ class Handlers(FollowsCluster):
             return
         call.key = body.key
         check_key(self._cluster, call.incoming.member, call.verb, body.key)
-        entry = self._catalogue.by_name(body.key)
-        if entry is None:
+        ids = {entry.row.key_id for entry in self._catalogue.held(body.key)}
+        if not ids:
             raise KeyNotFound(f"no key {body.key!r} on {self._node}")
-        key_id = entry.row.key_id
         self._signatures.clear("flushed")
-        keys = self._cache.drop(lambda cached: cached[0] == key_id, "flushed")
-        self._answer(call, Flushed(keys, self._holder.shares.drop(key_id, "flushed")))
+        keys = self._cache.drop(lambda cached: cached[0] in ids, "flushed")
+        self._answer(call, Flushed(keys, sum(self._holder.shares.drop(each, "flushed") for each in ids)))
 
     def _status(self, call: _Call, body: Empty) -> None:
         self._answer(call, self._node_status())
@@ -1488,8 +1617,9 @@ class Handlers(FollowsCluster):
     def _share_destroy(self, call: _Call, body: Destroy) -> None:
         call.key = self._name_of(destroy_orders.decode(read_unverified(body.order).payload).key_id)
 
-        def forget(key_id: bytes) -> Empty:
-            self._forget(key_id)
+        def forget(ids: Sequence[bytes]) -> Empty:
+            for key_id in ids:
+                self._forget(key_id)
             return Empty()
 
         self._aside(call, self._local, lambda lane: self._holder.destroy(body), forget)
@@ -1756,7 +1886,7 @@ class Handlers(FollowsCluster):
             except (EngineError, ValueError) as error:
                 log.warning("what another node told was refused", key_id=item.key_id.hex(), reason=str(error))
                 continue
-            gone += [erased] if erased else []
+            gone += erased
             doubted += [doubtful] if doubtful else []
         return gone, doubted
 
@@ -1848,13 +1978,11 @@ class Handlers(FollowsCluster):
         for item in books:
             before = self._catalogue.by_id(item.key_id)
             try:
-                key_id = self._holder.catch_up(item)
+                gone += self._holder.catch_up(item)
                 self._record_change(item.key_id, before)
             except EngineError as error:
                 log.warning("the registry's entry was refused", key_id=item.key_id.hex(), reason=str(error))
                 well = False
-                continue
-            gone += [key_id] if key_id else []
         for entry, outcome in outcomes:
             before = self._catalogue.by_id(entry.row.key_id)
             try:
@@ -1945,7 +2073,7 @@ def _moved(entry: Entry) -> Moved:
 
 def _refused_meanwhile(entry: Entry, current: Entry | None) -> EngineError | None:
     """Why a key that was being gathered may not be used any more, by what is known of it now."""
-    if current is None or current.row.key_id != entry.row.key_id:
+    if current is None or current.row.state != "committed":
         return KeyNotFound(f"the key {entry.row.name!r} was destroyed meanwhile")
     try:
         current.check_usable()

@@ -170,9 +170,10 @@ class ShareHolder(FollowsCluster):
     def _make_room(self, record: KeyRecord, aborts: Sequence[bytes]) -> None:
         """Clear what stands in the way, by abort notices alone; refuse what must stay."""
         manifest = record.manifest
-        named = self._catalogue.by_name(manifest.name)
-        if named is not None and named.row.key_id != manifest.key_id:
-            raise KeyExists(f"the key {manifest.name!r} exists")
+        self._check_name(record)
+        newest = self._catalogue.newest(manifest.name)
+        if newest is not None and newest.lineage == manifest.lineage and newest.row.version > manifest.version:
+            raise KeyExists(f"the key {manifest.name!r} has version {newest.row.version} already")
         for raw in aborts:
             self.abort(raw)
         before = self._catalogue.by_id(manifest.key_id)
@@ -181,6 +182,17 @@ class ShareHolder(FollowsCluster):
         if before.row.state == "prepared":
             raise ManifestError(f"{manifest.name!r}: attempt {before.row.attempt} is neither committed nor aborted")
         raise KeyExists(f"the key {manifest.name!r} with this id is {before.row.state} already")
+
+    def _check_name(self, record: KeyRecord) -> None:
+        """Refuse a key whose name another one has here; versions of one key differ in nothing but that."""
+        manifest = record.manifest
+        for each in self._catalogue.held(manifest.name):
+            if each.row.key_id == manifest.key_id:
+                continue
+            if each.lineage != manifest.lineage:
+                raise KeyExists(f"the key {manifest.name!r} exists with another id")
+            if each.row.version == manifest.version:
+                raise KeyExists(f"version {manifest.version} of the key {manifest.name!r} exists with another id")
 
     def _receipt(self, record: KeyRecord, x: int) -> bytes:
         payload = receipts.encode(Receipt(record.manifest.key_id, record.digest, x))
@@ -212,9 +224,7 @@ class ShareHolder(FollowsCluster):
         open_certificate(certificate, entry.record, self._cluster)
         if self._gave_up(entry, certificate):
             return entry
-        named = self._catalogue.by_name(entry.row.name)
-        if named is not None and named.row.key_id != entry.row.key_id:
-            raise KeyExists(f"the key {entry.row.name!r} exists with another id")
+        self._check_name(entry.record)
         failpoint("holder.commit.checked")
         row = self._store.commit(entry.row, certificate, self._now_ms())
         failpoint("holder.commit.written")
@@ -270,9 +280,7 @@ class ShareHolder(FollowsCluster):
         entry = self._catalogue.by_id(manifest.key_id)
         if entry is None or (entry.row.manifest, entry.row.certificate) != (record.raw, certificate):
             open_certificate(certificate, record, self._cluster)
-        named = self._catalogue.by_name(manifest.name)
-        if named is not None and named.row.key_id != manifest.key_id:
-            raise KeyExists(f"the key {manifest.name!r} exists with another id")
+        self._check_name(record)
         if entry is None:
             return
         if read_certificate(certificate) in (entry.record.digest, self._next_digest(entry)):
@@ -292,12 +300,27 @@ class ShareHolder(FollowsCluster):
         return coming.record.digest if coming is not None else b""
 
     def leave(self, body: ShareLeave) -> Empty:
-        """Erase the share of a key that others hold now, as the certificate of the later epoch proves."""
+        """Erase the share of a key that others hold now, as the certificate of the later epoch proves.
+
+        A holder of an earlier version takes in who holds a later one.
+        """
         record = open_key_manifest(body.manifest, self._cluster)
         entry = self._catalogue.by_id(record.manifest.key_id)
         if entry is not None:
             self._leave(entry, record, body.certificate)
+        else:
+            self._note_elsewhere(record, body.certificate)
         return Empty()
+
+    def _note_elsewhere(self, record: KeyRecord, certificate: bytes) -> None:
+        """Keep who holds a version, if this node knows another version of that key: nothing new is made by that."""
+        manifest = record.manifest
+        known = self._catalogue.versions(manifest.lineage)
+        if manifest.holder(self._node) is not None or all(each.row.state == "destroyed" for each in known):
+            return
+        open_certificate(certificate, record, self._cluster)
+        self._check_name(record)
+        self._catalogue.put(self._store.put(self._row(record, "moved", certificate=certificate)))
 
     def _leave(self, entry: Entry, record: KeyRecord, certificate: bytes) -> None:
         """Keep who holds the key now in the place of the share. All of these have stored and checked theirs.
@@ -512,35 +535,36 @@ class ShareHolder(FollowsCluster):
 
     # --- the end ---
 
-    def destroy(self, body: Destroy) -> bytes:
-        """Erase the share on the client's signed order; the key's id. Repeating it is harmless.
+    def destroy(self, body: Destroy) -> list[bytes]:
+        """Erase the shares of all versions on the client's signed order; their ids. Repeating it is harmless.
 
         An expired order counts only where the registry has booked it, which it did in time (``catch_up``).
         """
         order, _ = open_destroy_order(body.order, self._cluster, self._now_ms())
-        entry = self._catalogue.by_id(order.key_id)
-        if entry is None:
+        entries = self._catalogue.versions(order.key_id)
+        if not entries:
             raise StaleKey(f"{self._node} knows no key with id {order.key_id.hex()}")
-        if entry.row.name != order.name:
-            raise ManifestError(f"the destroy order names {order.name!r}, the key is {entry.row.name!r}")
-        return self._erase(entry, body.order)
+        if entries[0].row.name != order.name:
+            raise ManifestError(f"the destroy order names {order.name!r}, the key is {entries[0].row.name!r}")
+        return self._erase(entries, body.order)
 
-    def _erase(self, entry: Entry, document: bytes) -> bytes:
-        """Erase the share for good, and keep what ordered it as the tombstone; the key's id."""
-        if entry.row.state != "destroyed":
-            failpoint("holder.destroy.checked")
-            row = self._store.destroy(entry.row, document, self._now_ms())
-            failpoint("holder.destroy.written")
-            self._catalogue.put(row)
+    def _erase(self, entries: Sequence[Entry], document: bytes) -> list[bytes]:
+        """Erase the shares of versions for good, and keep what ordered it as their tombstone; their ids."""
+        for entry in entries:  # the newest last: so none before it becomes that
+            if entry.row.state != "destroyed":
+                failpoint("holder.destroy.checked")
+                row = self._store.destroy(entry.row, document, self._now_ms())
+                failpoint("holder.destroy.written")
+                self._catalogue.put(row)
         self._erase_traces()
         failpoint("holder.destroy.erased")
-        return entry.row.key_id
+        return [entry.row.key_id for entry in entries]
 
     def _check_destruction(self, record: KeyRecord, document: bytes) -> None:
         """Whether what the registry booked destroys this key: a client's order, or settings whose time has come."""
         manifest = record.manifest
         if not is_settings(document):
-            if destroy_orders.decode(read_unverified(document).payload).key_id != manifest.key_id:
+            if destroy_orders.decode(read_unverified(document).payload).key_id != manifest.lineage:
                 raise ManifestError(
                     f"the destroy order in the registry's entry for {manifest.key_id.hex()} is for another key"
                 )
@@ -575,27 +599,29 @@ class ShareHolder(FollowsCluster):
 
     # --- catching up ---
 
-    def catch_up(self, item: SyncEntry) -> bytes | None:
-        """Take in what the registry's books say of one key; the key's id if it was destroyed meanwhile."""
+    def catch_up(self, item: SyncEntry) -> list[bytes]:
+        """Take in what the registry's books say of one key; the ids of its versions if it was destroyed meanwhile."""
         self._catch_up_settings(item)
         return self._catch_up_key(item)
 
-    def _catch_up_key(self, item: SyncEntry) -> bytes | None:
+    def _catch_up_key(self, item: SyncEntry) -> list[bytes]:
         entry = self._catalogue.by_id(item.key_id)
         if entry is not None and entry.row.manifest == item.manifest and entry.row.state == item.state:
-            return None
+            return []
         record = open_key_manifest(item.manifest, self._cluster)
         if record.manifest.key_id != item.key_id:
             raise ManifestError(f"the registry's entry for {item.key_id.hex()} is of another key")
         if record.manifest.holder(self._node) is None:  # it was a holder once
             if entry is None:
-                return None
+                if item.state == "committed":
+                    self._note_elsewhere(record, item.certificate)
+                return []
             if item.state == "committed":
                 self._leave(entry, record, item.certificate)
-                return None
+                return []
         if item.state == "committed":
             if entry is not None and entry.row.state == "prepared" and entry.row.epoch > record.manifest.epoch:
-                return None
+                return []
             if entry is not None and entry.row.manifest_hash != record.digest and entry.row.state == "prepared":
                 # Another attempt was committed; this one never will be, as the certificate proves.
                 open_certificate(item.certificate, record, self._cluster)
@@ -605,39 +631,39 @@ class ShareHolder(FollowsCluster):
                 self._adopt(record, item.certificate)
             else:
                 self._follow(entry, record, item.certificate)
-            return None
+            return []
         if entry is not None and entry.row.state == "destroyed":
-            return None
+            return []
         self._check_destruction(record, item.document)
         if entry is None:
             self._note_destroyed(record, item.document)
-            return None
-        return self._erase(entry, item.document)
+            return []
+        return self._erase(self._catalogue.versions(entry.lineage), item.document)
 
-    def recall(self, item: SyncEntry) -> tuple[bytes | None, bytes | None]:
-        """Take in what another node tells of a key that this one knows: the key's id if it was erased, or is doubted.
+    def recall(self, item: SyncEntry) -> tuple[list[bytes], bytes | None]:
+        """Take in what another node tells of a key that this one knows: the ids that were erased, and one in doubt.
 
         That proves itself but for one thing: whether an expired destroy order was booked in time, the registry alone
         can say. Until then the key is doubted.
         """
         entry = self._catalogue.by_id(item.key_id)
         if entry is None or entry.row.state == "destroyed":
-            return None, None
+            return [], None
         if item.settings:
             self._keep_settings(*self._told_settings(item, entry.manifest))
         if item.state == "committed":
             return self._catch_up_key(item), None
         if is_settings(item.document):
             self._check_destruction(entry.record, item.document)
-            return self._erase(entry, item.document), None
+            return self._erase(self._catalogue.versions(entry.lineage), item.document), None
         order, _ = open_destroy_order(item.document, self._cluster, None)
-        if (order.key_id, order.name) != (item.key_id, entry.row.name):
+        if (order.key_id, order.name) != (entry.lineage, entry.row.name):
             raise ManifestError(f"a destroy order that was told for {entry.row.name!r} is for another key")
         try:
             return self.destroy(Destroy(item.document)), None
         except (ManifestError, AccessDenied):
             log.warning("another node says that a key was destroyed", key=entry.row.name)
-            return None, item.key_id
+            return [], item.key_id
 
     def _note_destroyed(self, record: KeyRecord, document: bytes) -> None:
         """Note the destruction of a key that this node does not know, if its share may still be on a slow way here."""
@@ -675,10 +701,7 @@ class ShareHolder(FollowsCluster):
     def _adopt(self, record: KeyRecord, certificate: bytes) -> None:
         """Note a key whose creation this node missed; it can combine it, but holds no share."""
         open_certificate(certificate, record, self._cluster)
-        manifest = record.manifest
-        named = self._catalogue.by_name(manifest.name)
-        if named is not None:
-            raise KeyExists(f"the key {manifest.name!r} exists with another id")
+        self._check_name(record)
         row = self._row(record, "committed", certificate=certificate)
         self._catalogue.put(self._store.put(row))
 

@@ -6,15 +6,13 @@ import hashlib
 from typing import Final
 
 from engine.keys import Algorithm, KeyKind, RequestType
+from engine.protocol.ciphertext import header
 from engine.protocol.requests import Operate
 from engine.protocol.wire import MAX_DATA, MAX_MESSAGE
 from nodes.token import Lane, LoadedKey, Use
 
-__all__ = ["HEADER_BYTES", "bound", "check_operation", "most_data"]
+__all__ = ["bound", "check_operation", "most_data"]
 
-MAGIC: Final = b"KQ\x01"
-HEADER_BYTES: Final = len(MAGIC) + 4
-"""A ciphertext begins with ``KQ``, the format 1 and the key's version (big-endian), authenticated with the data."""
 OAEP_OVERHEAD: Final = 66
 """Bytes of an RSA block that OAEP with SHA-256 takes (RFC 8017, 7.1.1)."""
 
@@ -58,4 +56,4 @@ def bound(lane: Lane, key: LoadedKey, verb: str, version: int, *, digested: bool
 
 def _header(algo: Algorithm, version: int) -> bytes:
     """The header of an AES-GCM ciphertext; RSA-OAEP's stays bare, as other implementations give and take it."""
-    return MAGIC + version.to_bytes(4, "big") if algo.kind is KeyKind.AES else b""
+    return header(version) if algo.kind is KeyKind.AES else b""

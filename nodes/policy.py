@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from engine.errors import AccessDenied, ProtocolError
-from engine.keys import OPERATIONS, RequestType
+from engine.keys import OPERATIONS, USES, RequestType
 from engine.protocol.manifest import Cluster, Member
 from engine.protocol.requests import BALANCER_VERBS, CLIENT_VERBS, HELLO, LATENCY, MANIFEST_VERBS, NODE_VERBS
 
 __all__ = ["check_key", "check_verb"]
+
+CHANGES: Final = (
+    RequestType.DESTROY,
+    RequestType.REFRESH,
+    RequestType.RESHARE,
+    RequestType.ROTATE,
+    RequestType.SETTINGS,
+)
+"""What is done to a key that is there."""
 
 
 def check_verb(cluster: Cluster, member: Member, verb: str) -> None:
@@ -40,7 +51,7 @@ def check_key(cluster: Cluster, member: Member, verb: str, key_name: str) -> Non
         return
     verbs: tuple[str, ...] = (verb,)
     if verb == RequestType.DESCRIBE:
-        verbs = (verb, *OPERATIONS, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE, RequestType.SETTINGS)
+        verbs = (verb, *USES, *CHANGES)
     elif verb == RequestType.PREWARM:
         verbs = (verb, *OPERATIONS)
     if not any(cluster.allows(member.name, each, key_name) for each in verbs):

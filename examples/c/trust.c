@@ -290,7 +290,7 @@ static bool read_members(const msgpack_object *items, size_t count, struct membe
 
 static bool is_operation(struct bytes text) {
     static const char *const known[] = {"*",       "encrypt", "decrypt", "sign",     "verify", "mac",     "verify-mac", "generate",
-                                        "import",  "destroy", "refresh", "reshare",  "describe", "list", "prewarm",    "flush",    "status",
+                                        "import",  "rotate", "destroy", "refresh", "reshare",  "describe", "list", "prewarm",    "flush",    "status",
                                         "grow"};
     for (size_t index = 0; index < sizeof known / sizeof known[0]; index++) {
         if (same_text(text, known[index])) {
@@ -701,7 +701,7 @@ static bool read_key_manifest(struct bytes payload, const struct cluster *cluste
     bool good = reader_open_some(&reader, payload, MESSAGE_MAX, 13, 15, &fields, "key manifest", failure);
     manifest->sharing = manifest->placing = bytes_of(NULL, 0);
     if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], key->name) &&
-                  get_uint(&reader.fields[2], 1, 1, &key->version) && get_uint(&reader.fields[3], 1, UINT32_MAX, &key->epoch) &&
+                  get_uint(&reader.fields[2], 1, UINT32_MAX, &key->version) && get_uint(&reader.fields[3], 1, UINT32_MAX, &key->epoch) &&
                   get_uint(&reader.fields[4], 1, 2147483648U, &attempt) && get_text(&reader.fields[5], 64, &algorithm) &&
                   get_uint(&reader.fields[6], 1, 64, &manifest->threshold) &&
                   get_array(&reader.fields[7], 1, HOLDERS_MAX, &holders, &count) &&
@@ -746,11 +746,18 @@ static bool check_order(struct manifest *manifest, const struct cluster *cluster
                        failure)) {
         return false;
     }
-    bool good = reader_open(&reader, document.payload, 2048, 7, "create order", failure);
+    uint64_t version = 1;
+    size_t fields = 0;
+    struct bytes lineage = bytes_of(NULL, 0);
+    bool good = reader_open_some(&reader, document.payload, 2048, 7, 9, &fields, "create order", failure);
     if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], name) &&
                   get_text(&reader.fields[2], 64, &algorithm) && get_uint(&reader.fields[3], 1, 64, &threshold) &&
                   get_uint(&reader.fields[4], 1, 64, &shares) && get_text(&reader.fields[5], 16, &operation) &&
-                  (same_text(operation, "generate") || same_text(operation, "import")) &&
+                  (fields < 8 || get_uint(&reader.fields[7], 1, UINT32_MAX, &version)) &&
+                  (fields < 9 || get_bytes(&reader.fields[8], 0, 16, &lineage)) && version == key->version &&
+                  lineage.len == (version > 1 ? 16 : 0) &&
+                  (version > 1 ? same_text(operation, "rotate")
+                               : same_text(operation, "generate") || same_text(operation, "import")) &&
                   get_uint(&reader.fields[6], 0, INT64_MAX, &expires) && same(id, bytes_of(key->id, 16)) &&
                   strcmp(name, key->name) == 0 && same_text(algorithm, key->algorithm) &&
                   threshold <= shares && manifest->threshold <= manifest->holder_count &&

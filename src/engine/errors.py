@@ -24,6 +24,7 @@ __all__ = [
     "ManifestError",
     "NeedGrant",
     "NodeUnavailable",
+    "OlderVersion",
     "Overloaded",
     "ProtocolError",
     "QuorumUnavailable",
@@ -82,6 +83,15 @@ class StaleKey(EngineError):
     """The request names an older incarnation, version or epoch of the key than the node holds."""
 
     code = "stale-key"
+
+
+class OlderVersion(EngineError):
+    """The proof or ciphertext does not fit this version of the key, which is not the newest one: others may fit.
+
+    The client tries them; its caller is told what comes of that.
+    """
+
+    code = "older-version"
 
 
 class AccessDenied(EngineError):

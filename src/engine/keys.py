@@ -53,6 +53,8 @@ class RequestType(StrEnum):
     REFRESH = "refresh"
     RESHARE = "reshare"
     SETTINGS = "settings"
+    ROTATE = "rotate"
+    REWRAP = "rewrap"
     DESCRIBE = "describe"
     LIST = "list"
     PREWARM = "prewarm"
@@ -71,6 +73,10 @@ OPERATIONS = frozenset(
     }
 )
 """The request types that use a loaded key."""
+USES = OPERATIONS | {RequestType.REWRAP}
+"""What a grant may be for: a rewrapping decrypts with one version of a key and encrypts with another."""
+PRODUCING = frozenset({RequestType.ENCRYPT, RequestType.SIGN, RequestType.MAC})
+"""Those that make something new, for which the newest version of a key alone is taken."""
 
 
 POLICY_OPERATIONS = frozenset({*map(str, RequestType), "grow"})

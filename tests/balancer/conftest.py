@@ -6,9 +6,11 @@ import hashlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec import structs
 
 from balancer.registry import SqliteRegistry
 from engine.protocol.manifest import (
@@ -82,6 +84,13 @@ class World:
         order = CreateOrder(key_id or self.key_id(), name, "aes-256-gcm", threshold, shares, "generate", expires_ms)
         return sign_envelope("order.create", 1, create_orders.encode(order), self.keys[client])
 
+    def rotation(self, first: bytes, version: int = 2, client: str = "alice", **changes: Any) -> bytes:
+        """An order for a further version of the key whose version 1 was ordered by ``first``."""
+        before = create_orders.decode(read_unverified(first).payload)
+        told = {"key_id": self.key_id(), "operation": "rotate", "version": version, "lineage": before.key_id}
+        order = structs.replace(before, **(told | changes))
+        return sign_envelope("order.create", 1, create_orders.encode(order), self.keys[client])
+
     def manifest(
         self, order: bytes, attempt: int, holders: list[str], dealer: str = "node-0", salt: bytes = b""
     ) -> bytes:
@@ -89,7 +98,7 @@ class World:
         manifest = KeyManifest(
             key_id=wanted.key_id,
             name=wanted.name,
-            version=1,
+            version=wanted.version,
             epoch=1,
             attempt=attempt,
             algorithm=wanted.algorithm,

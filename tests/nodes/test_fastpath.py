@@ -164,10 +164,11 @@ class Place:
             "member": "app", "verb": "encrypt", "name": "orders", "cluster": self.cluster, "entry": None,
             "loaded": None, "cached_as": None, "count": None, "group": 1, "request_class": "encrypt/aes-256-gcm",
             "key_id": KEY_ID, "use": lambda data, associated, proof: b"<" + data + b"|" + associated + proof + b">",
-            "digested": False, "associated": True, "proves": False, "most": MAX_DATA, "lines": LINES,
+            "digested": False, "associated": True, "proves": False, "newest": True, "most": MAX_DATA, "lines": LINES,
         }  # fmt: skip
         plan = Plan(**(values | changes))
-        self.fast.remember(self.client.member().curve_z85, plan)
+        for key_id in (KEY_ID, b""):
+            self.fast.remember(self.client.member().curve_z85, key_id, plan)
         return plan
 
     def send(self, number: int, verb: str = "encrypt", extensions: dict[str, bytes] | None = None, **body: Any) -> None:
@@ -272,7 +273,7 @@ def test_a_plan_that_may_not_be_followed_or_is_forgotten_is_not(place: Place) ->
     place.send(1)
     place.take()
     place.hands.willing = True
-    assert place.fast.plans == 1
+    assert place.fast.plans == 2
     place.fast.forget()
     assert place.fast.plans == 0
     place.send(2)
@@ -333,7 +334,7 @@ def test_a_plan_that_does_not_hold_any_more_serves_nothing(place: Place) -> None
 def test_one_members_plan_serves_no_other(place: Place) -> None:
     plan = place.plan()
     place.fast.forget()
-    place.fast.remember("0" * 40, plan)
+    place.fast.remember("0" * 40, KEY_ID, plan)
     place.send(1)
     place.take()
     assert [each.request.id for each in place.hands.handled] == [1]

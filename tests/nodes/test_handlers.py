@@ -194,7 +194,7 @@ class Scene:
             generation=GenerationLimit(1.0, 0.0),
             known=lambda connection, member: connection.member == member,
             fast=SimpleNamespace(  # type: ignore[arg-type]
-                remember=lambda user, plan: self.plans.update({user + plan.verb: plan}), forget=self.plans.clear
+                remember=lambda user, key_id, plan: self.plans.update({user + plan.verb: plan}), forget=self.plans.clear
             ),
         )
 

@@ -12,9 +12,10 @@ from uses import operate
 
 from engine.errors import InvalidSignature, InvalidTag
 from engine.keys import ALGORITHMS, OPERATIONS, generate_material
+from engine.protocol.ciphertext import HEADER_BYTES
 from engine.protocol.requests import Operate
 from engine.protocol.wire import MAX_DATA
-from nodes.operations import HEADER_BYTES, check_operation
+from nodes.operations import check_operation
 from nodes.token import Lane
 
 

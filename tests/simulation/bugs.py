@@ -24,7 +24,6 @@ import nodes.holder
 import nodes.store
 from balancer.registry import SqliteRegistry
 from engine.errors import AccessDenied, StaleKey
-from nodes.catalogue import Catalogue
 from nodes.clock import TrustedClock
 from nodes.deal import Conversation
 from nodes.gather import Gathering
@@ -262,22 +261,12 @@ def _no_names(stack: ExitStack) -> None:
     """The registry lets two keys have one name, and so do the holders."""
     stack.enter_context(mock.patch.object(SqliteRegistry, "_free_name"))
     steps = tuple(
-        tuple(each.replace("CREATE UNIQUE INDEX live_names", "CREATE INDEX live_names") for each in step)
+        tuple(each.replace("CREATE UNIQUE INDEX live_versions", "CREATE INDEX live_versions") for each in step)
         for step in balancer.registry._MIGRATIONS
     )
     stack.enter_context(mock.patch.object(balancer.registry, "_MIGRATIONS", steps))
     stack.enter_context(mock.patch.dict(FRESH_FILES, clear=True))
-    stack.enter_context(mock.patch.object(Catalogue, "by_name", _by_name_none_when_new))
-
-
-_by_name = Catalogue.by_name
-
-
-def _by_name_none_when_new(self: Catalogue, name: str) -> Any:
-    import sys
-
-    caller = sys._getframe(1).f_code.co_name
-    return None if caller in ("_make_room", "_settle", "_adopt") else _by_name(self, name)
+    stack.enter_context(mock.patch.object(ShareHolder, "_check_name"))
 
 
 def _unsynced(stack: ExitStack) -> None:

@@ -10,7 +10,7 @@ import msgspec
 from engine.attack.model import Attack, NotRun, Trial
 from engine.attack.stage import REFUSALS, Answer, Stage, judge, now_ms
 from engine.attack.target import PREFIX
-from engine.keys import OPERATIONS, RequestType
+from engine.keys import OPERATIONS, USES, RequestType
 from engine.protocol.manifest import AbortNotice, CreateOrder, DestroyOrder, RefreshOrder, ReshareOrder
 from engine.protocol.requests import (
     AUDIT_HEAD,
@@ -172,7 +172,14 @@ def policy(stage: Stage, trial: Trial) -> None:
 def _may(stage: Stage, client: str, verb: str, name: str) -> bool:
     every: tuple[str, ...] = (verb,)
     if verb == RequestType.DESCRIBE:
-        every = (verb, *OPERATIONS, RequestType.DESTROY, RequestType.REFRESH, RequestType.RESHARE, RequestType.SETTINGS)
+        changes = (
+            RequestType.DESTROY,
+            RequestType.REFRESH,
+            RequestType.RESHARE,
+            RequestType.ROTATE,
+            RequestType.SETTINGS,
+        )
+        every = (verb, *USES, *changes)
     elif verb == RequestType.PREWARM:
         every = (verb, *OPERATIONS)
     return any(stage.cluster.allows(client, each, name) for each in every)

@@ -34,12 +34,12 @@ from engine.cli.output import (
 )
 from engine.client.calls import KeySettings
 from engine.client.client import Engine, connect
-from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
+from engine.client.files import decrypt_stream, encrypt_stream, rewrap_stream, sign_stream, verify_stream
 from engine.client.local import LocalCluster
 from engine.keys import ALGORITHMS
 from engine.protocol.wire import MAX_AAD, MAX_DATA
 
-__all__ = ["decrypt", "encrypt", "flush", "key", "mac", "sign", "verify", "verify_mac"]
+__all__ = ["decrypt", "encrypt", "flush", "key", "mac", "rewrap", "sign", "verify", "verify_mac"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +50,9 @@ PROOF_MAX: Final = 8 * 1024
 
 _name = click.argument("name")
 _source = click.argument("source", metavar="[FILE]", default="-")
+_version = click.option(
+    "--version", type=click.IntRange(1), metavar="V", help="Another version of the key than the newest."
+)
 _out = click.option("--out", metavar="FILE", default="-", help="Where the result goes; the standard output by default.")
 _force = click.option("--force", is_flag=True, help="Write binary data to a terminal too.")
 _algorithm = click.argument("algorithm", type=click.Choice(tuple(ALGORITHMS)), metavar="ALGORITHM")
@@ -97,7 +100,7 @@ def _read(path: str, limit: int, what: str) -> bytes:
 
 @click.group(no_args_is_help=True)
 def key() -> None:
-    """Create, import, show, refresh, reshare, disable and destroy keys.
+    """Create, import, show, rotate, refresh, reshare, disable and destroy keys.
 
     \b
     Examples:
@@ -106,6 +109,8 @@ def key() -> None:
       keyquorum key import legacy rsa-2048-pss-sha256 legacy.pem
       keyquorum key list 'orders/*' -o json
       keyquorum key public tls --out tls.pem
+      keyquorum key rotate orders
+      keyquorum key show orders --versions
       keyquorum key refresh orders
       keyquorum key reshare orders --threshold 3 --shares 5
       keyquorum key disable orders
@@ -216,24 +221,50 @@ def list_(settings: Settings, pattern: str) -> None:
 
 @key.command("show")
 @_name
+@_version
+@click.option("--versions", is_flag=True, help="A line for each version, the newest first and at most 100.")
 @common_options(connects=True)
 @click.pass_obj
-def show(settings: Settings, name: str) -> None:
-    """Show what the signed manifest and settings say about a key."""
+def show(settings: Settings, name: str, version: int | None, versions: bool) -> None:
+    """Show what the signed manifest and settings say about a key: about its newest version, or another one."""
+    if versions and version is not None:
+        raise click.UsageError("--version and --versions exclude each other")
     with _engine(settings) as kq:
-        info = kq.key_info(name, timeout=settings.timeout_s)
+        if not versions:
+            _emit_info(settings, asdict(kq.key_info(name, version=version, timeout=settings.timeout_s)))
+            return
+        found = kq.key_versions(name, timeout=settings.timeout_s)
+    rows = [
+        (each.version, each.epoch, f"{each.threshold}-of-{each.shares}", ", ".join(each.holders), each.key_id)
+        for each in found
+    ]
+    table(settings, ("VERSION", "EPOCH", "SHARES", "HOLDERS", "ID"), rows, [asdict(each) for each in found])
+
+
+@key.command("rotate")
+@_name
+@common_options(connects=True)
+@click.pass_obj
+def rotate(settings: Settings, name: str) -> None:
+    """Make the next version of a key, which is what encrypts, signs and makes MACs from now on.
+
+    Older versions go on decrypting and verifying. If somebody else rotates the key meanwhile, that version is shown.
+    """
+    with _engine(settings) as kq, spinner(settings, f"rotating {name}"):
+        info = kq.rotate_key(name, timeout=settings.timeout_s)
     _emit_info(settings, asdict(info))
 
 
 @key.command("public")
 @_name
+@_version
 @_out
 @common_options(connects=True)
 @click.pass_obj
-def public(settings: Settings, name: str, out: str) -> None:
+def public(settings: Settings, name: str, version: int | None, out: str) -> None:
     """Write the public key as PEM (SubjectPublicKeyInfo), as openssl takes it."""
     with _engine(settings) as kq:
-        pem = kq.public_key(name, timeout=settings.timeout_s)
+        pem = kq.public_key(name, version=version, timeout=settings.timeout_s)
     if settings.json and out == "-":
         emit(settings, {"name": name, "public_key": pem})
         return
@@ -437,6 +468,30 @@ def decrypt(
     """
     associated = _aad(aad, aad_file)
     _stream(settings, decrypt_stream, "decrypting", name, source, out, associated, force=force, private=True)
+
+
+@click.command()
+@_name
+@_source
+@_out
+@_associated
+@_force
+@common_options(connects=True)
+@click.pass_obj
+def rewrap(
+    settings: Settings, name: str, source: str, out: str, aad: str | None, aad_file: str | None, force: bool
+) -> None:
+    """Have what `keyquorum encrypt` wrote encrypted anew, by the newest version of the key.
+
+    No plaintext leaves the nodes. With --out the file appears only once all of it is done, and may be the one that is
+    read.
+
+    \b
+    Example:
+      keyquorum key rotate orders && keyquorum rewrap orders report.kq --out report.kq
+    """
+    associated = _aad(aad, aad_file)
+    _stream(settings, rewrap_stream, "rewrapping", name, source, out, associated, force=force, private=False)
 
 
 def _stream(

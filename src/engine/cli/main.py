@@ -75,7 +75,7 @@ class _Sections(click.Group):
             "attack": "attack",
         },
         "Keys": {"key": "keyops", "flush": "keyops"},
-        "Use of keys": dict.fromkeys(("encrypt", "decrypt", "sign", "verify", "mac", "verify-mac"), "keyops"),
+        "Use of keys": dict.fromkeys(("encrypt", "decrypt", "rewrap", "sign", "verify", "mac", "verify-mac"), "keyops"),
     }
     """Command -> its module, by heading."""
     homes: Final = {name: module for names in sections.values() for name, module in names.items()}

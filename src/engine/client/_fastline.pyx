@@ -5,10 +5,11 @@ import os
 import weakref
 
 from engine.errors import DeadlineExceeded, NodeUnavailable
-from engine.keys import RequestType
+from engine.keys import KeyKind, RequestType
 from engine.protocol import wire
+from engine.protocol.routing import version_label
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from engine.client._histogram cimport Histograms
 from engine.client._posix cimport (
@@ -424,6 +425,9 @@ cdef class _Cut:
     cdef object hashed
     cdef Histograms times
     cdef size_t digest_bytes, most
+    cdef bint older          # than the newest version of the key
+    cdef bint versioned      # what is given says of which version it is
+    cdef uint64_t version
     cdef object cluster
     cdef str node
     cdef object state
@@ -433,6 +437,14 @@ cdef class _Cut:
     cdef uint64_t uses, service_us
     cdef double elapsed_s
     cdef uint64_t queue
+
+
+cdef inline uint64_t _version_in(bytes ciphertext) noexcept:
+    """As ``engine.protocol.ciphertext.version_in``."""
+    cdef const uint8_t *at = <const uint8_t *>PyBytes_AS_STRING(ciphertext)
+    if PyBytes_GET_SIZE(ciphertext) < 7 or at[0] != c"K" or at[1] != c"Q" or at[2] != 1:
+        return 0
+    return <uint64_t>at[3] << 24 | <uint64_t>at[4] << 16 | <uint64_t>at[5] << 8 | at[6]
 
 
 cdef struct _Done:
@@ -494,9 +506,13 @@ cdef class Shortcuts:
         cdef _Cut cut
         if type(name) is not str or self._closed:
             return None
-        cut = self._cuts.get((verb, name))
-        if cut is None or self._calls.peek(name) is not cut.known:
-            cut = self._make(verb, name)
+        cut = self._find(verb, name)
+        if cut is None or cut.older:
+            return None
+        if cut.versioned and type(data) is bytes and _version_in(data) != cut.version:
+            if not 0 < _version_in(data) < cut.version:
+                return None
+            cut = self._find(verb, version_label(name, _version_in(data)))
             if cut is None:
                 return None
         if digest is not None:
@@ -522,9 +538,9 @@ cdef class Shortcuts:
         cdef _Done done
         if type(name) is not str or self._closed:
             return results
-        cut = self._cuts.get((verb, name))
-        if cut is None or self._calls.peek(name) is not cut.known:
-            cut = self._make(verb, name)
+        cut = self._find(verb, name)
+        if cut is not None and cut.older:
+            return results
         while cut is not None and at < count and code == DONE_:
             now_s = kq_now_s()
             if not self._choose(cut, now_s):
@@ -589,6 +605,9 @@ cdef class Shortcuts:
                     sent += 1  # the ordinary way says what is wrong with it
                     continue
                 data, associated, proof = given
+                if cut.versioned and _version_in(data) != cut.version:
+                    sent += 1
+                    continue
                 if cut.hashed is not None:
                     data = cut.hashed(data).digest()
                 request.id = base + (sent - begin)
@@ -662,17 +681,26 @@ cdef class Shortcuts:
             and type(proof) is bytes and <size_t>len(proof) <= KQ_MAX_PROOF
         )
 
-    cdef _Cut _make(self, str verb, str name):
+    cdef _Cut _find(self, str verb, str label):
+        """The cut of a version, by its label; None if nothing is known of it, or it is not for such uses."""
+        cdef _Cut cut = self._cuts.get((verb, label))
+        if cut is None or self._calls.peek(label) is not cut.known:
+            cut = self._make(verb, label)
+        return cut
+
+    cdef _Cut _make(self, str verb, str label):
         cdef _Cut cut
-        known = self._calls.peek(name)
+        known = self._calls.peek(label)
         if known is None:
             return None
         algo = known.algorithm
         if verb not in algo.operations:
             return None
         cut = _Cut.__new__(_Cut)
-        cut.verb, cut.name, cut.known = verb, name, known
-        cut.verb_bytes, cut.name_bytes, cut.key_id = verb.encode(), name.encode(), known.record.manifest.key_id
+        cut.verb, cut.name, cut.known = verb, label, known
+        cut.verb_bytes, cut.name_bytes = verb.encode(), known.info.name.encode()
+        cut.key_id, cut.version, cut.older = known.record.manifest.key_id, known.version, label != known.info.name
+        cut.versioned = verb == RequestType.DECRYPT and algo.kind is KeyKind.AES
         cut.request_class = known.request_class(verb)
         cut.times = self._calls.times_of(cut.request_class)
         cut.most = wire.MAX_DATA
@@ -684,7 +712,7 @@ cdef class Shortcuts:
             cut.most = self._max_ciphertext
         if len(self._cuts) >= CUTS_MAX:
             self._cuts.clear()
-        self._cuts[verb, name] = cut
+        self._cuts[verb, label] = cut
         return cut
 
     cdef bint _choose(self, _Cut cut, double now_s) except -1:

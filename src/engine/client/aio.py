@@ -31,12 +31,16 @@ from engine.client.calls import (
     Pause,
     Step,
     answered_by_any,
+    as_bytes,
+    as_version,
     check_timeout,
     merge_lists,
+    rewrap_batches,
     succeeded,
 )
 from engine.client.client import (
     MAX_BATCH,
+    REWRAP_WINDOW,
     WINDOW,
     ClientSettings,
     as_settings,
@@ -46,6 +50,7 @@ from engine.client.client import (
     make_warmer,
     pair_items,
     prewarm_stats_of,
+    spread_results,
 )
 from engine.client.config import CurveIdentity
 from engine.client.follower import Follower, TableStats
@@ -341,10 +346,19 @@ class AsyncEngine:
         return await self._use(lambda wait_s: self._calls.encrypt(name, plaintext, associated_data, wait_s), timeout)
 
     async def decrypt(
-        self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
+        self,
+        name: str,
+        ciphertext: bytes,
+        *,
+        associated_data: bytes = b"",
+        version: int | None = None,
+        timeout: float | None = None,
     ) -> bytes:
         """The plaintext, or ``InvalidTag`` if ciphertext or associated data were changed."""
-        return await self._use(lambda wait_s: self._calls.decrypt(name, ciphertext, associated_data, wait_s), timeout)
+        number = as_version(version)
+        return await self._use(
+            lambda wait_s: self._calls.decrypt(name, ciphertext, associated_data, wait_s, version=number), timeout
+        )
 
     async def sign(
         self, name: str, message: bytes | None = None, *, digest: bytes | None = None, timeout: float | None = None
@@ -359,18 +373,25 @@ class AsyncEngine:
         signature: bytes,
         *,
         digest: bytes | None = None,
+        version: int | None = None,
         timeout: float | None = None,
     ) -> None:
         """Raise ``InvalidSignature`` unless the signature is the key's for the message (None with ``digest``)."""
-        await self._use(lambda wait_s: self._calls.verify(name, message, signature, digest, wait_s), timeout)
+        number = as_version(version)
+        await self._use(
+            lambda wait_s: self._calls.verify(name, message, signature, digest, wait_s, version=number), timeout
+        )
 
     async def mac(self, name: str, message: bytes, *, timeout: float | None = None) -> bytes:
         """The MAC of at most 48 KiB."""
         return await self._use(lambda wait_s: self._calls.mac(name, message, wait_s), timeout)
 
-    async def verify_mac(self, name: str, message: bytes, tag: bytes, *, timeout: float | None = None) -> None:
+    async def verify_mac(
+        self, name: str, message: bytes, tag: bytes, *, version: int | None = None, timeout: float | None = None
+    ) -> None:
         """Raise ``InvalidSignature`` unless ``tag`` is the message's MAC."""
-        await self._use(lambda wait_s: self._calls.verify_mac(name, message, tag, wait_s), timeout)
+        number = as_version(version)
+        await self._use(lambda wait_s: self._calls.verify_mac(name, message, tag, wait_s, version=number), timeout)
 
     # --- batches ---
 
@@ -445,6 +466,44 @@ class AsyncEngine:
             name, pairs, lambda pair: self._calls.mac(name, pair[0], wait_s), wait_s, return_exceptions
         )
 
+    # --- what older versions encrypted ---
+
+    async def rewrap(
+        self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
+    ) -> bytes:
+        """What was encrypted, encrypted by the newest version of the key; as ``Engine.rewrap``."""
+        done: list[bytes] = await self.rewrap_many(name, [ciphertext], associated_data=associated_data, timeout=timeout)
+        return done[0]
+
+    async def rewrap_many(
+        self,
+        name: str,
+        ciphertexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = b"",
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[Any]:
+        """Rewrap a list, as ``Engine.rewrap_many``."""
+        wait_s = self._wait_s(timeout)
+        pairs = pair_items(ciphertexts, associated_data)
+        if len(pairs) > MAX_BATCH:
+            raise ValueError(f"a batch of {len(pairs)}; the limit is {MAX_BATCH}")
+        items = [(as_bytes("ciphertext", data), as_bytes("associated_data", aad)) for data, aad in pairs]
+        batches = rewrap_batches(items)
+        done: list[Any] = [None] * len(batches)
+        queue = iter(enumerate(batches))
+
+        async def worker() -> None:
+            for index, batch in queue:
+                some = [items[at] for at in batch]
+                done[index] = await _outcome(lambda some=some: self._run(self._calls.rewrap(name, some, wait_s)))  # type: ignore[misc]
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(REWRAP_WINDOW, len(batches))):
+                group.create_task(worker())
+        return spread_results(len(items), batches, done, return_exceptions=return_exceptions)
+
     # --- keys ---
 
     async def create_key(
@@ -473,6 +532,11 @@ class AsyncEngine:
         """Import raw bytes (AES, HMAC) or an unencrypted PKCS#8 key in DER or PEM (the others)."""
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
         return await self._run(self._calls.import_key(name, algorithm, key_material, threshold, shares, wait_s))
+
+    async def rotate_key(self, name: str, *, timeout: float | None = None) -> KeyInfo:
+        """Make the next version of a key: from now on it is what encrypts, signs and makes MACs under that name."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return await self._run(self._calls.rotate_key(name, wait_s))
 
     @overload
     async def destroy_key(self, name: str, *, after: None = None, timeout: float | None = None) -> Destroyed: ...
@@ -523,13 +587,17 @@ class AsyncEngine:
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
         return await self._run(self._calls.reshare_key(name, threshold, shares, holders, without, wait_s))
 
-    async def key_info(self, name: str, *, timeout: float | None = None) -> KeyInfo:
-        """What the signed manifest and certificate say about a key, asked afresh."""
-        return await self._run(self._calls.key_info(name, self._wait_s(timeout)))
+    async def key_info(self, name: str, *, version: int | None = None, timeout: float | None = None) -> KeyInfo:
+        """What the signed manifest and certificate say about a key, asked afresh: of the newest version, or another."""
+        return await self._run(self._calls.key_info(name, self._wait_s(timeout), as_version(version)))
 
-    async def public_key(self, name: str, *, timeout: float | None = None) -> str:
+    async def key_versions(self, name: str, *, timeout: float | None = None) -> tuple[KeyInfo, ...]:
+        """The versions of a key, asked afresh, the newest first and at most 100."""
+        return await self._run(self._calls.key_versions(name, self._wait_s(timeout)))
+
+    async def public_key(self, name: str, *, version: int | None = None, timeout: float | None = None) -> str:
         """The public key, SubjectPublicKeyInfo in PEM; ``ValueError`` for a symmetric key."""
-        return await self._run(self._calls.public_key(name, self._wait_s(timeout)))
+        return await self._run(self._calls.public_key(name, self._wait_s(timeout), as_version(version)))
 
     async def list_keys(self, pattern: str = "*", *, timeout: float | None = None) -> tuple[KeySummary, ...]:
         """The keys whose names match a shell glob, by name: the union of what the nodes that answer hold."""

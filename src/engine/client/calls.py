@@ -40,6 +40,7 @@ from engine.errors import (
     ManifestError,
     NeedGrant,
     NodeUnavailable,
+    OlderVersion,
     Overloaded,
     ProtocolError,
     QuorumUnavailable,
@@ -50,10 +51,13 @@ from engine.errors import (
     TokenError,
     UnsupportedAlgorithm,
     VersionRetired,
+    error_from_code,
 )
 from engine.keys import OPERATIONS, Algorithm, KeyKind, RequestType, algorithm, normalize_material, public_key_pem
+from engine.protocol.ciphertext import version_in
 from engine.protocol.grant import issue_grant
 from engine.protocol.manifest import (
+    MAX_VERSION,
     Cluster,
     ClusterSource,
     CreateOrder,
@@ -76,6 +80,7 @@ from engine.protocol.requests import (
     PLAN,
     REPLY_CODECS,
     REQUEST_CODECS,
+    REWRAP_MAX,
     BalancerPlan,
     BalancerStatus,
     Create,
@@ -92,11 +97,15 @@ from engine.protocol.requests import (
     Prewarm,
     Refresh,
     Reshare,
+    Result,
+    Rewrap,
+    Rewrapped,
+    Sealed,
     Settings,
     balancer_status_codec,
     classify_request,
 )
-from engine.protocol.routing import Router
+from engine.protocol.routing import Router, plain_name, version_label
 from engine.protocol.settings import (
     DESTROY_DELAY_MAX_MS,
     KeyState,
@@ -148,6 +157,12 @@ MAX_PROOF = 1024
 LIST_PAGE = 200
 MAX_PAGES = 100_000
 DEFAULT_SHARES = 5
+VERSIONS_TRIED = 16
+"""How many versions of a key are tried at most for a signature, a MAC or an RSA ciphertext, which tell none."""
+VERSIONS_TOLD = 100
+REWRAP_BYTES = 56 * 1024
+REWRAP_ITEM = 16
+"""What ciphertexts and associated data of one request may have, with what each takes beside them."""
 
 T = TypeVar("T")
 MemberRole = Literal["node", "balancer"]
@@ -324,17 +339,40 @@ def _latency_stats(found: Histograms) -> LatencyStats:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """A verified key: its record, its algorithm and its eligible combiners."""
+    """A verified version of a key: its record, its algorithm and its eligible combiners.
+
+    ``label`` is what the client keeps it by: the key's name, of an older version with its number.
+    """
 
     record: KeyRecord
     algorithm: Algorithm
     holders: tuple[str, ...]
     info: KeyInfo
+    label: str
     settings: SettingsRecord | None = None
+
+    @property
+    def version(self) -> int:
+        """Which version it is."""
+        return self.record.manifest.version
 
     def request_class(self, verb: str) -> str:
         """The class under which such a use of it is counted and forecast."""
         return classify_request(verb, self.algorithm.name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What is asked of one of the ``combiners``: the first label is what is used, all are to be loaded there.
+
+    ``message`` makes the request for a node, with grants where the key may be cold there.
+    """
+
+    verb: str
+    request_class: str
+    labels: tuple[str, ...]
+    combiners: tuple[str, ...]
+    message: Callable[[str, bool], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,7 +384,7 @@ class _Lost:
 
 @dataclass(slots=True, repr=False)
 class _Use:
-    """A use of a key as the caller asked for it, before the algorithm shapes it."""
+    """A use of a key as the caller asked for it, before the algorithm shapes it. ``version`` is 0 if it named none."""
 
     verb: RequestType
     name: str
@@ -354,6 +392,12 @@ class _Use:
     associated_data: bytes = b""
     proof: bytes = b""
     digest: bytes | None = None
+    version: int = 0
+
+    def sought(self, known: Description) -> int:
+        """The version that is asked for, or that the ciphertext says it is of; 0 for the newest."""
+        tells = self.verb == RequestType.DECRYPT and known.algorithm.kind is KeyKind.AES
+        return self.version or (version_in(self.data) if tells else 0)
 
 
 class Lost(dict[str, Exception]):
@@ -474,13 +518,13 @@ class _Trail:
 
 
 def _newer(found: Description, known: Description) -> bool:
-    """Whether it is of another key of that name, or of a later epoch: so a node that is behind leads nobody back."""
+    """Whether it is of another key of that name, or later: so a node that is behind leads nobody back."""
     new, old = found.record.manifest, known.record.manifest
-    return new.key_id != old.key_id or (new.version, new.epoch) > (old.version, old.epoch)
+    return new.lineage != old.lineage or (new.version, new.epoch) > (old.version, old.epoch)
 
 
 class _Descriptions:
-    """Verified descriptions by key name, the longest unused forgotten beyond ``MAX_DESCRIPTIONS``; thread-safe."""
+    """Verified descriptions by their label, the longest unused forgotten beyond ``MAX_DESCRIPTIONS``; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -561,8 +605,9 @@ class Calls:
         """The newest manifest."""
         return self._source.cluster
 
-    def may_use(self, name: str) -> bool:
+    def may_use(self, label: str) -> bool:
         """Whether the policy lets this client have the key loaded: whoever may use it, or load it."""
+        name = plain_name(label)
         return any(self.cluster.allows(self._signing.name, each, name) for each in (RequestType.PREWARM, *OPERATIONS))
 
     # --- uses of a key ---
@@ -579,8 +624,17 @@ class Calls:
         aad = as_bytes("associated_data", associated_data)
         return self._operate(_Use(RequestType.ENCRYPT, name, data, _bounded_aad(aad)), timeout_s, lost)
 
+    # ``version`` is the one that something was made by; 0 where it tells that itself, or all are to be tried.
+
     def decrypt(
-        self, name: str, ciphertext: bytes, associated_data: bytes, timeout_s: float, *, lost: Lost | None = None
+        self,
+        name: str,
+        ciphertext: bytes,
+        associated_data: bytes,
+        timeout_s: float,
+        *,
+        version: int = 0,
+        lost: Lost | None = None,
     ) -> Call[bytes]:
         """The plaintext, or ``InvalidTag``."""
         data = as_bytes("ciphertext", ciphertext)
@@ -590,7 +644,8 @@ class Calls:
                 "encrypt_stream made"
             )
         aad = as_bytes("associated_data", associated_data)
-        return self._operate(_Use(RequestType.DECRYPT, name, data, _bounded_aad(aad)), timeout_s, lost)
+        use = _Use(RequestType.DECRYPT, name, data, _bounded_aad(aad), version=version)
+        return self._operate(use, timeout_s, lost)
 
     def sign(
         self, name: str, message: bytes | None, digest: bytes | None, timeout_s: float, *, lost: Lost | None = None
@@ -606,27 +661,39 @@ class Calls:
         digest: bytes | None,
         timeout_s: float,
         *,
+        version: int = 0,
         lost: Lost | None = None,
     ) -> Call[bytes]:
         """Nothing, or ``InvalidSignature``."""
         data, _, _, hashed = _message(message, digest)
         proof = _proof("signature", signature)
-        return self._operate(_Use(RequestType.VERIFY, name, data, b"", proof, hashed), timeout_s, lost)
+        use = _Use(RequestType.VERIFY, name, data, b"", proof, hashed, version)
+        return self._operate(use, timeout_s, lost)
 
     def mac(self, name: str, message: bytes, timeout_s: float, *, lost: Lost | None = None) -> Call[bytes]:
         """The MAC of a message."""
         return self._operate(_Use(RequestType.MAC, name, as_bytes("message", message)), timeout_s, lost)
 
     def verify_mac(
-        self, name: str, message: bytes, tag: bytes, timeout_s: float, *, lost: Lost | None = None
+        self,
+        name: str,
+        message: bytes,
+        tag: bytes,
+        timeout_s: float,
+        *,
+        version: int = 0,
+        lost: Lost | None = None,
     ) -> Call[bytes]:
         """Nothing, or ``InvalidSignature``."""
         data, proof = as_bytes("message", message), _proof("MAC", tag)
-        return self._operate(_Use(RequestType.VERIFY_MAC, name, data, b"", proof), timeout_s, lost)
+        use = _Use(RequestType.VERIFY_MAC, name, data, b"", proof, version=version)
+        return self._operate(use, timeout_s, lost)
 
     def _operate(self, use: _Use, timeout_s: float, lost: Lost | None) -> Call[bytes]:
         if not isinstance(use.name, str):
             raise TypeError(f"a key's name must be str, not {type(use.name).__name__}")
+        if use.name != plain_name(use.name):
+            check_name(use.name)  # it would be the label of an older version
         origin = active_trace()
         called = self._operating(use, check_timeout(timeout_s), lost)
         return called if origin is None else _traced(use.verb, called, origin)
@@ -634,23 +701,67 @@ class Calls:
     def _operating(self, use: _Use, timeout_s: float, lost: Lost | None) -> Call[bytes]:
         lost = Lost() if lost is None else lost
         deadline_s = self.clock() + timeout_s - lost.spent_s
-        trail = _Trail(f"{use.verb} with {use.name[:128]!r}", self.clock, deadline_s, earlier=lost)
         kept = self._descriptions.get(use.name)
         if kept is not None and use.verb not in kept.algorithm.operations:
             # The name may be another key's by now, of an algorithm that can do this.
             self._descriptions.drop(use.name)
-        known = yield from self._described(use.name, trail)
+        try:
+            return (yield from self._using(use, self._trail_of(use, deadline_s, lost)))
+        except (OlderVersion, InvalidSignature, InvalidTag) as error:
+            known = self._descriptions.peek(use.name)
+            if known is None or use.sought(known) or known.algorithm.kind is KeyKind.AES:
+                raise _unfit(use, error) from None
+            unfit = error
+        return (yield from self._trying(use, known, deadline_s, unfit))
+
+    def _trail_of(self, use: _Use, deadline_s: float, lost: Lost) -> _Trail:
+        return _Trail(f"{use.verb} with {use.name[:128]!r}", self.clock, deadline_s, earlier=lost)
+
+    def _trying(self, use: _Use, newest: Description, deadline_s: float, unfit: EngineError) -> Call[bytes]:
+        """What does not fit to the newest version may fit to another one: try these, the newest first."""
+        tried = newest.version
+        if isinstance(unfit, OlderVersion):
+            self._descriptions.drop(use.name)
+            newest = yield from self._described(use.name, self._trail_of(use, deadline_s, Lost()), unlike=newest)
+        lowest = max(1, newest.version - VERSIONS_TRIED)
+        for version in range(newest.version, lowest - 1, -1):
+            if version == tried:
+                continue
+            try:
+                older = replace(use, version=version)
+                return (yield from self._using(older, self._trail_of(use, deadline_s, Lost())))
+            except (OlderVersion, InvalidSignature, InvalidTag):
+                continue
+            except (KeyNotFound, VersionRetired):
+                break  # that is how far back the key goes
+        raise _unfit(use, unfit)
+
+    def _resolved(self, use: _Use, trail: _Trail, unlike: Description | None = None) -> Call[Description]:
+        """The version that a use is of, by what is known; ``unlike`` proved old somewhere."""
+        if unlike is not None:
+            self._descriptions.drop(use.name)
+            self._descriptions.drop(unlike.label)
+        newest = yield from self._described(use.name, trail, unlike)
+        sought = use.sought(newest)
+        if sought > newest.version:
+            self._descriptions.drop(use.name)
+            newest = yield from self._described(use.name, trail, unlike=newest)
+        if not 0 < sought < newest.version:
+            return newest
+        return (yield from self._described(use.name, trail, unlike, sought))
+
+    def _using(self, use: _Use, trail: _Trail) -> Call[bytes]:
+        known = yield from self._resolved(use, trail)
         refreshed = False
         while True:
             trail.begin_round()
-            answer = yield from self._round(use, known, trail, refreshed)
-            if isinstance(answer, bytes):
-                return answer
+            answer = yield from self._round(self._wanted(use, known, trail), trail, refreshed)
+            if isinstance(answer, Result):
+                return bytes(answer.data)
             if answer is not None:
                 # The key changed under us: learn what it is now and begin again, once a round.
                 refreshed = True
-                self._descriptions.drop(use.name)
-                known = yield from self._described(use.name, trail, unlike=known)
+                known = yield from self._resolved(use, trail, unlike=known)
                 continue
             pause = trail.end_round()
             yield pause
@@ -682,16 +793,16 @@ class Calls:
         outcome = _outcome(verb, reply, "node")
         self.learn(node, reply, outcome, started_s, key_name, request_class, False)
         if isinstance(outcome, _FINAL):
+            known = self._descriptions.peek(key_name)
+            if isinstance(outcome, InvalidSignature | InvalidTag) and known is not None and known.version > 1:
+                return None  # another version may fit
             raise outcome
         return None if isinstance(outcome, Exception | _Lost) else bytes(outcome.data)
 
-    def _round(
-        self, use: _Use, known: Description, trail: _Trail, refreshed: bool
-    ) -> Call[bytes | StaleKey | KeyNotFound | Moved | None]:
+    def _round(self, wanted: _Wanted, trail: _Trail, refreshed: bool) -> Call[Any]:
         """Ask the combiners in turn: the result, the word that the description is old, or None when all failed."""
-        shaped = _shape(use, known.algorithm)
-        request_class = known.request_class(use.verb)
-        queue = deque(self.router.rank(request_class, use.name, known.holders, self.clock()))
+        label = wanted.labels[0]
+        queue = deque(self.router.rank(wanted.request_class, label, wanted.combiners, self.clock()))
         asked: set[str] = set()
         granted: set[str] = set()
         wanting: set[str] = set()
@@ -699,11 +810,11 @@ class Calls:
             while trail.left_s() > 0:
                 node = _next(queue, asked)
                 if node:
-                    cold = node in wanting or not self.router.is_loaded(use.name, node)
+                    cold = node in wanting or not all(self.router.is_loaded(each, node) for each in wanted.labels)
                     if cold:
                         granted.add(node)
-                    message = self._message(node, use, shaped, known, cold, trail)
-                    ended = yield from race.ask(node, use.verb, message, use.name, request_class, cold=cold)
+                    message = wanted.message(node, cold)
+                    ended = yield from race.ask(node, wanted.verb, message, label, wanted.request_class, cold=cold)
                 elif race.waiting:
                     ended = yield from race.wait()
                 else:
@@ -716,7 +827,7 @@ class Calls:
                     asked.discard(node)
                     queue.appendleft(node)
                 elif isinstance(outcome, Moved):
-                    if not refreshed and node in known.holders and not set(outcome.names) <= set(known.holders):
+                    if not refreshed and node in wanted.combiners and not set(outcome.names) <= set(wanted.combiners):
                         return outcome  # it was a holder, and others are now
                     queue.extendleft(name for name in reversed(outcome.names) if name in self.cluster.nodes)
                     trail.failures[node] = outcome
@@ -727,7 +838,7 @@ class Calls:
                 elif isinstance(outcome, Exception | _Lost):
                     self._refused(node, outcome, trail)
                 else:
-                    return bytes(outcome.data)
+                    return outcome
         return None
 
     def _refused(self, node: str, outcome: Exception | _Lost, trail: _Trail) -> None:
@@ -736,24 +847,85 @@ class Calls:
             trail.failures[node] = outcome.error
             return
         trail.failures[node] = outcome
-        if isinstance(outcome, _FINAL):
+        if isinstance(outcome, (*_FINAL, OlderVersion)):
             raise outcome
         if isinstance(outcome, QuorumUnavailable | ShareCorrupt):
             # Those that it misses are asked all the same: they may be on the other side of a partition, with enough.
             trail.quorum.append(outcome)
 
-    def _message(
-        self, node: str, use: _Use, shaped: tuple[bytes, bool], known: Description, cold: bool, trail: _Trail
-    ) -> Operate:
-        return Operate(
-            key=use.name,
-            key_id=known.record.manifest.key_id,
-            data=shaped[0],
-            associated_data=use.associated_data,
-            proof=use.proof,
-            digested=shaped[1],
-            grant=self._grant(known.record, use.verb, node, trail.left_s()) if cold else b"",
-        )
+    def _wanted(self, use: _Use, known: Description, trail: _Trail) -> _Wanted:
+        data, digested = _shape(use, known.algorithm)
+
+        def message(node: str, cold: bool) -> Operate:
+            return Operate(
+                key=use.name,
+                key_id=known.record.manifest.key_id,
+                data=data,
+                associated_data=use.associated_data,
+                proof=use.proof,
+                digested=digested,
+                grant=self._grant(known.record, use.verb, node, trail.left_s()) if cold else b"",
+            )
+
+        return _Wanted(use.verb, known.request_class(use.verb), (known.label,), known.holders, message)
+
+    # --- what an older version encrypted, encrypted anew ---
+
+    def rewrap(
+        self, name: str, items: Sequence[tuple[bytes, bytes]], timeout_s: float
+    ) -> Call[list[bytes | Exception]]:
+        """The ciphertexts of some (ciphertext, associated data) by the newest version, or an error for each.
+
+        All are of one version, and fit one request (``rewrap_batches``).
+        """
+        check_name(name)
+        trail = self._trail(f"rewrap of {name!r}", timeout_s)
+        return _maybe_traced("rewrap", self._rewrapping(name, items, trail))
+
+    def _rewrapping(
+        self, name: str, items: Sequence[tuple[bytes, bytes]], trail: _Trail
+    ) -> Call[list[bytes | Exception]]:
+        use = _Use(RequestType.DECRYPT, name, items[0][0])
+        old = yield from self._resolved(use, trail)
+        refreshed = False
+        while True:
+            new = yield from self._described(name, trail)
+            if new.algorithm.kind is not KeyKind.AES:
+                raise ValueError(f"the key {name!r} is {new.algorithm.name}: rewrapping is for AES-GCM alone")
+            trail.begin_round()
+            answer = yield from self._round(self._rewrap_wanted(old, new, items, trail), trail, refreshed)
+            if isinstance(answer, Rewrapped):
+                if len(answer.results) != len(items):
+                    raise ProtocolError(f"rewrap of {name!r}: {len(answer.results)} results for {len(items)}")
+                return [error_from_code(each.code, each.text) if each.code else each.data for each in answer.results]
+            if answer is not None:
+                refreshed = True
+                old = yield from self._resolved(use, trail, unlike=new)
+                continue
+            pause = trail.end_round()
+            yield pause
+            refreshed = False
+
+    def _rewrap_wanted(
+        self, old: Description, new: Description, items: Sequence[tuple[bytes, bytes]], trail: _Trail
+    ) -> _Wanted:
+        name = new.info.name
+        combiners = tuple(node for node in new.holders if node in old.holders)
+        if not combiners:
+            raise NodeUnavailable(
+                f"no node holds both version {old.version} and {new.version} of {name!r}: reshare one to the other's"
+            )
+
+        def message(node: str, cold: bool) -> Rewrap:
+            grants = [
+                self._grant(each.record, RequestType.REWRAP, node, trail.left_s()) if cold else b""
+                for each in (old, new)
+            ]
+            ids = old.record.manifest.key_id, new.record.manifest.key_id
+            return Rewrap(name, *ids, [Sealed(*item) for item in items], *grants)
+
+        request_class = new.request_class(RequestType.REWRAP)
+        return _Wanted(RequestType.REWRAP, request_class, (new.label, old.label), combiners, message)
 
     def _grant(self, record: KeyRecord, operation: str, combiner: str, left_s: float) -> bytes:
         lifetime_ms = max(1_000, min(GRANT_LIFETIME_MS, int(left_s * 1000) + 1))
@@ -763,25 +935,48 @@ class Calls:
 
     # --- what a key is ---
 
-    def key_info(self, name: str, timeout_s: float) -> Call[KeyInfo]:
-        """What the newest description says; asked afresh, since a description kept may be old."""
+    def key_info(self, name: str, timeout_s: float, version: int = 0) -> Call[KeyInfo]:
+        """What the newest description says, of the newest version (0) or another one; asked afresh."""
         trail = self._trail(f"describe {str(name)[:128]!r}", timeout_s)
         check_name(name)
-        return _maybe_traced("describe", self._key_info(name, trail))
+        return _maybe_traced("describe", self._key_info(name, version, trail))
 
-    def _key_info(self, name: str, trail: _Trail) -> Call[KeyInfo]:
+    def _key_info(self, name: str, version: int, trail: _Trail) -> Call[KeyInfo]:
         self._descriptions.drop(name)
-        return (yield from self._described(name, trail)).info
+        newest = yield from self._described(name, trail)
+        if version in (0, newest.version):
+            return newest.info
+        self._descriptions.drop(version_label(name, version))
+        return (yield from self._described(name, trail, version=version)).info
 
-    def describe(self, name: str, timeout_s: float) -> Call[Description]:
+    def key_versions(self, name: str, timeout_s: float) -> Call[tuple[KeyInfo, ...]]:
+        """The versions of a key that there are, the newest first."""
+        trail = self._trail(f"describe {str(name)[:128]!r}", timeout_s)
+        check_name(name)
+        return _maybe_traced("describe", self._key_versions(name, trail))
+
+    def _key_versions(self, name: str, trail: _Trail) -> Call[tuple[KeyInfo, ...]]:
+        found = [(yield from self._key_info(name, 0, trail))]
+        for version in range(found[0].version - 1, max(0, found[0].version - VERSIONS_TOLD), -1):
+            try:
+                found.append((yield from self._key_info(name, version, trail)))
+            except KeyNotFound:
+                continue
+        return tuple(found)
+
+    def describe(self, name: str, timeout_s: float, version: int = 0) -> Call[Description]:
         """The verified description, kept from an earlier call if there was one."""
         trail = self._trail(f"describe {str(name)[:128]!r}", timeout_s)
         check_name(name)
-        return _maybe_traced("describe", self._described(name, trail))
+        return _maybe_traced("describe", self._describing(name, version, trail))
 
-    def public_key(self, name: str, timeout_s: float) -> Call[str]:
+    def _describing(self, name: str, version: int, trail: _Trail) -> Call[Description]:
+        newest = yield from self._described(name, trail)
+        return newest if version in (0, newest.version) else (yield from self._described(name, trail, version=version))
+
+    def public_key(self, name: str, timeout_s: float, version: int = 0) -> Call[str]:
         """The public key as PEM; ``ValueError`` for a symmetric key."""
-        return self._public_key(name, self.describe(name, timeout_s))
+        return self._public_key(name, self.describe(name, timeout_s, version))
 
     def _public_key(self, name: str, describe: Call[Description]) -> Call[str]:
         known = yield from describe
@@ -789,23 +984,30 @@ class Calls:
             raise ValueError(f"the key {name!r} is symmetric ({known.algorithm.name}): it has no public key")
         return known.info.public_key
 
-    def _described(self, name: str, trail: _Trail, unlike: Description | None = None) -> Call[Description]:
-        """Ask for the key's description, preferring one that is newer than ``unlike``, which proved old somewhere."""
-        known = self._descriptions.get(name)
+    def _described(
+        self, name: str, trail: _Trail, unlike: Description | None = None, version: int = 0
+    ) -> Call[Description]:
+        """Ask for the key's description, preferring one that is newer than ``unlike``, which proved old somewhere.
+
+        ``version`` is an older one, or 0 for the newest.
+        """
+        known = self._descriptions.get(version_label(name, version) if version else name)
         if known is not None:
             return known
         check_name(name)
         while True:
             trail.begin_round()
-            found = yield from self._describe_round(name, trail, unlike)
+            found = yield from self._describe_round(name, trail, unlike, version)
             if found is not None:
-                self._keep(name, found)
+                self._keep(found)
                 return found
-            self._unknown(name, trail)
+            self._unknown(name, version, trail)
             pause = trail.end_round()
             yield pause
 
-    def _describe_round(self, name: str, trail: _Trail, unlike: Description | None) -> Call[Description | None]:
+    def _describe_round(
+        self, name: str, trail: _Trail, unlike: Description | None, version: int
+    ) -> Call[Description | None]:
         same: Description | None = None
         nodes = tuple(dict.fromkeys((*self.router.holders(name), *self.cluster.nodes)))
         queue = deque(self.router.order(nodes, self.clock()))
@@ -814,7 +1016,7 @@ class Calls:
             while trail.left_s() > 0:
                 node = _next(queue, asked)
                 if node:
-                    ended = yield from race.ask(node, RequestType.DESCRIBE, Describe(name))
+                    ended = yield from race.ask(node, RequestType.DESCRIBE, Describe(name, version))
                 elif race.waiting:
                     ended = yield from race.wait()
                 else:
@@ -830,21 +1032,31 @@ class Calls:
                     trail.failures[node] = outcome
                 else:
                     try:
-                        found = self._opened(name, outcome)
+                        found = self._opened(name, outcome, version)
                     except (ManifestError, ProtocolError, AccessDenied) as error:
                         trail.failures[node] = ManifestError(f"its description of the key does not verify: {error}")
                         continue
-                    if unlike is None or _newer(found, unlike):
+                    if unlike is None or (version and version != unlike.version) or _newer(found, unlike):
                         return found
                     older = found.record.digest != unlike.record.digest
                     same = same or (unlike if older else found)
         return same
 
-    def _keep(self, name: str, description: Description) -> None:
-        self._descriptions.put(name, description)
-        self.on_description(name, description)
+    def _keep(self, description: Description) -> None:
+        """Keep it by its label; what was the newest version before is kept as an older one."""
+        name, label = description.info.name, description.label
+        before = self._descriptions.peek(name) if label == name else None
+        if (
+            before is not None
+            and before.record.manifest.lineage == description.record.manifest.lineage
+            and before.version < description.version
+        ):
+            older = version_label(name, before.version)
+            self._descriptions.put(older, replace(before, label=older))
+        self._descriptions.put(label, description)
+        self.on_description(label, description)
 
-    def _unknown(self, name: str, trail: _Trail) -> None:
+    def _unknown(self, name: str, version: int, trail: _Trail) -> None:
         """Raise ``KeyNotFound`` if a node said so and none knew the key; it names the nodes that could not be asked.
 
         Not while a node has a share of one that may have been made: it finds that out.
@@ -854,17 +1066,23 @@ class Calls:
         if KeyNotFound not in kinds or KeyPending in kinds:
             return
         silent = [node for node in self.router.holders(name) if not isinstance(failures.get(node), KeyNotFound | Moved)]
-        message = f"no node that answers knows the key {name!r}"
+        what = f"version {version} of the key" if version else "the key"
+        message = f"no node that answers knows {what} {name!r}"
         if silent:
             message += f"; of its placement group could not be asked: {', '.join(silent)}"
         raise KeyNotFound(message)
 
-    def _opened(self, name: str, described: KeyDescription) -> Description:
-        """The description verified: the dealer's signature, the client's order in it, the certificate's receipts."""
+    def _opened(self, name: str, described: KeyDescription, version: int = 0) -> Description:
+        """The description verified: the dealer's signature, the client's order in it, the certificate's receipts.
+
+        ``version`` is the one that was asked for, 0 for the newest.
+        """
         record = open_key_manifest(described.manifest, self.cluster)
         manifest = record.manifest
         if manifest.name != name:
             raise ManifestError(f"it is of {manifest.name!r}")
+        if version and manifest.version != version:
+            raise ManifestError(f"it is of version {manifest.version}, not {version}")
         stored = open_certificate(described.certificate, record, self.cluster)
         settings = open_settings(described.settings, self.cluster, None) if described.settings else None
         if settings is not None and (settings.order.lineage, settings.order.name) != (manifest.lineage, name):
@@ -890,7 +1108,8 @@ class Calls:
             min_version=settings.order.min_version if settings is not None else 1,
             destroy_at=_seconds(settings.order.destroy_at_ms) if settings is not None else None,
         )
-        return Description(record, algorithm(manifest.algorithm), info.holders, info, settings)
+        label = version_label(name, version) if version else name
+        return Description(record, algorithm(manifest.algorithm), info.holders, info, label, settings)
 
     # --- loading ahead ---
 
@@ -917,32 +1136,33 @@ class Calls:
         grant = self._grant(known.record, operation, node, left_s)
         return Prewarm(name, known.record.manifest.key_id, grant)
 
-    def warm_at(self, node: str, name: str, timeout_s: float) -> Call[bool]:
+    def warm_at(self, node: str, label: str, timeout_s: float) -> Call[bool]:
         """Have a holder load a key that is known here, beside everything else: whether it has it loaded now.
 
         A node that is no holder, or says that the key is another one by now, is asked what it knows of it first: who
         became a holder knows. The router is not told how the exchanges went, for they are nobody's use of the key.
         """
-        trail = self._trail(f"prewarm {name!r} at {node}", timeout_s)
-        known = self._descriptions.peek(name)
+        trail = self._trail(f"prewarm {label!r} at {node}", timeout_s)
+        known = self._descriptions.peek(label)
         if known is not None and node in known.holders:
             outcome = yield from self._warm(node, known, trail)
             if not isinstance(outcome, StaleKey | KeyNotFound):
                 return not isinstance(outcome, Exception | _Lost)
         if known is None:
             return False
+        name, version = known.info.name, known.version if known.label != known.info.name else 0
         described = yield from self._ask(
-            node, RequestType.DESCRIBE, Describe(name), max(0.001, trail.left_s()), counted=False
+            node, RequestType.DESCRIBE, Describe(name, version), max(0.001, trail.left_s()), counted=False
         )
         if isinstance(described, Exception | _Lost):
             return False
         try:
-            found = self._opened(name, described)
+            found = self._opened(name, described, version)
         except (ManifestError, ProtocolError, AccessDenied):
             return False
         if not _newer(found, known):
             return False
-        self._keep(name, found)
+        self._keep(found)
         if node not in found.holders:
             return False
         return not isinstance((yield from self._warm(node, found, trail)), Exception | _Lost)
@@ -1002,14 +1222,45 @@ class Calls:
             expires_ms=self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS,
         )
 
-    def _creating(self, order: CreateOrder, material: bytes, trail: _Trail) -> Call[KeyInfo]:
+    def rotate_key(self, name: str, timeout_s: float) -> Call[KeyInfo]:
+        """Make the next version of a key; the newest one, if another client makes that meanwhile."""
+        check_name(name)
+        trail = self._trail(f"rotate {name!r}", timeout_s)
+        return _maybe_traced("rotate", self._rotating(name, timeout_s, trail))
+
+    def _rotating(self, name: str, timeout_s: float, trail: _Trail) -> Call[KeyInfo]:
+        self._descriptions.drop(name)
+        known = yield from self._described(name, trail)
+        manifest = known.record.manifest
+        if manifest.version >= MAX_VERSION:
+            raise ValueError(f"{name!r} has version {manifest.version}, and there is none beyond {MAX_VERSION}")
+        order = CreateOrder(
+            key_id=self._random_bytes(16),
+            name=name,
+            algorithm=manifest.algorithm,
+            threshold=manifest.threshold,
+            shares=manifest.ordered_shares,
+            operation="rotate",
+            expires_ms=self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS,
+            version=manifest.version + 1,
+            lineage=manifest.lineage,
+        )
+        return (yield from self._creating(order, b"", trail, known.holders))
+
+    def _creating(self, order: CreateOrder, material: bytes, trail: _Trail, first: Sequence[str] = ()) -> Call[KeyInfo]:
         raw = sign_envelope("order.create", self._now_ms(), create_orders.encode(order), self._signing)
-        verb = RequestType.GENERATE if order.operation == "generate" else RequestType.IMPORT
+        verb = RequestType(order.operation)
         asked: set[str] = set()
         message, request_class = Create(raw, material), classify_request(verb, order.algorithm)
-        described = yield from self._dealing(verb, order.name, message, trail, asked, request_class)
+        described = yield from self._dealing(verb, order.name, message, trail, asked, request_class, first)
         known = self._opened(order.name, described)
-        if known.record.manifest.key_id != order.key_id:
+        told = known.record.manifest
+        if told.key_id != order.key_id and order.lineage and told.lineage == order.lineage:
+            if told.version < order.version:
+                raise ManifestError(f"rotate {order.name!r}: the dealer answered with version {told.version}")
+            self._keep(known)  # another client's order came before
+            return known.info
+        if told.key_id != order.key_id:
             raise ManifestError(f"create {order.name!r}: the dealer answered with another key of that name")
         if known.record.dealer not in asked:
             # The dealer knows the key. Who passes the order on to a dealer of its own choice could have it made there.
@@ -1017,7 +1268,7 @@ class Calls:
                 f"create {order.name!r}: {known.record.dealer!r} dealt the key, which was never asked to; it may know "
                 "it: destroy it"
             )
-        self._keep(order.name, known)
+        self._keep(known)
         return known.info
 
     def _dealing(
@@ -1077,11 +1328,12 @@ class Calls:
         self._descriptions.drop(name)
         known = yield from self._described(name, trail)
         expires_ms = self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS
-        order = DestroyOrder(known.record.manifest.key_id, name, expires_ms)
+        order = DestroyOrder(known.record.manifest.lineage, name, expires_ms)
         raw = sign_envelope("order.destroy", self._now_ms(), destroy_orders.encode(order), self._signing)
         done = yield from self._dealing(RequestType.DESTROY, name, Destroy(raw), trail)
-        self._descriptions.drop(name)
-        self.router.forget_loaded(name)
+        for label in (name, *(version_label(name, version) for version in range(1, known.version))):
+            self._descriptions.drop(label)
+            self.router.forget_loaded(label)
         return Destroyed(name, tuple(done.confirmed), tuple(done.pending))
 
     # --- settings ---
@@ -1246,7 +1498,7 @@ class Calls:
                 raise ManifestError(
                     f"{verb} {name!r}: the coordinator answered with epoch {told.epoch} of another time"
                 )
-            self._keep(name, new)
+            self._keep(new)
             if told.change == raw:
                 return new.info
             # What we knew was old already, or another's change came before ours: ours begins from there.
@@ -1591,6 +1843,23 @@ def _bounded_aad(associated_data: bytes) -> bytes:
     return associated_data
 
 
+def as_version(value: object) -> int:
+    """The number of a version, 0 for None; ``ValueError`` with the limits."""
+    if value is None:
+        return 0
+    version = _as_int("version", value)
+    if not 1 <= version <= MAX_VERSION:
+        raise ValueError(f"version {version}; it must lie in 1..{MAX_VERSION}")
+    return version
+
+
+def _unfit(use: _Use, error: EngineError) -> EngineError:
+    """What a caller is told where a use does not fit to any version that was tried."""
+    if not isinstance(error, OlderVersion):
+        return error
+    return (InvalidTag if use.verb == RequestType.DECRYPT else InvalidSignature)(str(error))
+
+
 def _proof(what: str, value: object) -> bytes:
     proof = as_bytes(what, value)
     if not 1 <= len(proof) <= MAX_PROOF:
@@ -1648,6 +1917,23 @@ def _key_settings(order: SettingsOrder, confirmed: Sequence[str], pending: Seque
         tuple(confirmed),
         tuple(pending),
     )
+
+
+def rewrap_batches(items: Sequence[tuple[bytes, bytes]]) -> list[list[int]]:
+    """Places of the items that go into one request each: of one version, and no more than it can carry."""
+    batches: list[list[int]] = []
+    open_: dict[int, tuple[list[int], int]] = {}
+    for place, (ciphertext, aad) in enumerate(items):
+        if len(ciphertext) > MAX_CIPHERTEXT:
+            raise ValueError(f"ciphertext of {len(ciphertext)} bytes; the limit is {MAX_CIPHERTEXT}")
+        version, size = version_in(ciphertext), len(ciphertext) + len(_bounded_aad(aad)) + REWRAP_ITEM
+        batch, filled = open_.get(version, ([], 0))
+        if not batch or len(batch) == REWRAP_MAX or filled + size > REWRAP_BYTES:
+            batch, filled = [], 0
+            batches.append(batch)
+        batch.append(place)
+        open_[version] = batch, filled + size
+    return batches
 
 
 def merge_lists(pages: Iterable[Sequence[KeySummary]]) -> tuple[KeySummary, ...]:

@@ -43,8 +43,11 @@ from engine.client.calls import (
     Pause,
     Step,
     answered_by_any,
+    as_bytes,
+    as_version,
     check_timeout,
     merge_lists,
+    rewrap_batches,
     succeeded,
 )
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
@@ -64,6 +67,8 @@ __all__ = ["ClientSettings", "Engine", "connect", "load_settings"]
 WINDOW = 64
 """Most requests under way at once in one ``*_many`` call."""
 MAX_BATCH = 1_000_000
+REWRAP_WINDOW = 8
+"""The same of one ``rewrap_many``, whose requests carry up to 32 ciphertexts each."""
 MAX_CHANNELS = 32
 LINES_OF_CHANNEL = 4
 """Connections for uses by the shortest way, over the number of channels."""
@@ -604,15 +609,27 @@ class Engine:
         return self._run(self._calls.encrypt(name, plaintext, associated_data, wait_s, lost=lost), wait_s)
 
     def decrypt(
-        self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
+        self,
+        name: str,
+        ciphertext: bytes,
+        *,
+        associated_data: bytes = b"",
+        version: int | None = None,
+        timeout: float | None = None,
     ) -> bytes:
-        """The plaintext, or ``InvalidTag`` if ciphertext or associated data were changed."""
+        """The plaintext, or ``InvalidTag`` if ciphertext or associated data were changed.
+
+        A ciphertext of AES-GCM says by which ``version`` of the key it was made. One of RSA-OAEP does not: all are
+        tried if it is not given, the newest first and at most 16.
+        """
         wait_s = self._wait_s(timeout)
         lost = Lost()
-        done = self._directly(_DECRYPT, name, ciphertext, associated_data, b"", None, wait_s, lost)
-        if done is not None:
-            return done
-        return self._run(self._calls.decrypt(name, ciphertext, associated_data, wait_s, lost=lost), wait_s)
+        if version is None:
+            done = self._directly(_DECRYPT, name, ciphertext, associated_data, b"", None, wait_s, lost)
+            if done is not None:
+                return done
+        call = self._calls.decrypt(name, ciphertext, associated_data, wait_s, version=as_version(version), lost=lost)
+        return self._run(call, wait_s)
 
     def sign(
         self, name: str, message: bytes | None = None, *, digest: bytes | None = None, timeout: float | None = None
@@ -632,13 +649,19 @@ class Engine:
         signature: bytes,
         *,
         digest: bytes | None = None,
+        version: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        """Raise ``InvalidSignature`` unless the signature is the key's for the message (None with ``digest``)."""
+        """Raise ``InvalidSignature`` unless the signature is the key's for the message (None with ``digest``).
+
+        Without ``version`` all versions of the key are tried, the newest first and at most 16.
+        """
         wait_s = self._wait_s(timeout)
         lost = Lost()
-        if self._directly(_VERIFY, name, message, b"", signature, digest, wait_s, lost) is None:
-            self._run(self._calls.verify(name, message, signature, digest, wait_s, lost=lost), wait_s)
+        if version is None and self._directly(_VERIFY, name, message, b"", signature, digest, wait_s, lost) is not None:
+            return
+        number = as_version(version)
+        self._run(self._calls.verify(name, message, signature, digest, wait_s, version=number, lost=lost), wait_s)
 
     def mac(self, name: str, message: bytes, *, timeout: float | None = None) -> bytes:
         """The MAC of at most 48 KiB."""
@@ -649,12 +672,16 @@ class Engine:
             return done
         return self._run(self._calls.mac(name, message, wait_s, lost=lost), wait_s)
 
-    def verify_mac(self, name: str, message: bytes, tag: bytes, *, timeout: float | None = None) -> None:
-        """Raise ``InvalidSignature`` unless ``tag`` is the message's MAC."""
+    def verify_mac(
+        self, name: str, message: bytes, tag: bytes, *, version: int | None = None, timeout: float | None = None
+    ) -> None:
+        """Raise ``InvalidSignature`` unless ``tag`` is the message's MAC; ``version`` as in ``verify``."""
         wait_s = self._wait_s(timeout)
         lost = Lost()
-        if self._directly(_VERIFY_MAC, name, message, b"", tag, None, wait_s, lost) is None:
-            self._run(self._calls.verify_mac(name, message, tag, wait_s, lost=lost), wait_s)
+        if version is None and self._directly(_VERIFY_MAC, name, message, b"", tag, None, wait_s, lost) is not None:
+            return
+        number = as_version(version)
+        self._run(self._calls.verify_mac(name, message, tag, wait_s, version=number, lost=lost), wait_s)
 
     # --- batches ---
 
@@ -814,6 +841,59 @@ class Engine:
             _MAC, name, uses, lambda at: self._calls.mac(name, items[at], wait_s), wait_s, return_exceptions
         )
 
+    # --- what older versions encrypted ---
+
+    def rewrap(
+        self, name: str, ciphertext: bytes, *, associated_data: bytes = b"", timeout: float | None = None
+    ) -> bytes:
+        """What was encrypted, encrypted by the newest version of the key: AES-GCM alone. No node shows the plaintext.
+
+        A ciphertext of the newest version is checked and comes back as it is.
+        """
+        return self.rewrap_many(name, [ciphertext], associated_data=associated_data, timeout=timeout)[0]
+
+    @overload
+    def rewrap_many(
+        self,
+        name: str,
+        ciphertexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = ...,
+        timeout: float | None = ...,
+        return_exceptions: Literal[False] = ...,
+    ) -> list[bytes]: ...
+
+    @overload
+    def rewrap_many(
+        self,
+        name: str,
+        ciphertexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = ...,
+        timeout: float | None = ...,
+        return_exceptions: bool,
+    ) -> list[bytes | Exception]: ...
+
+    def rewrap_many(
+        self,
+        name: str,
+        ciphertexts: Sequence[bytes],
+        *,
+        associated_data: bytes | Sequence[bytes] = b"",
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+    ) -> list[bytes] | list[bytes | Exception]:
+        """Rewrap a list, of any versions, up to 32 in a request; the rest as in ``encrypt_many``."""
+        wait_s = self._wait_s(timeout)
+        pairs = pair_items(ciphertexts, associated_data)
+        if len(pairs) > MAX_BATCH:
+            raise ValueError(f"a batch of {len(pairs)}; the limit is {MAX_BATCH}")
+        items = [(as_bytes("ciphertext", data), as_bytes("associated_data", aad)) for data, aad in pairs]
+        batches = rewrap_batches(items)
+        calls = (self._calls.rewrap(name, [items[at] for at in batch], wait_s) for batch in batches)
+        done = self._with_channel(partial(drive_many, window=REWRAP_WINDOW, stop_at_error=False), calls, wait_s)
+        return spread_results(len(items), batches, done, return_exceptions=return_exceptions)
+
     # --- streams (see engine.client.files) ---
 
     def encrypt_stream(
@@ -846,6 +926,21 @@ class Engine:
 
         return files.decrypt_stream(self, name, source, sink, associated_data, progress, timeout=timeout)
 
+    def rewrap_stream(
+        self,
+        name: str,
+        source: BinaryIO,
+        sink: BinaryIO,
+        *,
+        associated_data: bytes = b"",
+        progress: Callable[[int], None] | None = None,
+        timeout: float | None = None,
+    ) -> int:
+        """Have what ``encrypt_stream`` wrote encrypted by the newest version of the key; the bytes written."""
+        from engine.client import files
+
+        return files.rewrap_stream(self, name, source, sink, associated_data, progress, timeout=timeout)
+
     # --- keys ---
 
     def create_key(
@@ -875,6 +970,15 @@ class Engine:
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
         call = self._calls.import_key(name, algorithm, key_material, threshold, shares, wait_s)
         return self._run(call, wait_s)
+
+    def rotate_key(self, name: str, *, timeout: float | None = None) -> KeyInfo:
+        """Make the next version of a key: from now on it is what encrypts, signs and makes MACs under that name.
+
+        Older versions go on decrypting and verifying what they made. If another client rotates it meanwhile, the
+        version that this makes is the result.
+        """
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.rotate_key(name, wait_s), wait_s)
 
     @overload
     def destroy_key(self, name: str, *, after: None = None, timeout: float | None = None) -> Destroyed: ...
@@ -953,15 +1057,20 @@ class Engine:
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
         return self._run(self._calls.reshare_key(name, threshold, shares, holders, without, wait_s), wait_s)
 
-    def key_info(self, name: str, *, timeout: float | None = None) -> KeyInfo:
-        """What the signed manifest and certificate say about a key, asked afresh."""
+    def key_info(self, name: str, *, version: int | None = None, timeout: float | None = None) -> KeyInfo:
+        """What the signed manifest and certificate say about a key, asked afresh: of the newest version, or another."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.key_info(name, wait_s), wait_s)
+        return self._run(self._calls.key_info(name, wait_s, as_version(version)), wait_s)
 
-    def public_key(self, name: str, *, timeout: float | None = None) -> str:
+    def key_versions(self, name: str, *, timeout: float | None = None) -> tuple[KeyInfo, ...]:
+        """The versions of a key, asked afresh, the newest first and at most 100."""
+        wait_s = self._wait_s(timeout)
+        return self._run(self._calls.key_versions(name, wait_s), wait_s)
+
+    def public_key(self, name: str, *, version: int | None = None, timeout: float | None = None) -> str:
         """The public key, SubjectPublicKeyInfo in PEM; ``ValueError`` for a symmetric key."""
         wait_s = self._wait_s(timeout)
-        return self._run(self._calls.public_key(name, wait_s), wait_s)
+        return self._run(self._calls.public_key(name, wait_s, as_version(version)), wait_s)
 
     def list_keys(self, pattern: str = "*", *, timeout: float | None = None) -> tuple[KeySummary, ...]:
         """The keys whose names match a shell glob, by name: the union of what the nodes that answer hold."""
@@ -1123,6 +1232,20 @@ class Engine:
         nodes = list(self.cluster.nodes)
         done = self._run_all([make(node) for node in nodes], timeout_s)
         return dict(zip(nodes, done, strict=True))
+
+
+def spread_results(
+    count: int, batches: Sequence[Sequence[int]], done: Sequence[Any], *, return_exceptions: bool
+) -> list[Any]:
+    """The results of batches at the places of their items; the first error raised, or in the place of each result."""
+    results: list[Any] = [None] * count
+    for batch, told in zip(batches, done, strict=True):
+        for at, result in zip(batch, [told] * len(batch) if isinstance(told, Exception) else told, strict=True):
+            results[at] = result
+    for result in results:
+        if isinstance(result, Exception) and not return_exceptions:
+            raise result
+    return results
 
 
 def _listed(items: Sequence[T]) -> list[T]:

@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from engine.errors import AccessDenied, ManifestError, StaleKey
-from engine.keys import OPERATIONS
+from engine.keys import USES
 from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster, KeyRecord
 from engine.protocol.signed import Signed, SigningKey, read_unverified, sign_envelope, verify_envelope
 from engine.protocol.wire import Codec, Identifier, Name, UInt
@@ -79,7 +79,7 @@ def check_grant(raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, 
     signed = verify_envelope(raw, "grant", cluster.sign_key("client"), before=cheap)
     name = record.manifest.name
     for operation in told[0].operations:
-        if operation not in OPERATIONS or not cluster.allows(signed.issuer, operation, name):
+        if operation not in USES or not cluster.allows(signed.issuer, operation, name):
             raise AccessDenied(f"{signed.issuer!r} may not {operation} with the key {name!r}")
     return told[0], signed
 

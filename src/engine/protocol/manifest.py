@@ -77,6 +77,7 @@ __all__ = [
     "ordered_shape",
     "read_certificate",
     "read_change_order",
+    "read_create_order",
     "read_key_manifest",
     "receipts_needed",
     "sign_order",
@@ -89,6 +90,7 @@ MAX_MEMBERS = 4096
 CLOCK_SKEW_MS = 5_000
 """How far two members' clocks may differ."""
 ORDER_LIFETIME_MAX_MS = 15 * 60_000
+MAX_VERSION = 2**32 - 1
 
 Role = Literal["operator", "node", "client", "balancer"]
 Public = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -271,8 +273,14 @@ class Cluster:
         return Seen()
 
     def allows(self, identity: str, operation: str, key_name: str) -> bool:
-        """Whether the policy lets a client do this to that key; what no rule allows is denied."""
-        return _allowed(self.rules, identity, operation, key_name)
+        """Whether the policy lets a client do this to that key; what no rule allows is denied.
+
+        Who may decrypt and encrypt may ``rewrap``, too.
+        """
+        if _allowed(self.rules, identity, operation, key_name):
+            return True
+        parts = (RequestType.DECRYPT, RequestType.ENCRYPT) if operation == RequestType.REWRAP else ()
+        return bool(parts) and all(_allowed(self.rules, identity, each, key_name) for each in parts)
 
     def allowed_ever(self, identity: str, operation: str, key_name: str) -> bool:
         """Whether the policy of any manifest of the chain did."""
@@ -643,19 +651,24 @@ def receipts_needed(threshold: int, shares: int, epoch: int = 1) -> int:
 
 
 class CreateOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A client's signed order to create a key; its ``key_id`` is the request's idempotency id too."""
+    """A client's signed order to create a key; its ``key_id`` is the request's idempotency id too.
+
+    ``rotate`` makes a later ``version`` of the key whose version 1 has the id ``lineage``, which is empty otherwise.
+    """
 
     key_id: Identifier
     name: Name
     algorithm: Annotated[str, Meta(max_length=64)]
     threshold: Annotated[int, Meta(ge=1, le=MAX_HOLDERS)]
     shares: Annotated[int, Meta(ge=1, le=MAX_HOLDERS)]
-    operation: Literal["generate", "import"]
+    operation: Literal["generate", "import", "rotate"]
     expires_ms: UInt
+    version: Annotated[int, Meta(ge=1, le=MAX_VERSION)] = 1
+    lineage: Annotated[bytes, Meta(max_length=16)] = b""
 
 
 class DestroyOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A client's signed order to destroy a key for good, all versions."""
+    """A client's signed order to destroy a key for good, all versions: ``key_id`` is that of version 1."""
 
     key_id: Identifier
     name: Name
@@ -713,7 +726,7 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
     key_id: Identifier
     name: Name
-    version: Annotated[int, Meta(ge=1, le=2**32 - 1)]
+    version: Annotated[int, Meta(ge=1, le=MAX_VERSION)]
     epoch: Annotated[int, Meta(ge=1, le=2**32 - 1)]
     attempt: Annotated[int, Meta(ge=1, le=2**31)]
     algorithm: Annotated[str, Meta(max_length=64)]
@@ -740,13 +753,20 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
     @property
     def lineage(self) -> bytes:
-        """The ``key_id`` of the key's first version: what all versions of a key have in common."""
-        return self.key_id
+        """The ``key_id`` of version 1, which all versions of a key have in common."""
+        return self.key_id if self.version == 1 else read_create_order(self.order).lineage
 
     @property
     def shares(self) -> int:
         """n, the number of shares."""
         return len(self.holders)
+
+    @property
+    def ordered_shares(self) -> int:
+        """The number of shares that a client ordered last: a balancer may have been let add some."""
+        if self.resharing:
+            return len(reshare_orders.decode(read_unverified(self.resharing).payload).holders)
+        return read_create_order(self.order).shares
 
     @property
     def context(self) -> bytes:
@@ -840,12 +860,23 @@ def open_create_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple
         raise ManifestError(f"create order: unknown algorithm {order.algorithm!r}")
     if order.threshold > order.shares:
         raise ManifestError(f"create order: threshold {order.threshold} of {order.shares} shares")
+    later = order.operation == "rotate"
+    if later != (order.version > 1) or len(order.lineage) != (16 if later else 0):
+        raise ManifestError(
+            f"create order: {order.operation} can't make version {order.version} "
+            f"of a lineage of {len(order.lineage)} bytes"
+        )
     if now_ms is None:
         return order, signed
     check_expiry("create order", order.expires_ms, now_ms)
     if not cluster.allows(signed.issuer, order.operation, order.name):
         raise AccessDenied(f"{signed.issuer!r} may not {order.operation} the key {order.name!r}")
     return order, signed
+
+
+def read_create_order(raw: bytes) -> CreateOrder:
+    """A create order without any check: of a manifest that was checked before."""
+    return create_orders.decode(read_unverified(raw).payload)
 
 
 def open_destroy_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[DestroyOrder, Signed]:
@@ -1011,7 +1042,8 @@ def _checked_manifest(raw: bytes, cluster: Cluster) -> KeyRecord:
     signed = verify_envelope(raw, "key", cluster.sign_key_ever("node"))
     manifest = key_manifests.decode(signed.payload)
     order, _ = open_create_order(manifest.order, cluster, None)
-    if (manifest.key_id, manifest.name, manifest.algorithm) != (order.key_id, order.name, order.algorithm):
+    told = (manifest.key_id, manifest.name, manifest.version, manifest.algorithm)
+    if told != (order.key_id, order.name, order.version, order.algorithm):
         raise ManifestError(f"key manifest of {manifest.name!r}: it differs from the client's order")
     _check_epoch(manifest, cluster)
     _check_sharing(manifest, order, cluster)
@@ -1025,8 +1057,6 @@ def _checked_manifest(raw: bytes, cluster: Cluster) -> KeyRecord:
 
 
 def _check_epoch(manifest: KeyManifest, cluster: Cluster) -> None:
-    if manifest.version != 1:
-        raise ManifestError(f"key manifest of {manifest.name!r}: version {manifest.version}; keys have version 1 alone")
     if manifest.epoch == 1:
         if manifest.previous or manifest.change or manifest.sharing or manifest.placing:
             raise ManifestError(f"key manifest of {manifest.name!r}: the first one has no predecessor and no change")

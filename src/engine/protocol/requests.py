@@ -131,7 +131,10 @@ class ManifestTaken(Message, frozen=True):
 
 
 class Create(Message, frozen=True):
-    """Verbs ``generate`` and ``import``: ``[order, material]``; material is empty or canonical (engine.keys)."""
+    """Verbs ``generate``, ``import`` and ``rotate``: ``[order, material]``.
+
+    ``material`` is empty or canonical (engine.keys).
+    """
 
     order: Envelope
     material: Annotated[bytes, Meta(max_length=8192)]
@@ -150,9 +153,10 @@ class KeyDescription(Message, frozen=True):
 
 
 class Describe(Message, frozen=True):
-    """``[key]``."""
+    """``[key, version]``; 0 is the newest version."""
 
     key: KeyName
+    version: UInt = 0
 
 
 class Destroy(Message, frozen=True):
@@ -268,6 +272,46 @@ class Prewarm(Message, frozen=True):
     key: KeyName
     key_id: MaybeIdentifier
     grant: Annotated[bytes, Meta(max_length=2048)]
+
+
+REWRAP_MAX: Final = 32
+"""Most ciphertexts in one request."""
+
+
+class Sealed(Message, frozen=True):
+    """``[data, associated_data]``: a ciphertext, and what was authenticated with it."""
+
+    data: Data
+    associated_data: Aad
+
+
+class Rewrap(Message, frozen=True):
+    """Encrypt anew, with the newest version of a key, what an older one encrypted.
+
+    ``[key, from_id, to_id, items, from_grant, to_grant]``: the ids of both versions, and grants for ``rewrap`` where
+    they may not be loaded.
+    """
+
+    key: KeyName
+    from_id: Identifier
+    to_id: Identifier
+    items: Annotated[list[Sealed], Meta(min_length=1, max_length=REWRAP_MAX)]
+    from_grant: Annotated[bytes, Meta(max_length=2048)]
+    to_grant: Annotated[bytes, Meta(max_length=2048)]
+
+
+class RewrapResult(Message, frozen=True):
+    """``[code, text, data]``: the ciphertext of the newest version, or the code and text of an error."""
+
+    code: Annotated[str, Meta(max_length=32)]
+    text: Text
+    data: Data
+
+
+class Rewrapped(Message, frozen=True):
+    """``[results]``, in the order of the items."""
+
+    results: Annotated[list[RewrapResult], Meta(max_length=REWRAP_MAX)]
 
 
 class Flush(Message, frozen=True):
@@ -609,9 +653,11 @@ class Change(Message, frozen=True):
 
 
 class Reserve(Message, frozen=True):
-    """Dealer to registry: ``[order]``."""
+    """Dealer to registry: ``[order, manifest, certificate]``; the last two are of the version before, or empty."""
 
     order: Envelope
+    manifest: Envelope = b""
+    certificate: Envelope = b""
 
 
 class Reserved(Message, frozen=True):
@@ -910,8 +956,10 @@ HOLDINGS: Final = "holdings"
 
 BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     **dict.fromkeys(OPERATIONS, (Operate, Result)),
+    RequestType.REWRAP: (Rewrap, Rewrapped),
     RequestType.GENERATE: (Create, KeyDescription),
     RequestType.IMPORT: (Create, KeyDescription),
+    RequestType.ROTATE: (Create, KeyDescription),
     RequestType.DESTROY: (Destroy, Destroyed),
     RequestType.REFRESH: (Refresh, KeyDescription),
     RequestType.RESHARE: (Reshare, KeyDescription),

@@ -79,6 +79,16 @@ class _Pace:
         self.mean_s += (seconds - self.mean_s) / 8
 
 
+def version_label(name: str, version: int) -> str:
+    """What an older version of a key goes by here, beside the newest, which goes by its name."""
+    return f"{name}#{version}"
+
+
+def plain_name(label: str) -> str:
+    """The key's own name, in which there is no such mark."""
+    return label.partition("#")[0]
+
+
 class Edition(NamedTuple):
     """Which key a name means, in which epoch, and who holds it."""
 
@@ -472,7 +482,7 @@ class Router(FollowsCluster):
             ]
         for _, name, known in newest:
             if known.group < 0:
-                known.group = self._cluster.group_of(name)  # how many groups there are never changes
+                known.group = self._cluster.group_of(plain_name(name))  # how many groups there are never changes
         return [
             (name, known.group)
             for _, name, known in heapq.nlargest(

@@ -1,0 +1,151 @@
+"""Versions of keys in the registry: who may make one, what becomes of a lost one, and what ends with the key."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from balancer.registry import ROTATE_LEASE_MS, SqliteRegistry
+from engine.errors import AccessDenied, KeyExists, KeyNotFound, ManifestError, Overloaded
+from engine.protocol.manifest import create_orders, read_key_manifest
+from engine.protocol.signed import read_unverified
+
+
+@pytest.fixture
+def registry(world: Any, tmp_path: Path) -> SqliteRegistry:
+    return world.open(tmp_path / "registry.db")
+
+
+def newest(registry: SqliteRegistry, node: str) -> list[tuple[int, str]]:
+    """Version and state of each key that the books tell a node of."""
+    entries = registry.sync(node, 0).entries
+    return [(read_key_manifest(each.manifest).manifest.version, each.state) for each in entries]
+
+
+def test_a_version_follows_the_newest_one(world: Any, registry: SqliteRegistry) -> None:
+    """By one, of the same lineage, name and algorithm; each has the holders of the one before, who hear of it."""
+    first = world.order("k")
+    world.commit(registry, first)
+    for order, kind, match in (
+        (world.rotation(first, 3), ManifestError, "version 3 of 'k' does not follow the newest, 1"),
+        (world.rotation(first, name="other"), KeyNotFound, "no key 'other' of this lineage"),
+        (world.rotation(first, lineage=bytes(16)), KeyNotFound, "no key 'k' of this lineage"),
+        (world.rotation(first, algorithm="aes-128-gcm"), ManifestError, "'k' is aes-256-gcm"),
+        (world.rotation(first, client="bob"), AccessDenied, "may not rotate"),
+    ):
+        with pytest.raises(kind, match=match):
+            registry.reserve(order, "node-0", world.now_ms)
+    second = world.rotation(first)
+    manifest = world.commit(registry, second)
+    told = read_key_manifest(manifest).manifest
+    assert (told.version, told.lineage) == (2, create_orders.decode(read_unverified(first).payload).key_id)
+    assert registry.count() == 2
+    assert newest(registry, told.holders[0].node) == [(1, "committed"), (2, "committed")]
+    with pytest.raises(KeyExists, match="the name 'k' is taken"):
+        registry.reserve(world.order("k"), "node-0", world.now_ms)
+
+
+def test_who_comes_too_late_gets_the_version_that_is_there(world: Any, registry: SqliteRegistry) -> None:
+    """Whatever its order was for; and the order that made it, again."""
+    first = world.order("k")
+    world.commit(registry, first)
+    second, late = world.rotation(first), world.rotation(first)
+    manifest = world.commit(registry, second)
+    for order in (late, second):
+        reserved = registry.reserve(order, "node-1", world.now_ms)
+        assert (reserved.attempt, reserved.manifest) == (0, manifest)
+    third = world.commit(registry, world.rotation(first, 3))
+    assert registry.reserve(late, "node-1", world.now_ms).manifest == third
+
+
+def test_one_rotation_at_a_time(world: Any, registry: SqliteRegistry) -> None:
+    """Another order waits until the one under way is done, or its dealer counts as dead: then it never commits."""
+    first = world.order("k")
+    world.commit(registry, first)
+    slow, next_ = world.rotation(first), world.rotation(first)
+    reserved = registry.reserve(slow, "node-0", world.now_ms)
+    with pytest.raises(Overloaded, match=f"'k' is being rotated; its dealer has {ROTATE_LEASE_MS} ms left"):
+        registry.reserve(next_, "node-1", world.now_ms)
+    later_ms = world.now_ms + ROTATE_LEASE_MS
+    manifest = world.commit(registry, next_, later_ms, "node-1")
+    dead = world.manifest(slow, reserved.attempt, reserved.holders)
+    with pytest.raises(ManifestError, match="attempt 1 is aborted"):
+        registry.commit(dead, world.receipts(dead), later_ms)
+    assert registry.outcome(read_key_manifest(dead).manifest.key_id, 1, later_ms).state == "aborted"
+    assert registry.reserve(slow, "node-0", later_ms).manifest == manifest
+
+
+def test_destruction_is_of_all_versions(world: Any, registry: SqliteRegistry) -> None:
+    """Also of one that is being made; an order that names a later version destroys nothing. The name is free."""
+    first = world.order("k")
+    world.commit(registry, first)
+    second = world.rotation(first)
+    world.commit(registry, second)
+    third = world.rotation(first, 3)
+    reserved = registry.reserve(third, "node-0", world.now_ms)
+    with pytest.raises(KeyNotFound, match="no key 'k' of this id"):
+        registry.destroy(world.destroy_order(second), world.now_ms)
+    for _ in range(2):
+        registry.destroy(world.destroy_order(first), world.now_ms)
+    assert registry.count() == 0
+    late = world.manifest(third, reserved.attempt, reserved.holders)
+    with pytest.raises(ManifestError, match="is aborted"):
+        registry.commit(late, world.receipts(late), world.now_ms)
+    for order in (third, world.rotation(first, 3)):
+        with pytest.raises(KeyNotFound, match="no key 'k' of this lineage"):
+            registry.reserve(order, "node-0", world.now_ms)
+    assert newest(registry, reserved.holders[0]) == [(1, "destroyed"), (2, "destroyed")]
+    world.commit(registry, world.order("k"))
+
+
+def test_a_registry_that_fell_back_takes_a_version_in(world: Any, tmp_path: Path) -> None:
+    """By the manifest and certificate of the next one's dealer, checked; not of another key, not without receipts."""
+    path = tmp_path / "registry.db"
+    before = world.open(path)
+    first = world.order("k")
+    world.commit(before, first)
+    before.close()
+    saved = path.read_bytes()
+    after = world.open(path)
+    second = world.rotation(first)
+    reserved = after.reserve(second, "node-0", world.now_ms)
+    manifest = world.manifest(second, reserved.attempt, reserved.holders)
+    certificate = after.commit(manifest, world.receipts(manifest), world.now_ms)
+    after.close()
+    for file in path.parent.glob("registry.db-*"):
+        file.unlink()
+    path.write_bytes(saved)
+    fallen = world.open(path)
+    third = world.rotation(first, 3)
+    with pytest.raises(ManifestError, match="does not follow the newest, 1"):
+        fallen.reserve(third, "node-0", world.now_ms)
+    with pytest.raises(ManifestError):
+        fallen.reserve(third, "node-0", world.now_ms, manifest, manifest)
+    other = world.commit(fallen, world.order("other"))
+    with pytest.raises(ManifestError, match="is of another key"):
+        fallen.reserve(third, "node-0", world.now_ms, other, certificate)
+    assert fallen.reserve(third, "node-0", world.now_ms, manifest, certificate).attempt == 1
+    assert newest(fallen, reserved.holders[0])[-1] == (2, "committed")
+    fallen.close()
+
+
+def test_keys_from_before_versions_are_version_1(world: Any, tmp_path: Path) -> None:
+    """A registry of the schema before goes on: its keys are rotated, and their names are taken."""
+    path = tmp_path / "registry.db"
+    registry = world.open(path)
+    first = world.order("k")
+    world.commit(registry, first)
+    registry.close()
+    store = sqlite3.connect(path)
+    store.executescript(
+        "DROP TABLE versions; CREATE UNIQUE INDEX live_names ON keys (name) WHERE state IN (1, 2);"
+        "PRAGMA user_version = 4"
+    )
+    store.close()
+    registry = world.open(path)
+    with pytest.raises(KeyExists, match="the name 'k' is taken"):
+        registry.reserve(world.order("k"), "node-0", world.now_ms)
+    assert read_key_manifest(world.commit(registry, world.rotation(first))).manifest.version == 2
