@@ -207,7 +207,7 @@ def test_liars_who_know_of_each_other_are_seen_while_t_are_honest(
 def test_a_new_holder_that_tells_something_false_is_seen(
     world: Any, shape: tuple[tuple[int, int], tuple[int, int]], data: st.DataObject
 ) -> None:
-    """Of a deal: it or the dealer, and of a gap it alone, where two more than t' hold a share; else it is one of all."""
+    """Of a deal: it or the dealer, of a gap it alone, where two more than t' hold a share; else it is one of all."""
     round_ = Round(world, *shape)
     round_.deal({})
     liar = data.draw(st.sampled_from(list(round_.made)))

@@ -73,6 +73,7 @@ from engine.protocol.requests import (
     SHARE_COMMIT,
     SHARE_RELEASE,
     Abort,
+    HostHealth,
     Operate,
     ServiceCount,
     ShareCommit,
@@ -412,6 +413,7 @@ class Node(Proc):
             health=SimHealth(),
             counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
             network_us=lambda: 0,
+            host=lambda: HostHealth(0, 0, 0, 0),
             generation=GenerationLimit(1.0, 0.0),
             clock=self.clock,
         )
@@ -471,7 +473,9 @@ class Registry(Proc):
         self.listener = SimListener(world.net, self.name, cluster)
         self.registry = SqliteRegistry(path, cluster, KEYS[self.name], self.now_ms())
         loop: Any = mock.NonCallableMock(standing=Standing())
-        self.service = Service(self.listener, self.registry, cluster, self.name, loop, ServiceLimits(), self.now_ms)
+        self.service = Service(
+            self.listener, self.registry, cluster, self.name, loop, ServiceLimits(), Path(), self.now_ms
+        )
         world.net.listeners[self.name] = (self.listener, self.inside(self.service.answer_waiting))
 
 
