@@ -171,7 +171,7 @@ def test_a_drained_node_is_emptied_and_removed_under_load(tmp_path: Path) -> Non
         assert any((each.get("member"), each.get("verb")) == ("balancer", "move") for each in told_of)
         for name in hit:
             steps = {each.get("verb") for each in told_of if each.get("key") == name}
-            assert {"share.deal", "share.reshare", "share.accept"} <= steps, (name, steps)
+            assert {"share.accept", "share.commit"} <= steps, (name, steps)
 
 
 def test_epochs_are_renewed_when_they_are_old(tmp_path: Path) -> None:
