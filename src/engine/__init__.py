@@ -26,6 +26,7 @@ from engine.errors import (
     ManifestError,
     NeedGrant,
     NodeUnavailable,
+    OlderVersion,
     Overloaded,
     ProtocolError,
     QuorumUnavailable,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from engine.client.ahead import PrewarmStats
     from engine.client.calls import Destroyed, KeyInfo, KeySettings, KeySummary, LatencyStats, MemberStatus
     from engine.client.client import ClientSettings, Engine, connect, load_settings
-    from engine.client.files import decrypt_stream, encrypt_stream, sign_stream, verify_stream
+    from engine.client.files import decrypt_stream, encrypt_stream, rewrap_stream, sign_stream, verify_stream
     from engine.client.follower import TableStats
     from engine.client.local import LocalCluster
     from engine.client.tracing import trace_context
@@ -79,6 +80,7 @@ __all__ = [
     "MemberStatus",
     "NeedGrant",
     "NodeUnavailable",
+    "OlderVersion",
     "Overloaded",
     "PolicyRule",
     "PrewarmStats",
@@ -104,6 +106,8 @@ __all__ = [
     "generate_shares",
     "load_settings",
     "reconstruct_key",
+    "rewrap_stream",
+    "rewrap_stream",
     "sign_stream",
     "trace_context",
     "verify_stream",
@@ -113,7 +117,7 @@ _HOMES = {
     "engine.client.ahead": ("PrewarmStats",),
     "engine.client.calls": ("Destroyed", "KeyInfo", "KeySettings", "KeySummary", "LatencyStats", "MemberStatus"),
     "engine.client.client": ("ClientSettings", "Engine", "connect", "load_settings"),
-    "engine.client.files": ("decrypt_stream", "encrypt_stream", "sign_stream", "verify_stream"),
+    "engine.client.files": ("decrypt_stream", "encrypt_stream", "rewrap_stream", "sign_stream", "verify_stream"),
     "engine.client.follower": ("TableStats",),
     "engine.client.local": ("LocalCluster",),
     "engine.client.tracing": ("trace_context",),
