@@ -107,7 +107,6 @@ __all__ = [
     "load_settings",
     "reconstruct_key",
     "rewrap_stream",
-    "rewrap_stream",
     "sign_stream",
     "trace_context",
     "verify_stream",
