@@ -89,7 +89,16 @@ class Member:
         world = self.scene.world
         if self.name == BALANCER:
             self.store = SqliteRegistry(self.folder / "registry.db", world.cluster, world.keys[BALANCER], world.now_ms)
-            self.service = Service(None, self.store, world.cluster, BALANCER, None, ServiceLimits(), world.clock)  # type: ignore[arg-type]
+            self.service = Service(
+                None,  # type: ignore[arg-type]
+                self.store,
+                world.cluster,
+                BALANCER,
+                None,  # type: ignore[arg-type]
+                ServiceLimits(),
+                self.folder,
+                world.clock,
+            )
         else:
             self.store = ShareStore(self.folder / "shares.db", self.name, self.scene.lane)
             self.catalogue = Catalogue(self.store.rows())
@@ -280,7 +289,7 @@ class Scene:
             entry = node.catalogue.by_id(self.record(name).manifest.key_id)
             if entry is None:
                 raise NodeUnavailable(f"{dealer} does not know {name}")
-            return node.conversation.destroy(self.talker(dealer), order, entry, time.monotonic() + 5)
+            return node.conversation.destroy(self.talker(dealer), order, [entry], time.monotonic() + 5)
 
         self.destroyed.add(name)  # asked for: it may be gone from now on
         try:

@@ -722,7 +722,7 @@ def test_an_order_that_expired_destroys_only_where_the_registry_booked_it(scene:
     with pytest.raises(ManifestError, match="destroy order: expired"):
         scene.holder.destroy(Destroy(order))
     assert scene.state(dealt) == "committed"
-    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == dealt.key_id
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == [dealt.key_id]
     assert scene.state(dealt) == "destroyed"
 
 
@@ -732,14 +732,14 @@ def test_an_order_that_expired_destroys_only_where_the_registry_booked_it(scene:
 def test_a_missed_commit_is_caught_up(scene: Scene) -> None:
     dealt = scene.world.deal()
     scene.prepare(dealt)
-    assert scene.holder.catch_up(scene.item(dealt)) is None
+    assert scene.holder.catch_up(scene.item(dealt)) == []
     assert scene.state(dealt) == "committed"
     assert released(scene.release(dealt, scene.world.grant(dealt, OTHER))) == offered(dealt)
 
 
 def test_a_missed_creation_is_noted_without_a_share(scene: Scene) -> None:
     dealt = scene.world.deal()
-    assert scene.holder.catch_up(scene.item(dealt)) is None
+    assert scene.holder.catch_up(scene.item(dealt)) == []
     assert scene.state(dealt) == "committed"
     assert scene.catalogue.share_count() == 0
     assert scene.catalogue.by_name("orders").row.sealed == b""
@@ -748,16 +748,16 @@ def test_a_missed_creation_is_noted_without_a_share(scene: Scene) -> None:
 def test_a_missed_destruction_is_caught_up(scene: Scene) -> None:
     dealt = scene.committed()
     order = scene.world.destroy_order(dealt.key_id, "orders")
-    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == dealt.key_id
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == [dealt.key_id]
     assert scene.state(dealt) == "destroyed"
-    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) is None
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == []
 
 
 def test_a_share_that_comes_after_its_keys_destruction_is_refused(scene: Scene) -> None:
     """A dealer's link may be slower than the books: what was destroyed meanwhile must not come to life by it."""
     dealt = scene.world.deal()
     order = scene.world.destroy_order(dealt.key_id, "orders")
-    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) is None
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == []
     with pytest.raises(KeyExists, match="with this id is destroyed already"):
         scene.prepare(dealt)
     with pytest.raises(StaleKey, match="was destroyed on node2"):
@@ -771,7 +771,7 @@ def test_an_old_destruction_of_an_unknown_key_leaves_nothing(scene: Scene) -> No
     dealt = scene.world.deal()
     order = scene.world.destroy_order(dealt.key_id, "orders")
     scene.world.now_ms += 3_600_000
-    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) is None
+    assert scene.holder.catch_up(scene.item(dealt, "destroyed", document=order)) == []
     assert scene.store.rows() == []
 
 
@@ -804,7 +804,7 @@ def test_a_key_that_moved_on_before_it_was_known_is_no_matter(scene: Scene) -> N
     foreign = scene.world.deal("foreign", holders=("node1", "node3", "node4"))
     for state in ("committed", "destroyed"):
         document = scene.world.destroy_order(foreign.key_id, "foreign") if state == "destroyed" else b""
-        assert scene.holder.catch_up(scene.item(foreign, state, document=document)) is None
+        assert scene.holder.catch_up(scene.item(foreign, state, document=document)) == []
     assert scene.store.rows() == []
 
 

@@ -674,10 +674,10 @@ def test_who_missed_the_certificate_learns_it_from_the_books(scene: Scene) -> No
     record, certificate = scene.prepared()
     first = books(scene, scene.record, scene.nodes["node3"].entry.row.certificate)
     for _ in range(2):
-        assert scene.nodes["node3"].holder.catch_up(books(scene, record, certificate)) is None
+        assert scene.nodes["node3"].holder.catch_up(books(scene, record, certificate)) == []
         assert scene.nodes["node3"].epochs() == {2: "committed"}
     # A registry that fell back tells of the epoch before.
-    assert scene.nodes["node3"].holder.catch_up(first) is None
+    assert scene.nodes["node3"].holder.catch_up(first) == []
     assert scene.nodes["node3"].epochs() == {2: "committed"}
 
 
@@ -726,7 +726,7 @@ def test_a_share_is_not_erased_without_its_successor(scene: Scene) -> None:
     node.store.delete(coming.row)
     node.restart()
     for _ in range(2):
-        assert node.holder.catch_up(books(scene, record, certificate)) is None
+        assert node.holder.catch_up(books(scene, record, certificate)) == []
         assert node.rows() == {1: ("committed", True), 2: ("committed", False)}
         with pytest.raises(QuorumUnavailable, match="holds no share"):
             node.share()

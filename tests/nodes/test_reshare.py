@@ -492,7 +492,7 @@ def test_what_a_newcomer_stored_goes_when_another_attempt_is_committed(scene: Sc
     assert aside.rows() == {2: ("prepared", True)}
     entry = SyncEntry(scene.key_id, "committed", record.raw, scene.certificate, b"")
     for _ in range(2):
-        assert aside.holder.catch_up(entry) is None
+        assert aside.holder.catch_up(entry) == []
         assert aside.rows() == {}
     assert all(sealed[40:72] not in path.read_bytes() for path in scene.path.glob("node5.db*"))
     scene.reshare(scene.order((*NODES[:2], "node4"), 2))
@@ -503,7 +503,7 @@ def test_what_a_newcomer_stored_goes_when_another_attempt_is_committed(scene: Sc
 def test_books_of_an_older_epoch_change_nothing(scene: Scene) -> None:
     prepared(scene, NODES[2:])
     entry = SyncEntry(scene.key_id, "committed", scene.dealt.record.raw, scene.world.certificate(scene.dealt), b"")
-    assert scene.nodes["node4"].holder.catch_up(entry) is None
+    assert scene.nodes["node4"].holder.catch_up(entry) == []
     assert scene.nodes["node4"].rows() == {2: ("prepared", True)}
     assert scene.nodes["node3"].rows() == {1: ("committed", True), 2: ("prepared", True)}
 
@@ -519,9 +519,9 @@ def test_who_missed_that_it_leaves_learns_it_from_the_books(scene: Scene) -> Non
     record = scene.reshare(scene.order(NODES[3:], 1, known_to="node3"), "node3")
     late.restart()
     entry = SyncEntry(scene.key_id, "committed", record.raw, scene.certificate, b"")
-    assert late.holder.catch_up(entry) is None
+    assert late.holder.catch_up(entry) == []
     assert late.rows() == {3: ("moved", False)}
-    assert late.holder.catch_up(entry) is None
+    assert late.holder.catch_up(entry) == []
     assert scene.nodes["node1"].rows() == {2: ("moved", False)}
     scene.false.clear()
     scene.reshare(scene.order(NODES[:3], known_to="node4"), "node4")
@@ -614,7 +614,7 @@ def test_a_key_that_moved_is_destroyed_where_it_was_too(scene: Scene) -> None:
     order = scene.world.destroy_order(scene.key_id, "orders")
     scene.nodes["node1"].holder.destroy(Destroy(order))
     entry = SyncEntry(scene.key_id, "destroyed", record.raw, scene.certificate, order)
-    assert scene.nodes["node2"].holder.catch_up(entry) == scene.key_id
+    assert scene.nodes["node2"].holder.catch_up(entry) == [scene.key_id]
     for name in NODES[:2]:
         assert scene.nodes[name].rows() == {2: ("destroyed", False)}
         assert scene.nodes[name].catalogue.moved("orders") is None
