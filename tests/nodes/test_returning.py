@@ -147,10 +147,10 @@ def test_a_share_of_an_epoch_that_is_over_is_not_used(scene: Scene) -> None:
     assert node.rows() == {1: ("committed", True)}
     assert told_by(node, 2) == [], "what is older is not told"
     [entry] = told_by(other, 1)
-    assert node.holder.recall(entry) == (None, None)
+    assert node.holder.recall(entry) == ([], None)
     assert node.rows() == {1: ("committed", True), 2: ("committed", False)}
     assert [each.row.key_id for each in node.catalogue.lacking()] == [scene.key_id]
-    assert node.holder.recall(entry) == (None, None)
+    assert node.holder.recall(entry) == ([], None)
     node.restart()
     assert node.rows() == {1: ("committed", True), 2: ("committed", False)}
     assert record.manifest.epoch == 2
@@ -175,7 +175,7 @@ def test_no_false_word_costs_a_share(scene: Scene) -> None:
     with pytest.raises(ManifestError, match="not for this manifest"):
         node.holder.recall(false)
     node.holder.pledge(scene.key_id, scene.attempt + 1)
-    assert node.holder.recall(entry) == (None, None)
+    assert node.holder.recall(entry) == ([], None)
     assert node.rows() == {1: ("committed", True)}
 
 
@@ -188,7 +188,7 @@ def test_a_destroyed_key_is_erased_or_doubted(scene: Scene) -> None:
 
     late = world.destroy_order(scene.key_id, "orders", expires_in_ms=-60_000)
     node = scene.nodes["node1"]
-    assert node.holder.recall(entry(late)) == (None, scene.key_id)
+    assert node.holder.recall(entry(late)) == ([], scene.key_id)
     assert node.rows() == {1: ("committed", True)}
     for order, match in (
         (world.destroy_order(scene.key_id, "other"), "for another key"),
@@ -198,11 +198,11 @@ def test_a_destroyed_key_is_erased_or_doubted(scene: Scene) -> None:
         with pytest.raises(ManifestError, match=match):
             node.holder.recall(entry(order))
     assert node.rows() == {1: ("committed", True)}
-    assert node.holder.recall(entry(world.destroy_order(scene.key_id, "orders"))) == (scene.key_id, None)
+    assert node.holder.recall(entry(world.destroy_order(scene.key_id, "orders"))) == ([scene.key_id], None)
     assert node.rows() == {1: ("destroyed", False)}
     [told] = told_by(node, 1)
     assert (told.state, told_by(node, 99)) == ("destroyed", [told])
-    assert node.holder.recall(told) == (None, None)
+    assert node.holder.recall(told) == ([], None)
 
 
 def test_an_answer_ends_before_it_is_too_long(scene: Scene) -> None:

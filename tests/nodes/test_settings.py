@@ -326,13 +326,13 @@ def test_a_node_that_was_away_learns_settings_from_another(scene: Scene) -> None
     assert recalled(scene.catalogue, [(key_id, 1, serial)]).entries == []
     [told] = recalled(scene.catalogue, [(key_id, 1, 0)]).entries
     assert (told.state, told.settings) == ("committed", disabled)
-    assert scene.holder.recall(scene.item(settings=due)) == (None, None)
+    assert scene.holder.recall(scene.item(settings=due)) == ([], None)
     assert scene.state == "destroying"
-    assert scene.holder.recall(told) == (None, None)
+    assert scene.holder.recall(told) == ([], None)
     assert scene.state == "destroying", "an older word"
     with pytest.raises(ManifestError, match="ms are left"):
         scene.holder.recall(scene.item("destroyed", due, due))
     assert scene.row.sealed
     scene.world.now_ms = at_ms
-    assert scene.holder.recall(scene.item("destroyed", due, due)) == (key_id, None)
+    assert scene.holder.recall(scene.item("destroyed", due, due)) == ([key_id], None)
     assert scene.row.state == "destroyed"
