@@ -241,6 +241,9 @@ def _create_order(raw: bytes, now: bool) -> list[Any]:
     _, name, algorithm, threshold, shares, operation, expires_ms = tree[:7]
     require(algorithm in ALGORITHMS, "create order: an unknown algorithm is accepted")
     require(threshold <= shares, "create order: a threshold above the number of shares is accepted")
+    version, lineage = tree[7] if len(tree) > 7 else 1, tree[8] if len(tree) > 8 else b""
+    later = operation == "rotate"
+    require(later == (version > 1) and len(lineage) == 16 * later, "create order: a version out of place is accepted")
     if now:
         in_time("create order", expires_ms)
         require(allowed(issuer, operation, name), f"{issuer} may not {operation} {name!r}")
@@ -374,7 +377,7 @@ def _take_manifest(raw: bytes) -> str:
     if resharing or moving:
         require([node for node, _, _ in holders] == shape[4], "key manifest: not the holders that were ordered")
         require([x for _, x, _ in holders] == list(range(1, len(holders) + 1)), "key manifest: other indices")
-    require(version == 1 and attempt >= 1, "key manifest: version or attempt")
+    require(version == (told[7] if len(told) > 7 else 1) and attempt >= 1, "key manifest: version or attempt")
     require(len({node for node, _, _ in holders}) == len(holders), "key manifest: a node holds two shares")
     require(len({x for _, x, _ in holders}) == len(holders), "key manifest: two shares of one x")
     require(bool(public) == ALGORITHMS[algorithm].asymmetric, "key manifest: public key")

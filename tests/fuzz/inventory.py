@@ -41,6 +41,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "engine.client.web._Guard.lets": "a token in base64, compared and thrown away; tests/engine/test_web.py",
     "engine.sharing.placement.placement_group": "the number of a hash",
     "nodes.token.Lane.sign": "the token's answer; tests/nodes/test_token.py",
+    "engine.protocol.ciphertext.version_in": "a number that chooses the key; the token holds it against the ciphertext",
     "engine.client._histogram": "durations",
     "engine.protocol._fastlines": "writes alone",
     "engine.protocol._nodestate": "numbers that the router took from what it had read",
