@@ -60,10 +60,9 @@ from engine.protocol.manifest import (
     open_create_order,
     open_destroy_order,
     open_key_manifest,
-    open_receipt,
+    open_receipts,
     read_create_order,
     read_key_manifest,
-    receipts_needed,
 )
 from engine.protocol.requests import OutcomeReply, Reserved, SyncEntry, SyncPage
 from engine.protocol.settings import (
@@ -619,10 +618,7 @@ class SqliteRegistry(FollowsCluster):
         if row is not None and row.manifest_hash == record.digest:
             return row.certificate
         row = (self._check_first if told.epoch == 1 else self._check_next)(record, row, now_ms)
-        found = {open_receipt(each, record, self._cluster): each for each in receipts}
-        needed = receipts_needed(told.threshold, told.shares, told.epoch)
-        if len(found) < needed:
-            raise ManifestError(f"{told.name!r} has receipts of {len(found)} holders, {needed} are needed")
+        found = open_receipts(receipts, record, self._cluster)
         payload = certificates.encode(CommitCertificate(told.key_id, record.digest, list(found.values())))
         with self._transaction("commit"):
             certificate = sign_envelope("certificate", self._next(_SERIAL), payload, self._signing)

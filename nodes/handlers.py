@@ -92,6 +92,7 @@ from engine.protocol.requests import (
     SHARE_RENEW,
     SHARE_RESHARE,
     SHARE_SETTINGS,
+    SHARE_TRIAL,
     STAGES,
     STATS,
     Abort,
@@ -142,6 +143,7 @@ from engine.protocol.requests import (
     ShareRenew,
     ShareReshare,
     ShareSettings,
+    ShareTrial,
     SyncEntry,
     TokenHealth,
     classify_request,
@@ -191,6 +193,7 @@ from nodes.renewer import Renewer
 from nodes.returning import LackingReport, Returning, recalled
 from nodes.token import Lane, LoadedKey, Token, Use, is_slow
 from nodes.tracing import NO_SPANS, Span, Tracer, child_of
+from nodes.trial import Trial
 from nodes.witness import Heard, Witness
 from nodes.workers import Worker
 
@@ -225,6 +228,7 @@ DURABLE_VERBS: Final = frozenset(
         SHARE_DESTROY,
         SHARE_RENEW,
         SHARE_ACCEPT,
+        SHARE_TRIAL,
         SHARE_LEAVE,
         SHARE_SETTINGS,
         SHARE_MANY,
@@ -286,6 +290,7 @@ STEPS: Final[dict[str, str]] = {
     SHARE_RENEW: "holder.renew",
     SHARE_RESHARE: "holder.reshare",
     SHARE_ACCEPT: "holder.accept",
+    SHARE_TRIAL: "holder.trial",
     SHARE_LEAVE: "holder.leave",
     SHARE_SETTINGS: "holder.settings",
     SHARE_MANY: "holder.many",
@@ -420,6 +425,7 @@ class Handlers(FollowsCluster):
         renewer: Renewer,
         conversation: Conversation,
         coordinator: Coordinator,
+        trial: Trial,
         orders: BalancerOrders,
         audit: AuditLog,
         audit_strict: bool,
@@ -459,6 +465,7 @@ class Handlers(FollowsCluster):
         self._renewer = renewer
         self._conversation = conversation
         self._coordinator = coordinator
+        self._trial = trial
         self._orders = orders
         self._audit = audit
         self._audit_strict = audit_strict
@@ -544,6 +551,7 @@ class Handlers(FollowsCluster):
             SHARE_RENEW: self._share_renew,
             SHARE_RESHARE: self._share_reshare,
             SHARE_ACCEPT: self._share_accept,
+            SHARE_TRIAL: self._share_trial,
             SHARE_LEAVE: self._share_leave,
             SHARE_SETTINGS: self._share_settings,
             SHARE_RECALL: self._share_recall,
@@ -1345,20 +1353,23 @@ class Handlers(FollowsCluster):
         )
 
     def _refresh(self, call: _Call, body: Refresh) -> None:
-        self._change(call, body.order, *open_refresh_order(body.order, self._cluster, self._now_ms()))
+        self._change(call, body.order, b"", *open_refresh_order(body.order, self._cluster, self._now_ms()))
 
     def _reshare(self, call: _Call, body: Reshare) -> None:
-        self._change(call, body.order, *open_reshare_order(body.order, self._cluster, self._now_ms()))
+        self._change(call, body.order, body.grant, *open_reshare_order(body.order, self._cluster, self._now_ms()))
 
-    def _change(self, call: _Call, raw_order: bytes, order: RefreshOrder | ReshareOrder, signed: Signed) -> None:
+    def _change(
+        self, call: _Call, raw_order: bytes, grant: bytes, order: RefreshOrder | ReshareOrder, signed: Signed
+    ) -> None:
         entry = self._ordered(call, order, signed)
 
         def described(message: KeyDescription) -> KeyDescription:
             return structs.replace(message, settings=self._settings_of(entry))
 
-        self._aside(
-            call, self._dealer, lambda talker: self._coordinator.change(talker, raw_order, call.deadline_s), described
-        )
+        def work(talker: Talker) -> KeyDescription:
+            return self._coordinator.change(talker, raw_order, call.deadline_s, grant)
+
+        self._aside(call, self._dealer, work, described)
 
     def _settings_of(self, entry: Entry) -> bytes:
         """The key's settings, for a message."""
@@ -1655,6 +1666,13 @@ class Handlers(FollowsCluster):
     def _share_accept(self, call: _Call, body: ShareAccept) -> None:
         call.key = read_key_manifest(body.manifest).manifest.name
         self._aside(call, self._local, lambda lane: self._renewer.accept(lane, body, call.incoming.member))
+
+    def _share_trial(self, call: _Call, body: ShareTrial) -> None:
+        call.key, call.grant = self._name_of(body.key_id), body.grant
+        grant = read_unverified(body.grant)
+        call.detail = f"by the grant {grant.digest.hex()} of {grant.issuer}"
+        sender = call.incoming.member
+        self._aside(call, self._talkers, lambda talker: self._trial.run(talker, body, sender, call.deadline_s))
 
     def _share_leave(self, call: _Call, body: ShareLeave) -> None:
         call.key = read_key_manifest(body.manifest).manifest.name

@@ -26,7 +26,7 @@ from engine.errors import (
     UnsupportedAlgorithm,
 )
 from engine.failpoints import failpoint
-from engine.protocol.grant import check_grant
+from engine.protocol.grant import check_grant, check_trial_grant, is_trial
 from engine.protocol.manifest import (
     ClusterSource,
     FollowsCluster,
@@ -145,7 +145,7 @@ class ShareHolder(FollowsCluster):
         if unseal_share(lane, row.sealed, share.x, context) != (share, salt):
             raise ShareCorrupt(f"{self._node}: the stored share is not the one that came", [self._node])
         failpoint("holder.prepare.read-back")
-        receipt = self._receipt(record, share.x)
+        receipt = self.receipt(record, share.x)
         failpoint("holder.prepare.signed")
         return Prepared(receipt)
 
@@ -194,8 +194,9 @@ class ShareHolder(FollowsCluster):
             if each.row.version == manifest.version:
                 raise KeyExists(f"version {manifest.version} of the key {manifest.name!r} exists with another id")
 
-    def _receipt(self, record: KeyRecord, x: int) -> bytes:
-        payload = receipts.encode(Receipt(record.manifest.key_id, record.digest, x))
+    def receipt(self, record: KeyRecord, x: int, *, tried: bool = False) -> bytes:
+        """This node's word on its stored share; ``tried``: also that it has combined that epoch and got the key."""
+        payload = receipts.encode(Receipt(record.manifest.key_id, record.digest, x, tried))
         return sign_envelope("receipt", self._now_ms(), payload, self._signing)
 
     def commit(self, body: ShareCommit) -> Empty:
@@ -409,6 +410,8 @@ class ShareHolder(FollowsCluster):
         if sender.name == self._node:
             raise AccessDenied(f"{self._node!r} is asked by its own key; a node has its own share without asking")
         self._ledger.asked(sender.name)
+        if is_trial(body.grant):
+            return self._release_prepared(lane, body, sender)
         entry = self._catalogue.by_id(body.key_id)
         if entry is not None and entry.row.state != "destroyed":
             entry.check_usable()
@@ -427,6 +430,25 @@ class ShareHolder(FollowsCluster):
         share, salt = self.own_share(lane, entry)
         failpoint("holder.release.unsealed")
         return ReleasedShare(share.x, share.y, salt)
+
+    def _release_prepared(self, lane: Lane, body: ShareRelease, sender: Member) -> ReleasedShare:
+        """This node's share of an epoch that is prepared, to the node that the client's reshare order has try it."""
+        entry = self.coming(body.key_id)
+        if entry is None:
+            raise StaleKey(f"{self._node} has prepared no share of a key with id {body.key_id.hex()}")
+        grant, signed = check_trial_grant(body.grant, entry.record, sender.name, self._cluster, self._now_ms())
+        failpoint("holder.release.checked")
+        self._ledger.release(grant, signed)
+        failpoint("holder.release.spent")
+        share, salt = self.own_share(lane, entry)
+        failpoint("holder.release.unsealed")
+        return ReleasedShare(share.x, share.y, salt)
+
+    def coming(self, key_id: bytes) -> Entry | None:
+        """The share of the next epoch, which waits for its certificate; this node may hold one of the last or not."""
+        entry = self._catalogue.by_id(key_id)
+        found = entry if entry is not None and entry.row.state == "prepared" else self._catalogue.next_of(key_id)
+        return found if found is not None and not found.row.document else None
 
     def _committed_by(self, entry: Entry | None, certificate: bytes) -> Entry | None:
         """What is prepared here and the certificate, unchecked, speaks of: the key itself or its next epoch."""

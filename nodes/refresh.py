@@ -62,6 +62,7 @@ from engine.protocol.requests import (
     SHARE_REFRESH,
     SHARE_RENEW,
     SHARE_RESHARE,
+    SHARE_TRIAL,
     Change,
     Commit,
     KeyDescription,
@@ -75,6 +76,7 @@ from engine.protocol.requests import (
     ShareRefresh,
     ShareRenew,
     ShareReshare,
+    ShareTrial,
 )
 from engine.protocol.reshare import check_reshare_size, check_sub_shares
 from engine.protocol.signed import SigningKey, sign_envelope
@@ -126,7 +128,9 @@ class _Job:
     reserved: Reserved = NONE_RESERVED
     dealt: list[_Dealt] = field(default_factory=list)
     stated: _Stated | None = None
-    receipts: list[bytes] = field(default_factory=list)
+    receipts: dict[str, bytes] = field(default_factory=dict)
+    grant: bytes = b""
+    """For the node that the order has try the new epoch."""
     certificate: bytes = b""
     error: EngineError | ValueError | None = None
     outcome: KeyDescription | EngineError | ValueError | None = None
@@ -182,14 +186,15 @@ class Coordinator(FollowsCluster):
         self._now_ms = now_ms
         self._clock = clock
 
-    def change(self, talker: Talker, raw_order: bytes, deadline_s: float) -> KeyDescription:
+    def change(self, talker: Talker, raw_order: bytes, deadline_s: float, grant: bytes = b"") -> KeyDescription:
         """Replace the shares of the epoch that the order names; the description of the key after it.
 
         Idempotent: if that epoch is not the last one any more, there is nothing to do. ``QuorumUnavailable`` names the
         holders that are down; ``ValueError``: the key is too large for its number of shares, has threshold 1 and is to
-        be refreshed, or has too few holders for a reshare that can be checked.
+        be refreshed, or has too few holders for a reshare that can be checked. ``grant`` is for the node that a reshare
+        order has try the new epoch.
         """
-        (outcome,) = self._carry_out(talker, [raw_order], deadline_s)
+        (outcome,) = self._carry_out(talker, [raw_order], deadline_s, grant)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
@@ -203,13 +208,16 @@ class Coordinator(FollowsCluster):
         return [_result(key_id, outcome) for key_id, outcome in zip(ids, outcomes, strict=True)]
 
     def _carry_out(
-        self, talker: Talker, orders: Sequence[bytes], deadline_s: float
+        self, talker: Talker, orders: Sequence[bytes], deadline_s: float, grant: bytes = b""
     ) -> list[KeyDescription | EngineError | ValueError]:
         """The orders, step by step for all that have come so far; what each came to."""
         made = [self._opened(raw) for raw in orders]
         jobs = [each for each in made if isinstance(each, _Job)]
+        for job in jobs:
+            job.grant = grant
         channel = talker.channel
-        for step in (self._reserve, self._deals, self._statements, self._renew, self._pass_on_settings, self._commit):
+        made_new = (self._reserve, self._deals, self._statements, self._renew)
+        for step in (*made_new, self._pass_on_settings, self._try, self._commit):
             if live := [job for job in jobs if job.error is None and job.outcome is None]:
                 step(talker, live, deadline_s)
         for job in jobs:
@@ -268,10 +276,11 @@ class Coordinator(FollowsCluster):
         dealers = [name for name in names if name not in order.without]
         if emptied := [name for name in order.holders if name in self._cluster.draining and name not in names]:
             raise ValueError(f"{', '.join(emptied)} is draining, and can't be given a share of {order.name!r}")
-        if len(dealers) <= manifest.threshold:
+        if len(dealers) < manifest.threshold + (not order.trial):
+            more = "" if order.trial else ", one more than its threshold, to see that none deals a false share"
             raise ValueError(
                 f"{order.name!r} can't be reshared by {len(dealers)} of its {len(names)} holders: it takes "
-                f"{manifest.threshold + 1}, one more than its threshold, to see that none deals a false share"
+                f"{manifest.threshold + (not order.trial)}{more}"
             )
         check_reshare_size(entry.record, entry.row.certificate, raw_order, order, len(entry.row.sealed))
 
@@ -427,7 +436,7 @@ class Coordinator(FollowsCluster):
                     for name, reply in _whole(job, replies).items():
                         if open_receipt(reply.receipt, job.record, self._cluster) != name:
                             raise ManifestError(f"{name} sent the receipt of another")
-                        job.receipts.append(reply.receipt)
+                        job.receipts[name] = reply.receipt
                     failpoint(f"{job.step}.renewed")
 
     def _pass_on_settings(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
@@ -438,8 +447,36 @@ class Coordinator(FollowsCluster):
                 with job.guarded():
                     self._conversation.spread_settings(talker.channel, job.entry.settings.raw, newcomers, deadline_s)
 
+    def _try(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
+        """Have the node that an order names combine the new epoch; its receipt then says whether it is the key."""
+        for job in jobs:
+            order = job.order
+            if not isinstance(order, ReshareOrder) or not order.trial:
+                continue
+            message = ShareTrial(order.key_id, job.record.digest, job.grant)
+            ((_, replies),) = self._ask(talker.channel, SHARE_TRIAL, [(job, order.trial, message)], deadline_s)
+            with job.guarded():
+                receipt = self._tried(job, order.trial, replies)
+                if open_receipt(receipt, job.record, self._cluster) != order.trial:
+                    raise ManifestError(f"{order.trial} sent the receipt of another")
+                job.receipts[order.trial] = receipt
+                failpoint("dealer.reshare.tried")
+
+    @staticmethod
+    def _tried(job: _Job, trial: str, replies: dict[str, Any]) -> bytes:
+        """The receipt of the node that tried the new epoch; ``ShareCorrupt`` names all who may have lied."""
+        try:
+            return bytes(_whole(job, replies)[trial].receipt)
+        except ShareCorrupt as error:
+            dealers = [each.node for each in job.terms.dealers]
+            raise ShareCorrupt(
+                f"{job.order.name!r}: what {', '.join(dealers)} dealt gives another key, as the trial at {trial} "
+                f"shows: one of them dealt a false share, or a new holder lies ({error})",
+                list(dict.fromkeys([*dealers, *job.holders])),
+            ) from None
+
     def _commit(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
-        messages = [Commit(job.record.raw, job.receipts) for job in jobs]
+        messages = [Commit(job.record.raw, list(job.receipts.values())) for job in jobs]
         asker, channel = self._conversation, talker.channel
         for job, reply in zip(
             jobs, ask_registry_many(asker, channel, REGISTRY_COMMIT, messages, deadline_s), strict=True

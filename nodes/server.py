@@ -51,6 +51,7 @@ from nodes.store import ShareStore
 from nodes.supervisor import Beat
 from nodes.token import CallWatch, Lane, Token
 from nodes.tracing import NO_SPANS, FileTracer, Tracer
+from nodes.trial import Trial
 from nodes.witness import Witness
 from nodes.workers import Jobs, Mailbox, Worker
 
@@ -226,6 +227,7 @@ class Server:
             renewer=renewer,
             conversation=conversation,
             coordinator=coordinator,
+            trial=Trial(cluster, identity.name, holder, conversation, clock.now_ms),
             orders=orders,
             audit=self._audit,
             audit_strict=config.audit_mode == "strict",

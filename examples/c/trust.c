@@ -654,6 +654,7 @@ struct manifest {
     bool reshared;            /* so that threshold and the number of holders are a later order's */
     uint64_t ordered, since;  /* n of that order, and the epoch that it replaces */
     bool may_grow;            /* by a balancer that may give the key more */
+    char trial[NAME_SIZE];    /* who must have combined this epoch before it was valid; empty if nobody */
 };
 
 static bool not_good(struct failure *failure, const char *name, const char *what) {
@@ -817,15 +818,17 @@ static bool check_sharing(struct bytes raw, enum role role, bool places, struct 
                        &document, failure)) {
         return false;
     }
-    bool good = reader_open_some(&reader, document.payload, 2048, 8, 9, &fields, "reshare order", failure);
+    struct bytes trial = bytes_of(NULL, 0);
+    bool good = reader_open_some(&reader, document.payload, 2048, 8, 10, &fields, "reshare order", failure);
     if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], name) &&
                   get_uint(&reader.fields[2], 1, UINT32_MAX - 1, &from_epoch) &&
                   get_uint(&reader.fields[3], 1, 64, &threshold) &&
                   get_array(&reader.fields[4], 1, HOLDERS_MAX, &holders, &count) &&
                   get_array(&reader.fields[5], 0, HOLDERS_MAX, &without, &gone) &&
                   get_bytes(&reader.fields[6], 16, 16, &nonce) && get_uint(&reader.fields[7], 0, INT64_MAX, &expires) &&
-                  good_fencing(&reader, fields > 8, 8, role) && same(id, bytes_of(key->id, 16)) &&
-                  strcmp(name, key->name) == 0 && from_epoch > manifest->since &&
+                  good_fencing(&reader, fields > 8, 8, role) &&
+                  (fields < 10 || get_text(&reader.fields[9], 128, &trial)) && (!moves || trial.len == 0) &&
+                  same(id, bytes_of(key->id, 16)) && strcmp(name, key->name) == 0 && from_epoch > manifest->since &&
                   (earlier ? from_epoch + 1 < key->epoch : from_epoch + 1 == key->epoch) &&
                   threshold == manifest->threshold && (!places || count == manifest->holder_count))) {
         good = not_good(failure, key->name, "it differs from its reshare order");
@@ -835,6 +838,9 @@ static bool check_sharing(struct bytes raw, enum role role, bool places, struct 
             manifest->holders[index].x != index + 1) {
             good = not_good(failure, key->name, "its holders are not those of its reshare order");
         }
+    }
+    if (good && !earlier && !copy_text(trial, manifest->trial, sizeof manifest->trial)) {
+        good = not_good(failure, key->name, "the name of who tries it is malformed");
     }
     if (good && !moves && !may(cluster, document.issuer, key->name, RESHARE)) {
         good = not_good(failure, key->name, "its client was never allowed to reshare it");
@@ -913,10 +919,12 @@ static bool check_receipt(struct bytes raw, const struct manifest *manifest, con
     struct reader reader;
     struct bytes id, hash;
     uint64_t x;
+    size_t fields = 0;
+    bool tried = false;
     if (!open_envelope(raw, "receipt", cluster->signers, cluster->signer_count, NODE, 1, &document, failure)) {
         return false;
     }
-    bool good = reader_open(&reader, document.payload, 1024, 3, "receipt", failure);
+    bool good = reader_open_some(&reader, document.payload, 1024, 3, 4, &fields, "receipt", failure);
     if (good) {
         size_t at = 0;
         while (at < manifest->holder_count && strcmp(manifest->holders[at].node, document.issuer) != 0) {
@@ -925,8 +933,10 @@ static bool check_receipt(struct bytes raw, const struct manifest *manifest, con
         good = (at < manifest->holder_count && get_bytes(&reader.fields[0], 16, 16, &id) &&
                 get_bytes(&reader.fields[1], 32, 32, &hash) && get_uint(&reader.fields[2], 1, 255, &x) &&
                 same(id, bytes_of(manifest->key->id, 16)) && same(hash, bytes_of(manifest->hash, 32)) &&
-                x == manifest->holders[at].x) ||
+                x == manifest->holders[at].x && (fields < 4 || get_bool(&reader.fields[3], &tried))) ||
                not_good(failure, manifest->key->name, "a receipt is not for this manifest");
+        good = good && (tried || strcmp(manifest->trial, document.issuer) != 0 ||
+                        not_good(failure, manifest->key->name, "it was not tried before it was valid"));
         stored[at < HOLDERS_MAX ? at : 0] |= good;
     }
     reader_close(&reader);

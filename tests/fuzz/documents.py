@@ -257,7 +257,7 @@ def _other_order(raw: bytes, now: bool, kind: str, codec: Any, operation: str) -
     if now:
         in_time(kind, tree[fields.index("expires_ms")])
     if "fencing" in fields:
-        fencing = tree[fields.index("fencing")] if len(tree) == len(fields) else 0
+        fencing = dict(zip(fields, tree, strict=False)).get("fencing", 0)
         require((fencing > 0) == (not operation), f"{kind}: the fencing epoch {fencing} is accepted")
     if operation:
         require(allowed(issuer, operation, tree[1]), f"{issuer} may not {operation} {tree[1]!r}")
@@ -283,6 +283,8 @@ def _reshare_order(raw: bytes, now: bool, kind: str = "order.reshare", operation
     require(len(set(holders)) == len(holders), "reshare order: a node twice")
     require(len(set(without)) == len(without), "reshare order: a node twice is given up")
     require(not now or all(node in NODES for node in holders), "reshare order: a holder is no node")
+    trial = tree[9] if len(tree) > 9 else ""
+    require(not trial or (operation and trial in holders), f"{kind}: {trial!r} is to try it")
     return tree
 
 

@@ -233,7 +233,9 @@ class World:
         """An order to share a key of three holders among two others."""
         told, nonce = dealt.manifest, material(f"move {dealt.manifest.name}", 16)
         holders = [HOLDERS[1], NODES[-1]]
-        order = ReshareOrder(told.key_id, told.name, told.epoch, 2, holders, [HOLDERS[0]], nonce, NOW_MS + 60_000)
+        order = ReshareOrder(
+            told.key_id, told.name, told.epoch, 2, holders, [HOLDERS[0]], nonce, NOW_MS + 60_000, trial=NODES[-1]
+        )
         return self.signed(reshare_orders, "order.reshare", order, client)
 
     def settings(self, dealt: Dealt, client: str = "alice", *, booked: bool = True) -> bytes:

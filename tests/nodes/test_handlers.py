@@ -172,6 +172,7 @@ class Scene:
             renewer=None,  # type: ignore[arg-type]
             conversation=SimpleNamespace(gather=self._gather, peers=Peers()),  # type: ignore[arg-type]
             coordinator=None,  # type: ignore[arg-type]
+            trial=None,  # type: ignore[arg-type]
             orders=BalancerOrders(world.cluster, store, time.monotonic),
             audit=self.audit,  # type: ignore[arg-type]
             audit_strict=False,

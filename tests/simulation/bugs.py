@@ -233,7 +233,7 @@ def _early_acknowledgement(stack: ExitStack) -> None:
 
 
 def _few_receipts(stack: ExitStack) -> None:
-    for module in (balancer.registry, nodes.deal, engine.protocol.manifest):
+    for module in (nodes.deal, engine.protocol.manifest):
         stack.enter_context(
             mock.patch.object(module, "receipts_needed", lambda threshold, shares, epoch=1: threshold - 1)
         )

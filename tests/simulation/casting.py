@@ -62,9 +62,8 @@ def _member(name: str, key: SigningKey) -> Member:
     secret = X25519PrivateKey.from_private_bytes(curve_secret(name))
     curve = bytes(32) if role == "operator" else secret.public_key().public_bytes_raw()
     endpoint = "tcp://127.0.0.1:1" if role in ("node", "balancer") else ""
-    return Member(
-        name, role, key.public, curve, endpoint, "", f"site{name[-1]}/room/rack/{name}" if role == "node" else ""
-    )
+    location = f"site{(int(name[1:]) - 1) % len(NODES) + 1}/room/rack/{name}" if role == "node" else ""
+    return Member(name, role, key.public, curve, endpoint, "", location)
 
 
 KEYS = {name: signing(name) for name in (*ROLES, *WIDE_NODES)}
@@ -80,7 +79,7 @@ def _cluster(nodes: Sequence[str]) -> Cluster:
 
 CLUSTER = _cluster(NODES)
 WIDE_CLUSTER = _cluster(WIDE_NODES)
-"""With more nodes, so that a key has somewhere to go."""
+"""With more nodes, so that a key has somewhere to go; the last two stand at the sites of the first two."""
 
 
 @lru_cache(maxsize=4096)

@@ -15,15 +15,19 @@ import engine.protocol.manifest
 import engine.protocol.reshare
 import nodes.gather
 import nodes.holder
+import nodes.orders
 import nodes.refresh
 import nodes.renewer
-from engine.errors import DeadlineExceeded, EngineError, NodeUnavailable
-from engine.protocol.requests import REQUEST_CODECS, SHARE_ACCEPT
+from engine.errors import DeadlineExceeded, EngineError, NodeUnavailable, StaleKey
+from engine.protocol.manifest import ReshareOrder
+from engine.protocol.requests import REQUEST_CODECS, SHARE_ACCEPT, Prepared
 from engine.sharing import wrong_sub_sharings
 from nodes.holder import ShareHolder
+from nodes.orders import BalancerOrders
 from nodes.refresh import Coordinator
 from nodes.renewer import Renewer
 from nodes.store import ShareStore
+from nodes.trial import Trial
 
 
 def _leaves_early(stack: ExitStack) -> None:
@@ -58,8 +62,9 @@ def _goes_on_without(stack: ExitStack) -> None:
         return replies
 
     stack.enter_context(mock.patch.object(Coordinator, "_everybody", everybody))
-    for module in (balancer.registry, engine.protocol.manifest):
-        stack.enter_context(mock.patch.object(module, "receipts_needed", lambda threshold, shares, epoch=1: threshold))
+    stack.enter_context(
+        mock.patch.object(engine.protocol.manifest, "receipts_needed", lambda threshold, shares, epoch=1: threshold)
+    )
 
 
 def _in_both(name: str, value: Any) -> Callable[[ExitStack], None]:
@@ -70,12 +75,6 @@ def _in_both(name: str, value: Any) -> Callable[[ExitStack], None]:
             stack.enter_context(mock.patch.object(module, name, value))
 
     return plant
-
-
-def _no_pledges(stack: ExitStack) -> None:
-    stack.enter_context(mock.patch.object(ShareHolder, "pledge"))
-    stack.enter_context(mock.patch.object(ShareHolder, "pledged", return_value=0))
-    stack.enter_context(mock.patch.object(Renewer, "_check_attempt"))
 
 
 def _forged_is_good(stack: ExitStack) -> None:
@@ -161,6 +160,18 @@ def _first_is_wrong(first: Any, gaps: Any, *, threshold: int) -> tuple[int, ...]
     return right if right == () else (min(first),)
 
 
+def _any_fencing(self: BalancerOrders, order: Any, signed: Any, before: Any) -> None:
+    if order.fencing and isinstance(order, ReshareOrder):
+        nodes.orders.check_move(order, signed.issuer, before, self._cluster)
+
+
+def _looks_away(self: Trial, talker: Any, body: Any, sender: Any, deadline_s: float) -> Prepared:
+    entry = self._holder.coming(body.key_id)
+    if entry is None:
+        raise StaleKey("nothing is prepared")
+    return Prepared(self._holder.receipt(entry.record, entry.manifest.holder(self._node).x, tried=True))  # type: ignore[union-attr]
+
+
 def _epochs_mix(stack: ExitStack) -> None:
     """A holder releases the share that it has for a grant of any epoch, and the combiner takes it."""
     _grant_with(_any_epoch)(stack)
@@ -180,9 +191,6 @@ MOVE_BUGS: dict[str, Bug] = {
         _replace(engine.protocol.reshare, "wrong_sub_sharings", _first_is_wrong),
         needs=frozenset({"false share"}),
     ),
-    "no-pledges": Bug(
-        "holders follow an attempt that they gave up", _no_pledges, 600, needs=frozenset({"fallback"}), first=240
-    ),
     "forged-certificate": Bug(
         "a holder erases its share on a forged certificate", _forged_is_good, needs=frozenset({"rogue"})
     ),
@@ -194,5 +202,20 @@ MOVE_BUGS: dict[str, Bug] = {
     "abort-takes-both": Bug("a notice of abort takes the old share too", _abort_takes_both),
     "receipt-first": Bug("a receipt is given before the share is stored", _receipt_first),
     "any-attempt": Bug("the registry commits an attempt that it has aborted", _any_attempt, 600, first=80),
+    "fencing-ignored": Bug(
+        "a holder follows orders of a leader that is none any more",
+        _replace(BalancerOrders, "check", _any_fencing),
+        needs=frozenset({"old leader"}),
+    ),
+    "moves-unchecked": Bug(
+        "a holder lets a balancer change t, n and what is at one site",
+        _replace(nodes.orders, "check_move", lambda *given: None),
+        needs=frozenset({"rogue"}),
+    ),
+    "trial-unseen": Bug(
+        "the node that is to try a new epoch says that it is the key, and has not looked",
+        _replace(Trial, "run", _looks_away),
+        needs=frozenset({"false share"}),
+    ),
     "epochs-mixed": Bug("shares of two epochs are combined", _epochs_mix),
 }

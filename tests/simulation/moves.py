@@ -42,13 +42,27 @@ from engine.protocol.manifest import (
     CommitCertificate,
     KeyManifest,
     Receipt,
+    RefreshOrder,
+    ReshareOrder,
     certificates,
+    create_orders,
+    read_change_order,
     read_key_manifest,
     receipts,
+    reshare_orders,
+    sign_order,
 )
 from engine.protocol.refresh import NewShare
-from engine.protocol.requests import REQUEST_CODECS, SHARE_COMMIT, SHARE_LEAVE, ShareCommit, ShareLeave
-from engine.protocol.signed import sign_envelope
+from engine.protocol.requests import (
+    MOVE,
+    REQUEST_CODECS,
+    SHARE_COMMIT,
+    SHARE_LEAVE,
+    Move,
+    ShareCommit,
+    ShareLeave,
+)
+from engine.protocol.signed import read_unverified, sign_envelope
 from engine.sharing import Share, reconstruct_key
 from nodes.refresh import Coordinator
 from nodes.renewer import Renewer
@@ -74,8 +88,8 @@ POINTS = tuple(name for name in failpoints.POINTS if name.startswith(MOVING))
 """Where a process may die in these seeds."""
 KINDS = ("point",) * 6 + ("die", "die", "commit", "commit", "break", "cut", "loss", "double", "slow", "full")
 EVIL = ("", "", "", "false share", "false degree", "false part", "false words", "fallback", "fallback", "rogue")
-SHAPES = ((1, 2), (2, 3), (2, 3), (2, 4), (3, 4), (3, 5), (4, 6), (3, 6))
-"""(t, n) of a new epoch; all have a holder to spare, so that the next move can be checked."""
+SHAPES = ((1, 2), (2, 2), (2, 3), (2, 3), (3, 3), (2, 4), (3, 4), (3, 5), (4, 6), (3, 6))
+"""(t, n) of a new epoch; from those without a holder to spare, the next move takes a trial."""
 CHAOS_S = 5.0
 LIES = 4
 LAST_TRIES = 12
@@ -111,8 +125,10 @@ class Disks:
         self._certified: dict[bytes, dict[int, tuple[bytes, KeyManifest]]] = {}
         self._newest: dict[tuple[str, bytes], int] = {}
         self._secrets: dict[bytes, bytes] = {}
+        self._ordered: dict[bytes, set[int]] = {}
         self._good: set[tuple[bytes, int, bytes]] = set()
         self.instants = 0
+        self.on_new_epoch: Callable[[], None] = lambda: None
 
     def changed(self, proc: Proc) -> None:
         """A process has just made something durable."""
@@ -155,13 +171,42 @@ class Disks:
                 raise Violated(f"{proc.name} keeps its share of epoch {row.epoch} beside a later one")
 
     def _certify(self, manifest: KeyManifest, digest: bytes) -> None:
+        if manifest.epoch > max(self._certified.get(manifest.key_id, {0: None})):
+            self.on_new_epoch()
         known = self._certified.setdefault(manifest.key_id, {}).setdefault(manifest.epoch, (digest, manifest))
         if known[0] != digest:
             raise Violated(f"two manifests of epoch {manifest.epoch} of {manifest.name!r} are certified")
+        if manifest.change and manifest.epoch not in self._ordered.setdefault(manifest.key_id, set()):
+            self._ordered[manifest.key_id].add(manifest.epoch)
+            self._check_order(manifest)
+
+    def _check_order(self, manifest: KeyManifest) -> None:
+        """An epoch by a balancer's order has the client's t and n, and no site with t shares that had none before."""
+        order = read_change_order(manifest.change)
+        if not order.fencing:
+            return
+        self._world.moved += isinstance(order, ReshareOrder)
+        self._world.renewed += not isinstance(order, ReshareOrder)
+        client = create_orders.decode(read_unverified(manifest.order).payload)
+        shape = client.threshold, client.shares
+        if manifest.sharing:
+            told = reshare_orders.decode(read_unverified(manifest.sharing).payload)
+            shape = told.threshold, len(told.holders)
+        if shape != (manifest.threshold, manifest.shares):
+            raise Violated(f"a balancer made {manifest.threshold} of {manifest.shares} of {shape}, {manifest.name!r}")
+        before = self._certified[manifest.key_id].get(manifest.epoch - 1)
+        if before is not None and _gathered(manifest) > max(_gathered(before[1]), manifest.threshold - 1):
+            raise Violated(f"a balancer put {_gathered(manifest)} shares of {manifest.name!r} at one site")
 
     def manifest(self, key_id: bytes) -> KeyManifest:
         """The newest certified manifest of a key."""
         return max(self._certified[key_id].items())[1][1]
+
+    def booked(self, proc: Proc, key_id: bytes) -> KeyManifest | None:
+        """The manifest of a key by the books of this registry."""
+        query = "SELECT manifest FROM keys WHERE key_id = ? AND state = 2"
+        found = proc.disk.files["registry.db"].execute(query, (key_id,)).fetchone()
+        return read_key_manifest(found[0]).manifest if found else None
 
     def lacking(self, key_id: bytes) -> tuple[str, ...]:
         """The holders that have no share of the newest epoch: they missed the creation."""
@@ -224,6 +269,12 @@ class Disks:
                     raise Violated(f"{manifest.name!r}: the shares {[each.x for each in some]} give another key")
 
 
+def _gathered(manifest: KeyManifest) -> int:
+    """The most shares that are at one site."""
+    sites = Counter(WIDE_CLUSTER.nodes[each.node].location.split("/")[0] for each in manifest.holders)
+    return max(sites.values())
+
+
 # --- who lies ---
 
 
@@ -238,6 +289,14 @@ class LyingRenewer(Renewer):
 
     def deal(self, lane: Any, body: Any, sender: Any) -> Any:
         """Deal; perhaps of another share, on a polynomial of a higher degree, or another part than is committed to."""
+        newest = max(self._holder._store.fencings().values(), default=0)
+        dealt = self._deal(lane, body, sender)
+        fencing = read_change_order(body.order).fencing
+        if 0 < fencing < newest:
+            raise Violated(f"{self._node} deals by an order of the fencing epoch {fencing}, and knows {newest}")
+        return dealt
+
+    def _deal(self, lane: Any, body: Any, sender: Any) -> Any:
         lie = self._lie
         if lie not in ("false share", "false degree", "false part"):
             return super().deal(lane, body, sender)
@@ -302,17 +361,18 @@ class WatchedCoordinator(Coordinator):
 
     world: MoveWorld
 
-    def change(self, talker: Any, raw_order: bytes, deadline_s: float) -> Any:
-        """Carry out an order; a false word must be named with its speaker, and nobody where all are honest."""
-        try:
-            return super().change(talker, raw_order, deadline_s)
-        except ShareCorrupt as error:
+    def _carry_out(self, *given: Any) -> Any:
+        """Carry out orders; a false word must be named with its speaker, and nobody where all are honest."""
+        outcomes = super()._carry_out(*given)
+        for error in outcomes:
+            if not isinstance(error, ShareCorrupt):
+                continue
             if not self.world.lied:
-                raise Violated(f"{self._node} names {error.holders}, and nobody lied: {error}") from None
+                raise Violated(f"{self._node} names {error.holders}, and nobody lied: {error}")
             if self.world.evil_node not in error.holders:
-                raise Violated(f"{self.world.evil_node} lied, {error.holders} are named: {error}") from None
+                raise Violated(f"{self.world.evil_node} lied, {error.holders} are named: {error}")
             self.world.named["all" if len(error.holders) > 2 else "liar"] += 1
-            raise
+        return outcomes
 
 
 def _flipped(value: bytes) -> bytes:
@@ -342,8 +402,8 @@ class MoveWorld(World):
         self.lied = 0
         self.named: Counter[str] = Counter()
         self.destroying: set[bytes] = set()
-        self.fallbacks = 0
-        self.refused = 0
+        self.fallbacks = self.refused = 0
+        self.moved = self.renewed = 0
         for proc in self.procs.values():
             proc.disk.on_commit = partial(self.disks.changed, proc)
 
@@ -357,6 +417,8 @@ class MoveWorld(World):
         self.names = r.choice((("k",), ("k", "l")))
         self.features = [f"{self.threshold} of {self.shares}", self.evil or "all honest"]
         self.features += ["two names"] * (len(self.names) > 1)
+        if self.evil == "rogue" or r.random() < 0.6:
+            self.features += ["planned"] + ["old leader"] * (r.random() < 0.5)
 
     @property
     def lies(self) -> bool:
@@ -425,7 +487,7 @@ def move(world: MoveWorld, client: Client, key: Acknowledged) -> Script:
     threshold, shares = r.choice(SHAPES)
     holders = r.sample(world.node_names, shares)
     known = world.disks.manifest(bytes.fromhex(key.key_id))
-    spared = max(0, known.shares - known.threshold - 1)
+    spared = known.shares - known.threshold
     without = tuple(r.sample([each.node for each in known.holders], r.randint(0, spared)) if r.random() < 0.3 else ())
     call = partial(client.calls.reshare_key, key.name, threshold, None, holders, without, 2.0)
     made, error = yield f"move {key.name} to {threshold} of {','.join(holders)}", call, 2.0
@@ -448,10 +510,67 @@ def refresh(world: MoveWorld, client: Client, key: Acknowledged) -> Script:
         world.refused += 1
 
 
+def planner(world: MoveWorld, stale: bool) -> None:
+    """What the balancer orders: keys to move and to refresh, a few at a time; it goes on after it was started anew.
+
+    ``stale``: orders of its earlier starts arrive again, as those of a leader that does not know that it is none.
+    """
+    sim, r, proc = world.sim, world.sim.random, world.registry
+    channel = SimChannel(world.net, f"plan-{BALANCER}", CURVE[BALANCER])
+    channel.arrived = lambda arrival: None
+    sent: list[tuple[str, bytes]] = []
+
+    def act() -> None:
+        if proc.up:
+            known = [
+                manifest
+                for keys in world.acknowledged.values()
+                for each in keys
+                if (manifest := world.disks.booked(proc, bytes.fromhex(each.key_id))) is not None
+            ]
+            orders = [ordered(manifest) for manifest in r.sample(known, r.randint(0, len(known)))]
+            if orders:
+                holder = r.choice(known[0].holders).node
+                body = REQUEST_CODECS[MOVE].encode(Move(orders))
+                sent.append((holder, body))
+                ask(holder, body)
+        if stale and sent and r.random() < 0.5:
+            ask(*r.choice(sent))
+        if not world.healed:
+            sim.after(0.1 + r.random() * 0.6, act)
+
+    def ordered(manifest: KeyManifest) -> bytes:
+        lost = 0.5 if world.evil == "rogue" else 0.1
+        told = {
+            "key_id": manifest.key_id,
+            "name": manifest.name,
+            "from_epoch": manifest.epoch,
+            "nonce": r.randbytes(16),
+            "expires_ms": proc.now_ms() + 20_000,
+            "fencing": proc.registry.fencing_epoch,
+        }
+        if r.random() < 0.3:
+            return sign_order(RefreshOrder(**told), KEYS[BALANCER], proc.now_ms())
+        count = manifest.shares + (r.choice((-1, 1)) if r.random() < lost else 0)
+        count = max(manifest.threshold, min(count, len(world.node_names)))
+        threshold = max(1, manifest.threshold - 1) if r.random() < lost / 2 else manifest.threshold
+        holders = r.sample(world.node_names, count)
+        order = ReshareOrder(**told, threshold=threshold, holders=holders, without=[])
+        return sign_order(order, KEYS[BALANCER], proc.now_ms())
+
+    def ask(holder: str, body: bytes) -> None:
+        with suppress(EngineError):
+            channel.start(holder, MOVE, body, 2.0)
+
+    sim.after(0.2 + r.random() * 0.3, act)
+
+
 def fallback(world: MoveWorld) -> None:
     """The registry's disk is put back to what it was a while ago, once there are keys."""
     r, proc = world.sim.random, world.procs[BALANCER]
     copies: list[sqlite3.Connection] = []
+    sudden = r.random() < 0.5
+    """It falls back right after it has committed an epoch, whose certificate some may have and others not."""
 
     def copy() -> None:
         file = proc.disk.files["registry.db"]
@@ -460,10 +579,14 @@ def fallback(world: MoveWorld) -> None:
             return
         copies.append(sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False))
         file.backup(copies[0])  # serialize() leaves out what is in the log
-        world.sim.after(0.2 + r.random() * 2, put_back)
+        if sudden:
+            world.disks.on_new_epoch = lambda: world.sim.after(r.random() * 0.004, put_back)
+        else:
+            world.sim.after(0.2 + r.random() * 2, put_back)
 
     def put_back() -> None:
-        if world.healed:
+        world.disks.on_new_epoch = lambda: None
+        if world.healed or world.fallbacks:
             copies[0].close()
             return
         world.sim.tell("the registry falls back")
@@ -472,7 +595,7 @@ def fallback(world: MoveWorld) -> None:
         proc.disk.files["registry.db"] = copies[0]
         world.fallbacks += 1
         world.disks.fell_back(proc)
-        world.sim.after(0.1 + r.random(), proc.start)
+        world.sim.after(0.005 if sudden else 0.1 + r.random(), proc.start)
 
     world.sim.after(0.4 + r.random(), copy)
 
@@ -525,6 +648,8 @@ def play(world: MoveWorld) -> None:
     if r.random() < 0.6:
         world.play("dave", lambda client: _later(0.4, changes(world, client, "k", 3)))
     world.play("carol", lambda client: user(world, client, "k"))
+    if "planned" in world.features:
+        planner(world, "old leader" in world.features)
     if world.evil == "fallback":
         fallback(world)
     if world.evil == "rogue":
@@ -574,6 +699,9 @@ def run_seed(seed: int, how: str = "") -> Report:
         keys=sum(len(each) for each in world.acknowledged.values()),
         moves=world.reshares,
         refreshes=world.refreshes,
+        ordered_moves=world.moved,
+        ordered_refreshes=world.renewed,
+        trials=world.trials,
         refused=world.refused,
         gathers=world.gathers,
         checked=world.checked,

@@ -54,7 +54,7 @@ from engine.errors import (
     KeyExists,
     ShareCorrupt,
 )
-from engine.protocol.grant import Grant
+from engine.protocol.grant import Grant, is_trial
 from engine.protocol.manifest import (
     CLOCK_SKEW_MS,
     AbortNotice,
@@ -65,6 +65,7 @@ from engine.protocol.manifest import (
     certificates,
     read_key_manifest,
     receipts,
+    reshare_orders,
 )
 from engine.protocol.requests import (
     REPLY_CODECS,
@@ -98,6 +99,7 @@ from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
 from nodes.shares import ShareCache
 from nodes.store import ShareStore
+from nodes.trial import Trial
 from nodes.witness import Witness
 
 BASE_MS = 1_800_000_000_000
@@ -258,7 +260,9 @@ class WatchedHolder(ShareHolder):
 
     def release(self, lane: Any, body: Any, sender: Any) -> Any:
         reply = super().release(lane, body, sender)
-        self.world.released(self._node, body, sender, self._catalogue.by_id(body.key_id))
+        trial = is_trial(body.grant)
+        entry = self.coming(body.key_id) if trial else self._catalogue.by_id(body.key_id)
+        self.world.released(self._node, body, sender, entry)
         if self._node == self.world.liar:
             flipped = bytearray(reply.y)
             flipped[self.world.sim.random.randrange(len(flipped))] ^= 1 << self.world.sim.random.randrange(8)
@@ -308,6 +312,9 @@ class WatchedConversation(Conversation):
 
     def gather(self, talker: Any, entry: Any, *rest: Any, **more: Any) -> Any:
         begun = self._clock()
+        if entry.row.state == "prepared":  # a trial: what is wrong in it is somebody else's doing
+            self.world.trials += 1
+            return super().gather(talker, entry, *rest, **more)
         self.world.gathers_by(self._node, rest[0])
         try:
             gathered = super().gather(talker, entry, *rest, **more)
@@ -407,13 +414,14 @@ class Node(Proc):
             signatures=SignatureCache(CacheLimits(60.0, 1000), self.clock),
             renewer=renewer,
             coordinator=coordinator,
+            trial=Trial(world.cluster, self.name, holder, conversation, now_ms),
             orders=orders,
             ledger=ledger,
             limits=ServiceLimits(),
             health=SimHealth(),
+            host=lambda: HostHealth(0, 0, 0, 0),
             counts=lambda admission: ServiceCount(admission.under_way, 0, 0, 0, 0, admission.refused, 0, 0, 0),
             network_us=lambda: 0,
-            host=lambda: HostHealth(0, 0, 0, 0),
             generation=GenerationLimit(1.0, 0.0),
             clock=self.clock,
         )
@@ -579,7 +587,7 @@ class World:
         self.used: dict[tuple[str, str, bytes], tuple[bytes, int, float]] = {}
         self.on_release: Callable[[str, Any, Any], None] = lambda holder, body, sender: None
         self.gathered: set[tuple[str, bytes]] = set()
-        self.refreshes = self.reshares = 0
+        self.refreshes = self.reshares = self.trials = 0
         self.checked = 0
         self.healed = False
         self.nodes = {name: Node(self, name) for name in self.node_names}
@@ -661,6 +669,8 @@ class World:
             why = f"{sender.name} is no eligible combiner"
         elif max(proc.trusted.now_ms(), proc.latest_ms()) > grant.expires_ms + CLOCK_SKEW_MS:
             why = "it has expired, by the latest time that the holder has seen"
+        elif is_trial(body.grant):
+            why = self._bad_trial(signed.issuer, sender.name, entry)
         elif entry.row.state != "committed":
             why = f"the share is {entry.row.state}"
         why = why or self._used_before(holder, proc, signed, grant.nonce)
@@ -669,6 +679,16 @@ class World:
             raise Violated(
                 f"{holder} released its share of {name!r} to {sender.name} for a grant that is no good: {why}"
             )
+
+    def _bad_trial(self, issuer: str, combiner: str, entry: Any) -> str:
+        """Why a prepared share is not for this trial; empty if it is."""
+        ordered = read_unverified(entry.manifest.change)
+        order = reshare_orders.decode(ordered.payload)
+        if (ordered.issuer, order.trial) != (issuer, combiner):
+            return f"{ordered.issuer} has {order.trial or 'nobody'} try it"
+        if entry.row.state != "prepared" or entry.row.document:
+            return f"the share is {entry.row.state}"
+        return ""
 
     def _used_before(self, holder: str, proc: Proc, signed: Any, nonce: bytes) -> str:
         """A grant is good once at a holder; within two seconds the same process may answer the same grant again."""

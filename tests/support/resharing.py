@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,13 @@ from typing import Any
 import pytest
 from holder_node import HolderNode
 
+from engine.client.transport import Arrival
 from engine.errors import EngineError, NodeUnavailable
 from engine.protocol.manifest import CommitCertificate, KeyRecord, certificates, read_key_manifest
 from engine.protocol.requests import (
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
+    REPLY_CODECS,
     REQUEST_CODECS,
     SHARE_ACCEPT,
     SHARE_COMMIT,
@@ -22,12 +26,16 @@ from engine.protocol.requests import (
     SHARE_REFRESH,
     SHARE_RENEW,
     SHARE_RESHARE,
+    SHARE_TRIAL,
     Reserved,
     ShareCommit,
 )
+from engine.protocol.wire import PROTOCOL_VERSION, Load, Reply, Status
 from engine.sharing import check_value, reconstruct_key
+from nodes.deal import Conversation, Talker
 from nodes.refresh import Coordinator
 from nodes.token import Lane, Token
+from nodes.trial import Trial
 
 __all__ = ["COORDINATOR", "NODES", "Scene", "prepared", "silent"]
 
@@ -68,12 +76,12 @@ class Scene:
         raw: bytes = self.world.reshare_order(record, threshold=threshold, holders=list(holders), **changes)
         return raw
 
-    def reshare(self, order: bytes, coordinator: str = COORDINATOR) -> KeyRecord:
+    def reshare(self, order: bytes, coordinator: str = COORDINATOR, grant: bytes = b"") -> KeyRecord:
         """Have a node carry the order out by the next attempt."""
         self.attempt += 1
         self.coordinator = coordinator
         talker: Any = type("Talker", (), {"channel": None})()
-        self.described = self.coordinator_of(coordinator).change(talker, order, 10.0)
+        self.described = self.coordinator_of(coordinator).change(talker, order, 10.0, grant)
         return read_key_manifest(self.described.manifest)
 
     def coordinator_of(self, name: str) -> Coordinator:
@@ -115,6 +123,8 @@ class Scene:
             return node.holder.leave(body)
         if verb == SHARE_COMMIT:
             return node.holder.commit(body)
+        if verb == SHARE_TRIAL:
+            return self.trial(name, body, sender or self.coordinator)
         renewer = node.renewer
         steps = {
             SHARE_DEAL: renewer.deal,
@@ -124,6 +134,15 @@ class Scene:
             SHARE_RENEW: renewer.renew,
         }
         return steps[verb](self.lane, body, self.member(sender or self.coordinator))
+
+    def trial(self, name: str, body: Any, sender: str) -> Any:
+        """What a node answers that is to combine the new epoch: it asks the others on its own."""
+        node = self.nodes[name]
+        cluster, key, clock = self.world.cluster, self.world.keys[name], self.world.clock
+        conversation = Conversation(cluster, key, {}, "up", node.holder.own_secret, clock)
+        talker: Any = Talker(Wires(self, name), self.lane)  # type: ignore[arg-type]
+        trial = Trial(cluster, name, node.holder, conversation, clock)
+        return trial.run(talker, body, self.member(sender), time.monotonic() + 5.0)
 
     def give_up(self, channel: object, name: str, attempt: Any, holders: Any, error: Exception) -> bytes:
         self.given_up.append(attempt.attempt)
@@ -146,6 +165,36 @@ class Scene:
         threshold = self.nodes[names[0]].entry.manifest.threshold
         secret = reconstruct_key([self.nodes[name].share() for name in names], threshold=threshold)
         return bool(check_value(secret, manifest.key_context) == manifest.check_value)
+
+
+class Wires:
+    """A node's channel to the holders: each request is answered at once."""
+
+    def __init__(self, scene: Scene, sender: str) -> None:
+        self.scene, self.sender = scene, sender
+        self.arrivals: list[Arrival] = []
+        self.tokens = itertools.count(1)
+
+    def start(self, peer: str, verb: str, body: bytes, timeout_s: float, extensions: Any = None) -> int:
+        token = next(self.tokens)
+        told, scene = REQUEST_CODECS[verb].decode(body), self.scene
+        reply, error = None, None
+        try:
+            released = scene.nodes[peer].holder.release(scene.lane, told, scene.member(self.sender))
+            released = scene.false.get((verb, peer), lambda each: each)(released)
+            raw = REPLY_CODECS[verb].encode(released)
+            reply = Reply(PROTOCOL_VERSION, token, Status.OK, raw, Load(0, 0, False), {})
+        except EngineError as failure:
+            error = failure
+        self.arrivals.append(Arrival(token, peer, verb, reply, error, 1.0))
+        return token
+
+    def poll(self, timeout_s: float) -> list[Arrival]:
+        arrived, self.arrivals = self.arrivals, []
+        return arrived
+
+    def abandon(self, token: int) -> None:
+        pass
 
 
 def silent(reply: Any) -> Any:

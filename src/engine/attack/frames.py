@@ -211,7 +211,7 @@ def _samples(stage: Stage) -> dict[type[Any], object]:
         Create: Create(b"", b""),
         Destroy: Destroy(b"x"),
         Refresh: Refresh(b"x" * 3),
-        Reshare: Reshare(b"x" * 3),
+        Reshare: Reshare(b"x" * 3, b""),
         Settings: Settings(b"x" * 3),
         Describe: Describe(name),
         ListKeys: ListKeys("*", "", 10),

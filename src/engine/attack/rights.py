@@ -346,10 +346,10 @@ def unsigned_orders(stage: Stage, trial: Trial) -> None:
         ("a create order as a destroy order", RequestType.DESTROY, Destroy(create), False),
         ("a create order as a refresh order", RequestType.REFRESH, Refresh(create), False),
         ("a destroy order as a refresh order", RequestType.REFRESH, Refresh(mine), False),
-        ("a refresh order as a reshare order", RequestType.RESHARE, Reshare(fresh), False),
+        ("a refresh order as a reshare order", RequestType.RESHARE, Reshare(fresh, b""), False),
         ("a reshare order as a refresh order", RequestType.REFRESH, Refresh(moved), False),
-        ("the first client's reshare order, sent by the second", RequestType.RESHARE, Reshare(moved), True),
-        ("a client's move order as a reshare order", RequestType.RESHARE, Reshare(placed), False),
+        ("the first client's reshare order, sent by the second", RequestType.RESHARE, Reshare(moved, b""), True),
+        ("a client's move order as a reshare order", RequestType.RESHARE, Reshare(placed, b""), False),
         ("a client's renewal order as a refresh order", RequestType.REFRESH, Refresh(renewed), False),
     ]
     held = REFUSALS

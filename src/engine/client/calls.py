@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -55,7 +56,7 @@ from engine.errors import (
 )
 from engine.keys import OPERATIONS, Algorithm, KeyKind, RequestType, algorithm, normalize_material, public_key_pem
 from engine.protocol.ciphertext import version_in
-from engine.protocol.grant import issue_grant
+from engine.protocol.grant import GRANT_LIFETIME_MAX_MS, issue_grant, issue_trial_grant
 from engine.protocol.manifest import (
     MAX_VERSION,
     Cluster,
@@ -1252,7 +1253,7 @@ class Calls:
         verb = RequestType(order.operation)
         asked: set[str] = set()
         message, request_class = Create(raw, material), classify_request(verb, order.algorithm)
-        described = yield from self._dealing(verb, order.name, message, trail, asked, request_class, first)
+        described = yield from self._dealing(verb, order.name, lambda: message, trail, asked, request_class, first)
         known = self._opened(order.name, described)
         told = known.record.manifest
         if told.key_id != order.key_id and order.lineage and told.lineage == order.lineage:
@@ -1275,7 +1276,7 @@ class Calls:
         self,
         verb: str,
         name: str,
-        message: object,
+        message: Callable[[], object],
         trail: _Trail,
         asked: set[str] | None = None,
         request_class: str = "",
@@ -1283,8 +1284,8 @@ class Calls:
     ) -> Call[Any]:
         """Send an order to one dealer after the other until one carries it out; the order makes that idempotent.
 
-        Those in ``first`` come first. ``asked`` takes in who was sent it. Those come last that have worked on this
-        ``request_class`` for more than its part of them.
+        ``message`` makes the one for each in turn. Those in ``first`` come first. ``asked`` takes in who was sent it.
+        Those come last that have worked on this ``request_class`` for more than its part of them.
         """
         without_registry = 0
         asked = set() if asked is None else asked
@@ -1298,7 +1299,7 @@ class Calls:
                 timeout_s = trail.attempt_s(CREATE_ATTEMPT_MIN_S, 1 / 2)
                 asked.add(node)
                 begun_s = self.clock()
-                outcome = yield from self._ask(node, verb, message, timeout_s, counted=False)
+                outcome = yield from self._ask(node, verb, message(), timeout_s, counted=False)
                 self.router.worked(node, request_class, self.clock() - begun_s, self.clock())
                 if isinstance(outcome, _Lost):
                     trail.failures[node] = outcome.error
@@ -1330,7 +1331,7 @@ class Calls:
         expires_ms = self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS
         order = DestroyOrder(known.record.manifest.lineage, name, expires_ms)
         raw = sign_envelope("order.destroy", self._now_ms(), destroy_orders.encode(order), self._signing)
-        done = yield from self._dealing(RequestType.DESTROY, name, Destroy(raw), trail)
+        done = yield from self._dealing(RequestType.DESTROY, name, partial(Destroy, raw), trail)
         for label in (name, *(version_label(name, version) for version in range(1, known.version))):
             self._descriptions.drop(label)
             self.router.forget_loaded(label)
@@ -1396,7 +1397,9 @@ class Calls:
                 )
             else:
                 raw = settings.raw  # nothing is to be changed, but maybe somebody is to be told
-            done = yield from self._dealing(RequestType.SETTINGS, name, Settings(raw), trail, first=known.holders)
+            done = yield from self._dealing(
+                RequestType.SETTINGS, name, partial(Settings, raw), trail, first=known.holders
+            )
             told = open_settings(done.settings, self.cluster, None)
             if (told.order.lineage, told.order.name) != (lineage, name):
                 raise ManifestError(f"{trail.what}: the answer is about {told.order.name!r}")
@@ -1413,10 +1416,10 @@ class Calls:
         """Replace the shares of a key by new ones: an epoch that was begun after this call."""
         check_name(name)
 
-        def order(known: KeyManifest, expires_ms: int) -> tuple[object, bytes]:
+        def order(known: KeyManifest, expires_ms: int) -> tuple[Callable[[], object], bytes]:
             told = RefreshOrder(known.key_id, name, known.epoch, self._random_bytes(16), expires_ms)
             raw = sign_envelope("order.refresh", self._now_ms(), refresh_orders.encode(told), self._signing)
-            return Refresh(raw), raw
+            return partial(Refresh, raw), raw
 
         trail = self._trail(f"refresh {name!r}", timeout_s)
         return _maybe_traced("refresh", self._changing(RequestType.REFRESH, name, order, timeout_s, trail))
@@ -1441,7 +1444,7 @@ class Calls:
         if holders is not None and shares is not None and len(holders) != shares:
             raise ValueError(f"{shares} shares for {len(holders)} holders")
 
-        def order(known: KeyManifest, expires_ms: int) -> tuple[object, bytes]:
+        def order(known: KeyManifest, expires_ms: int) -> tuple[Callable[[], object], bytes]:
             told = [holder.node for holder in known.holders] if holders is None else list(holders)
             if holders is None and shares is not None:
                 told = list(self.cluster.first_holders(self.cluster.group_of(name), shares))
@@ -1461,17 +1464,30 @@ class Calls:
             for node in without:
                 if known.holder(node) is None:
                     raise ValueError(f"{node!r} is no holder of {name!r}, and so there is nothing to give up")
-            payload = reshare_orders.encode(
-                ReshareOrder(
-                    known.key_id, name, known.epoch, needed, told, list(without), self._random_bytes(16), expires_ms
-                )
+            dealers = [holder.node for holder in known.holders if holder.node not in without]
+            trial = ""
+            if len(dealers) == known.threshold:  # then by somebody who deals nothing, if there is one
+                trial = next((node for node in told if node not in dealers), told[0])
+            nonce = self._random_bytes(16)
+            wanted = ReshareOrder(
+                known.key_id, name, known.epoch, needed, told, list(without), nonce, expires_ms, trial=trial
             )
-            raw = sign_envelope("order.reshare", self._now_ms(), payload, self._signing)
+            raw = sign_envelope("order.reshare", self._now_ms(), reshare_orders.encode(wanted), self._signing)
             if len(raw) > MAX_CHANGE_ORDER:
                 raise ValueError(
                     f"{len(told)} holders make an order of {len(raw)} bytes; the limit is {MAX_CHANGE_ORDER}"
                 )
-            return Reshare(raw), raw
+
+            def message() -> Reshare:  # a grant is good once, and so each coordinator gets its own
+                grant = b""
+                if trial:
+                    now_ms, nonce = self._now_ms(), self._random_bytes(16)
+                    grant = issue_trial_grant(
+                        self._signing, wanted, known.version, now_ms, GRANT_LIFETIME_MAX_MS, nonce
+                    )
+                return Reshare(raw, grant)
+
+            return message, raw
 
         trail = self._trail(f"reshare {name!r}", timeout_s)
         return _maybe_traced("reshare", self._changing(RequestType.RESHARE, name, order, timeout_s, trail))
@@ -1480,11 +1496,11 @@ class Calls:
         self,
         verb: RequestType,
         name: str,
-        make: Callable[[KeyManifest, int], tuple[object, bytes]],
+        make: Callable[[KeyManifest, int], tuple[Callable[[], object], bytes]],
         timeout_s: float,
         trail: _Trail,
     ) -> Call[KeyInfo]:
-        """Have an order carried out that ``make`` signs for the epoch that is the last: its message, and the order."""
+        """Have an order carried out that ``make`` signs for the last epoch: what makes its messages, and the order."""
         self._descriptions.drop(name)
         known = yield from self._described(name, trail)
         expires_ms = self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated
 
 from msgspec import Meta, Struct
 
 from engine.errors import AccessDenied, ManifestError, StaleKey
-from engine.keys import USES
-from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster, KeyRecord
+from engine.keys import USES, RequestType
+from engine.protocol.manifest import (
+    CLOCK_SKEW_MS,
+    Cluster,
+    KeyRecord,
+    ReshareOrder,
+    open_reshare_order,
+    trial_of,
+)
 from engine.protocol.signed import Signed, SigningKey, read_unverified, sign_envelope, verify_envelope
 from engine.protocol.wire import Codec, Identifier, Name, UInt
 
-__all__ = ["GRANT_LIFETIME_MAX_MS", "Grant", "check_grant", "issue_grant", "read_grant"]
+__all__ = [
+    "GRANT_LIFETIME_MAX_MS",
+    "Grant",
+    "check_grant",
+    "check_trial_grant",
+    "is_trial",
+    "issue_grant",
+    "issue_trial_grant",
+    "read_grant",
+]
 
 GRANT_LIFETIME_MAX_MS = 30_000
 """The longest time a grant may be good for."""
@@ -56,9 +73,38 @@ def issue_grant(
     return sign_envelope("grant", now_ms, payload, key)
 
 
+def issue_trial_grant(
+    key: SigningKey, order: ReshareOrder, version: int, now_ms: int, lifetime_ms: int, nonce: bytes
+) -> bytes:
+    """A grant for the node that a reshare order has try the new epoch: to gather its shares while they are prepared."""
+    epoch = order.from_epoch + 1
+    grant = Grant(order.key_id, version, epoch, [RequestType.RESHARE], order.trial, now_ms, now_ms + lifetime_ms, nonce)
+    return sign_envelope("grant", now_ms, _grants.encode(grant), key)
+
+
+def is_trial(raw: bytes) -> bool:
+    """Whether it is a grant for the trial of a new epoch, unchecked."""
+    signed = read_unverified(raw)
+    return signed.kind == "grant" and _grants.decode(signed.payload).operations == [RequestType.RESHARE]
+
+
 def read_grant(raw: bytes) -> Grant:
     """What a grant says, without any check: to learn that somebody speaks of another epoch."""
     return _grants.decode(read_unverified(raw).payload)
+
+
+def check_trial_grant(
+    raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, now_ms: int
+) -> tuple[Grant, Signed]:
+    """As ``check_grant``, of a grant for the trial of an epoch that is prepared, by the node that its order names.
+
+    Both are of the same client.
+    """
+    grant, signed = _check_grant(raw, record, combiner, cluster, now_ms, (RequestType.RESHARE,))
+    _, ordered = open_reshare_order(record.manifest.change, cluster, now_ms)
+    if (combiner, signed.issuer) != (trial_of(record.manifest), ordered.issuer):
+        raise AccessDenied(f"{ordered.issuer!r} did not order that {combiner!r} tries the key {record.manifest.name!r}")
+    return grant, signed
 
 
 def check_grant(raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, now_ms: int) -> tuple[Grant, Signed]:
@@ -69,6 +115,12 @@ def check_grant(raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, 
     every operation named. ``AccessDenied``, ``StaleKey`` or ``ManifestError`` says which failed. That the grant was not
     used before is not checked here.
     """
+    return _check_grant(raw, record, combiner, cluster, now_ms, USES)
+
+
+def _check_grant(
+    raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, now_ms: int, allowed: Collection[str]
+) -> tuple[Grant, Signed]:
     told: list[Grant] = []
 
     def cheap(unverified: Signed) -> None:
@@ -79,7 +131,7 @@ def check_grant(raw: bytes, record: KeyRecord, combiner: str, cluster: Cluster, 
     signed = verify_envelope(raw, "grant", cluster.sign_key("client"), before=cheap)
     name = record.manifest.name
     for operation in told[0].operations:
-        if operation not in USES or not cluster.allows(signed.issuer, operation, name):
+        if operation not in allowed or not cluster.allows(signed.issuer, operation, name):
             raise AccessDenied(f"{signed.issuer!r} may not {operation} with the key {name!r}")
     return told[0], signed
 

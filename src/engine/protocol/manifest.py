@@ -53,6 +53,7 @@ __all__ = [
     "Role",
     "chain_after",
     "chain_serial",
+    "check_dealers",
     "check_expiry",
     "check_share_counts",
     "check_successor",
@@ -69,6 +70,7 @@ __all__ = [
     "open_key_manifest",
     "open_move_order",
     "open_receipt",
+    "open_receipts",
     "open_refresh_order",
     "open_renew_order",
     "open_renewing_order",
@@ -82,6 +84,7 @@ __all__ = [
     "receipts_needed",
     "sign_order",
     "split_chain",
+    "trial_of",
 ]
 
 MAX_HOLDERS = 64
@@ -693,7 +696,9 @@ class ReshareOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     """A signed order to share a key anew: among these holders, any ``threshold`` of whom will suffice.
 
     All holders of ``from_epoch`` deal, but those in ``without``, which are given up. A client's has ``fencing`` 0. A
-    balancer's (kind ``order.move``) has that of its registry, and changes who holds the key, and nothing else.
+    balancer's (kind ``order.move``) has that of its registry, and changes who holds the key, and nothing else. Where as
+    few deal as make the key, ``trial`` names the new holder that combines the new epoch, by the client's grant, before
+    it is committed; no balancer can order that.
     """
 
     key_id: Identifier
@@ -705,6 +710,7 @@ class ReshareOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     nonce: Identifier
     expires_ms: UInt
     fencing: UInt = 0
+    trial: Annotated[str, Meta(max_length=128)] = ""
 
 
 class Holder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -784,11 +790,15 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
 
 
 class Receipt(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A holder's signed word that its share is stored, re-read and checked: ``[key_id, manifest_hash, x]``."""
+    """A holder's signed word that its share is stored, re-read and checked: ``[key_id, manifest_hash, x, tried]``.
+
+    ``tried``: it has also combined the epoch from t shares and got the key, as the reshare order has it do.
+    """
 
     key_id: Identifier
     manifest_hash: Digest
     x: Annotated[int, Meta(ge=1, le=255)]
+    tried: bool = False
 
 
 class CommitCertificate(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -959,6 +969,10 @@ def _check_holders(order: ReshareOrder, kind: str, cluster: Cluster, now_ms: int
     for what, names in (("holder", order.holders), ("node to do without", order.without)):
         if len(set(names)) != len(names):
             raise ManifestError(f"{kind}: it names a {what} twice")
+    if order.trial and order.fencing:
+        raise ManifestError(f"{kind}: it names {order.trial!r} for a trial, which a client alone can order")
+    if order.trial and order.trial not in order.holders:
+        raise ManifestError(f"{kind}: {order.trial!r} is to try the new epoch, but holds no share of it")
     if now_ms is not None:
         for node in order.holders:
             if node not in cluster.nodes:
@@ -1133,6 +1147,8 @@ def check_successor(record: KeyRecord, before: KeyRecord) -> None:
         if getattr(new, what) != getattr(old, what):
             raise ManifestError(f"key manifest of {new.name!r}: a new epoch can't change {what}")
     kind = _kind(new.change)
+    if _is_sharing(new.change):
+        check_dealers(reshare_orders.decode(read_unverified(new.change).payload), old)
     if kind == _RESHARE_KIND:
         return
     if (new.threshold, new.sharing) != (old.threshold, old.resharing):
@@ -1143,6 +1159,19 @@ def check_successor(record: KeyRecord, before: KeyRecord) -> None:
         raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change the order of its holders")
     if [(each.node, each.x) for each in new.holders] != [(each.node, each.x) for each in old.holders]:
         raise ManifestError(f"key manifest of {new.name!r}: a refresh can't change the holders")
+
+
+def check_dealers(order: ReshareOrder, before: KeyManifest) -> None:
+    """Refuse a reshare of the epoch ``before`` by too few dealers.
+
+    What t dealers deal is always a sharing, and only one more shows whether it is of the key. t suffice where the order
+    has the new epoch tried.
+    """
+    dealers = sum(each.node not in order.without for each in before.holders)
+    needed = before.threshold if order.trial else before.threshold + 1
+    if dealers < needed:
+        why = "and a trial" if order.trial else "one more than the threshold shows a false one"
+        raise ManifestError(f"{dealers} deals for {order.name!r} are too few: it takes {needed}, {why}")
 
 
 @lru_cache(maxsize=256)
@@ -1166,17 +1195,38 @@ def open_receipt(raw: bytes, record: KeyRecord, cluster: Cluster) -> str:
     return signed.issuer
 
 
+def open_receipts(raws: Sequence[bytes], record: KeyRecord, cluster: Cluster) -> dict[str, bytes]:
+    """Holder -> its receipt, if they are enough to make the manifest valid; all are checked.
+
+    They are those of at least t+1 holders (n if fewer) for a first epoch, and of all n for a later one: each holder
+    erases its share of the epoch before on their word. A reshare order that names a node for a trial wants that it
+    passed, too.
+    """
+    manifest = record.manifest
+    found = {open_receipt(raw, record, cluster): raw for raw in raws}
+    needed = receipts_needed(manifest.threshold, manifest.shares, manifest.epoch)
+    if len(found) < needed:
+        raise ManifestError(f"{manifest.name!r} has {len(found)} receipts, {needed} are needed")
+    trial = trial_of(manifest)
+    if trial and not (trial in found and receipts.decode(read_unverified(found[trial]).payload).tried):
+        raise ManifestError(f"epoch {manifest.epoch} of {manifest.name!r} was not tried by {trial!r} as it must be")
+    return found
+
+
+def trial_of(manifest: KeyManifest) -> str:
+    """The holder that must have combined this epoch before it was valid; empty if none."""
+    if not manifest.change or not _is_sharing(manifest.change):
+        return ""
+    return reshare_orders.decode(read_unverified(manifest.change).payload).trial
+
+
 def read_certificate(raw: bytes) -> bytes:
     """The hash of the manifest that a certificate speaks of, unchecked: to learn which one it is."""
     return certificates.decode(read_unverified(raw).payload).manifest_hash
 
 
 def open_certificate(raw: bytes, record: KeyRecord, cluster: Cluster) -> tuple[str, ...]:
-    """The holders whose receipts make the manifest valid, all checked.
-
-    They are at least t+1 (n if fewer) for a first epoch, and all n for a later one: each holder erases its share of the
-    epoch before on the certificate's word.
-    """
+    """The holders whose receipts make the manifest valid, all checked as ``open_receipts`` does."""
     known: tuple[str, ...] | None = cluster.seen.get(b"certificate", raw, record.digest)
     if known is not None:
         return known
@@ -1184,12 +1234,7 @@ def open_certificate(raw: bytes, record: KeyRecord, cluster: Cluster) -> tuple[s
     certificate = certificates.decode(signed.payload)
     if (certificate.key_id, certificate.manifest_hash) != (record.manifest.key_id, record.digest):
         raise ManifestError(f"commit certificate: not for this manifest of {record.manifest.name!r}")
-    holders = tuple(dict.fromkeys(open_receipt(each, record, cluster) for each in certificate.receipts))
-    needed = receipts_needed(record.manifest.threshold, record.manifest.shares, record.manifest.epoch)
-    if len(holders) < needed:
-        raise ManifestError(
-            f"commit certificate of {record.manifest.name!r}: {len(holders)} receipts, {needed} are needed"
-        )
+    holders = tuple(open_receipts(certificate.receipts, record, cluster))
     cluster.seen.put(holders, b"certificate", raw, record.digest)
     return holders
 

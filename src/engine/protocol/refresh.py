@@ -31,6 +31,7 @@ from engine.protocol.manifest import (
     KeyRecord,
     RefreshOrder,
     ReshareOrder,
+    check_dealers,
     read_change_order,
 )
 from engine.protocol.signed import Signed, SigningKey, read_unverified, sign_envelope, verify_envelope
@@ -329,15 +330,15 @@ def open_deals(terms: Terms, raws: Sequence[bytes], cluster: Cluster) -> list[De
     """The deals, if they are as many as must be, each by another dealer, in the manifest's order, and of these terms.
 
     A refresh takes exactly t: so at least one dealer is honest, as long as fewer than t collude. A reshare takes those
-    of all its dealers, t + 1 at least.
+    of all its dealers: t + 1 at least, or t if its order has the new epoch tried.
     """
     manifest = terms.before.manifest
     dealers = terms.dealers
     needed = manifest.threshold if isinstance(terms.change, RefreshOrder) else len(dealers)
     if len(raws) != needed:
         raise ManifestError(f"{len(raws)} deals for {manifest.name!r}; exactly {needed} are needed")
-    if isinstance(terms.change, ReshareOrder) and needed <= manifest.threshold:
-        raise ManifestError(f"{needed} deals for {manifest.name!r}; one more than the threshold shows a false one")
+    if isinstance(terms.change, ReshareOrder):
+        check_dealers(terms.change, manifest)
     deals = [open_deal(terms, raw, cluster) for raw in raws]
     places = [dealers.index(deal.dealer) for deal in deals]
     if places != sorted(set(places)):

@@ -209,9 +209,13 @@ class Refresh(Message, frozen=True):
 
 
 class Reshare(Message, frozen=True):
-    """``[order]``: the client's order to share a key among other holders; the reply describes the new epoch."""
+    """``[order, grant]``: the client's order to share a key among other holders; the reply describes the new epoch.
+
+    ``grant`` is for the node that the order has try the new epoch; empty if there is none.
+    """
 
     order: Annotated[bytes, Meta(max_length=2048)]
+    grant: Annotated[bytes, Meta(max_length=2048)]
 
 
 MOVES_MAX: Final = 64
@@ -637,6 +641,14 @@ class ShareAccept(Message, frozen=True):
     aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
 
 
+class ShareTrial(Message, frozen=True):
+    """Coordinator to the node that the reshare order names: ``[key_id, manifest_hash, grant]``: combine that epoch."""
+
+    key_id: Identifier
+    manifest_hash: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    grant: Annotated[bytes, Meta(max_length=2048)]
+
+
 class ShareLeave(Message, frozen=True):
     """Coordinator to a holder of before: ``[manifest, certificate]``: others hold the key now, erase the share."""
 
@@ -933,6 +945,7 @@ SHARE_REFRESH: Final = "share.refresh"
 SHARE_RENEW: Final = "share.renew"
 SHARE_RESHARE: Final = "share.reshare"
 SHARE_ACCEPT: Final = "share.accept"
+SHARE_TRIAL: Final = "share.trial"
 SHARE_LEAVE: Final = "share.leave"
 SHARE_SETTINGS: Final = "share.settings"
 SHARE_RECALL: Final = "share.recall"
@@ -983,6 +996,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_RENEW: (ShareRenew, Prepared),
     SHARE_RESHARE: (ShareReshare, Refreshed),
     SHARE_ACCEPT: (ShareAccept, Prepared),
+    SHARE_TRIAL: (ShareTrial, Prepared),
     SHARE_LEAVE: (ShareLeave, Empty),
     SHARE_SETTINGS: (ShareSettings, Empty),
     SHARE_RECALL: (ShareRecall, Recalled),
@@ -1029,6 +1043,7 @@ NODE_VERBS: Final = frozenset(
         SHARE_RENEW,
         SHARE_RESHARE,
         SHARE_ACCEPT,
+        SHARE_TRIAL,
         SHARE_LEAVE,
         SHARE_SETTINGS,
         SHARE_RECALL,
