@@ -44,7 +44,8 @@ ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.", "registry.adopt.
 """Points that no life of a key here passes: tests/nodes/test_rotation.py and test_crash_points.py go through them, and
 tests/engine/test_cluster_moves.py."""
 REFRESH = (".refresh.", "holder.deal.", "holder.renew.", "registry.change.")
-RESHARE = (".reshare.", "holder.accept.", "holder.leave.")
+TRIAL = ("dealer.reshare.tried", "holder.trial.")
+RESHARE = (".reshare.", "holder.accept.", "holder.leave.", *TRIAL)
 
 
 def _helped(point: str) -> str:
@@ -83,6 +84,7 @@ class Crashes:
     destroying: bool = False
     refreshing: bool = False
     resharing: bool = False
+    trying: bool = False
     _number: int = 0
 
     # --- one life of a key, each call repeated until it is acknowledged ---
@@ -108,10 +110,14 @@ class Crashes:
             self.destroy(self.rng.choice(list(self.kept)))
 
     def _move(self, name: str) -> None:
-        """From the victim to the others, and back to all."""
+        """From the victim to the others, and back to all; or so that each time as few deal as make the key.
+
+        Then the new epoch is tried: first by one of the others, the victim coordinating, then by the victim.
+        """
         others = [node for node in self.cluster.nodes if node != VICTIM]
+        without = others[1:] if self.trying else []
         for threshold, holders in ((1, others), (self.kept[name].threshold, [VICTIM, *others])):
-            move = partial(self.kq.reshare_key, name, threshold, holders=holders, timeout=PATIENCE_S)
+            move = partial(self.kq.reshare_key, name, threshold, holders=holders, without=without, timeout=PATIENCE_S)
             self._again(move)
 
     def _use_at_victim(self, name: str, kept: _Kept) -> None:
@@ -217,6 +223,7 @@ class Crashes:
         self.destroying = ".destroy." in setting
         self.refreshing = any(part in setting for part in REFRESH)
         self.resharing = any(part in setting for part in RESHARE)
+        self.trying = any(part in setting for part in TRIAL)
         if self.cluster.running()[process] is not None:
             self.cluster.kill(process)
         with contextlib.suppress(engine.ClusterError):  # it may die while it starts
