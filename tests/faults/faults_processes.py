@@ -6,11 +6,13 @@ import contextlib
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from client_process import ClientProcess
 from course import LATE, NO_BALANCER, NOTHING, ONE_NODE, SHORT, TWO_NODES, Fault, Run, allowed
 from harness import BALANCER
+from history import Key
 
 import engine
 
@@ -116,15 +118,24 @@ def kill_everything(run: Run) -> None:
 
 def kill_during_refresh(run: Run) -> None:
     """Kill a node at a random instant of a refresh, as coordinator or as holder."""
+    _kill_during(run, "a refresh", run.workload.refresh)
+
+
+def kill_during_reshare(run: Run) -> None:
+    """Kill a node at a random instant of a reshare, as coordinator, as holder that stays, or that comes or goes."""
+    _kill_during(run, "a reshare", lambda key: run.workload.reshare(key, run.rng))
+
+
+def _kill_during(run: Run, what: str, change: Callable[[Key], None]) -> None:
     victim = run.node()
     for _ in range(2):
         key = run.rng.choice(run.workload.living(own=True))
-        beside = threading.Thread(target=run.workload.refresh, args=(key,), daemon=True)
+        beside = threading.Thread(target=change, args=(key,), daemon=True)
         beside.start()
         time.sleep(run.rng.uniform(0.0, 0.09))
         run.cluster.kill(victim)
-        beside.join(30)
-        run.expect("a refresh comes to an end", not beside.is_alive())
+        beside.join(60)
+        run.expect(f"{what} comes to an end", not beside.is_alive())
         run.cluster.start_node(victim)
 
 
@@ -163,6 +174,7 @@ FAULTS = [
     Fault(
         "kill-in-refresh", "processes", "SIGKILL of a node while shares are refreshed", ONE_NODE, kill_during_refresh
     ),
+    Fault("kill-in-reshare", "processes", "SIGKILL of a node while keys are moved", ONE_NODE, kill_during_reshare),
     Fault("rolling-restarts", "processes", "each node is stopped and started in turn", ONE_NODE, rolling_restarts),
     Fault("flapping-node", "processes", "one node is killed and started in a loop", ONE_NODE, flapping_node),
 ]

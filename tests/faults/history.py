@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 UNFINISHED = "unfinished"
 """The outcome of what was begun and never came back: its client was killed."""
 DATA = ("encrypt", "decrypt", "sign", "verify", "mac", "verify-mac")
-ADMIN = ("create", "import", "destroy", "refresh")
+ADMIN = ("create", "import", "destroy", "refresh", "reshare")
 FALSE_ALARMS = ("invalid-tag", "invalid-signature", "share-corrupt")
 """Errors that would say that good data are bad: to a client, as wrong as a wrong result."""
 
@@ -192,8 +192,8 @@ def _lost(events: list[Event], keys: Mapping[str, Key]) -> list[Finding]:
 
 
 def group_of(verb: str) -> str:
-    """What an expectation calls a verb: ``data``, or the verb itself."""
-    return "data" if verb in DATA else {"import": "create"}.get(verb, verb)
+    """What an expectation calls a verb: ``data``, or the verb itself. A reshare fails as a refresh does."""
+    return "data" if verb in DATA else {"import": "create", "reshare": "refresh"}.get(verb, verb)
 
 
 def errors_of(events: Iterable[Event], keys: Mapping[str, Key]) -> list[Event]:

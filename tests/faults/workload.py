@@ -126,6 +126,16 @@ class Workload:
     def refresh(self, key: Key) -> None:
         self.call("refresh", key.name, lambda: self.kq.refresh_key(key.name, timeout=CREATE_TIMEOUT_S) and None)
 
+    def reshare(self, key: Key, rng: random.Random) -> None:
+        """Give it to four of the five nodes, and then to all of them again."""
+        nodes = list(self.kq.cluster.nodes)
+        for holders in (rng.sample(nodes, 4), nodes):
+
+            def move(holders: list[str] = holders) -> None:
+                self.kq.reshare_key(key.name, holders=holders, timeout=CREATE_TIMEOUT_S)
+
+            self.call("reshare", key.name, move)
+
     def use(self, key: Key, rng: random.Random, *, after: bool = False, timeout_s: float = TIMEOUT_S) -> None:
         """One use of a key of any kind that it can, on fresh data or on what it made before."""
         name, kq = key.name, self.kq
