@@ -45,7 +45,7 @@ class Mover:
         """A key's manifest as the first node has it that knows the key."""
         for node in self.cluster.nodes:
             try:
-                found = ask(self.of_client, node, "describe", Describe(name), 10.0)
+                found = ask(self.of_client, node, "describe", Describe(name, 0), 10.0)
             except EngineError:
                 continue
             return read_key_manifest(found.manifest).manifest

@@ -265,7 +265,7 @@ def attack(config: str, node: str, idle: int, half_open: int, per_s: int) -> Non
     flood = context.socket(zmq.DEALER)
     connect_options(flood, settings.identity.transport, member)
     flood.connect(member.endpoint)
-    body = REQUEST_CODECS["describe"].encode(Describe("warm/0"))
+    body = REQUEST_CODECS["describe"].encode(Describe("warm/0", 0))
     host, port = member.endpoint.removeprefix("tcp://").rsplit(":", 1)
     half: list[socket.socket] = []
     begun, sent = time.monotonic(), 0

@@ -343,7 +343,7 @@ class Conversation(FollowsCluster):
             check_material(algo, material)
         elif material:
             raise ValueError(f"a {order.operation} request carries no material")
-        reserve = Reserve(raw_order)
+        reserve = Reserve(raw_order, b"", b"")
         if earlier:
             reserve = Reserve(raw_order, earlier[-1].row.manifest, earlier[-1].row.certificate)
         reserved = self.ask_registry(talker.channel, REGISTRY_RESERVE, reserve, deadline_s)
@@ -375,7 +375,7 @@ class Conversation(FollowsCluster):
         absent = [holder.node for holder in record.manifest.holders if holder.node not in receipts]
         if absent:
             warnings = [*warnings, f"{', '.join(absent)} did not store a share; {len(receipts)} of {order.shares} did"]
-        return KeyDescription(record.raw, certificate, warnings[:16])
+        return KeyDescription(record.raw, certificate, warnings[:16], b"")
 
     @staticmethod
     def _secret(lane: Lane, order: CreateOrder, material: bytes) -> tuple[SecretBuffer, bytes]:
@@ -422,7 +422,7 @@ class Conversation(FollowsCluster):
         record = open_key_manifest(reserved.manifest, self._cluster)
         holders = open_certificate(reserved.certificate, record, self._cluster)
         self.announce(talker.channel, record, reserved.certificate, holders, self._clock() + COMMIT_WAIT_S)
-        return KeyDescription(reserved.manifest, reserved.certificate, [])
+        return KeyDescription(reserved.manifest, reserved.certificate, [], b"")
 
     def _check_holders(self, order: CreateOrder, holders: Sequence[str]) -> list[str]:
         """The warnings of a placement; a registry that offers a worse one than the rule gives is not followed."""

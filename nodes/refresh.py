@@ -243,7 +243,7 @@ class Coordinator(FollowsCluster):
         if entry.row.name != order.name:
             raise ManifestError(f"the order names {order.name!r}, the key is {entry.row.name!r}")
         if entry.row.epoch > order.from_epoch:
-            return KeyDescription(entry.row.manifest, entry.row.certificate, [])
+            return KeyDescription(entry.row.manifest, entry.row.certificate, [], b"")
         if entry.row.state == "moved":
             raise StaleKey(f"{self._node} holds no share of {order.name!r}, which others hold")
         if entry.row.epoch < order.from_epoch:
@@ -519,7 +519,7 @@ class Coordinator(FollowsCluster):
         pending = self._dismiss(channel, [job for job in told if job.reshares], deadline_s)
         for job in told:
             warnings = [*self._warnings(job.order), *pending.get(job, [])] if job.reshares else []
-            job.outcome = KeyDescription(job.record.raw, job.certificate, warnings[:16])
+            job.outcome = KeyDescription(job.record.raw, job.certificate, warnings[:16], b"")
 
     def _warnings(self, order: RefreshOrder | ReshareOrder) -> list[str]:
         """What is to be said of the placement that a client ordered."""

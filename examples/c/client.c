@@ -499,8 +499,9 @@ static bool describe_once(struct client *client, const char *name, int64_t deadl
         struct answer answer;
         bool answered;
         writer_init(&body, client->scratch, MESSAGE_MAX);
-        put_array(&body, 1);
+        put_array(&body, 2);
         put_text(&body, name);
+        put_uint(&body, 0); /* the newest version */
         answered = ask(client, node, "describe", &body, deadline, others, &answer, &now);
         found = answered && answer.status == 0 && open_description(answer.body, name, cluster, &client->key, &now);
         if (answered && answer.status != 0) {

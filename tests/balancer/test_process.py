@@ -326,13 +326,13 @@ def test_a_key_is_registered_and_survives_a_restart(site: Site) -> None:
         process = stack.enter_context(running(site))
         channel = stack.enter_context(connected(site, "node-0"))
         order = site.order("orders", b"k" * 16)
-        reserved = call(channel, REGISTRY_RESERVE, Reserve(order))
+        reserved = call(channel, REGISTRY_RESERVE, Reserve(order, b"", b""))
         assert call(channel, REGISTRY_OUTCOME, Outcome(b"k" * 16, 1)).state == "pending"
         manifest, given = site.manifest(order, reserved.attempt, reserved.holders)
         certificate = call(channel, REGISTRY_COMMIT, Commit(manifest, given)).certificate
         assert len(open_certificate(certificate, open_key_manifest(manifest, site.cluster), site.cluster)) == 3
         with pytest.raises(KeyExists, match="'orders' is taken"):
-            call(channel, REGISTRY_RESERVE, Reserve(site.order("orders", b"l" * 16)))
+            call(channel, REGISTRY_RESERVE, Reserve(site.order("orders", b"l" * 16), b"", b""))
         before = status(channel)
         subscriber = stack.enter_context(subscribed(site, "alice"))
         table = next_table(site, subscriber, None)

@@ -478,7 +478,7 @@ class FakeNode:
         manifest = KeyManifest(**(told | changes))
         raw = sign_envelope("key", 1, key_manifests.encode(manifest), self.keys["node-1"])
         record = KeyRecord(manifest, read_unverified(raw).digest, "node-1", raw)
-        return KeyDescription(raw, certify(self, record.digest, manifest.key_id), []), record
+        return KeyDescription(raw, certify(self, record.digest, manifest.key_id), [], b""), record
 
 
 def certify(fake: FakeNode, digest: bytes, key_id: bytes = bytes(range(16))) -> bytes:
@@ -546,10 +546,10 @@ def test_an_untrue_description_is_refused_and_no_data_follow(faked: CClient, fak
     unissued = msgspec.msgpack.encode([payload, [["node-1", fake.keys["node-1"].sign(payload)]]])
     lies = [
         other,
-        KeyDescription(good.manifest, other.certificate, []),
-        KeyDescription(good.certificate, good.certificate, []),
-        KeyDescription(good.manifest, b"", []),
-        KeyDescription(unissued, certify(fake, read_unverified(unissued).digest), []),
+        KeyDescription(good.manifest, other.certificate, [], b""),
+        KeyDescription(good.certificate, good.certificate, [], b""),
+        KeyDescription(good.manifest, b"", [], b""),
+        KeyDescription(unissued, certify(fake, read_unverified(unissued).digest), [], b""),
         fake.description(shares=2)[0],
         fake.description(public_key=b"x")[0],
         fake.description(key_id=bytes(16))[0],
@@ -563,11 +563,11 @@ def test_an_untrue_description_is_refused_and_no_data_follow(faked: CClient, fak
     for place in random.Random(7).sample(range(len(good.manifest)), 15):
         changed = bytearray(good.manifest)
         changed[place] ^= 1 << place % 8
-        lies.append(KeyDescription(bytes(changed), good.certificate, []))
+        lies.append(KeyDescription(bytes(changed), good.certificate, [], b""))
     for place in random.Random(8).sample(range(len(good.certificate)), 15):
         changed = bytearray(good.certificate)
         changed[place] ^= 1 << place % 8
-        lies.append(KeyDescription(good.manifest, bytes(changed), []))
+        lies.append(KeyDescription(good.manifest, bytes(changed), [], b""))
     for lie in lies:
         fake.answers = [ok(lie, "describe")]
         assert faked.error("encrypt", "orders", data=b"secret")[1] in ("manifest-error", "protocol-error")

@@ -32,7 +32,7 @@ from engine.cli.output import Settings, reading, writing
 from engine.client.calls import MemberStatus
 from engine.client.client import load_settings
 from engine.client.config import create_identity, load_cluster, load_identity, read_card, write_toml
-from engine.protocol.requests import NodeStatus, ServiceCount, TokenHealth
+from engine.protocol.requests import HostHealth, NodeStatus, ServiceCount, TokenHealth
 
 SERVICE = ServiceCount(0, 0, 0, 0, 0, 0, 0, 0, 0)
 PASSPHRASE = "correct horse battery"
@@ -242,7 +242,25 @@ def test_missing_holders_are_named_in_json(keyquorum: Command, monkeypatch: pyte
 )
 def test_status_says_why_a_node_is_not_ready(reasons: dict[str, Any], state: str, trouble: list[str]) -> None:
     usual = NodeStatus(
-        "n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0), SERVICE
+        "n1",
+        "1",
+        1,
+        1,
+        0,
+        0,
+        [],
+        [],
+        0,
+        "token",
+        [],
+        [],
+        "",
+        "",
+        [],
+        "",
+        TokenHealth("", "", 0, 0, 0, 0),
+        SERVICE,
+        HostHealth(0, 0, 0, 0),
     )
     member = MemberStatus("n1", "node", "tcp://127.0.0.1:1", "", msgspec.structs.replace(usual, **reasons), None)
     assert local.state_of(member) == state

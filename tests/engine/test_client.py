@@ -114,7 +114,7 @@ class World:
         ]
         body = certificates.encode(CommitCertificate(bytes(16), record.digest, signed))
         certificate = sign_envelope("certificate", 1, body, self.identities["bal"].signing)
-        return REPLY_CODECS["describe"].encode(KeyDescription(raw, certificate, []))
+        return REPLY_CODECS["describe"].encode(KeyDescription(raw, certificate, [], b""))
 
     def table(self, counter: int, **changes: Any) -> RoutingTable:
         now_ms = time.time_ns() // 1_000_000
@@ -222,7 +222,13 @@ class Nodes:
         elif verb == "flush":
             listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Flushed(2, 0)))
         elif verb == "list":
-            page = KeyList([KeyEntry("k", "aes-256-gcm", 1, 2, 3), KeyEntry(f"of-{name}", "ed25519", 1, 2, 3)], False)
+            page = KeyList(
+                [
+                    KeyEntry("k", "aes-256-gcm", 1, 2, 3, "enabled", 0),
+                    KeyEntry(f"of-{name}", "ed25519", 1, 2, 3, "enabled", 0),
+                ],
+                False,
+            )
             listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(page))
         else:
             listener.fail(incoming, AccessDenied(f"not {verb}"))

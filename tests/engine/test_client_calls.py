@@ -62,6 +62,7 @@ from engine.protocol.requests import (
     REQUEST_CODECS,
     Destroyed,
     Flushed,
+    HostHealth,
     KeyDescription,
     KeyEntry,
     KeyList,
@@ -111,7 +112,7 @@ class World:
             for x, node in enumerate(NODES, 1)
         ]
         certificate = certificates.encode(CommitCertificate(order.key_id, record.digest, signed))
-        return KeyDescription(raw, sign_envelope("certificate", 1, certificate, self.keys["bal"]), [])
+        return KeyDescription(raw, sign_envelope("certificate", 1, certificate, self.keys["bal"]), [], b"")
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +356,25 @@ class TestLatency:
 
     def test_a_node_that_does_not_know_the_verb_tells_its_status_all_the_same(self, play: Play, world: World) -> None:
         play.answers["status"] = NodeStatus(
-            "n1", "1", 1, 1, 0, 0, [], [], 0, "", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0), SERVICE
+            "n1",
+            "1",
+            1,
+            1,
+            0,
+            0,
+            [],
+            [],
+            0,
+            "",
+            [],
+            [],
+            "",
+            "",
+            [],
+            "",
+            TokenHealth("", "", 0, 0, 0, 0),
+            SERVICE,
+            HostHealth(0, 0, 0, 0),
         )
         for answer, told in (
             (ProtocolError("unknown verb"), None),
@@ -519,7 +538,7 @@ class TestDescribe:
     def test_a_forged_description_is_passed_over(self, play: Play, world: World) -> None:
         good = world.describe()
         first = play.router.holders("k")[0]
-        play.answers[first, "describe"] = KeyDescription(good.manifest, world.describe("other").certificate, [])
+        play.answers[first, "describe"] = KeyDescription(good.manifest, world.describe("other").certificate, [], b"")
         assert encrypt(play) == b"ct"
         assert len(play.verbs("describe")) == 2
 
@@ -724,13 +743,13 @@ class TestQuestions:
     def test_listing_turns_pages(self, play: Play) -> None:
         def page(peer: str, body: Any) -> KeyList:
             names = [name for name in ("a", "b", "c") if name > body.after][:2]
-            return KeyList([KeyEntry(name, "ed25519", 1, 3, 5) for name in names], names[-1] != "c")
+            return KeyList([KeyEntry(name, "ed25519", 1, 3, 5, "enabled", 0) for name in names], names[-1] != "c")
 
         play.answers["list"] = page
         assert [each.name for each in play.run(play.calls.list_at("n1", "*", 5.0))] == ["a", "b", "c"]
 
     def test_a_node_that_turns_the_same_page_for_ever_is_left(self, play: Play) -> None:
-        play.answers["list"] = KeyList([KeyEntry("a", "ed25519", 1, 3, 5)], True)
+        play.answers["list"] = KeyList([KeyEntry("a", "ed25519", 1, 3, 5, "enabled", 0)], True)
         assert len(play.run(play.calls.list_at("n1", "*", 5.0))) == 2
 
     def test_lists_are_merged_by_name_and_newest_version(self) -> None:
@@ -748,7 +767,25 @@ class TestQuestions:
 
     def test_status_gives_the_error_in_its_place(self, play: Play, world: World) -> None:
         play.answers["status"] = NodeStatus(
-            "n1", "1", 1, 1, 0, 0, [], [], 0, "token", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0), SERVICE
+            "n1",
+            "1",
+            1,
+            1,
+            0,
+            0,
+            [],
+            [],
+            0,
+            "token",
+            [],
+            [],
+            "",
+            "",
+            [],
+            "",
+            TokenHealth("", "", 0, 0, 0, 0),
+            SERVICE,
+            HostHealth(0, 0, 0, 0),
         )
         member = world.cluster.nodes["n1"]
         good = play.run(play.calls.status_at(member, 5.0))
@@ -825,7 +862,7 @@ class TestWarmAt:
         assert play.seen == [("n4", "prewarm"), ("n4", "describe")]
 
     @pytest.mark.parametrize(
-        "answer", [dead(), KeyNotFound("none"), KeyDescription(b"no manifest", b"no certificate", []), None]
+        "answer", [dead(), KeyNotFound("none"), KeyDescription(b"no manifest", b"no certificate", [], b""), None]
     )
     def test_a_node_that_is_no_holder_is_asked_what_it_knows(self, play: Play, answer: Answer) -> None:
         """And it may say what it likes."""

@@ -57,7 +57,7 @@ class Client:
         self.channel = Channel(identity.transport, cluster.cluster.nodes)
 
     def record(self) -> Any:
-        return read_key_manifest(ask(self.channel, "node1", "describe", Describe("data"), 10).manifest)
+        return read_key_manifest(ask(self.channel, "node1", "describe", Describe("data", 0), 10).manifest)
 
     def encrypt(self, node: str, *, grant: bool = True) -> bytes:
         permit = b""

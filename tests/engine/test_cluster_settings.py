@@ -68,7 +68,7 @@ def use_at(cluster: LocalCluster, node: str, name: str) -> str:
     identity = load_identity(cluster.path / "clients" / "local" / "identity.toml")
     with channel_of(cluster, "clients", "local") as channel:
         try:
-            record = read_key_manifest(ask(channel, node, "describe", Describe(name), 10).manifest)
+            record = read_key_manifest(ask(channel, node, "describe", Describe(name, 0), 10).manifest)
             now_ms = time.time_ns() // 1_000_000
             grant = issue_grant(identity.signing, record, "encrypt", node, now_ms, 10_000, os.urandom(16))
             ask(channel, node, "encrypt", Operate(name, b"", b"x", b"", b"", False, grant), 10)
@@ -79,7 +79,7 @@ def use_at(cluster: LocalCluster, node: str, name: str) -> str:
 
 def settings_at(cluster: LocalCluster, node: str, name: str) -> bytes:
     with channel_of(cluster, "clients", "local") as channel:
-        return bytes(ask(channel, node, "describe", Describe(name), 10).settings)
+        return bytes(ask(channel, node, "describe", Describe(name, 0), 10).settings)
 
 
 def sealed(cluster: LocalCluster, name: str) -> set[str]:

@@ -171,16 +171,16 @@ def test_an_integer_longer_than_need_be_is_refused(value: int, encoding: int) ->
 @pytest.mark.parametrize(
     "data",
     [
-        b"\xdc\x00\x01\xa1k",  # array16
-        b"\xdd\x00\x00\x00\x01\xa1k",  # array32
-        b"\x91\xd9\x01k",  # str8
-        b"\x91\xda\x00\x01k",  # str16
-        b"\x91\xdb\x00\x00\x00\x01k",  # str32
+        b"\xdc\x00\x02\xa1k\x00",  # array16
+        b"\xdd\x00\x00\x00\x02\xa1k\x00",  # array32
+        b"\x92\xd9\x01k\x00",  # str8
+        b"\x92\xda\x00\x01k\x00",  # str16
+        b"\x92\xdb\x00\x00\x00\x01k\x00",  # str32
     ],
 )
 def test_a_header_longer_than_need_be_is_refused(data: bytes) -> None:
     codec = REQUEST_CODECS["describe"]
-    assert codec.decode(b"\x91\xa1k").key == "k"
+    assert codec.decode(b"\x92\xa1k\x00").key == "k"
     with pytest.raises(ProtocolError, match="not in canonical form"):
         codec.decode(data)
 
@@ -205,13 +205,13 @@ def test_invalid_utf8_is_refused_without_showing_it(text: bytes) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"\x91\xa1k"[:2],
-        b"\x91\xc0",
-        b"\x91\xc3",
-        b"\x91\xca\x00\x00\x00\x00",  # a float
-        b"\x91\xc4\x01k",  # bytes for text
-        b"\x91\xd4\x01k",  # an extension type
-        b"\x91\xc1",  # the byte that means nothing
+        b"\x92\xa1k"[:2],
+        b"\x92\xc0\x00",
+        b"\x92\xc3\x00",
+        b"\x92\xca\x00\x00\x00\x00\x00",  # a float
+        b"\x92\xc4\x01k\x00",  # bytes for text
+        b"\x92\xd4\x01k\x00",  # an extension type
+        b"\x92\xc1\x00",  # the byte that means nothing
         b"\x81\xa3key\xa1k",  # a map for an array
         b"\xa1k",
         b"",
@@ -271,12 +271,12 @@ def test_a_field_beyond_its_limit_is_refused(field: str, value: object) -> None:
 )
 def test_a_name_outside_its_alphabet_is_refused(name: str) -> None:
     with pytest.raises(ProtocolError):
-        REQUEST_CODECS["describe"].decode(msgspec.msgpack.encode([name]))
+        REQUEST_CODECS["describe"].decode(msgspec.msgpack.encode([name, 0]))
 
 
 @pytest.mark.parametrize("name", ["a", "0", "a.b_c:d/e@f+g-h", "A" * 128])
 def test_a_name_of_its_alphabet_passes(name: str) -> None:
-    assert REQUEST_CODECS["describe"].decode(msgspec.msgpack.encode([name])).key == name
+    assert REQUEST_CODECS["describe"].decode(msgspec.msgpack.encode([name, 0])).key == name
 
 
 def test_a_message_beyond_the_limit_is_neither_sent_nor_read() -> None:

@@ -32,6 +32,7 @@ from engine.protocol.requests import (
     ClassLatency,
     ClassLoad,
     ForecastAccuracy,
+    HostHealth,
     KeyMoves,
     NodeLatency,
     NodeStatus,
@@ -52,6 +53,7 @@ def node(name: str, uptime_ms: int, signs: int, errors: int = 0, hits: int = 0, 
     status = NodeStatus(
         name, "1", 1, uptime_ms, 5, 4, [CacheCount("keys", 1, 1, hits, misses, 0, 0, 0, 0, 0)], [], 3, "token", [], [],
         "", "", [], "", TokenHealth("", "", 0, 0, 0, 0), SERVICE,
+        HostHealth(0, 0, 0, 0),
     )  # fmt: skip
     stages = [StageLatency("total", signs, 0, 0, 0, 0, 0)]
     classes = [ClassLatency(SIGN, errors, stages), ClassLatency("describe", 0, stages)]
@@ -76,6 +78,7 @@ def balancer(*, failing: str = "") -> MemberStatus:
         "24 warm placement groups; 1 new holder",
         moves=[KeyMoves("drain", 40, 12, 7, 1)],
         moving="drain: 40 keys, 12 under way",
+        host=HostHealth(0, 0, 0, 0),
     )
     load = [ClassLoad(SIGN, 1, 40_000, 50_000, 60_000, 70_000), ClassLoad(SEAL, 0, 9_000, 9_500, 8_000, 8_500)]
     plan = BalancerPlan("bal", 1000, load, 24, [PlacementMove(7, "node2", True), PlacementMove(7, "node1", False)])

@@ -229,7 +229,7 @@ class FaultCluster(ShimCluster):
                 descriptions = []
                 for node in nodes:
                     with contextlib.suppress(engine.EngineError):
-                        told = ask(channel, node, "describe", Describe(name), 3.0)
+                        told = ask(channel, node, "describe", Describe(name, 0), 3.0)
                         descriptions.append((open_key_manifest(told.manifest, self.cluster), told))
                 if not descriptions:
                     raise Sick(f"no node describes {name}")

@@ -181,7 +181,7 @@ def lies(liar: Liar, key_ids: list[bytes]) -> dict[str, Answer]:
         entries = []
         for key_id in rng.sample(key_ids, min(8, len(key_ids))):
             state = rng.choice(("destroyed", "committed"))
-            entries.append(SyncEntry(key_id, state, rng.randbytes(50), rng.randbytes(50), rng.randbytes(50)))
+            entries.append(SyncEntry(key_id, state, rng.randbytes(50), rng.randbytes(50), rng.randbytes(50), b""))
         return SyncPage(entries, False, rng.randrange(2**31), rng.randrange(2**31))
 
     def reserve(incoming: Incoming, body: Any) -> Reserved:

@@ -701,8 +701,8 @@ def test_what_the_registry_s_word_changes_has_a_record(scene: Scene) -> None:
     """A share can end without a request; not without a record, nor while none can be written."""
     manifest = scene.dealt.record.raw
     order = scene.world.destroy_order(scene.dealt.key_id, "orders")
-    kept = SyncEntry(scene.dealt.key_id, "committed", manifest, scene.world.certificate(scene.dealt), b"")
-    gone = SyncEntry(scene.dealt.key_id, "destroyed", manifest, kept.certificate, order)
+    kept = SyncEntry(scene.dealt.key_id, "committed", manifest, scene.world.certificate(scene.dealt), b"", b"")
+    gone = SyncEntry(scene.dealt.key_id, "destroyed", manifest, kept.certificate, order, b"")
     for problem, item, events in (("", kept, []), ("disk full", gone, []), ("", gone, ["books"]), ("", gone, [])):
         scene.audit.problem = problem
         before = len(scene.records)
@@ -766,7 +766,7 @@ def test_without_its_token_a_node_answers_what_needs_none(scene: Scene) -> None:
     for number in (scene.encrypt(), scene.encrypt(grant=False)):
         assert isinstance(scene.answers[number][1], TokenError)
         assert "the token is gone" in str(scene.answers[number][1])
-    assert scene.outcome(scene.send("describe", Describe("orders"))) == "ok"
+    assert scene.outcome(scene.send("describe", Describe("orders", 0))) == "ok"
     assert scene.outcome(scene.send("status", Empty())) == "ok"
     assert scene.handlers.pending == 0
     scene.health.problem = ""

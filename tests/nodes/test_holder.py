@@ -93,7 +93,7 @@ class Scene:
 
     def item(self, dealt: Any, state: str = "committed", certificate: bytes = b"", document: bytes = b"") -> SyncEntry:
         told = certificate or self.world.certificate(dealt)
-        return SyncEntry(dealt.key_id, state, dealt.record.raw, told, document)
+        return SyncEntry(dealt.key_id, state, dealt.record.raw, told, document, b"")
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_an_algorithm_the_token_lacks_is_refused(scene: Scene) -> None:
         ({"name": "others"}, "differs from the client's order"),
         ({"algorithm": "aes-128-gcm"}, "differs from the client's order"),
         ({"threshold": 1}, "differs from the client's order"),
-        ({"version": 2}, "keys have version 1 alone"),
+        ({"version": 2}, "differs from the client's order"),
         ({"epoch": 2}, "epoch 2 names no predecessor"),
         ({"previous": bytes(32)}, "the first one has no predecessor"),
         ({"public_key": b"x"}, "public key missing or out of place"),
@@ -676,8 +676,8 @@ def test_a_destroyed_share_is_gone_and_its_order_stays(scene: Scene) -> None:
     dealt = scene.committed()
     sealed = scene.store.get(dealt.key_id).sealed
     order = scene.world.destroy_order(dealt.key_id, "orders")
-    assert scene.holder.destroy(Destroy(order)) == dealt.key_id
-    assert scene.holder.destroy(Destroy(order)) == dealt.key_id
+    assert scene.holder.destroy(Destroy(order)) == [dealt.key_id]
+    assert scene.holder.destroy(Destroy(order)) == [dealt.key_id]
     scene.restart()
     row = scene.store.get(dealt.key_id)
     assert (row.state, row.sealed, row.document) == ("destroyed", b"", order)

@@ -40,7 +40,7 @@ def status(cluster_folder: Any, member: str = "alice") -> NodeStatus:
 
 def outcomes(channel: Channel, count: int) -> Counter[str]:
     """What becomes of so many requests sent at once."""
-    body = REQUEST_CODECS["describe"].encode(Describe("nothing"))
+    body = REQUEST_CODECS["describe"].encode(Describe("nothing", 0))
     waiting = {channel.start(NODE, "describe", body, 60.0) for _ in range(count)}
     told: Counter[str] = Counter()
     while waiting:
@@ -63,7 +63,7 @@ def test_a_flood_is_refused_told_in_one_line_and_hurts_nobody_else(
         told = outcomes(greedy, 900)
         assert told["refused"] > 300
         with pytest.raises(KeyNotFound):
-            ask(modest, NODE, "describe", Describe("nothing"), 20)
+            ask(modest, NODE, "describe", Describe("nothing", 0), 20)
     service = status(cluster_folder).service
     assert (service.refused, service.undeliverable) == (told["refused"], 0)
     path = node.folder / "data" / "audit" / "audit-000001.jsonl"

@@ -172,7 +172,7 @@ def encoded(verb: str, message: Any) -> bytes:
 
 def described(line: Line, cluster: LocalCluster, name: str, node: str = "node3") -> tuple[KeyRecord, bytes]:
     """The genuine manifest and certificate, as any node may have them."""
-    ((code, body),) = line.ask([(node, "describe", encoded("describe", Describe(name)))])
+    ((code, body),) = line.ask([(node, "describe", encoded("describe", Describe(name, 0)))])
     assert code == "ok"
     told = REPLY_CODECS["describe"].decode(body)
     return open_key_manifest(told.manifest, cluster.cluster), told.certificate
@@ -360,7 +360,7 @@ def test_t_minus_one_nodes_with_the_balancers_key_get_no_share(
     forged = words.order("forged", "aes-256-gcm", 3, 5, client=STOLEN[0])
     destroy = words.destroy_order(keys["mac"].key_id, "mac", client=STOLEN[0])
     tries: list[tuple[str, Any]] = [
-        ("registry.reserve", Reserve(forged)),
+        ("registry.reserve", Reserve(forged, b"", b"")),
         ("registry.commit", Commit(keys["mac"].record.raw, [])),
         ("registry.destroy", Destroy(destroy)),
     ]
@@ -667,7 +667,7 @@ def test_every_client_key_operation_and_node_is_as_the_policy_says(
                     grant = words.grant(dealt[key], node, operation, client=client) if key in KEYS else b""
                     message: Any = Operate(key, b"", b"data", b"", b"proof" if "verify" in verb else b"", False, grant)
                     message = {
-                        "describe": Describe(key),
+                        "describe": Describe(key, 0),
                         "prewarm": Prewarm(key, b"", grant),
                         "flush": Flush(key),
                     }.get(verb, message)

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from engine.client.httpconfig import HttpConfig
 from engine.client.web import CLIENTS
 from engine.errors import EngineError
-from engine.protocol.requests import CacheCount, HolderLatency, NodeStatus, ServiceCount, TokenHealth
+from engine.protocol.requests import CacheCount, HolderLatency, HostHealth, NodeStatus, ServiceCount, TokenHealth
 from nodes.handlers import Snapshot
 from nodes.latency import Latencies
 from nodes.metrics import BOUNDS_S, MetricsServer
@@ -26,6 +26,7 @@ STATUS = NodeStatus(
     [CacheCount("keys", 1, 2, 3, 4, 5, 6, 7, 8, 9)], [HolderLatency("secret-peer", 1, 2, 3, False)],
     1, "secret token", [], [], "", "", ["alarm of secret-peer"], "",
     TokenHealth("", "", 11, 12, 13_000, 14_000), ServiceCount(21, 22, 23, 24, 25, 26, 27, 28, 29),
+    HostHealth(0, 0, 0, 0),
 )  # fmt: skip
 
 

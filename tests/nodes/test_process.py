@@ -83,7 +83,7 @@ def raw(live: Any) -> Iterator[zmq.Socket[bytes]]:
 def test_hello_tells_who_the_node_is_and_is_not_recorded(live: Any, until: Callable[..., Any]) -> None:
     with live.channel("bob") as channel:  # whom no rule allows anything
         with pytest.raises(AccessDenied):
-            ask(channel, NODE, "describe", Describe("nothing"), 10)
+            ask(channel, NODE, "describe", Describe("nothing", 0), 10)
         told = channel.welcome(NODE)
     assert told is not None
     assert (told.name, told.version, told.cluster_serial) == (NODE, PROTOCOL_VERSION, 1)
@@ -128,7 +128,7 @@ def test_a_member_gets_in_and_is_answered(live: Any) -> None:
 
 def test_an_unknown_key_gets_in_nowhere(live: Any, foreign_identity: Any) -> None:
     with Channel(foreign_identity, live.world.cluster.nodes) as channel:
-        for verb, body in (("status", Empty()), ("describe", Describe("orders")), ("list", ListKeys("*", "", 1))):
+        for verb, body in (("status", Empty()), ("describe", Describe("orders", 0)), ("list", ListKeys("*", "", 1))):
             with pytest.raises(AccessDenied, match="refuses the key of 'stranger'"):
                 ask(channel, NODE, verb, body, 10)
     status(live)
@@ -297,7 +297,7 @@ def a_body(verb: str) -> Any:
         "share.destroy": Destroy(b""),
         "share.commit": ShareCommit(bytes(16), b""),
         "share.release": ShareRelease(bytes(16), b"", b""),
-        "describe": Describe("orders"),
+        "describe": Describe("orders", 0),
         "flush": Flush(""),
         "list": ListKeys("*", "", 1),
         "prewarm": Prewarm("orders", b"", b""),
@@ -315,8 +315,8 @@ def test_a_client_without_rights_learns_and_does_nothing(live: Any) -> None:
     with live.channel("bob") as channel:
         for verb, body in (
             ("status", Empty()),
-            ("describe", Describe(dealt.manifest.name)),
-            ("describe", Describe("no-such-key")),
+            ("describe", Describe(dealt.manifest.name, 0)),
+            ("describe", Describe("no-such-key", 0)),
             ("flush", Flush("")),
             ("flush", Flush(dealt.manifest.name)),
             ("prewarm", Prewarm(dealt.manifest.name, b"", b"")),
@@ -421,16 +421,16 @@ def test_a_key_that_waits_for_its_commit_is_pending_until_it_is_known(live: Any)
     use = Operate("waits", dealt.key_id, b"", b"", b"", False, b"")
     with live.channel("node5") as dealer, live.channel("alice") as channel:
         with pytest.raises(EngineError) as unknown:
-            ask(channel, NODE, "describe", Describe("waits"), 10)
+            ask(channel, NODE, "describe", Describe("waits", 0), 10)
         receipt = ask(dealer, NODE, "share.prepare", dealt.offers[NODE], 10).receipt
-        for verb, body in (("describe", Describe("waits")), ("encrypt", use)):
+        for verb, body in (("describe", Describe("waits", 0)), ("encrypt", use)):
             with pytest.raises(KeyPending, match=f"'waits' was made is not known yet on {NODE}"):
                 ask(channel, NODE, verb, body, 10)
         with live.channel("bob") as other, pytest.raises(AccessDenied):
-            ask(other, NODE, "describe", Describe("waits"), 10)
+            ask(other, NODE, "describe", Describe("waits", 0), 10)
         certificate = live.world.certificate(dealt, given=[receipt, live.world.receipt(dealt, "node2")])
         ask(dealer, NODE, "share.commit", ShareCommit(dealt.key_id, certificate), 10)
-        assert ask(channel, NODE, "describe", Describe("waits"), 10).certificate == certificate
+        assert ask(channel, NODE, "describe", Describe("waits", 0), 10).certificate == certificate
     assert unknown.value.code in ("key-not-found", "moved")
 
 
@@ -441,7 +441,7 @@ def test_an_aborted_key_is_pending_no_more(live: Any) -> None:
         ask(dealer, NODE, "share.prepare", dealt.offers[NODE], 10)
         ask(dealer, NODE, "share.abort", Abort(live.world.abort(dealt.key_id)), 10)
         with pytest.raises(EngineError) as unknown:
-            ask(channel, NODE, "describe", Describe("given-up"), 10)
+            ask(channel, NODE, "describe", Describe("given-up", 0), 10)
     assert unknown.value.code in ("key-not-found", "moved")
 
 

@@ -667,7 +667,7 @@ def test_who_missed_the_certificate_learns_it_from_the_next_refresh(scene: Scene
 
 
 def books(scene: Scene, record: KeyRecord, certificate: bytes) -> SyncEntry:
-    return SyncEntry(scene.key_id, "committed", record.raw, certificate, b"")
+    return SyncEntry(scene.key_id, "committed", record.raw, certificate, b"", b"")
 
 
 def test_who_missed_the_certificate_learns_it_from_the_books(scene: Scene) -> None:

@@ -490,7 +490,7 @@ def test_what_a_newcomer_stored_goes_when_another_attempt_is_committed(scene: Sc
         scene.nodes[name].holder.abort(scene.world.abort(scene.key_id, scene.attempt))
     record = scene.reshare(scene.order(NODES[:2], 1))
     assert aside.rows() == {2: ("prepared", True)}
-    entry = SyncEntry(scene.key_id, "committed", record.raw, scene.certificate, b"")
+    entry = SyncEntry(scene.key_id, "committed", record.raw, scene.certificate, b"", b"")
     for _ in range(2):
         assert aside.holder.catch_up(entry) == []
         assert aside.rows() == {}
@@ -502,7 +502,7 @@ def test_what_a_newcomer_stored_goes_when_another_attempt_is_committed(scene: Sc
 
 def test_books_of_an_older_epoch_change_nothing(scene: Scene) -> None:
     prepared(scene, NODES[2:])
-    entry = SyncEntry(scene.key_id, "committed", scene.dealt.record.raw, scene.world.certificate(scene.dealt), b"")
+    entry = SyncEntry(scene.key_id, "committed", scene.dealt.record.raw, scene.world.certificate(scene.dealt), b"", b"")
     assert scene.nodes["node4"].holder.catch_up(entry) == []
     assert scene.nodes["node4"].rows() == {2: ("prepared", True)}
     assert scene.nodes["node3"].rows() == {1: ("committed", True), 2: ("prepared", True)}
@@ -518,7 +518,7 @@ def test_who_missed_that_it_leaves_learns_it_from_the_books(scene: Scene) -> Non
     assert late.rows() == {1: ("committed", True)}
     record = scene.reshare(scene.order(NODES[3:], 1, known_to="node3"), "node3")
     late.restart()
-    entry = SyncEntry(scene.key_id, "committed", record.raw, scene.certificate, b"")
+    entry = SyncEntry(scene.key_id, "committed", record.raw, scene.certificate, b"", b"")
     assert late.holder.catch_up(entry) == []
     assert late.rows() == {3: ("moved", False)}
     assert late.holder.catch_up(entry) == []
@@ -594,7 +594,7 @@ def test_who_stored_for_a_later_attempt_keeps_that_too(scene: Scene) -> None:
         scene.nodes[name].holder.abort(scene.world.abort(scene.key_id, scene.attempt))
     _, of_later = prepared(scene, NODES[2:])
     aside = scene.nodes["node5"]
-    entry = SyncEntry(scene.key_id, "committed", record.raw, certificate, b"")
+    entry = SyncEntry(scene.key_id, "committed", record.raw, certificate, b"", b"")
     for step in (
         lambda: aside.holder.leave(ShareLeave(record.raw, certificate)),
         lambda: aside.holder.catch_up(entry),
@@ -613,7 +613,7 @@ def test_a_key_that_moved_is_destroyed_where_it_was_too(scene: Scene) -> None:
     record = scene.reshare(scene.order(NODES[2:]))
     order = scene.world.destroy_order(scene.key_id, "orders")
     scene.nodes["node1"].holder.destroy(Destroy(order))
-    entry = SyncEntry(scene.key_id, "destroyed", record.raw, scene.certificate, order)
+    entry = SyncEntry(scene.key_id, "destroyed", record.raw, scene.certificate, order, b"")
     assert scene.nodes["node2"].holder.catch_up(entry) == [scene.key_id]
     for name in NODES[:2]:
         assert scene.nodes[name].rows() == {2: ("destroyed", False)}

@@ -171,7 +171,7 @@ def test_no_false_word_costs_a_share(scene: Scene) -> None:
     node.store.close()
     shutil.copy(copy, node.path)
     node.open()
-    false = SyncEntry(entry.key_id, "committed", entry.manifest, scene.world.certificate(scene.dealt), b"")
+    false = SyncEntry(entry.key_id, "committed", entry.manifest, scene.world.certificate(scene.dealt), b"", b"")
     with pytest.raises(ManifestError, match="not for this manifest"):
         node.holder.recall(false)
     node.holder.pledge(scene.key_id, scene.attempt + 1)
@@ -184,7 +184,7 @@ def test_a_destroyed_key_is_erased_or_doubted(scene: Scene) -> None:
     world, record = scene.world, scene.dealt.record
 
     def entry(order: bytes) -> SyncEntry:
-        return SyncEntry(scene.key_id, "destroyed", record.raw, world.certificate(scene.dealt), order)
+        return SyncEntry(scene.key_id, "destroyed", record.raw, world.certificate(scene.dealt), order, b"")
 
     late = world.destroy_order(scene.key_id, "orders", expires_in_ms=-60_000)
     node = scene.nodes["node1"]

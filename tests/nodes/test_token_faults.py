@@ -116,7 +116,7 @@ def test_a_device_that_is_removed_takes_the_node_out_of_service_until_it_is_back
         with pytest.raises(TokenError, match="the token is gone"):
             sick.folder.operate(NODE, sick.dealt, verb, sick.sealed)
     with sick.folder.channel("alice") as channel:
-        assert ask(channel, NODE, "describe", Describe(sick.dealt.manifest.name), 10).manifest
+        assert ask(channel, NODE, "describe", Describe(sick.dealt.manifest.name, 0), 10).manifest
     sick.shim.clear()
     sick.wait_until_well()
     assert "token out of service" in sick.node.log

@@ -301,7 +301,9 @@ def unknown_keys(stage: Stage, trial: Trial) -> None:
     prefix = stage.names["data"]
 
     def frame(number: int, node: str) -> bytes:
-        return _request(number, RequestType.DESCRIBE, REQUEST_CODECS["describe"].encode(Describe(f"{prefix}-{number}")))
+        return _request(
+            number, RequestType.DESCRIBE, REQUEST_CODECS["describe"].encode(Describe(f"{prefix}-{number}", 0))
+        )
 
     allowed = frozenset({"key-not-found", "moved", "overloaded", "deadline-exceeded"})
     _play(stage, trial, frame, allowed)

@@ -213,7 +213,7 @@ def _samples(stage: Stage) -> dict[type[Any], object]:
         Refresh: Refresh(b"x" * 3),
         Reshare: Reshare(b"x" * 3, b""),
         Settings: Settings(b"x" * 3),
-        Describe: Describe(name),
+        Describe: Describe(name, 0),
         ListKeys: ListKeys("*", "", 10),
         Prewarm: Prewarm(name, b"", b""),
         Flush: Flush("no/such/key"),

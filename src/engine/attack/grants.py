@@ -345,7 +345,7 @@ def destroy_orders(stage: Stage, trial: Trial) -> None:
     for at in holders:
         requests = [(at, "destroy", pack(Destroy(each))) for each in tries.values()]
         judge(trial, [(what, at) for what in tries], stage.ask(requests), REFUSALS | {"key-not-found"})
-    there = stage.ask_one(holders[0], RequestType.DESCRIBE, Describe(name))
+    there = stage.ask_one(holders[0], RequestType.DESCRIBE, Describe(name, 0))
     trial.control(there.code == "ok", "the key is there after all of that", there.seen)
     done = stage.ask([(holders[0], "destroy", pack(Destroy(good)))], timeout_s=60.0)[0]
     trial.control(done.code == "ok", "an honest destroy order is carried out", done.seen)
@@ -419,7 +419,9 @@ def _settled(stage: Stage, word: str) -> None:
     until = time.monotonic() + 15.0
     wanted = stage.record(word).raw
     while time.monotonic() < until:
-        told = [stage.ask_one(node, RequestType.DESCRIBE, Describe(stage.names[word])) for node in stage.holders(word)]
+        told = [
+            stage.ask_one(node, RequestType.DESCRIBE, Describe(stage.names[word], 0)) for node in stage.holders(word)
+        ]
         if all(each.code == "ok" and REPLY_CODECS["describe"].decode(each.body).manifest == wanted for each in told):
             return
         time.sleep(0.2)

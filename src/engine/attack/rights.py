@@ -105,7 +105,7 @@ def registry_verbs(stage: Stage, trial: Trial) -> None:
     manifest = stage.record("data").manifest
     order = CreateOrder(os.urandom(16), f"{PREFIX}x", "aes-256-gcm", 1, 1, "generate", now_ms() + 60_000)
     messages: dict[str, object] = {
-        "registry.reserve": Reserve(_signed(stage, "order.create", order)),
+        "registry.reserve": Reserve(_signed(stage, "order.create", order), b"", b""),
         REGISTRY_COMMIT: Commit(described.manifest, [b"x"]),
         "registry.destroy": Destroy(
             _signed(stage, "order.destroy", DestroyOrder(manifest.key_id, manifest.name, now_ms() - 60_000))
@@ -132,7 +132,7 @@ def _uses(stage: Stage, verb: str, key: str, combiner: str) -> bytes:
     if verb in OPERATIONS:
         message = Operate(key, b"", b"x" * 40, b"", b"p", False, b"")
     elif verb == RequestType.DESCRIBE:
-        message = Describe(key)
+        message = Describe(key, 0)
     elif verb == RequestType.PREWARM:
         message = Prewarm(key, b"", b"")
     else:
@@ -165,7 +165,7 @@ def policy(stage: Stage, trial: Trial) -> None:
         judge(trial, cases, stage.ask(orders, identity), frozenset({"access-denied", "protocol-error"}))
     if not trial.tried:
         raise NotRun("the policy allows these clients everything; give a --second-client with fewer rights")
-    answer = stage.ask_one(stage.holders("data")[0], RequestType.DESCRIBE, Describe(stage.names["data"]))
+    answer = stage.ask_one(stage.holders("data")[0], RequestType.DESCRIBE, Describe(stage.names["data"], 0))
     trial.control(answer.code == "ok", "what a rule allows, describe of an own key, is served", answer.seen)
 
 
@@ -218,7 +218,7 @@ def existence(stage: Stage, trial: Trial) -> None:
         raise NotRun(f"{client.name!r} may do everything with the keys of a run")
     there, absent = stage.names["sign"], f"{PREFIX}{stage.run_id}/gone"
     for node in stage.nodes:
-        mine = stage.ask_one(node, RequestType.DESCRIBE, Describe(there))
+        mine = stage.ask_one(node, RequestType.DESCRIBE, Describe(there, 0))
         if node in stage.holders("sign"):
             trial.control(mine.code == "ok", f"{node} knows the key", mine.seen)
         for verb in denied:
@@ -263,7 +263,7 @@ def names(stage: Stage, trial: Trial) -> None:
     for node in stage.nodes:
         known = node in stage.holders("data")
         if known:
-            answer = stage.ask_one(node, RequestType.DESCRIBE, Describe(stage.names["data"]))
+            answer = stage.ask_one(node, RequestType.DESCRIBE, Describe(stage.names["data"], 0))
             trial.control(answer.code == "ok", f"describe of an own key at {node}", answer.seen)
         for what, name in NAMES.items():
             for verb, message in (
@@ -358,7 +358,7 @@ def unsigned_orders(stage: Stage, trial: Trial) -> None:
         for what, verb, message, by_second in tries:
             answer = stage.ask_one(node, verb, message, identity if by_second else None)
             trial.case(answer.code in held, what, node, answer.seen)
-    answer = stage.ask_one(stage.holders("data")[0], RequestType.DESCRIBE, Describe(manifest.name))
+    answer = stage.ask_one(stage.holders("data")[0], RequestType.DESCRIBE, Describe(manifest.name, 0))
     trial.control(answer.code == "ok", "the key is there all the same", answer.seen)
 
 

@@ -172,7 +172,7 @@ def other_messages(stage: Stage, trial: Trial) -> None:
             held, seen = answer.code in REFUSALS | {"key-exists", "share-corrupt"}, answer.seen
             if answer.code == "ok" and verb == SHARE_COMMIT:
                 # A commit of a committed key is answered unread, as it changes nothing. That is what is looked at.
-                now = stage.ask_one(node, RequestType.DESCRIBE, Describe(manifest.name))
+                now = stage.ask_one(node, RequestType.DESCRIBE, Describe(manifest.name, 0))
                 held = now.code == "ok" and REPLY_CODECS[RequestType.DESCRIBE].decode(now.body) == described
                 seen = "nothing changed" if held else "the key's documents changed"
             trial.case(held, what, node, seen)

@@ -250,7 +250,7 @@ class Stage:
     def described(self, word: str) -> KeyDescription:
         """What the first node that knows the key says of it."""
         for node in self.nodes:
-            answer = self.ask_one(node, RequestType.DESCRIBE, Describe(self.names[word]))
+            answer = self.ask_one(node, RequestType.DESCRIBE, Describe(self.names[word], 0))
             if answer.code == "ok":
                 told: KeyDescription = REPLY_CODECS[RequestType.DESCRIBE].decode(answer.body)
                 return told

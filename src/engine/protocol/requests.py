@@ -149,14 +149,14 @@ class KeyDescription(Message, frozen=True):
     manifest: Envelope
     certificate: Envelope
     warnings: Annotated[list[Text], Meta(max_length=16)]
-    settings: SettingsEnvelope = b""
+    settings: SettingsEnvelope
 
 
 class Describe(Message, frozen=True):
     """``[key, version]``; 0 is the newest version."""
 
     key: KeyName
-    version: UInt = 0
+    version: UInt
 
 
 class Destroy(Message, frozen=True):
@@ -259,8 +259,8 @@ class KeyEntry(Message, frozen=True):
     version: UInt
     threshold: UInt
     shares: UInt
-    state: KeyState = "enabled"
-    serial: UInt = 0
+    state: KeyState
+    serial: UInt
 
 
 class KeyList(Message, frozen=True):
@@ -463,7 +463,7 @@ class NodeStatus(Message, frozen=True):
     clock: Text
     health: TokenHealth
     service: ServiceCount
-    host: HostHealth = HostHealth(0, 0, 0, 0)
+    host: HostHealth
 
 
 STAGES: Final = ("parse", "policy", "cache", "wait", "gather", "token", "work", "audit", "reply", "total")
@@ -668,8 +668,8 @@ class Reserve(Message, frozen=True):
     """Dealer to registry: ``[order, manifest, certificate]``; the last two are of the version before, or empty."""
 
     order: Envelope
-    manifest: Envelope = b""
-    certificate: Envelope = b""
+    manifest: Envelope
+    certificate: Envelope
 
 
 class Reserved(Message, frozen=True):
@@ -717,7 +717,7 @@ class SyncEntry(Message, frozen=True):
     manifest: Envelope
     certificate: Envelope
     document: Envelope
-    settings: SettingsEnvelope = b""
+    settings: SettingsEnvelope
 
 
 class SyncPage(Message, frozen=True):
@@ -830,9 +830,9 @@ class BalancerStatus(Message, frozen=True):
     forecasts: Annotated[list[ForecastAccuracy], Meta(max_length=128)]
     series: Annotated[list[Text], Meta(max_length=16)]
     placement: Text
-    host: HostHealth = HostHealth(0, 0, 0, 0)
-    moves: Annotated[list[KeyMoves], Meta(max_length=16)] = []
-    moving: Text = ""
+    host: HostHealth
+    moves: Annotated[list[KeyMoves], Meta(max_length=16)]
+    moving: Text
 
 
 class ClassLoad(Message, frozen=True):
