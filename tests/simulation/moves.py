@@ -586,7 +586,9 @@ def fallback(world: MoveWorld) -> None:
 
     def put_back() -> None:
         world.disks.on_new_epoch = lambda: None
-        if world.healed or world.fallbacks:
+        if world.fallbacks:
+            return
+        if world.healed:
             copies[0].close()
             return
         world.sim.tell("the registry falls back")
