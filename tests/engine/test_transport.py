@@ -725,3 +725,11 @@ def test_a_use_that_is_too_long_is_told(line: Line) -> None:
     with pytest.raises(ValueError, match="a request of more than 65536 bytes"):
         operate(line, data=bytes(70_000))
     assert operate(line) == DONE
+
+
+def test_a_channel_without_connections_sleeps(context: Any, world: Any) -> None:
+    """Half a second of waiting takes next to none of the processor's time; a loop took all of it."""
+    with Channel(world.client.transport, world.members, context) as channel:
+        before_s = time.thread_time()
+        assert channel.poll(0.5) == []
+        assert time.thread_time() - before_s < 0.25

@@ -358,9 +358,12 @@ class Channel:
                 break
             next_deadline = min((each.deadline_s for each in self._pending.values()), default=until)
             wait_s = max(0.0, min(until, next_deadline) - now)
-            # Rounded up, so that the last millisecond before a deadline is no busy loop.
-            for socket, _ in self._poller.poll(int(wait_s * 1000 + 0.999)):
-                self._readable(socket)
+            if self._poller.sockets:
+                # Rounded up, so that the last millisecond before a deadline is no busy loop.
+                for socket, _ in self._poller.poll(int(wait_s * 1000 + 0.999)):
+                    self._readable(socket)
+            else:
+                time.sleep(wait_s)  # pyzmq's poller does not wait if it has no socket
             if timeout_s <= 0:
                 break
         done, self._done = self._done, []
