@@ -171,10 +171,12 @@ REFUSED = (
     errors.ConfigError,
     errors.InvalidSignature,
     errors.InvalidTag,
+    errors.KeyDisabled,
     errors.KeyExists,
     errors.KeyNotFound,
     errors.ManifestError,
     errors.UnsupportedAlgorithm,
+    errors.VersionRetired,
 )
 
 

@@ -91,6 +91,8 @@ def test_a_rule_allows_its_own_operation_and_what_comes_with_it(world: Any, verb
             RequestType.DESTROY,
             RequestType.REFRESH,
             RequestType.RESHARE,
+            RequestType.REWRAP,
+            RequestType.ROTATE,
             RequestType.SETTINGS,
         },
         RequestType.PREWARM: OPERATIONS | {RequestType.PREWARM},
