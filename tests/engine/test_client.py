@@ -74,6 +74,10 @@ from engine.protocol.wire import Load, Status
 NODES = ("n1", "n2", "n3")
 
 
+HEAD = b"KQ\x01\x00\x00\x00\x01"
+"""What a ciphertext of AES-GCM begins with: the format and the version of the key."""
+
+
 class World:
     """Identities of three nodes, a balancer and two clients, of which only one is in the manifest."""
 
@@ -141,7 +145,7 @@ def free_endpoint() -> str:
 
 
 class Nodes:
-    """Every node in one thread. Encryption puts ``ct:`` in front; ``silent`` nodes never answer."""
+    """Every node in one thread. Encryption puts the header and ``ct:`` in front; ``silent`` nodes never answer."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -212,11 +216,11 @@ class Nodes:
             else:
                 listener.reply(incoming, Status.OK, self.world.described)
         elif verb == "encrypt":
-            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Result(b"ct:" + body.data)), load)
-        elif verb == "decrypt" and not body.data.startswith(b"ct:"):
+            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Result(HEAD + b"ct:" + body.data)), load)
+        elif verb == "decrypt" and not body.data.startswith(HEAD + b"ct:"):
             listener.fail(incoming, InvalidTag("tag"), load)
         elif verb == "decrypt":
-            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Result(body.data[3:])), load)
+            listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Result(body.data[len(HEAD) + 3 :])), load)
         elif verb == TABLE:
             listener.reply(incoming, Status.OK, REPLY_CODECS[verb].encode(Table(self.whole)))
         elif verb == "flush":
@@ -262,7 +266,7 @@ def wait_for(condition: Any) -> None:
 class TestEngine:
     def test_the_verbs_reach_the_nodes(self, nodes: Nodes, kq: Engine) -> None:
         ciphertext = kq.encrypt("k", bytearray(b"data"), associated_data=memoryview(b"aad"))
-        assert ciphertext == b"ct:data"
+        assert ciphertext == HEAD + b"ct:data"
         assert kq.decrypt("k", ciphertext) == b"data"
         assert kq.flush() == 6
         assert [each.name for each in kq.list_keys()] == ["k", "of-n1", "of-n2", "of-n3"]
@@ -275,7 +279,7 @@ class TestEngine:
     def test_threads_share_it(self, nodes: Nodes, kq: Engine) -> None:
         with ThreadPoolExecutor(12) as pool:
             items = [b"%d" % number for number in range(600)]
-            assert list(pool.map(lambda item: kq.encrypt("k", item), items)) == [b"ct:" + item for item in items]
+            assert list(pool.map(lambda item: kq.encrypt("k", item), items)) == [HEAD + b"ct:" + item for item in items]
 
     def test_more_threads_than_channels_wait_their_turn(self, nodes: Nodes, world: World) -> None:
         with engine.connect(world.settings(), max_channels=1) as kq, ThreadPoolExecutor(8) as pool:
@@ -294,7 +298,7 @@ class TestEngine:
     def test_a_silent_node_is_passed_over(self, nodes: Nodes, kq: Engine) -> None:
         kq.encrypt("k", b"")
         nodes.silent.add(next(name for name, verb in nodes.served if verb == "encrypt"))
-        assert kq.encrypt("k", b"x", timeout=3.0) == b"ct:x"
+        assert kq.encrypt("k", b"x", timeout=3.0) == HEAD + b"ct:x"
 
     def test_without_nodes_it_ends_with_the_deadline(self, kq: Engine) -> None:
         with pytest.raises(NodeUnavailable, match=r"n\d.*n\d.*n\d"):
@@ -308,11 +312,11 @@ class TestEngine:
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "_run", None)  # the ordinary way
             for number in range(10):
-                assert kq.encrypt("k", b"%d" % number) == b"ct:%d" % number
-                assert kq.decrypt("k", b"ct:%d" % number) == b"%d" % number
+                assert kq.encrypt("k", b"%d" % number) == HEAD + b"ct:%d" % number
+                assert kq.decrypt("k", HEAD + b"ct:%d" % number) == b"%d" % number
             nodes.served.clear()
             with pytest.raises(InvalidTag):
-                kq.decrypt("k", b"bad")
+                kq.decrypt("k", HEAD + b"bad")
         assert len([each for each in nodes.served if each[1] == "decrypt"]) == 1  # what is final is not asked twice
         assert all(not state.outstanding for state in kq._calls.router._nodes.values())
 
@@ -327,8 +331,8 @@ class TestEngine:
         with pytest.raises(AttributeError, match="use"):
             kq.encrypt("k", b"x")
         with engine.trace_context("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"):
-            assert kq.encrypt("k", b"x") == b"ct:x"
-            assert kq.encrypt_many("k", [b"x", b"y"]) == [b"ct:x", b"ct:y"]
+            assert kq.encrypt("k", b"x") == HEAD + b"ct:x"
+            assert kq.encrypt_many("k", [b"x", b"y"]) == [HEAD + b"ct:x", HEAD + b"ct:y"]
         monkeypatch.setattr(kq, "_shortcuts", real)
 
     def test_threads_use_the_shortest_way_side_by_side(self, nodes: Nodes, kq: Engine) -> None:
@@ -338,7 +342,7 @@ class TestEngine:
             try:
                 for count in range(100):
                     data = b"%d-%d" % (number, count)
-                    assert kq.encrypt("k", data) == b"ct:" + data
+                    assert kq.encrypt("k", data) == HEAD + b"ct:" + data
             except BaseException as error:
                 errors.append(error)
 
@@ -387,14 +391,14 @@ class TestEngine:
                 kq.encrypt("k", b"")
         assert kept.value is not None
         assert all(not state.outstanding for state in kq._calls.router._nodes.values())
-        assert kq.encrypt("k", b"x") == b"ct:x"
+        assert kq.encrypt("k", b"x") == HEAD + b"ct:x"
 
     def test_a_kind_of_bytes_is_bytes(self, nodes: Nodes, kq: Engine) -> None:
         class Tagged(bytes):
             pass
 
         for _ in range(3):
-            assert kq.encrypt("k", Tagged(b"data"), associated_data=Tagged(b"aad")) == b"ct:data"
+            assert kq.encrypt("k", Tagged(b"data"), associated_data=Tagged(b"aad")) == HEAD + b"ct:data"
 
     def test_a_stranger_is_denied(self, nodes: Nodes, world: World) -> None:
         with engine.connect(replace(world.settings(), identity=world.stranger)) as kq:
@@ -418,7 +422,7 @@ class TestBatches:
     def test_results_are_in_order(self, nodes: Nodes, kq: Engine) -> None:
         items = [b"%d" % number for number in range(500)]
         sealed = kq.encrypt_many("k", items, associated_data=[b"a"] * 500)
-        assert sealed == [b"ct:" + item for item in items]
+        assert sealed == [HEAD + b"ct:" + item for item in items]
         assert kq.decrypt_many("k", sealed) == items
         assert kq.encrypt_many("k", []) == []
         assert sum(verb == "describe" for _, verb in nodes.served) == 1
@@ -432,15 +436,17 @@ class TestBatches:
         with monkeypatch.context() as patch:
             patch.setattr(Engine, "_many_ordinarily", lambda self, name, call, done, left, *_: (left == []) or 1 / 0)
             sealed = kq.encrypt_many("k", items)
-            assert sealed == [b"ct:" + item for item in items]
+            assert sealed == [HEAD + b"ct:" + item for item in items]
             assert kq.decrypt_many("k", sealed) == items
             nodes.served.clear()
-            done = kq.decrypt_many("k", [b"ct:a", b"bad", *[b"ct:b"] * 300], return_exceptions=True)
+            done = kq.decrypt_many(
+                "k", [HEAD + b"ct:a", HEAD + b"bad", *[HEAD + b"ct:b"] * 300], return_exceptions=True
+            )
             assert [type(each) for each in done[:3]] == [bytes, InvalidTag, bytes]
             assert len(nodes.served) == 302  # what is final is not asked twice
             nodes.served.clear()
             with pytest.raises(InvalidTag):
-                kq.decrypt_many("k", [b"ct:a", b"bad", *[b"ct:b"] * 3_000])
+                kq.decrypt_many("k", [HEAD + b"ct:a", HEAD + b"bad", *[HEAD + b"ct:b"] * 3_000])
             assert len(nodes.served) < 200  # none is begun once one has failed
         items[7] = "text"
         done = kq.encrypt_many("k", items, return_exceptions=True)
@@ -452,16 +458,18 @@ class TestBatches:
             kq.encrypt("k", b"")
         first = next(name for name, verb in reversed(nodes.served) if verb == "encrypt")
         nodes.silent.add(first)
-        assert kq.encrypt_many("k", [b"x"] * 200, timeout=20.0) == [b"ct:x"] * 200
+        assert kq.encrypt_many("k", [b"x"] * 200, timeout=20.0) == [HEAD + b"ct:x"] * 200
 
     def test_the_first_error_is_raised_when_nothing_is_under_way(self, nodes: Nodes, kq: Engine) -> None:
         with pytest.raises(InvalidTag):
-            kq.decrypt_many("k", [b"ct:a", b"bad", *[b"ct:b"] * 200])
+            kq.decrypt_many("k", [HEAD + b"ct:a", HEAD + b"bad", *[HEAD + b"ct:b"] * 200])
         assert sum(verb == "decrypt" for _, verb in nodes.served) < 200
-        assert kq.decrypt("k", b"ct:fine") == b"fine"
+        assert kq.decrypt("k", HEAD + b"ct:fine") == b"fine"
 
     def test_exceptions_can_take_the_place_of_results(self, nodes: Nodes, kq: Engine) -> None:
-        done = kq.decrypt_many("k", [b"ct:a", b"bad", b"ct:b", bytes(60_000)], return_exceptions=True)
+        done = kq.decrypt_many(
+            "k", [HEAD + b"ct:a", HEAD + b"bad", HEAD + b"ct:b", bytes(60_000)], return_exceptions=True
+        )
         assert done[0] == b"a"
         assert done[2] == b"b"
         assert (type(done[1]), type(done[3])) == (InvalidTag, ValueError)
@@ -470,12 +478,12 @@ class TestBatches:
         """They are answered late where many are on the way: that says nothing of the way."""
         for _ in range(3):
             kq.encrypt("k", b"")
-        kq.decrypt_many("k", [b"ct:a"] * 64)
+        kq.decrypt_many("k", [HEAD + b"ct:a"] * 64)
         told: list[float] = []
         genuine = kq._calls.learn
         kq._calls.learn = lambda *given: (told.append(kq._calls.clock() - given[3]), genuine(*given))  # type: ignore[method-assign, assignment, func-returns-value]
         before = {name: state.round_trip_us for name, state in kq._calls.router._nodes.items()}
-        done = kq.decrypt_many("k", [b"ct:a"] * 900 + [b"bad"] * 100, return_exceptions=True)
+        done = kq.decrypt_many("k", [HEAD + b"ct:a"] * 900 + [HEAD + b"bad"] * 100, return_exceptions=True)
         assert sum(isinstance(each, InvalidTag) for each in done) == 100
         assert len(told) == 100
         ways_us = {name: state.round_trip_us for name, state in kq._calls.router._nodes.items()}
@@ -528,14 +536,14 @@ class TestClosing:
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert kq.encrypt("k", b"x") == b"ct:x"
+        assert kq.encrypt("k", b"x") == HEAD + b"ct:x"
 
     def test_idle_channels_are_closed_in_time(self, nodes: Nodes, kq: Engine) -> None:
         kq.encrypt("k", b"")
         assert len(kq._channels._idle) == 1
         kq._channels.reap(0.0)
         assert kq._channels._idle == []
-        assert kq.encrypt("k", b"x") == b"ct:x"
+        assert kq.encrypt("k", b"x") == HEAD + b"ct:x"
 
 
 class TestTables:
@@ -576,7 +584,7 @@ class TestTables:
         table = kq.routing_table
         assert table is not None
         assert table.order == (1, 6)
-        assert kq.encrypt("k", b"x") == b"ct:x"
+        assert kq.encrypt("k", b"x") == HEAD + b"ct:x"
 
     def test_differences_are_followed_and_a_missing_base_is_asked_for(
         self, nodes: Nodes, kq: Engine, world: World
@@ -612,13 +620,13 @@ class TestManifests:
 
         async def use() -> None:
             async with engine.aio.connect(settings) as kq:
-                assert await kq.encrypt("k", b"x") == b"ct:x"
+                assert await kq.encrypt("k", b"x") == HEAD + b"ct:x"
 
         if kind == "asynchronous":
             asyncio.run(use())
         else:
             with engine.connect(settings) as kq:
-                assert kq.encrypt("k", b"x") == b"ct:x"
+                assert kq.encrypt("k", b"x") == HEAD + b"ct:x"
         assert (source.cluster.serial, source.cluster.digest) == (2, nodes.source.cluster.digest)
 
 
@@ -637,7 +645,7 @@ class TestConfiguration:
 
     def test_connect_takes_a_path(self, nodes: Nodes, world: World) -> None:
         with engine.connect(str(self.write(world))) as kq:
-            assert kq.encrypt("k", b"x") == b"ct:x"
+            assert kq.encrypt("k", b"x") == HEAD + b"ct:x"
             assert kq._wait_s(None) == 2.5
 
     def test_a_wrong_pin_or_role_is_refused(self, world: World) -> None:
@@ -658,7 +666,7 @@ class TestAsync:
     def test_many_tasks_share_one_connection_to_each_node(self, nodes: Nodes, world: World) -> None:
         async def work(kq: engine.aio.AsyncEngine) -> None:
             sealed = await asyncio.gather(*(kq.encrypt("k", b"%d" % number) for number in range(300)))
-            assert sealed == [b"ct:%d" % number for number in range(300)]
+            assert sealed == [HEAD + b"ct:%d" % number for number in range(300)]
             assert await kq.decrypt_many("k", sealed) == [b"%d" % number for number in range(300)]
             assert await kq.flush() == 6
             assert len(await kq.list_keys()) == 4
@@ -683,7 +691,7 @@ class TestAsync:
             looking = asyncio.create_task(look())
             done = await asyncio.gather(*(kq.encrypt("k", b"%d" % number, timeout=60.0) for number in range(1_000)))
             looking.cancel()
-            assert done == [b"ct:%d" % number for number in range(1_000)]
+            assert done == [HEAD + b"ct:%d" % number for number in range(1_000)]
             assert 1 < most <= 128
             nodes.silent |= set(NODES)
             late = await asyncio.gather(
@@ -717,7 +725,7 @@ class TestAsync:
         async def work(kq: engine.aio.AsyncEngine) -> None:
             await kq.encrypt("k", b"")
             nodes.silent.add(next(name for name, verb in nodes.served if verb == "encrypt"))
-            assert await kq.encrypt("k", b"x", timeout=3.0) == b"ct:x"
+            assert await kq.encrypt("k", b"x", timeout=3.0) == HEAD + b"ct:x"
 
         self.run(world, work)
 
@@ -745,8 +753,8 @@ class TestAsync:
     def test_errors_in_batches(self, nodes: Nodes, world: World) -> None:
         async def work(kq: engine.aio.AsyncEngine) -> None:
             with pytest.raises(InvalidTag):
-                await kq.decrypt_many("k", [b"ct:a", b"bad"])
-            done = await kq.decrypt_many("k", [b"ct:a", b"bad", bytes(60_000)], return_exceptions=True)
+                await kq.decrypt_many("k", [HEAD + b"ct:a", HEAD + b"bad"])
+            done = await kq.decrypt_many("k", [HEAD + b"ct:a", HEAD + b"bad", bytes(60_000)], return_exceptions=True)
             assert (done[0], type(done[1]), type(done[2])) == (b"a", InvalidTag, ValueError)
 
         self.run(world, work)
@@ -758,7 +766,7 @@ class TestAsync:
                 async with asyncio.timeout(0.1):
                     await kq.encrypt("k", b"")
             nodes.silent.clear()
-            assert await kq.encrypt("k", b"x") == b"ct:x"
+            assert await kq.encrypt("k", b"x") == HEAD + b"ct:x"
             assert not any(link._pending for link in kq._links.values())
 
         self.run(world, work)

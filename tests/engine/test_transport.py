@@ -29,6 +29,7 @@ from engine.client.config import CurveIdentity, Identity, create_identity
 from engine.client.listener import IDLE, Incoming, Listener
 from engine.client.transport import Arrival, Channel, ask, connect_options, open_line, raise_for_status, watch
 from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, Overloaded, ProtocolError
+from engine.keys import KeyKind
 from engine.protocol.manifest import Cluster, Member, PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Flush, Flushed, Hello, Result, Welcome
 from engine.protocol.wire import (
@@ -694,8 +695,15 @@ def test_a_node_that_sends_without_end_keeps_nobody_longer_than_its_patience(wor
 
 def test_an_error_in_opening_a_line_is_told_as_it_is(world: World) -> None:
     record = SimpleNamespace(manifest=SimpleNamespace(key_id=bytes(16)))
-    algorithm = SimpleNamespace(operations={"mac"}, prehashed=False)
-    known = SimpleNamespace(algorithm=algorithm, record=record, request_class=lambda verb: verb, holders=("n1",))
+    algorithm = SimpleNamespace(operations={"mac"}, prehashed=False, kind=KeyKind.HMAC)
+    known = SimpleNamespace(
+        algorithm=algorithm,
+        record=record,
+        request_class=lambda verb: verb,
+        holders=("n1",),
+        info=SimpleNamespace(name="orders"),
+        version=1,
+    )
     dropped: list[str] = []
     router = SimpleNamespace(
         changes=0,
