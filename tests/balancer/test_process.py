@@ -397,7 +397,7 @@ def test_every_request_is_answered(site: Site) -> None:
             (client, STATS, b"\x90", ProtocolError, "does not answer 'stats'"),
             (node, REGISTRY_SYNC, b"garbage", ProtocolError, "body of registry.sync"),
             (node, REGISTRY_SYNC, b"\x90", ProtocolError, "body of registry.sync"),
-            (node, REGISTRY_RESERVE, b"\x91\xc4\x03abc", ProtocolError, "signed envelope"),
+            (node, REGISTRY_RESERVE, b"\x93\xc4\x03abc\xc4\x00\xc4\x00", ProtocolError, "signed envelope"),
         ):
             reply = channel.call("balancer", verb, body, PATIENCE_S)
             with pytest.raises(kind, match=text):
