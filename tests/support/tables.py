@@ -95,4 +95,4 @@ def description(
     info = KeyInfo(
         name, "ed25519", 1, 1 + change, 2, len(holders), tuple(holders), tuple(holders), key_id.hex(), "n1", ""
     )
-    return Description(record, algorithm("ed25519"), tuple(holders), info)
+    return Description(record, algorithm("ed25519"), tuple(holders), info, name)
