@@ -59,7 +59,7 @@ class Stage:
         self.woken += 1
 
     def know(self, name: str, **changes: Any) -> None:
-        self.calls._keep(name, description(name, self.cluster, **changes))
+        self.calls._keep(description(name, self.cluster, **changes))
 
     def answer(self, node: str, name: str, *, loaded: bool = True, kind: str = CLASS) -> None:
         self.router.sent(node, self.now_s - 1.0)
