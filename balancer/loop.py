@@ -63,6 +63,7 @@ from engine.protocol.requests import (
     REGISTRY_LACKING,
     REGISTRY_MANY,
     REGISTRY_OUTCOME,
+    REGISTRY_QUOTA,
     REGISTRY_RESERVE,
     REGISTRY_SETTINGS,
     REGISTRY_SYNC,
@@ -94,6 +95,8 @@ from engine.protocol.requests import (
     NodeStats,
     Outcome,
     OutcomeReply,
+    Quota,
+    QuotaGranted,
     Reserve,
     Reserved,
     ServiceCount,
@@ -527,6 +530,7 @@ class Service(FollowsCluster):
             REGISTRY_COMMIT: self._commit,
             REGISTRY_DESTROY: self._destroy,
             REGISTRY_SETTINGS: self._settings,
+            REGISTRY_QUOTA: self._quota,
             REGISTRY_SYNC: self._sync,
             REGISTRY_OUTCOME: self._outcome,
             REGISTRY_ABORT: self._abort,
@@ -653,6 +657,9 @@ class Service(FollowsCluster):
 
     def _settings(self, member: str, body: Settings) -> SettingsBooked:
         return SettingsBooked(self._registry.settings(body.order, self._now_ms()))
+
+    def _quota(self, member: str, body: Quota) -> QuotaGranted:
+        return QuotaGranted(self._registry.quota(body.key_id, body.nonce, member))
 
     def _sync(self, member: str, body: Sync) -> SyncPage:
         return self._registry.sync(member, body.after)

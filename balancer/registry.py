@@ -55,6 +55,7 @@ from engine.protocol.manifest import (
     aborts,
     certificates,
     check_successor,
+    first_quota,
     open_certificate,
     open_change_order,
     open_create_order,
@@ -96,6 +97,8 @@ CHANGE_LEASE_MS = 10_000
 """A change under way keeps those of other orders waiting for this long; then its coordinator counts as dead."""
 ROTATE_LEASE_MS = 15_000
 """The same of a rotation: its dealer may have to make an RSA key."""
+QUOTA_LEAST = 1_024
+"""A node is granted this part of a key's uses at least, so that the last of them take no round trip each."""
 BUSY_TIMEOUT_S = 1.0
 
 
@@ -143,6 +146,9 @@ class Registry(Protocol):
 
     def destroy_due(self, now_ms: int) -> int:
         """Destroy the keys whose time has come; how many settings were carried out."""
+
+    def quota(self, key_id: bytes, nonce: bytes, node: str) -> int:
+        """Grant a holder more uses of a key whose uses are limited; 0 if there are no more."""
 
     def sync(self, node: str, after: int) -> SyncPage:
         """The keys a node holds a share of that changed after a change number."""
@@ -285,6 +291,11 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX by_lineage ON versions (lineage)",
         "INSERT INTO versions SELECT key_id, name, 1, key_id, 0 FROM keys WHERE state IN (1, 2)",
         "DROP INDEX live_names",
+    ),
+    (
+        "CREATE TABLE quotas (key_id BLOB PRIMARY KEY, given INTEGER NOT NULL, hash BLOB NOT NULL) STRICT",
+        """CREATE TABLE grants (key_id BLOB, node BLOB, nonce BLOB NOT NULL, uses INTEGER NOT NULL,
+           PRIMARY KEY (key_id, node)) STRICT, WITHOUT ROWID""",
     ),
 )
 """Statements that take the schema from version i to i + 1."""
@@ -841,6 +852,47 @@ class SqliteRegistry(FollowsCluster):
         for key_id in key_ids:
             change = self._next(_CHANGE)
             self._store.execute("UPDATE shares SET changed = ? WHERE key_id = ?", (change, key_id))
+
+    def quota(self, key_id: bytes, nonce: bytes, node: str) -> int:
+        """Grant a holder more uses of a key whose uses are limited, durably; 0 if there are no more.
+
+        What is granted counts as used. So that one node does not take it all, it is a part of what is left; the first
+        holders have half of all without asking. The same ``nonce`` again gets the same: its answer may have been lost.
+        ``KeyNotFound``; ``AccessDenied``: the node holds no share; ``ValueError``: the key has no limit.
+        """
+        row = self._row(key_id)
+        if row is None or row.state != _State.COMMITTED:
+            raise KeyNotFound(f"no key with id {key_id.hex()} is committed")
+        holders = _names(row)
+        if node not in holders:
+            raise AccessDenied(f"{node!r} is no holder of {row.text!r} and has no use of it")
+        manifest = read_key_manifest(row.manifest).manifest
+        limit = manifest.uses_max
+        if not limit:
+            raise ValueError(f"the uses of {row.text!r} are not limited")
+        with self._transaction("quota"):
+            last = self._store.execute(
+                "SELECT uses FROM grants WHERE key_id = ? AND node = ? AND nonce = ?", (key_id, node.encode(), nonce)
+            ).fetchone()
+            if last is not None:
+                return int(last[0])
+            given = self._given(key_id, read_create_order(manifest.order).shares * first_quota(manifest))
+            uses = max(0, min(limit - given, max(1, limit // QUOTA_LEAST, (limit - given) // (2 * len(holders)))))
+            fields = (key_id, given + uses)
+            self._store.execute("INSERT OR REPLACE INTO quotas VALUES (?, ?, ?)", (*fields, _hash(fields)))
+            self._store.execute(
+                "INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?)", (key_id, node.encode(), nonce, uses)
+            )
+        return uses
+
+    def _given(self, key_id: bytes, first: int) -> int:
+        """How many uses of a key were given out; ``first`` before any was asked for."""
+        found = self._store.execute("SELECT given, hash FROM quotas WHERE key_id = ?", (key_id,)).fetchone()
+        if found is None:
+            return first
+        if found[1] != _hash((key_id, found[0])):
+            raise RegistryUnavailable(f"the registry's count of the uses of the key {key_id.hex()} is damaged")
+        return int(found[0])
 
     def sync(self, node: str, after: int) -> SyncPage:
         """The node's keys that changed after a change number, in order, at most 256 entries or 40 KiB of documents."""

@@ -23,6 +23,7 @@ class Entry:
     record: KeyRecord
     algorithm: Algorithm
     lineage: bytes
+    uses_max: int
     settings: SettingsRecord | None = None
 
     @property
@@ -85,7 +86,14 @@ class Catalogue:
         record = read_key_manifest(row.manifest)
         lineage = record.manifest.lineage
         with self._lock:
-            entry = Entry(row, record, ALGORITHMS[record.manifest.algorithm], lineage, self._settings.get(lineage))
+            entry = Entry(
+                row,
+                record,
+                ALGORITHMS[record.manifest.algorithm],
+                lineage,
+                record.manifest.uses_max,
+                self._settings.get(lineage),
+            )
             self._lineages.setdefault(lineage, set()).add(row.key_id)
             if self._noted is not None:
                 self._noted.add(row.key_id)

@@ -55,6 +55,7 @@ from engine.protocol.requests import (
     REGISTRY_LACKING,
     REGISTRY_MANY,
     REGISTRY_OUTCOME,
+    REGISTRY_QUOTA,
     REGISTRY_RESERVE,
     REGISTRY_SETTINGS,
     REGISTRY_SYNC,
@@ -78,6 +79,8 @@ from engine.protocol.requests import (
     Lacking,
     Outcome,
     OutcomeReply,
+    Quota,
+    QuotaGranted,
     Reserve,
     Reserved,
     Settings,
@@ -729,6 +732,15 @@ class Conversation(FollowsCluster):
         until_s = self._clock() + timeout_s
         replies = self.ask_all(talker.channel, AUDIT_HEAD, dict.fromkeys(names, body), until_s, None)
         return [name for name, reply in replies if not isinstance(reply, EngineError)]
+
+    def quota(self, talker: Talker, entry: Entry, nonce: bytes, until_s: float) -> int:
+        """More uses of a key whose uses are limited, from the registry; 0 if there are no more."""
+        failpoint("combiner.quota.before")
+        granted: QuotaGranted = self.ask_registry(
+            talker.channel, REGISTRY_QUOTA, Quota(entry.row.key_id, nonce), until_s
+        )
+        failpoint("combiner.quota.granted")
+        return granted.uses
 
     def outcome(self, talker: Talker, entry: Entry) -> OutcomeReply:
         """What became of a prepared share's key."""

@@ -187,6 +187,7 @@ from nodes.limits import GenerationLimit
 from nodes.operations import bound, check_operation, most_data
 from nodes.orders import BalancerOrders
 from nodes.policy import check_key, check_verb
+from nodes.quotas import Quotas
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
@@ -267,6 +268,8 @@ HEADS_EVERY_S: Final = 1.0
 HEADS_RETRY_S: Final = 10.0
 """The same after one of them could not be told."""
 HEADS_TIMEOUT_S: Final = 1.0
+QUOTA_TIMEOUT_S: Final = 5.0
+"""How long the registry is asked ahead for more uses of a key."""
 FAREWELL_S: Final = 0.3
 """What a node that stops gives the others to take in its last head."""
 MAX_ERROR_DETAIL: Final = 200
@@ -439,6 +442,7 @@ class Handlers(FollowsCluster):
         replier: Replier,
         cache_limits: CacheLimits,
         signatures: SignatureCache,
+        quotas: Quotas,
         ledger: GrantLedger,
         limits: ServiceLimits,
         health: Health,
@@ -498,6 +502,7 @@ class Handlers(FollowsCluster):
         self._started_s = self._clock()
         self._cache: Cache[tuple[bytes, int], _Loaded] = Cache(cache_limits, self._unload)
         self._signatures = signatures
+        self._quotas = quotas
         self._gathering: dict[bytes, list[_Waiting]] = {}
         self._unloading: list[_Loaded] = []
         self._counts: dict[str, _Count] = {}
@@ -510,6 +515,7 @@ class Handlers(FollowsCluster):
         self._admission = Admission(limits)
         self._cursor = Cursor()
         self._next_books_s = self._looked_s = 0.0
+        self._asking_uses: dict[bytes, list[Callable[[Any, Exception | None], None]]] = {}
         self._doubted: set[bytes] = set()
         """Keys that were asked for while nobody had told whether they were made: the registry is asked."""
         self._settle_after_ms = 0
@@ -677,11 +683,17 @@ class Handlers(FollowsCluster):
             return None
         loaded, uses, until_s = lease
         self._admission.give(plan.member, admitted - uses)
-        if loaded is not plan.loaded:
+        counted = self._quotas.take(plan.entry, uses) if _counts(plan) else uses
+        if loaded is not plan.loaded or not counted:
             self._admission.give(plan.member, uses)
             self._cache.settle(plan.cached_as, loaded, 0, uses)
+            if _counts(plan):
+                self._quotas.give(plan.entry, counted)
             return None
-        return uses, min(until_s, now_s + LEASE_S)
+        if counted < uses:
+            self._admission.give(plan.member, uses - counted)
+            self._cache.settle(plan.cached_as, loaded, 0, uses - counted)
+        return counted, min(until_s, now_s + LEASE_S)
 
     def settle_planned(self, plan: Plan, leased: int, used: int, failed: int, busy_us: int) -> None:
         """Count what was done by a lease, in microseconds, and take back the rest.
@@ -690,6 +702,8 @@ class Handlers(FollowsCluster):
         """
         self._admission.give(plan.member, leased - used)
         self._cache.settle(plan.cached_as, plan.loaded, used, leased - used)
+        if _counts(plan):
+            self._quotas.give(plan.entry, leased - used)
         plan.count.requests += used - failed
         plan.count.busy_us += busy_us
         if used > failed:
@@ -999,7 +1013,95 @@ class Handlers(FollowsCluster):
         call.request_class = classify_request(call.verb, entry.algorithm.name)
         entry.check_usable()
         check_operation(entry.algorithm, call.verb, body)
-        self._with_key(call, entry, body.grant, lambda loaded: self._perform(call, body, loaded))
+
+        def perform(loaded: _Loaded) -> None:
+            self._perform(call, body, loaded)
+
+        if call.verb not in PRODUCING or not entry.uses_max:
+            self._with_key(call, entry, body.grant, perform)
+            return
+
+        def count(loaded: _Loaded) -> None:
+            # Once its use is counted, the key may have left the cache.
+            if self._counted(call, entry, 1, lambda: self._with_key(call, entry, body.grant, perform)):
+                perform(loaded)
+
+        self._with_key(call, entry, body.grant, count)
+
+    # --- uses that are limited ---
+
+    def _counted(self, call: _Call, entry: Entry, uses: int, go_on: Callable[[], None], had: int = 0) -> bool:
+        """Whether so many uses of a key may be made now; else ``go_on`` is called, or the call fails, later.
+
+        ``had`` were counted before. What was counted for a call that fails stays here, for the next one.
+        """
+        had += self._quotas.take(entry, uses - had)
+        if had == uses:
+            return True
+
+        def noted(error: Exception | None) -> None:
+            try:
+                if error is not None:
+                    self._quotas.give(entry, had)
+                    raise error
+                if self._counted(call, entry, uses, go_on, had):
+                    go_on()
+            except Exception as failure:
+                self._fail(call, failure)
+
+        try:
+            self._quotas.check(entry)
+            if self._clock() >= call.deadline_s:
+                raise DeadlineExceeded(f"{self._node}: the deadline passed while uses of the key were asked for")
+            self._note_uses(entry, call.deadline_s, noted)
+        except EngineError:
+            self._quotas.give(entry, had)
+            raise
+        return False
+
+    def _note_uses(self, entry: Entry, until_s: float, then: Callable[[Exception | None], None]) -> None:
+        """Note the next uses of a key durably, and ask the registry for more if there are none."""
+
+        def noted(short: bool | None, error: Exception | None) -> None:
+            if error is not None or not short:
+                then(error)
+                return
+            if self._quotas.ready(entry):
+                self._ask_uses(entry, self._clock() + QUOTA_TIMEOUT_S, _ignore)
+                then(None)
+            else:
+                self._ask_uses(entry, until_s, lambda _, failure: then(failure))
+
+        self._local.submit(lambda lane: self._quotas.note(entry), noted)
+
+    def _ask_uses(self, entry: Entry, until_s: float, then: Callable[[Any, Exception | None], None]) -> None:
+        """Ask the registry for more uses of a key, unless that is under way; ``then`` is told when it is done."""
+        key_id = entry.row.key_id
+        waiting = self._asking_uses.get(key_id)
+        if waiting is not None:
+            waiting.append(then)
+            return
+        self._asking_uses[key_id] = [then]
+
+        def done(result: Any, error: Exception | None) -> None:
+            for each in self._asking_uses.pop(key_id, []):
+                each(result, error)
+
+        def ask(talker: Talker) -> None:
+            uses = self._conversation.quota(talker, entry, self._quotas.nonce(entry), until_s)
+            self._quotas.add(entry, uses)
+            self._quotas.note(entry)
+
+        try:
+            self._dealer.submit(ask, done)
+        except Overloaded as error:
+            done(None, error)
+
+    def _note_ahead(self) -> None:
+        """Have the next uses noted of keys that are near the end of those that are."""
+        for entry in self._quotas.low():
+            with contextlib.suppress(Overloaded):  # whoever needs them has it done
+                self._note_uses(entry, self._clock() + QUOTA_TIMEOUT_S, lambda error: None)
 
     def _version_of(self, entry: Entry, ciphertext: bytes) -> Entry:
         """The version that a ciphertext says it is of, for who names none."""
@@ -1019,14 +1121,19 @@ class Handlers(FollowsCluster):
         call.entry, call.request_class = new, classify_request(call.verb, new.algorithm.name)
         new.check_usable()
         old.check_usable()
-        self._with_key(
-            call,
-            old,
-            body.from_grant,
-            lambda before: self._with_key(
-                call, new, body.to_grant, lambda after: self._rewrapped(call, body, old, before, after)
-            ),
-        )
+
+        def load_both() -> None:
+            self._with_key(
+                call,
+                old,
+                body.from_grant,
+                lambda before: self._with_key(
+                    call, new, body.to_grant, lambda after: self._rewrapped(call, body, old, before, after)
+                ),
+            )
+
+        if old is new or not new.uses_max or self._counted(call, new, len(body.items), load_both):
+            load_both()
 
     def _rewrapped(self, call: _Call, body: Rewrap, old: Entry, before: _Loaded, after: _Loaded) -> None:
         """Decrypt with one version and encrypt with the other; a bad ciphertext costs the others nothing."""
@@ -1800,6 +1907,7 @@ class Handlers(FollowsCluster):
         self._holder.shares.expire()
         self._signatures.expire()
         self._watch_clock(now)
+        self._note_ahead()
         self._tell_refusals()
         overdue, self._unloading = self._unloading, []
         for each in overdue:
@@ -2037,6 +2145,8 @@ class Handlers(FollowsCluster):
         """Let every loaded key go."""
         self._cache.clear("flushed")
         self._holder.shares.clear("flushed")
+        with contextlib.suppress(EngineError):  # what is not taken back counts as used
+            self._quotas.close()
 
     # --- what changed ---
 
@@ -2064,6 +2174,7 @@ class Handlers(FollowsCluster):
             self._cache.drop(lambda cached: cached[0] == current[0] and cached[1] < current[1], "changed")
 
     def _forget(self, key_id: bytes) -> None:
+        self._quotas.forget(key_id)
         self._cache.drop(lambda cached: cached[0] == key_id, "changed")
 
     def _outdated(self, call: _Call) -> None:
@@ -2098,6 +2209,11 @@ def _refused_meanwhile(entry: Entry, current: Entry | None) -> EngineError | Non
     except (KeyDisabled, VersionRetired) as error:
         return error
     return None
+
+
+def _counts(plan: Plan) -> bool:
+    """Whether uses by a plan are counted against their key's limit."""
+    return plan.verb in PRODUCING and plan.entry.uses_max > 0
 
 
 def _cached_as(entry: Entry) -> tuple[bytes, int]:

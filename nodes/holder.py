@@ -36,6 +36,7 @@ from engine.protocol.manifest import (
     Receipt,
     check_successor,
     destroy_orders,
+    first_quota,
     open_abort,
     open_certificate,
     open_create_order,
@@ -139,7 +140,7 @@ class ShareHolder(FollowsCluster):
         failpoint("holder.prepare.checked")
         row = self._row(record, "prepared", sealed=seal_share(lane, share, salt, context))
         failpoint("holder.prepare.sealed")
-        row = self._store.put(row)
+        row = self._store.put(row, first_quota(record.manifest) if record.manifest.epoch == 1 else 0)
         failpoint("holder.prepare.written")
         self._catalogue.put(row)  # before the check: an abort notice must find what is stored, good or not
         if unseal_share(lane, row.sealed, share.x, context) != (share, salt):

@@ -45,6 +45,7 @@ SEALED: Final[Mapping[str, Mapping[str, Callable[[Mapping[str, Any], str], bytes
     "pledges": {},
     "fencings": {},
     "settings": {},
+    "quotas": {},
 }
 """Table -> column sealed by the KEK -> its associated data, of a row and the node's name.
 

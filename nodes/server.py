@@ -39,6 +39,7 @@ from nodes.keeper import Keeper
 from nodes.ledger import GrantLedger
 from nodes.limits import GenerationLimit
 from nodes.orders import BalancerOrders
+from nodes.quotas import Quotas
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
@@ -241,6 +242,7 @@ class Server:
             replier=self._listener,
             cache_limits=config.key_cache,
             signatures=signatures,
+            quotas=Quotas(self._store),
             ledger=ledger,
             limits=self._listener.limits,
             generation=GenerationLimit(config.generate_part, time.monotonic()),

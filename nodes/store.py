@@ -27,7 +27,7 @@ from nodes.token import Lane
 
 __all__ = ["ClockMark", "Row", "ShareStore", "StoreCorrupt", "UsedGrant", "seal_context", "tag_of"]
 
-SCHEMA_VERSION: Final = 5
+SCHEMA_VERSION: Final = 6
 SALT_BYTES: Final = 32
 UNWRITABLE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_BUSY})
 SEALED_NAME: Final = "sealed/"
@@ -65,7 +65,12 @@ _SCHEMA_5: Final = """
 CREATE TABLE settings (lineage BLOB PRIMARY KEY, serial INTEGER NOT NULL, document BLOB NOT NULL, tag BLOB NOT NULL)
 WITHOUT ROWID;
 """
-MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2, 3: _SCHEMA_3, 4: _SCHEMA_4, 5: _SCHEMA_5}
+_SCHEMA_6: Final = """
+CREATE TABLE quotas (
+    key_id BLOB PRIMARY KEY, granted INTEGER NOT NULL, noted INTEGER NOT NULL, tag BLOB NOT NULL
+) WITHOUT ROWID;
+"""
+MIGRATIONS: Final = {1: _SCHEMA_1, 2: _SCHEMA_2, 3: _SCHEMA_3, 4: _SCHEMA_4, 5: _SCHEMA_5, 6: _SCHEMA_6}
 """Schema version -> the statements that lead there from the one before."""
 
 
@@ -401,6 +406,25 @@ class ShareStore:
                 "INSERT OR REPLACE INTO settings VALUES (?, ?, ?, ?)", (*values, self._tag_of("settings", values))
             )
 
+    # --- quotas ---
+
+    def quota(self, key_id: bytes) -> tuple[int, int] | None:
+        """The uses of a key that this node was granted, and those that count as made, checked; None if it has none."""
+        rows = self._select("SELECT key_id, granted, noted, tag FROM quotas WHERE key_id = ?", key_id)
+        if not rows:
+            return None
+        _, granted, noted = self._checked("quotas", rows[0])
+        return int(granted), int(noted)
+
+    def note_quota(self, key_id: bytes, granted: int, noted: int) -> None:
+        """Note both anew; durable."""
+        with self._transaction():
+            self._write_quota(key_id, granted, noted)
+
+    def _write_quota(self, key_id: bytes, granted: int, noted: int) -> None:
+        values = (key_id, granted, noted)
+        self._db.execute("INSERT OR REPLACE INTO quotas VALUES (?, ?, ?, ?)", (*values, self._tag_of("quotas", values)))
+
     # --- reading ---
 
     def rows(self) -> list[Row]:
@@ -418,11 +442,16 @@ class ShareStore:
 
     # --- changing; each method is one durable transaction ---
 
-    def put(self, row: Row) -> Row:
-        """Store or replace a row, durably, and return it as read back from the file."""
+    def put(self, row: Row, quota: int = 0) -> Row:
+        """Store or replace a row, durably, and return it as read back from the file.
+
+        ``quota`` are uses that this node is granted with it.
+        """
         with self._lock:
             with self._transaction():
                 self._write(row)
+                if quota and self.quota(row.key_id) is None:
+                    self._write_quota(row.key_id, quota, 0)
             stored = self.get(row.key_id, row.version, row.epoch)
         if stored != row:
             raise StoreCorrupt(f"the store of {self._node!r} did not give back what was written")
@@ -444,13 +473,17 @@ class ShareStore:
 
         ``truncate_log`` follows.
         """
-        return self._put_alone(replace(row, state="destroyed", sealed=b"", document=order, changed_ms=now_ms))
+        return self._put_alone(
+            replace(row, state="destroyed", sealed=b"", document=order, changed_ms=now_ms), forget_uses=True
+        )
 
-    def _put_alone(self, row: Row) -> Row:
+    def _put_alone(self, row: Row, *, forget_uses: bool = False) -> Row:
         with self._lock:
             with self._transaction():
                 self._db.execute("DELETE FROM keys WHERE key_id = ?", (row.key_id,))
                 self._db.execute("DELETE FROM pledges WHERE key_id = ?", (row.key_id,))
+                if forget_uses:
+                    self._db.execute("DELETE FROM quotas WHERE key_id = ?", (row.key_id,))
                 self._write(row)
             stored = self._read("WHERE key_id = ?", row.key_id)
         if stored != [row]:

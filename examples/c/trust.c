@@ -750,12 +750,14 @@ static bool check_order(struct manifest *manifest, const struct cluster *cluster
     uint64_t version = 1;
     size_t fields = 0;
     struct bytes lineage = bytes_of(NULL, 0);
-    bool good = reader_open_some(&reader, document.payload, 2048, 7, 9, &fields, "create order", failure);
+    uint64_t uses_max = 0;
+    bool good = reader_open_some(&reader, document.payload, 2048, 7, 10, &fields, "create order", failure);
     if (good && !(get_bytes(&reader.fields[0], 16, 16, &id) && get_name(&reader.fields[1], name) &&
                   get_text(&reader.fields[2], 64, &algorithm) && get_uint(&reader.fields[3], 1, 64, &threshold) &&
                   get_uint(&reader.fields[4], 1, 64, &shares) && get_text(&reader.fields[5], 16, &operation) &&
                   (fields < 8 || get_uint(&reader.fields[7], 1, UINT32_MAX, &version)) &&
-                  (fields < 9 || get_bytes(&reader.fields[8], 0, 16, &lineage)) && version == key->version &&
+                  (fields < 9 || get_bytes(&reader.fields[8], 0, 16, &lineage)) &&
+                  (fields < 10 || get_uint(&reader.fields[9], 0, INT64_MAX, &uses_max)) && version == key->version &&
                   lineage.len == (version > 1 ? 16 : 0) &&
                   (version > 1 ? same_text(operation, "rotate")
                                : same_text(operation, "generate") || same_text(operation, "import")) &&

@@ -18,6 +18,7 @@ __all__ = [
     "InvalidSignature",
     "InvalidTag",
     "KeyDisabled",
+    "KeyExhausted",
     "KeyExists",
     "KeyNotFound",
     "KeyPending",
@@ -71,6 +72,12 @@ class VersionRetired(EngineError):
     """The version of the key is below the least that its settings let be used."""
 
     code = "version-retired"
+
+
+class KeyExhausted(EngineError):
+    """A version of a key was used as often as it may be; a rotation makes the next one."""
+
+    code = "key-exhausted"
 
 
 class KeyExists(EngineError):

@@ -36,6 +36,7 @@ __all__ = [
 MAX_HMAC_KEY = 128
 """Longest HMAC key in bytes, the block size of SHA-512: longer keys would be hashed first (RFC 2104, section 3)."""
 MIN_HMAC_KEY = 16
+GCM_USES_MAX = 2**31
 
 
 class RequestType(StrEnum):
@@ -108,6 +109,14 @@ class Algorithm:
     hash_name: str
     operations: frozenset[RequestType]
     prior_us: int
+
+    @property
+    def uses_max(self) -> int:
+        """How often one version may make something new by default; 0 for no limit.
+
+        AES-GCM with random nonces is safe for 2^32 encryptions (NIST SP 800-38D, 8.3); this is half of that.
+        """
+        return GCM_USES_MAX if self.kind is KeyKind.AES else 0
 
     @property
     def asymmetric(self) -> bool:

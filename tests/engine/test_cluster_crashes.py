@@ -40,9 +40,18 @@ KEPT = 8
 """Keys beyond this many are destroyed."""
 ROUNDS = 4
 """Lives of a key within which a point must have been passed."""
-ELSEWHERE = ("rotate.", "registry.expire.", "registry.refuse.", "registry.adopt.", "dealer.move.", "holder.many.")
+ELSEWHERE = (
+    "rotate.",
+    "registry.expire.",
+    "registry.refuse.",
+    "registry.adopt.",
+    "dealer.move.",
+    "holder.many.",
+    "combiner.quota.",
+    "registry.quota.",
+)
 """Points that no life of a key here passes: tests/nodes/test_rotation.py and test_crash_points.py go through them, and
-tests/engine/test_cluster_moves.py."""
+tests/engine/test_cluster_moves.py, test_cluster_quotas.py and tests/balancer/test_registry_quota.py."""
 REFRESH = (".refresh.", "holder.deal.", "holder.renew.", "registry.change.")
 TRIAL = ("dealer.reshare.tried", "holder.trial.")
 RESHARE = (".reshare.", "holder.accept.", "holder.leave.", *TRIAL)

@@ -55,6 +55,7 @@ from nodes.ledger import GrantLedger
 from nodes.limits import GenerationLimit, Limits
 from nodes.orders import BalancerOrders
 from nodes.peers import Peers
+from nodes.quotas import Quotas
 from nodes.remember import SignatureCache
 from nodes.store import Row, ShareStore
 from nodes.token import Lane, LoadedKey, Token
@@ -186,6 +187,7 @@ class Scene:
             replier=self,
             cache_limits=CacheLimits(300.0, 4, max_uses),
             signatures=self.signatures,
+            quotas=Quotas(store),
             ledger=self.ledger,
             limits=ServiceLimits(),
             health=self.health,

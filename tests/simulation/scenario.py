@@ -94,6 +94,7 @@ from nodes.ledger import MARK_EVERY_MS, RETRY_WINDOW_MS, GrantLedger
 from nodes.limits import GenerationLimit
 from nodes.orders import BalancerOrders
 from nodes.peers import HEDGE_MIN_S
+from nodes.quotas import Quotas
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
@@ -412,6 +413,7 @@ class Node(Proc):
             replier=replier,
             cache_limits=CacheLimits(3.0, 8, max_uses=6),
             signatures=SignatureCache(CacheLimits(60.0, 1000), self.clock),
+            quotas=Quotas(store),
             renewer=renewer,
             coordinator=coordinator,
             trial=Trial(world.cluster, self.name, holder, conversation, now_ms),

@@ -125,9 +125,22 @@ def key() -> None:
 @_name
 @_algorithm
 @_shares
+@click.option(
+    "--uses-max",
+    type=click.IntRange(1),
+    metavar="N",
+    help="How often each version may encrypt, sign and make MACs, by all nodes together; 2^31 for AES-GCM by default.",
+)
 @common_options(connects=True)
 @click.pass_obj
-def create(settings: Settings, name: str, algorithm: str, threshold: int | None, shares: int | None) -> None:
+def create(
+    settings: Settings,
+    name: str,
+    algorithm: str,
+    threshold: int | None,
+    shares: int | None,
+    uses_max: int | None,
+) -> None:
     """Generate a key inside the cluster, split t-of-n.
 
     Without --threshold and --shares the key is spread over at most 5 nodes, with a majority as threshold (a cluster
@@ -135,7 +148,7 @@ def create(settings: Settings, name: str, algorithm: str, threshold: int | None,
     """
     threshold, shares = _share_counts(settings, threshold, shares)
     with _engine(settings) as kq, spinner(settings, f"generating {name}"):
-        info = kq.create_key(name, algorithm, threshold, shares, timeout=settings.timeout_s)
+        info = kq.create_key(name, algorithm, threshold, shares, uses_max=uses_max, timeout=settings.timeout_s)
     _emit_info(settings, asdict(info))
 
 

@@ -513,11 +513,12 @@ class AsyncEngine:
         threshold: int | None = None,
         shares: int | None = None,
         *,
+        uses_max: int | None = None,
         timeout: float | None = None,
     ) -> KeyInfo:
-        """Generate a key inside the cluster, split t-of-n."""
+        """Generate a key inside the cluster, split t-of-n; ``uses_max`` as in ``Engine.create_key``."""
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
-        return await self._run(self._calls.create_key(name, algorithm, threshold, shares, wait_s))
+        return await self._run(self._calls.create_key(name, algorithm, threshold, shares, wait_s, uses_max))
 
     async def import_key(
         self,

@@ -35,6 +35,7 @@ from engine.errors import (
     InvalidSignature,
     InvalidTag,
     KeyDisabled,
+    KeyExhausted,
     KeyExists,
     KeyNotFound,
     KeyPending,
@@ -73,6 +74,7 @@ from engine.protocol.manifest import (
     destroy_orders,
     open_certificate,
     open_key_manifest,
+    read_create_order,
     refresh_orders,
     reshare_orders,
 )
@@ -434,6 +436,8 @@ class _Trail:
     failures: dict[str, Exception] = field(default_factory=dict)
     earlier: dict[str, Exception] = field(default_factory=dict)
     quorum: list[QuorumUnavailable | ShareCorrupt] = field(default_factory=list)
+    version: int = 0
+    """The version of the key that was asked for last."""
     hurried: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -481,6 +485,9 @@ class _Trail:
                 raise type(error)(f"{self.what}: {error}")
         if self.all_are(KeyNotFound):
             raise KeyNotFound(f"{self.what}: {next(iter(self.failures.values()))}")
+        exhausted = [each for each in self.failures.values() if isinstance(each, KeyExhausted)]
+        if exhausted and all(isinstance(each, _NO_USES) for each in self.failures.values()):
+            raise KeyExhausted(str(exhausted[0]))
         seconds = min(PAUSE_FIRST_S * 2 ** min(self.rounds, 10), PAUSE_MAX_S)
         self.rounds += 1
         if self.left_s() <= seconds:
@@ -516,6 +523,10 @@ class _Trail:
             if all(isinstance(each, kind) for each in newest.values()):
                 return self.in_time(kind(f"{self.what}: {self.told()}"))
         return DeadlineExceeded(f"{self.what}: no node served it in time ({self.told()})")
+
+
+_NO_USES = (KeyExhausted, NodeUnavailable, DeadlineExceeded)
+"""What nodes say that have no uses of a key left, and those say nothing that can't be asked."""
 
 
 def _newer(found: Description, known: Description) -> bool:
@@ -577,8 +588,10 @@ class Calls:
         clock: Callable[[], float],
         now_ms: Callable[[], int],
         random_bytes: Callable[[int], bytes],
+        rotates: bool = True,
     ) -> None:
         self._source = cluster
+        self._rotates = rotates
         self.router = router
         self._signing = signing
         self.clock = clock
@@ -706,14 +719,28 @@ class Calls:
         if kept is not None and use.verb not in kept.algorithm.operations:
             # The name may be another key's by now, of an algorithm that can do this.
             self._descriptions.drop(use.name)
+        trail = self._trail_of(use, deadline_s, lost)
         try:
-            return (yield from self._using(use, self._trail_of(use, deadline_s, lost)))
+            while True:
+                try:
+                    return (yield from self._using(use, trail))
+                except KeyExhausted as error:
+                    yield from self._renewed(use.name, trail, error)
+                    trail = self._trail_of(use, deadline_s, Lost())
         except (OlderVersion, InvalidSignature, InvalidTag) as error:
             known = self._descriptions.peek(use.name)
             if known is None or use.sought(known) or known.algorithm.kind is KeyKind.AES:
                 raise _unfit(use, error) from None
             unfit = error
         return (yield from self._trying(use, known, deadline_s, unfit))
+
+    def _renewed(self, name: str, trail: _Trail, exhausted: KeyExhausted) -> Call[None]:
+        """Rotate a key that was used as often as it may be, unless somebody has; raise it where this client may not."""
+        left_s = trail.left_s()
+        if not self._rotates or not self.cluster.allows(self._signing.name, RequestType.ROTATE, name) or left_s <= 0:
+            raise exhausted
+        rotation = _Trail(f"rotate {name!r}", self.clock, self.clock() + left_s)
+        yield from self._rotating(name, left_s, rotation, trail.version)
 
     def _trail_of(self, use: _Use, deadline_s: float, lost: Lost) -> _Trail:
         return _Trail(f"{use.verb} with {use.name[:128]!r}", self.clock, deadline_s, earlier=lost)
@@ -756,6 +783,7 @@ class Calls:
         refreshed = False
         while True:
             trail.begin_round()
+            trail.version = known.version
             answer = yield from self._round(self._wanted(use, known, trail), trail, refreshed)
             if isinstance(answer, Result):
                 return bytes(answer.data)
@@ -903,7 +931,12 @@ class Calls:
                 refreshed = True
                 old = yield from self._resolved(use, trail, unlike=new)
                 continue
-            pause = trail.end_round()
+            try:
+                pause = trail.end_round()
+            except KeyExhausted as error:
+                trail.version = new.version
+                yield from self._renewed(name, trail, error)
+                continue
             yield pause
             refreshed = False
 
@@ -1176,10 +1209,18 @@ class Calls:
     # --- creation and destruction ---
 
     def create_key(
-        self, name: str, algorithm_name: str, threshold: int | None, shares: int | None, timeout_s: float
+        self,
+        name: str,
+        algorithm_name: str,
+        threshold: int | None,
+        shares: int | None,
+        timeout_s: float,
+        uses_max: int | None = None,
     ) -> Call[KeyInfo]:
         """Generate a key on a node of the cluster, split t-of-n."""
         order = self._order("generate", name, algorithm(algorithm_name), threshold, shares, timeout_s)
+        if uses_max is not None:
+            order = structs.replace(order, uses_max=_uses(algorithm(algorithm_name), uses_max))
         return _maybe_traced("generate", self._creating(order, b"", self._trail(f"create {name!r}", timeout_s)))
 
     def import_key(
@@ -1229,10 +1270,13 @@ class Calls:
         trail = self._trail(f"rotate {name!r}", timeout_s)
         return _maybe_traced("rotate", self._rotating(name, timeout_s, trail))
 
-    def _rotating(self, name: str, timeout_s: float, trail: _Trail) -> Call[KeyInfo]:
+    def _rotating(self, name: str, timeout_s: float, trail: _Trail, exhausted: int = 0) -> Call[KeyInfo]:
+        """With an ``exhausted`` version only if that is still the newest one."""
         self._descriptions.drop(name)
         known = yield from self._described(name, trail)
         manifest = known.record.manifest
+        if exhausted and manifest.version > exhausted:
+            return known.info
         if manifest.version >= MAX_VERSION:
             raise ValueError(f"{name!r} has version {manifest.version}, and there is none beyond {MAX_VERSION}")
         order = CreateOrder(
@@ -1245,6 +1289,7 @@ class Calls:
             expires_ms=self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS,
             version=manifest.version + 1,
             lineage=manifest.lineage,
+            uses_max=read_create_order(manifest.order).uses_max,
         )
         return (yield from self._creating(order, b"", trail, known.holders))
 
@@ -1845,6 +1890,14 @@ def check_timeout(timeout_s: object) -> float:
     if not 0 < timeout_s <= TIMEOUT_MAX_S:
         raise ValueError(f"timeout of {timeout_s} s; it must be above 0 and at most {TIMEOUT_MAX_S:g}")
     return float(timeout_s)
+
+
+def _uses(algo: Algorithm, value: object) -> int:
+    uses = _as_int("uses_max", value)
+    most = algo.uses_max or 2**63 - 1
+    if not 1 <= uses <= most:
+        raise ValueError(f"uses_max {uses}; for {algo.name} it must lie in 1..{most}")
+    return uses
 
 
 def _as_int(what: str, value: object) -> int:

@@ -92,7 +92,8 @@ log = structlog.get_logger()
 class ClientSettings:
     """Who the client is, where its verified cluster manifest is had from, and its default deadline in seconds.
 
-    With ``prewarm`` it has the keys that it uses loaded ahead.
+    With ``prewarm`` it has the keys that it uses loaded ahead. With ``rotate`` it rotates a key that was used as often
+    as it may be, where the policy lets it.
     """
 
     identity: Identity
@@ -102,6 +103,7 @@ class ClientSettings:
     file: Path | None = None
     """The identity's file, which is read again when its CURVE key changes."""
     prewarm: bool = True
+    rotate: bool = True
     router: Callable[[ClusterSource], Router] = Router
     """What chooses the node for each request, by the newest manifest."""
 
@@ -122,7 +124,9 @@ def load_settings(path: str | os.PathLike[str]) -> ClientSettings:
     if identity.role != "client":
         raise ConfigError(f"{Path(path)}: the identity {identity.name!r} is a {identity.role}'s, a client's is needed")
     membership = open_membership(resolve(path, config.manifest), config.manifest_pin, durable=False)
-    return ClientSettings(identity, membership, config.timeout_s, resolve(path, config.identity), config.prewarm)
+    return ClientSettings(
+        identity, membership, config.timeout_s, resolve(path, config.identity), config.prewarm, config.rotate
+    )
 
 
 def as_settings(config: str | os.PathLike[str] | ClientSettings) -> ClientSettings:
@@ -147,6 +151,7 @@ def make_calls(settings: ClientSettings) -> Calls:
         clock=time.monotonic,
         now_ms=lambda: time.time_ns() // 1_000_000,
         random_bytes=os.urandom,
+        rotates=settings.rotate,
     )
 
 
@@ -950,11 +955,17 @@ class Engine:
         threshold: int | None = None,
         shares: int | None = None,
         *,
+        uses_max: int | None = None,
         timeout: float | None = None,
     ) -> KeyInfo:
-        """Generate a key inside the cluster, split t-of-n (by default over at most 5 nodes, with a majority as t)."""
+        """Generate a key inside the cluster, split t-of-n (by default over at most 5 nodes, with a majority as t).
+
+        ``uses_max`` is how often each version of it may encrypt, sign and make MACs, by all nodes together: by default
+        2^31 times for AES-GCM, and any number for the others. ``KeyExhausted`` says that it was.
+        """
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
-        return self._run(self._calls.create_key(name, algorithm, threshold, shares, wait_s), wait_s)
+        call = self._calls.create_key(name, algorithm, threshold, shares, wait_s, uses_max)
+        return self._run(call, wait_s)
 
     def import_key(
         self,

@@ -457,6 +457,7 @@ class ClientConfig(Struct, frozen=True, forbid_unknown_fields=True):
     manifest_pin: str
     timeout_s: Annotated[float, Meta(gt=0, le=600)] = 5.0
     prewarm: bool = True
+    rotate: bool = True
 
 
 def configure_logging(level: str = "") -> None:

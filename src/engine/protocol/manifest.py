@@ -59,6 +59,7 @@ __all__ = [
     "check_successor",
     "decode_card",
     "encode_card",
+    "first_quota",
     "follow_chain",
     "join_chains",
     "open_abort",
@@ -657,6 +658,8 @@ class CreateOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     """A client's signed order to create a key; its ``key_id`` is the request's idempotency id too.
 
     ``rotate`` makes a later ``version`` of the key whose version 1 has the id ``lineage``, which is empty otherwise.
+    ``uses_max`` is how often this version may encrypt, sign and make MACs, by all nodes together; 0 is left to the
+    algorithm.
     """
 
     key_id: Identifier
@@ -668,6 +671,7 @@ class CreateOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     expires_ms: UInt
     version: Annotated[int, Meta(ge=1, le=MAX_VERSION)] = 1
     lineage: Annotated[bytes, Meta(max_length=16)] = b""
+    uses_max: UInt = 0
 
 
 class DestroyOrder(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -766,6 +770,11 @@ class KeyManifest(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
     def shares(self) -> int:
         """n, the number of shares."""
         return len(self.holders)
+
+    @property
+    def uses_max(self) -> int:
+        """How often this version may encrypt, sign and make MACs, by all nodes together; 0 for no limit."""
+        return read_create_order(self.order).uses_max or ALGORITHMS[self.algorithm].uses_max
 
     @property
     def ordered_shares(self) -> int:
@@ -870,6 +879,9 @@ def open_create_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple
         raise ManifestError(f"create order: unknown algorithm {order.algorithm!r}")
     if order.threshold > order.shares:
         raise ManifestError(f"create order: threshold {order.threshold} of {order.shares} shares")
+    most = ALGORITHMS[order.algorithm].uses_max
+    if 0 < most < order.uses_max:
+        raise ManifestError(f"create order: {order.uses_max} uses, {order.algorithm} is good for {most}")
     later = order.operation == "rotate"
     if later != (order.version > 1) or len(order.lineage) != (16 if later else 0):
         raise ManifestError(
@@ -887,6 +899,11 @@ def open_create_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple
 def read_create_order(raw: bytes) -> CreateOrder:
     """A create order without any check: of a manifest that was checked before."""
     return create_orders.decode(read_unverified(raw).payload)
+
+
+def first_quota(manifest: KeyManifest) -> int:
+    """The uses that each holder of the first epoch has without asking: half of all, in equal parts."""
+    return manifest.uses_max // (2 * read_create_order(manifest.order).shares)
 
 
 def open_destroy_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[DestroyOrder, Signed]:

@@ -759,6 +759,19 @@ class Lacking(Message, frozen=True):
     keys: Annotated[list[tuple[Identifier, UInt]], Meta(min_length=1, max_length=RECALLED)]
 
 
+class Quota(Message, frozen=True):
+    """Combiner to registry: ``[key_id, nonce]``: more uses of a key whose uses are limited. A repeat gets the same."""
+
+    key_id: Identifier
+    nonce: Identifier
+
+
+class QuotaGranted(Message, frozen=True):
+    """``[uses]``; 0 says that there are no more."""
+
+    uses: UInt
+
+
 class Outcome(Message, frozen=True):
     """``[key_id, attempt]``: holder to registry: what became of a prepared share? Dealer to registry: abort it."""
 
@@ -958,6 +971,7 @@ REGISTRY_CHANGE: Final = "registry.change"
 REGISTRY_COMMIT: Final = "registry.commit"
 REGISTRY_DESTROY: Final = "registry.destroy"
 REGISTRY_SETTINGS: Final = "registry.settings"
+REGISTRY_QUOTA: Final = "registry.quota"
 REGISTRY_SYNC: Final = "registry.sync"
 REGISTRY_OUTCOME: Final = "registry.outcome"
 REGISTRY_ABORT: Final = "registry.abort"
@@ -1009,6 +1023,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     REGISTRY_COMMIT: (Commit, Committed),
     REGISTRY_DESTROY: (Destroy, Empty),
     REGISTRY_SETTINGS: (Settings, SettingsBooked),
+    REGISTRY_QUOTA: (Quota, QuotaGranted),
     REGISTRY_SYNC: (Sync, SyncPage),
     REGISTRY_OUTCOME: (Outcome, OutcomeReply),
     REGISTRY_ABORT: (Outcome, OutcomeReply),
@@ -1058,6 +1073,7 @@ REGISTRY_VERBS: Final = frozenset(
         REGISTRY_COMMIT,
         REGISTRY_DESTROY,
         REGISTRY_SETTINGS,
+        REGISTRY_QUOTA,
         REGISTRY_SYNC,
         REGISTRY_OUTCOME,
         REGISTRY_ABORT,
