@@ -239,7 +239,7 @@ def test_a_key_s_time_comes_when_registry_and_clock_say_so(scene: Scene) -> None
         with pytest.raises(ManifestError, match=r"not to be destroyed yet|not its booked ones"):
             scene.holder.catch_up(scene.item("destroyed", document, due))
     assert scene.row.sealed
-    assert scene.holder.catch_up(scene.item("destroyed", due, due)) == scene.dealt.key_id
+    assert scene.holder.catch_up(scene.item("destroyed", due, due)) == [scene.dealt.key_id]
     assert (scene.row.state, scene.row.sealed, scene.row.document) == ("destroyed", b"", due)
     scene.restart()
     assert scene.catalogue.by_name("orders") is None
