@@ -243,7 +243,7 @@ def test_a_key_s_time_comes_when_registry_and_clock_say_so(scene: Scene) -> None
     assert (scene.row.state, scene.row.sealed, scene.row.document) == ("destroyed", b"", due)
     scene.restart()
     assert scene.catalogue.by_name("orders") is None
-    assert scene.holder.catch_up(scene.item("destroyed", due, due)) is None
+    assert scene.holder.catch_up(scene.item("destroyed", due, due)) == []
     assert all(sealed[20:60] not in file.read_bytes() for file in scene.path.parent.iterdir())
 
 

@@ -241,6 +241,7 @@ def test_a_grant_is_verified_once_and_judged_each_time(
     real = signed._verify
     monkeypatch.setattr(signed, "_verify", lambda *told: verified.append(told[0]) or real(*told))
     raw = world.grant(dealt, "node1")
+    memory.clear("flushed")  # the signature that this process made
     for _ in range(3):
         check_grant(raw, dealt.record, "node1", world.cluster, world.now_ms)
     assert len(verified) == 1
@@ -257,6 +258,7 @@ def test_a_grant_is_verified_once_and_judged_each_time(
 def test_a_wrong_signature_is_neither_taken_nor_remembered(world: Any, memory: SignatureCache) -> None:
     dealt = world.deal("orders")
     raw = world.grant(dealt, "node1")
+    stranger = world.grant(dealt, "node1", client=world.stranger)
     check_grant(raw, dealt.record, "node1", world.cluster, world.now_ms)
     kept = memory.statistics().entries
     for place in (-1, -64):  # within the signature
@@ -265,7 +267,6 @@ def test_a_wrong_signature_is_neither_taken_nor_remembered(world: Any, memory: S
         for _ in range(2):
             with pytest.raises(Exception, match="signature of 'alice' is wrong"):
                 check_grant(bytes(bad), dealt.record, "node1", world.cluster, world.now_ms)
-    stranger = world.grant(dealt, "node1", client=world.stranger)
     with pytest.raises(Exception, match="may not sign"):
         check_grant(stranger, dealt.record, "node1", world.cluster, world.now_ms)
     assert memory.statistics().entries == kept
