@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -101,10 +100,8 @@ def test_the_units_under_a_real_systemd(tmp_path: Path, until: Callable[..., Any
                 until(lambda kq=kq: all(each.error is None for each in kq.status()), "all are up", 30)
                 assert kq.decrypt("k", sealed) == b"kept"
             for unit in (NODE, BALANCER):
-                began_s = time.monotonic()
                 host.systemctl("stop", unit)
-                assert host.show(unit, "Result") == "success", host.log()
-                assert time.monotonic() - began_s < 30  # TimeoutStopSec= would have it killed
+                assert host.show(unit, "Result") == "success", host.log()  # "timeout" if it had to be killed
 
 
 def _settle(local: Path, home: Path, place: Path) -> None:
