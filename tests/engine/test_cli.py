@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 import pytest
 import structlog
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from statuses import node_status
 
 from engine import __version__, errors
 from engine.cli import keyops, local, output
@@ -32,9 +32,8 @@ from engine.cli.output import Settings, reading, writing
 from engine.client.calls import MemberStatus
 from engine.client.client import load_settings
 from engine.client.config import create_identity, load_cluster, load_identity, read_card, write_toml
-from engine.protocol.requests import HostHealth, NodeStatus, ServiceCount, TokenHealth
+from engine.protocol.requests import TokenHealth
 
-SERVICE = ServiceCount(0, 0, 0, 0, 0, 0, 0, 0, 0)
 PASSPHRASE = "correct horse battery"
 POLICY = """\
 version = 1
@@ -243,28 +242,7 @@ def test_missing_holders_are_named_in_json(keyquorum: Command, monkeypatch: pyte
     ],
 )
 def test_status_says_why_a_node_is_not_ready(reasons: dict[str, Any], state: str, trouble: list[str]) -> None:
-    usual = NodeStatus(
-        "n1",
-        "1",
-        1,
-        1,
-        0,
-        0,
-        [],
-        [],
-        0,
-        "token",
-        [],
-        [],
-        "",
-        "",
-        [],
-        "",
-        TokenHealth("", "", 0, 0, 0, 0),
-        SERVICE,
-        HostHealth(0, 0, 0, 0),
-    )
-    member = MemberStatus("n1", "node", "tcp://127.0.0.1:1", "", msgspec.structs.replace(usual, **reasons), None)
+    member = MemberStatus("n1", "node", "tcp://127.0.0.1:1", "", node_status(**reasons), None)
     assert local.state_of(member) == state
     assert local._member_json(member, ())["ready"] is (not reasons)
     assert local.troubles_of(member) == trouble

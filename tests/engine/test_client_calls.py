@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec.structs import replace
+from statuses import node_status
 
 from engine.client import calls as calls_module
 from engine.client.calls import Await, Calls, Ended, Exchange, KeySummary, answered_by_any, merge_lists
@@ -62,21 +63,16 @@ from engine.protocol.requests import (
     REQUEST_CODECS,
     Destroyed,
     Flushed,
-    HostHealth,
     KeyDescription,
     KeyEntry,
     KeyList,
     NodeLatency,
-    NodeStatus,
     Result,
-    ServiceCount,
-    TokenHealth,
 )
 from engine.protocol.routing import Router
 from engine.protocol.signed import SigningKey, sign_envelope
 from engine.protocol.wire import ErrorBody, Load, Reply, Status, error_codec
 
-SERVICE = ServiceCount(0, 0, 0, 0, 0, 0, 0, 0, 0)
 NODES = ("n1", "n2", "n3", "n4", "n5")
 NOW_MS = 1_800_000_000_000
 LOADED = Load(0, 10, True)
@@ -355,27 +351,7 @@ class TestLatency:
         assert found[1].p50_s == pytest.approx(0.002, rel=0.03)
 
     def test_a_node_that_does_not_know_the_verb_tells_its_status_all_the_same(self, play: Play, world: World) -> None:
-        play.answers["status"] = NodeStatus(
-            "n1",
-            "1",
-            1,
-            1,
-            0,
-            0,
-            [],
-            [],
-            0,
-            "",
-            [],
-            [],
-            "",
-            "",
-            [],
-            "",
-            TokenHealth("", "", 0, 0, 0, 0),
-            SERVICE,
-            HostHealth(0, 0, 0, 0),
-        )
+        play.answers["status"] = node_status()
         for answer, told in (
             (ProtocolError("unknown verb"), None),
             (NodeLatency("n1", 1, []), NodeLatency("n1", 1, [])),
@@ -766,27 +742,7 @@ class TestQuestions:
             answered_by_any({"a": 1, "b": ValueError("odd")})
 
     def test_status_gives_the_error_in_its_place(self, play: Play, world: World) -> None:
-        play.answers["status"] = NodeStatus(
-            "n1",
-            "1",
-            1,
-            1,
-            0,
-            0,
-            [],
-            [],
-            0,
-            "token",
-            [],
-            [],
-            "",
-            "",
-            [],
-            "",
-            TokenHealth("", "", 0, 0, 0, 0),
-            SERVICE,
-            HostHealth(0, 0, 0, 0),
-        )
+        play.answers["status"] = node_status()
         member = world.cluster.nodes["n1"]
         good = play.run(play.calls.status_at(member, 5.0))
         assert (good.name, good.role, good.error, good.status.token) == ("n1", "node", None, "token")

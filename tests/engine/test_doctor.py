@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
+from statuses import node_status
 
 import engine
 from engine import LocalCluster
@@ -24,10 +25,8 @@ GIB = 1 << 30
 
 
 def healthy() -> MemberStatus:
-    status = NodeStatus(
-        "node1", "1", 1, 9, 5, 4, [], [], 3, "token", [], [], "", "", [], "", TokenHealth("", "", 0, 0, 0, 0),
-        ServiceCount(0, 1, 100, 10, 1000, 0, 0, 0, 0), HostHealth(1, 100 * GIB, 50 * GIB, 10**6),
-    )  # fmt: skip
+    service = ServiceCount(0, 1, 100, 10, 1000, 0, 0, 0, 0)
+    status = node_status(node="node1", service=service, host=HostHealth(1, 100 * GIB, 50 * GIB, 10**6))
     return MemberStatus("node1", "node", "tcp://127.0.0.1:1", "site1", status, None, ahead_ms=0, within_ms=1)
 
 

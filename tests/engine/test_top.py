@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import structlog
 from rich.console import Console
+from statuses import node_status
 
 import engine
 from engine import Engine, LocalCluster
@@ -35,11 +36,9 @@ from engine.protocol.requests import (
     HostHealth,
     KeyMoves,
     NodeLatency,
-    NodeStatus,
     PlacementMove,
     ServiceCount,
     StageLatency,
-    TokenHealth,
 )
 from engine.protocol.table import RoutingTable, pack_service
 
@@ -50,11 +49,8 @@ WAIT_S = 60.0
 
 
 def node(name: str, uptime_ms: int, signs: int, errors: int = 0, hits: int = 0, misses: int = 0) -> MemberStatus:
-    status = NodeStatus(
-        name, "1", 1, uptime_ms, 5, 4, [CacheCount("keys", 1, 1, hits, misses, 0, 0, 0, 0, 0)], [], 3, "token", [], [],
-        "", "", [], "", TokenHealth("", "", 0, 0, 0, 0), SERVICE,
-        HostHealth(0, 0, 0, 0),
-    )  # fmt: skip
+    caches = [CacheCount("keys", 1, 1, hits, misses, 0, 0, 0, 0, 0)]
+    status = node_status(node=name, uptime_ms=uptime_ms, shares=5, loaded=4, caches=caches, queue=3)
     stages = [StageLatency("total", signs, 0, 0, 0, 0, 0)]
     classes = [ClassLatency(SIGN, errors, stages), ClassLatency("describe", 0, stages)]
     return MemberStatus(name, "node", "", "", status, None, NodeLatency(name, uptime_ms, classes))
