@@ -145,6 +145,8 @@ class Scene:
             world.certificate(self.dealt), b"", b"sealed", world.now_ms,
         )  # fmt: skip
         self.catalogue = Catalogue([store.put(row)])
+        self.quotas = Quotas(store)
+        self.quotas.note(self.catalogue.committed(manifest.key_id))  # as after its first use
         self.local, self.talkers = FakeWorker(lane), FakeWorker(None)
         self.answers: dict[int, tuple[str, Any, Load]] = {}
         self.audit = FakeAudit()
@@ -187,7 +189,7 @@ class Scene:
             replier=self,
             cache_limits=CacheLimits(300.0, 4, max_uses),
             signatures=self.signatures,
-            quotas=Quotas(store),
+            quotas=self.quotas,
             ledger=self.ledger,
             limits=ServiceLimits(),
             health=self.health,
