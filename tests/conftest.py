@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from ports import PORTS
 
 import engine
@@ -68,6 +69,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in long]
     if long:
         config.hook.pytest_deselected(items=long)
+
+
+@pytest.fixture(autouse=True)
+def quiet_afterwards() -> Iterator[None]:
+    """A command that ran in this process logged to a stderr that is closed with its test."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="module")

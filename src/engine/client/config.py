@@ -477,5 +477,4 @@ def configure_logging(level: str = "") -> None:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, chosen.upper())),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=True,
     )
