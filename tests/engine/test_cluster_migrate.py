@@ -57,7 +57,7 @@ def shares_of(cluster: LocalCluster) -> dict[str, dict[str, int]]:
 
 
 def audit_lines(cluster: LocalCluster) -> list[str]:
-    """The records of all nodes' audit logs."""
+    """The records of all nodes' audit logs; they are whole once the nodes have stopped."""
     files = [file for node in cluster.nodes for file in (cluster.data_folder(node) / "audit").glob("*.jsonl")]
     return [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
@@ -167,11 +167,11 @@ def test_a_drained_node_is_emptied_and_removed_under_load(tmp_path: Path) -> Non
         moves = moves_of(kq)
         assert (moves["drain"].waiting, moves["repair"].done) == (0, 0)
         assert moves["drain"].done > 0
-        told_of = [json.loads(line) for line in audit_lines(cluster)]
-        assert any((each.get("member"), each.get("verb")) == ("balancer", "move") for each in told_of)
-        for name in hit:
-            steps = {each.get("verb") for each in told_of if each.get("key") == name}
-            assert {"share.accept", "share.commit"} <= steps, (name, steps)
+    told_of = [json.loads(line) for line in audit_lines(cluster)]
+    assert any((each.get("member"), each.get("verb")) == ("balancer", "move") for each in told_of)
+    for name in hit:
+        steps = {each.get("verb") for each in told_of if each.get("key") == name}
+        assert {"share.accept", "share.commit"} <= steps, (name, steps)
 
 
 def test_epochs_are_renewed_when_they_are_old(tmp_path: Path) -> None:
