@@ -362,6 +362,8 @@ class _Call:
     busy_s: float = 0.0
     detail: str = ""
     recording: bool = True
+    unused: int = 0
+    """Uses of a limited key that were counted for it and not made yet."""
     cold_since_s: float = 0.0
     span: Span | None = None
     spent_s: list[float] = field(default_factory=lambda: [-1.0] * len(STAGES))
@@ -811,6 +813,9 @@ class Handlers(FollowsCluster):
 
     def _fail(self, call: _Call, error: Exception) -> None:
         """Reply with an error; one that nobody foresaw is logged and told without details."""
+        if call.unused and call.entry is not None:
+            self._quotas.give(call.entry, call.unused)
+            call.unused = 0
         if isinstance(error, Moved):
             body = error_codec.encode(ErrorBody(error.code, str(error), list(error.names)))
             self._finish(
@@ -1014,49 +1019,33 @@ class Handlers(FollowsCluster):
         entry.check_usable()
         check_operation(entry.algorithm, call.verb, body)
 
-        def perform(loaded: _Loaded) -> None:
-            self._perform(call, body, loaded)
+        def use() -> None:
+            self._with_key(call, entry, body.grant, lambda loaded: self._perform(call, body, loaded))
 
-        if call.verb not in PRODUCING or not entry.uses_max:
-            self._with_key(call, entry, body.grant, perform)
-            return
-
-        def count(loaded: _Loaded) -> None:
-            # Once its use is counted, the key may have left the cache.
-            if self._counted(call, entry, 1, lambda: self._with_key(call, entry, body.grant, perform)):
-                perform(loaded)
-
-        self._with_key(call, entry, body.grant, count)
+        if call.verb not in PRODUCING or not entry.uses_max or self._counted(call, entry, 1, use):
+            use()
 
     # --- uses that are limited ---
 
-    def _counted(self, call: _Call, entry: Entry, uses: int, go_on: Callable[[], None], had: int = 0) -> bool:
-        """Whether so many uses of a key may be made now; else ``go_on`` is called, or the call fails, later.
-
-        ``had`` were counted before. What was counted for a call that fails stays here, for the next one.
-        """
-        had += self._quotas.take(entry, uses - had)
-        if had == uses:
+    def _counted(self, call: _Call, entry: Entry, uses: int, go_on: Callable[[], None]) -> bool:
+        """Whether so many uses of a key may be made now; else ``go_on`` is called, or the call fails, later."""
+        call.unused += self._quotas.take(entry, uses - call.unused)
+        if call.unused == uses:
             return True
 
         def noted(error: Exception | None) -> None:
             try:
                 if error is not None:
-                    self._quotas.give(entry, had)
                     raise error
-                if self._counted(call, entry, uses, go_on, had):
+                if self._counted(call, entry, uses, go_on):
                     go_on()
             except Exception as failure:
                 self._fail(call, failure)
 
-        try:
-            self._quotas.check(entry)
-            if self._clock() >= call.deadline_s:
-                raise DeadlineExceeded(f"{self._node}: the deadline passed while uses of the key were asked for")
-            self._note_uses(entry, call.deadline_s, noted)
-        except EngineError:
-            self._quotas.give(entry, had)
-            raise
+        self._quotas.check(entry)
+        if self._clock() >= call.deadline_s:
+            raise DeadlineExceeded(f"{self._node}: the deadline passed while uses of the key were asked for")
+        self._note_uses(entry, call.deadline_s, noted)
         return False
 
     def _note_uses(self, entry: Entry, until_s: float, then: Callable[[Exception | None], None]) -> None:
@@ -1141,6 +1130,7 @@ class Handlers(FollowsCluster):
         if new is None:
             raise RuntimeError("a rewrapping has two versions")
         begun_s = self._clock()
+        call.unused = 0
         opens = bound(self._lane, before.key, RequestType.DECRYPT.value, old.row.version, digested=False)
         closes = bound(self._lane, after.key, RequestType.ENCRYPT.value, new.row.version, digested=False)
         results: list[RewrapResult] = []
@@ -1345,6 +1335,7 @@ class Handlers(FollowsCluster):
         version = call.entry.manifest.version if call.entry else 1
 
         def timed(lane: Lane) -> tuple[Result, Use]:
+            call.unused = 0
             with child_of(call.span, "token"):
                 begun = self._clock()
                 try:

@@ -81,12 +81,16 @@ class Returning(FollowsCluster):
     @property
     def waits(self) -> bool:
         """Whether the others were not asked yet, so that no key is used."""
-        return self._holds and not self._asked
+        return self._holds and not self._asked and not self._alone
 
     @property
     def heard(self) -> bool:
         """Whether anybody has told yet; a node that holds no key, or is the only one, has nobody to hear from."""
-        return not self._holds or self._books or bool(self._answered) or set(self._cluster.nodes) <= {self._node}
+        return not self._holds or self._books or bool(self._answered) or self._alone
+
+    @property
+    def _alone(self) -> bool:
+        return set(self._cluster.nodes) <= {self._node}
 
     @property
     def problem(self) -> str:

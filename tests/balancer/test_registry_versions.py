@@ -141,7 +141,7 @@ def test_keys_from_before_versions_are_version_1(world: Any, tmp_path: Path) -> 
     registry.close()
     store = sqlite3.connect(path)
     store.executescript(
-        "DROP TABLE versions; CREATE UNIQUE INDEX live_names ON keys (name) WHERE state IN (1, 2);"
+        "DROP TABLE grants; DROP TABLE quotas; DROP TABLE versions; CREATE UNIQUE INDEX live_names ON keys (name) WHERE state IN (1, 2);"
         "PRAGMA user_version = 4"
     )
     store.close()

@@ -965,6 +965,8 @@ def document_targets() -> list[Target]:
             _take_manifest,
             4,
             manifest + "open_key_manifest",
+            manifest + "_checked_manifest",
+            manifest + "_check_today",
             manifest + "check_successor",
             manifest + "read_key_manifest",
             manifest + "_check_epoch",
@@ -987,7 +989,7 @@ def document_targets() -> list[Target]:
             ),
             _take_grant,
             6,
-            base + "grant.check_grant",
+            base + "grant._check_grant",
             base + "grant.read_grant",
         ),
         target(
@@ -1063,7 +1065,10 @@ def document_targets() -> list[Target]:
             base + "refresh.new_share",
             base + "refresh.open_parts",
             base + "refresh._open_part",
+            base + "refresh.Sealer.__init__",
             base + "refresh.Sealer.seal",
+            base + "refresh.Opener.__init__",
+            base + "refresh.Opener.open",
             change=_change_part,
         ),
     ]

@@ -31,6 +31,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "engine.attack": "the attacker's side: it takes apart what it made itself; replies to it are decoded by the codecs",
     "engine.client.config.CurveIdentity.raw_public": "its own CURVE key, which load_identity has checked",
     "engine.client.membership.OwnCurve.secrets": "its own CURVE keys, which load_identity has checked",
+    "engine.cli.doctor.look_at_folder": "the operator's own file; the program that it is for has its target",
     "engine.client.config.create_identity": "the name that an operator gives; the same rule as in an identity file",
     "engine.client.config.Identity.member": "its own CURVE key, which load_identity has checked",
     "nodes.command.check_token": "what its parent, the node, writes to it",

@@ -571,7 +571,7 @@ def _kept_attempt(stack: ExitStack) -> None:
         if expires_ms + engine.protocol.manifest.CLOCK_SKEW_MS < now_ms:
             raise ManifestError(f"{what}: expired")
 
-    stack.enter_context(mock.patch.object(engine.protocol.manifest, "_check_expiry", check))
+    stack.enter_context(mock.patch.object(engine.protocol.manifest, "check_expiry", check))
 
 
 _SLOW: Final = rb'\{"seq":([0-9]{1,18}),"prev":"((?=[0-9a-f]{64}[^0-9a-f])(?:[0-9a-f]+)+)",'

@@ -298,6 +298,22 @@ def test_many_requests_wait_for_one_gathering(scene: Scene) -> None:
     assert scene.handlers.pending == 0
 
 
+def test_a_use_that_is_not_made_is_not_counted(scene: Scene) -> None:
+    entry = scene.catalogue.committed(scene.dealt.manifest.key_id)
+    left = scene.quotas.take(entry, 2**20)
+    scene.quotas.give(entry, left)
+    scene.failure = QuorumUnavailable("1 of 2", ["node2"])
+    failed = scene.encrypt()
+    assert scene.talkers.run() == 1
+    assert scene.outcome(failed) == "QuorumUnavailable"
+    assert scene.outcome(scene.encrypt(grant=False)) == "NeedGrant"
+    scene.failure = None
+    used = scene.encrypt()
+    assert scene.talkers.run() == 1
+    assert scene.outcome(used) == "ok"
+    assert scene.quotas.take(entry, 2**20) == left - 1
+
+
 def test_a_cold_key_has_most_of_a_short_deadline(scene: Scene) -> None:
     """Of a long one all but 50 ms, of a short one three quarters: so it may be loaded, and be warm the next time."""
     for timeout_ms, part_s in ((60_000, 59.95), (40, 0.03)):

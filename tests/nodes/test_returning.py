@@ -38,6 +38,13 @@ def test_a_node_without_keys_is_back_at_once(world: Any) -> None:
     assert made.may_release(["node1"])
 
 
+def test_the_only_node_is_back_at_once(world: Any) -> None:
+    lone = replace(world.cluster, members={"node1": world.cluster.nodes["node1"]})
+    made = Returning(lone, "node1", holds=True)
+    assert (made.waits, made.heard, made.to_ask, made.problem, made.alarm) == (False, True, [], "", "")
+    made.check(KEY)
+
+
 def test_it_uses_no_key_before_all_were_asked(world: Any, returning: Returning) -> None:
     """Whether anybody answers or not; it says which of both it is."""
     assert returning.waits
