@@ -32,6 +32,8 @@ from engine.protocol.requests import (
     Prewarm,
     Refresh,
     Reshare,
+    Rewrap,
+    Sealed,
     Settings,
 )
 from engine.protocol.wire import HIGHEST_VERSION, PROTOCOL_VERSION, Request, reply_codec, request_codec
@@ -206,8 +208,10 @@ def changed_bits(stage: Stage, trial: Trial) -> None:
 def _samples(stage: Stage) -> dict[type[Any], object]:
     """A well-formed body of each kind that clients send."""
     name = stage.names["data"]
+    key_id = stage.record("data").manifest.key_id
     return {
         Operate: Operate(name, b"", b"x", b"", b"", False, b""),
+        Rewrap: Rewrap(name, key_id, key_id, [Sealed(b"x" * 40, b"")], b"", b""),
         Create: Create(b"", b""),
         Destroy: Destroy(b"x"),
         Refresh: Refresh(b"x" * 3),

@@ -45,6 +45,8 @@ from engine.protocol.requests import (
     Refresh,
     Reserve,
     Reshare,
+    Rewrap,
+    Sealed,
     Settings,
     ShareCommit,
     SharePrepare,
@@ -135,6 +137,8 @@ def _uses(stage: Stage, verb: str, key: str, combiner: str) -> bytes:
         message = Describe(key, 0)
     elif verb == RequestType.PREWARM:
         message = Prewarm(key, b"", b"")
+    elif verb == RequestType.REWRAP:
+        message = Rewrap(key, os.urandom(16), os.urandom(16), [Sealed(b"x" * 40, b"")], b"", b"")
     else:
         message = Flush(key)
     return REQUEST_CODECS[verb].encode(message)
@@ -146,7 +150,7 @@ def policy(stage: Stage, trial: Trial) -> None:
     if stage.target.second is not None:
         identities.append((stage.neighbour.identity, "the second client"))
     foreign = ["payroll", "a", f"{PREFIX.rstrip('/')}", f"x{PREFIX}{stage.run_id}/data", "zz/top", "admin"]
-    verbs = sorted({*OPERATIONS, RequestType.PREWARM, RequestType.FLUSH, RequestType.DESCRIBE})
+    verbs = sorted({*USES, RequestType.PREWARM, RequestType.FLUSH, RequestType.DESCRIBE})
     for identity, who in identities:
         requests, cases = [], []
         for name in [*stage.names.values(), *foreign]:
