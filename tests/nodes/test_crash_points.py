@@ -62,9 +62,12 @@ POINTS = [
         ("holder.release.", "holder.deal.", "holder.renew.", "holder.leave.", "registry.change.", "registry.adopt.")
     )
     and not point.startswith(("registry.due.", "registry.revive."))
-    and not any(part in point for part in (".refresh.", ".reshare.", ".settings."))
+    and not any(part in point for part in (".refresh.", ".reshare.", ".settings.", ".trial.", ".quota."))
 ]
-"""Points that are passed without a node's process around them, but those of a refresh, a reshare or settings."""
+"""Points that are passed without a node's process around them, in the making and destroying of keys.
+
+Those of what happens to a key in between are passed on a real cluster.
+"""
 
 
 class Crash(BaseException):
