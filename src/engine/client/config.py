@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import logging
 import os
@@ -460,6 +461,17 @@ class ClientConfig(Struct, frozen=True, forbid_unknown_fields=True):
     rotate: bool = True
 
 
+class _StderrLogger(structlog.PrintLogger):
+    """Writes where it can: who read the log may be gone, and that stops no thread."""
+
+    def msg(self, message: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            super().msg(message)
+
+    log = debug = info = warn = warning = msg
+    fatal = failure = err = error = critical = exception = msg
+
+
 def configure_logging(level: str = "") -> None:
     """Log to stderr: text on a terminal, else one JSON object a line. ``level`` beats KEYQUORUM_LOG_LEVEL."""
     chosen = (level or os.environ.get(LOG_LEVEL_VARIABLE, "") or "info").lower()
@@ -476,5 +488,5 @@ def configure_logging(level: str = "") -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, chosen.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _StderrLogger(sys.stderr),
     )
