@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from engine.errors import KeyDisabled, StaleKey, VersionRetired
 from engine.keys import ALGORITHMS, Algorithm
@@ -298,6 +299,11 @@ class Catalogue:
             )
             for entry in entries
         ]
+
+    def some(self, after: int, most: int) -> list[Entry]:
+        """Some of all entries by id, from a place on; the order is that in which they came."""
+        with self._lock:
+            return list(islice(self._by_id.values(), after, after + most))
 
     def lacking(self) -> list[Entry]:
         """The live keys that this node is to hold a share of, and has none."""

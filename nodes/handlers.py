@@ -71,6 +71,7 @@ from engine.protocol.manifest import (
 )
 from engine.protocol.requests import (
     AUDIT_HEAD,
+    BOOKS,
     HELLO,
     LATENCY,
     MANIFEST_FETCH,
@@ -144,6 +145,7 @@ from engine.protocol.requests import (
     ShareReshare,
     ShareSettings,
     ShareTrial,
+    Sync,
     SyncEntry,
     TokenHealth,
     classify_request,
@@ -191,7 +193,7 @@ from nodes.quotas import Quotas
 from nodes.refresh import Coordinator
 from nodes.remember import SignatureCache
 from nodes.renewer import Renewer
-from nodes.returning import LackingReport, Returning, recalled
+from nodes.returning import LackingReport, Returning, booked, recalled
 from nodes.token import Lane, LoadedKey, Token, Use, is_slow
 from nodes.tracing import NO_SPANS, Span, Tracer, child_of
 from nodes.trial import Trial
@@ -236,7 +238,7 @@ DURABLE_VERBS: Final = frozenset(
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
-UNRECORDED: Final = frozenset({HELLO, MANIFEST_FETCH, STATS, AUDIT_HEAD, SHARE_RECALL})
+UNRECORDED: Final = frozenset({HELLO, MANIFEST_FETCH, STATS, BOOKS, AUDIT_HEAD, SHARE_RECALL})
 """Verbs that are recorded only where they fail: introductions, manifests and documents of keys that are asked for,
 figures for the balancer, and heads, which have their own records."""
 WITHOUT_TOKEN: Final = frozenset(
@@ -250,6 +252,7 @@ WITHOUT_TOKEN: Final = frozenset(
         MANIFEST_FETCH,
         MANIFEST_OFFER,
         STATS,
+        BOOKS,
         LATENCY,
         AUDIT_HEAD,
         SHARE_COMMIT,
@@ -546,6 +549,7 @@ class Handlers(FollowsCluster):
             MANIFEST_FETCH: self._manifest_fetch,
             MANIFEST_OFFER: self._manifest_offer,
             STATS: self._stats,
+            BOOKS: self._books,
             LATENCY: self._latency,
             MOVE: self._move,
             SHARE_PREPARE: self._share_prepare,
@@ -1778,6 +1782,9 @@ class Handlers(FollowsCluster):
 
     def _share_recall(self, call: _Call, body: ShareRecall) -> None:
         self._answer(call, recalled(self._catalogue, body.keys))
+
+    def _books(self, call: _Call, body: Sync) -> None:
+        self._answer(call, booked(self._catalogue, body.after, self._orders.newest))
 
     def _share_many(self, call: _Call, body: Bundle) -> None:
         """Many steps about different keys at once: each is checked as if it came alone, and all are one transaction."""

@@ -48,6 +48,11 @@ class BalancerOrders(FollowsCluster):
             self._store.note_fencing(balancer, fencing)
             self._seen[balancer] = fencing
 
+    @property
+    def newest(self) -> int:
+        """The newest fencing epoch of any balancer that is a member."""
+        return max((self._seen.get(each.name, 0) for each in self._cluster.of_role("balancer")), default=0)
+
     def check(self, order: RefreshOrder | ReshareOrder, signed: Signed, before: KeyManifest) -> None:
         """Refuse what a balancer may not order of the key whose epoch is ``before``; the order was opened before.
 
@@ -55,7 +60,7 @@ class BalancerOrders(FollowsCluster):
         """
         if not order.fencing:
             return
-        newest = max((self._seen.get(each.name, 0) for each in self._cluster.of_role("balancer")), default=0)
+        newest = self.newest
         if order.fencing < newest:
             raise AccessDenied(
                 f"the order of {signed.issuer!r} for {order.name!r} is of the fencing epoch {order.fencing}; "

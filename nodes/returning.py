@@ -13,10 +13,10 @@ from typing import Final
 
 from engine.errors import KeyPending
 from engine.protocol.manifest import ClusterSource, FollowsCluster
-from engine.protocol.requests import RECALLED, Recalled, SyncEntry
+from engine.protocol.requests import RECALLED, Recalled, SyncEntry, SyncPage
 from nodes.catalogue import Catalogue, Entry
 
-__all__ = ["LackingReport", "Returning", "recalled"]
+__all__ = ["LackingReport", "Returning", "booked", "recalled"]
 
 REPLY_BYTES: Final = 40 * 1024
 REPLY_ENTRIES: Final = 256
@@ -38,6 +38,22 @@ def recalled(catalogue: Catalogue, keys: Sequence[tuple[bytes, int, int]]) -> Re
             entries.append(told)
         done += 1
     return Recalled(done, entries)
+
+
+def booked(catalogue: Catalogue, after: int, fencing_epoch: int) -> SyncPage:
+    """What this node knows of keys, from a place in its catalogue on, for a registry that is built anew."""
+    found = catalogue.some(after, REPLY_ENTRIES + 1)
+    entries: list[SyncEntry] = []
+    size, last = 0, after
+    for entry in found[:REPLY_ENTRIES]:
+        if entry.row.state != "prepared":
+            told = _told(entry)
+            size += len(told.manifest) + len(told.certificate) + len(told.document) + len(told.settings)
+            if entries and size > REPLY_BYTES:
+                break
+            entries.append(told)
+        last += 1
+    return SyncPage(entries, last - after < len(found), last, fencing_epoch)
 
 
 def _is_later(entry: Entry, epoch: int, serial: int) -> bool:

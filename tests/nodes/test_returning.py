@@ -14,7 +14,7 @@ from resharing import NODES, Scene
 from engine.errors import KeyPending, ManifestError, QuorumUnavailable
 from engine.protocol.requests import Destroy, SyncEntry
 from nodes.catalogue import Catalogue
-from nodes.returning import REPLY_BYTES, REPORT_EVERY_S, LackingReport, Returning, recalled
+from nodes.returning import REPLY_BYTES, REPORT_EVERY_S, LackingReport, Returning, booked, recalled
 from nodes.store import Row
 from nodes.token import Lane, Token
 
@@ -231,3 +231,26 @@ def test_an_answer_ends_before_it_is_too_long(scene: Scene) -> None:
     assert found == [each.key_id for each in rows]
     assert recalled(catalogue, [(each.key_id, 2, 0) for each in rows]).entries == []
     assert recalled(catalogue, [(b"s" * 16, 0, 0)]).done == 1
+
+
+def test_a_registry_that_is_made_anew_is_told_of_every_key(scene: Scene) -> None:
+    """In pages that are no longer than a message; of what is only prepared nothing, and how far fencing epochs went."""
+    row = scene.nodes["node1"].entry.row
+    rows = [
+        replace(row, key_id=number.to_bytes(16, "big"), name=f"k{number}", state=state)
+        for number in range(100)
+        for state in [("prepared", "committed", "moved", "destroyed")[number % 4]]
+    ]
+    catalogue = Catalogue(rows)
+    after, found, pages = 0, [], 0
+    while True:
+        page = booked(catalogue, after, 7)
+        assert 0 < sum(len(each.manifest) for each in page.entries) <= REPLY_BYTES
+        found += [(each.key_id, each.state) for each in page.entries]
+        pages, after = pages + 1, page.last
+        assert page.fencing_epoch == 7
+        if not page.more:
+            break
+    told = {"committed": "committed", "moved": "committed", "destroyed": "destroyed"}
+    assert found == [(each.key_id, told[each.state]) for each in rows if each.state != "prepared"]
+    assert (pages > 1, booked(catalogue, after, 7).entries) == (True, [])

@@ -965,6 +965,7 @@ SHARE_RECALL: Final = "share.recall"
 SHARE_MANY: Final = "share.many"
 STATS: Final = "stats"
 MOVE: Final = "move"
+BOOKS: Final = "books"
 LATENCY: Final = "latency"
 REGISTRY_RESERVE: Final = "registry.reserve"
 REGISTRY_CHANGE: Final = "registry.change"
@@ -1017,6 +1018,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_MANY: (Bundle, BundleResults),
     STATS: (Empty, NodeStats),
     MOVE: (Move, MoveResults),
+    BOOKS: (Sync, SyncPage),
     LATENCY: (Empty, NodeLatency),
     REGISTRY_RESERVE: (Reserve, Reserved),
     REGISTRY_CHANGE: (Change, Reserved),
@@ -1045,7 +1047,7 @@ balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
 
 CLIENT_VERBS: Final = frozenset(RequestType)
 MANIFEST_VERBS: Final = frozenset({MANIFEST_FETCH, MANIFEST_OFFER})
-BALANCER_VERBS: Final = frozenset({STATS, MOVE})
+BALANCER_VERBS: Final = frozenset({STATS, MOVE, BOOKS})
 NODE_VERBS: Final = frozenset(
     {
         SHARE_PREPARE,
