@@ -17,9 +17,11 @@ import zmq
 
 from balancer.config import Settings, load_settings, prepare_data
 from balancer.loop import QUEUED_TABLES, ControlLoop, Service, now_ms
+from balancer.mark import Mark
 from balancer.mover import Mover
 from balancer.optimizer import take_greeting
-from balancer.registry import SqliteRegistry
+from balancer.rebuild import rebuild
+from balancer.registry import Registry, SqliteRegistry
 from balancer.store import HistoryStore
 from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.connections import LOOK_EVERY_S
@@ -54,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.check_config:
             sys.stdout.write(f"{options.config}: ok, {settings.identity.name} of {settings.membership.cluster.name}\n")
             return 0
+        if options.rebuild:
+            rebuild(settings, options.without)
+            return 0
         _run(settings, options.lifeline)
     except (ConfigError, ManifestError) as error:
         sys.stderr.write(f"balancer: {error}\n")
@@ -68,6 +73,8 @@ def _options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m balancer", description="Keyquorum's registry and control loop.")
     parser.add_argument("--config", required=True, metavar="FILE", help="the balancer's TOML configuration")
     parser.add_argument("--check-config", action="store_true", help="check the configuration and stop")
+    parser.add_argument("--rebuild", action="store_true", help="take what the nodes keep into the registry, and stop")
+    parser.add_argument("--without", action="append", default=[], metavar="NODE", help="do without a node in --rebuild")
     parser.add_argument("--log-level", default="", choices=("", *LOG_LEVELS), help="beats KEYQUORUM_LOG_LEVEL")
     parser.add_argument(
         "--lifeline", type=int, metavar="FD", help="stop when this inherited pipe's other end is closed"
@@ -84,7 +91,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
     take_greeting()
     with ExitStack() as stack:
         wake = _catch_signals(stack)
-        registry = SqliteRegistry(prepare_data(settings), membership, identity.signing, now_ms())
+        registry = _open_registry(settings)
         stack.callback(registry.close)
         context: zmq.Context[Any] = zmq.Context()
         stack.callback(context.destroy, 100)
@@ -107,7 +114,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             settings.own,
             membership,
             publisher,
-            fencing_epoch=registry.fencing_epoch,
+            term=lambda: registry.term,
             tick_ms=settings.tick_ms,
             history_ticks=settings.history_ticks,
             series=settings.sources(),
@@ -123,7 +130,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             balancer=identity.name,
             endpoint=first.endpoint,
             publish=first.publish,
-            fencing_epoch=registry.fencing_epoch,
+            fencing_epoch=registry.term,
         )
         service = Service(listener, registry, membership, identity.name, loop, listener.limits, settings.data)
         if settings.http is not None:
@@ -134,6 +141,19 @@ def _run(settings: Settings, lifeline: int | None) -> None:
         notifier.ready("serving")
         _serve(service, listener, membership, served, wake, lifeline, notifier)
         log.info("stopped", balancer=identity.name)
+
+
+def _open_registry(settings: Settings) -> Registry:
+    """The file, which this balancer leads at once, or the database, where it waits for its turn."""
+    path = prepare_data(settings)
+    mark = Mark(path.with_name(f"{path.name}.mark"))
+    if not settings.postgresql:
+        return SqliteRegistry(path, settings.membership, settings.identity.signing, now_ms(), mark)
+    from balancer.postgres import PostgresRegistry  # which not every balancer has
+
+    shared = PostgresRegistry(settings.postgresql, settings.membership, settings.identity.signing, now_ms, mark)
+    shared.start()
+    return shared
 
 
 def _check_lifeline(lifeline: int | None) -> None:

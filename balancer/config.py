@@ -47,6 +47,12 @@ class MigrateTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         )
 
 
+class RegistryTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The section ``[registry]``: where the registry is, if not in a file of the data folder."""
+
+    postgresql: Annotated[str, Meta(max_length=2048)] = ""
+
+
 class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """``balancer.toml``. Paths are relative to the file's folder; an empty endpoint means the manifest's."""
 
@@ -62,6 +68,7 @@ class BalancerConfig(Struct, frozen=True, forbid_unknown_fields=True):
     limits: LimitsTable = LimitsTable()
     http: HttpTable = HttpTable()
     migrate: MigrateTable = MigrateTable()
+    registry: RegistryTable = RegistryTable()
     series: Annotated[list[SeriesTable], Meta(max_length=16)] = []
 
 
@@ -70,7 +77,7 @@ class Settings:
     """A checked configuration: who this balancer is, its membership, its folder, endpoints and clock.
 
     ``bind`` and ``publish_bind`` are empty where the manifest's endpoints are bound. ``http`` is None where nothing is
-    served over HTTP.
+    served over HTTP. ``postgresql`` is empty where the registry is a file in the folder, and else a connection string.
     """
 
     identity: Identity
@@ -85,6 +92,7 @@ class Settings:
     http: HttpConfig | None
     migrate: MigrateSettings
     series: tuple[tuple[SeriesTable, Path], ...]
+    postgresql: str
 
     def sources(self) -> ExternalSeries:
         """The external series, not yet begun."""
@@ -129,7 +137,18 @@ def load_settings(path: str | os.PathLike[str]) -> Settings:
         http=http,
         migrate=config.migrate.settings(),
         series=tuple((table, resolve(path, table.file or ".")) for table in config.series),
+        postgresql=_connection_string(path, config.registry.postgresql),
     )
+
+
+def _connection_string(path: str | os.PathLike[str], told: str) -> str:
+    if not told:
+        return ""
+    try:
+        from balancer.postgres import check_connection_string  # which not every balancer has
+    except ImportError as error:
+        raise ConfigError(f"{path}: [registry] needs `pip install 'keyquorum[postgresql]'` ({error})") from None
+    return check_connection_string(told, f"{path}: [registry] postgresql")
 
 
 def prepare_data(settings: Settings) -> Path:

@@ -1,7 +1,8 @@
 """The two loops of the process: the control loop in its own thread, and the service that answers members.
 
-They share one immutable ``Standing``. The service never waits for the control loop; the control loop never touches the
-registry. What is decided is decided elsewhere, in pure functions; here are the clock and the sockets.
+They share one immutable ``Standing``. The service never waits for the control loop; the control loop asks the registry
+nothing but whether this balancer leads. One that stands by observes and publishes nothing, and sends the nodes to the
+one that leads. What is decided is decided elsewhere, in pure functions; here are the clock and the sockets.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
 import zmq
@@ -44,8 +45,8 @@ from engine.client.membership import Servers
 from engine.client.process import host_health
 from engine.client.publications import Publisher
 from engine.client.spreading import Desk, pull
-from engine.client.transport import Arrival, Channel, raise_for_status
-from engine.errors import AccessDenied, EngineError, Overloaded, ProtocolError
+from engine.client.transport import Arrival, Channel, Moved, raise_for_status
+from engine.errors import AccessDenied, EngineError, Overloaded, ProtocolError, RegistryUnavailable
 from engine.keys import RequestType
 from engine.protocol.manifest import ClusterSource, FollowsCluster
 from engine.protocol.requests import (
@@ -109,7 +110,7 @@ from engine.protocol.requests import (
     balancer_status_codec,
 )
 from engine.protocol.table import TABLE_MAX, RoutingTable
-from engine.protocol.wire import Status
+from engine.protocol.wire import ErrorBody, Status, error_codec
 
 __all__ = ["QUEUED_TABLES", "ControlLoop", "Service", "Standing", "Told", "Work", "decide"]
 
@@ -218,7 +219,7 @@ class ControlLoop(FollowsCluster):
         cluster: ClusterSource,
         publisher: Publisher,
         *,
-        fencing_epoch: int,
+        term: Callable[[], int],
         tick_ms: int,
         history_ticks: int,
         series: ExternalSeries | None = None,
@@ -230,7 +231,8 @@ class ControlLoop(FollowsCluster):
         self._own = own
         self._source = cluster
         self._publisher = publisher
-        self._fencing_epoch = fencing_epoch
+        self._term = term
+        self._led = 0
         self._tick_ms = tick_ms
         self._tick_s = tick_ms / 1000
         self._lifetime_ms = max(LIFETIME_MS_MIN, LIFETIME_TICKS * tick_ms)
@@ -317,13 +319,18 @@ class ControlLoop(FollowsCluster):
 
     def _tick(self, channel: Channel, tick: int) -> None:
         self._follow_members(channel)
+        term = self._term()
+        if term != self._led:
+            self._change_term(term, tick)
+        if not term:
+            return
         reports = self._observe(channel)
         dropped = self._history.observe(tick, reports)
         if dropped:
             log.warning("statistics dropped", nodes=dropped, reason="they can't be true")
         before = self.standing
         now = now_ms()
-        stamp = TableStamp(self._fencing_epoch, before.counter + 1, now, now + self._lifetime_ms, self._cluster.serial)
+        stamp = TableStamp(term, before.counter + 1, now, now + self._lifetime_ms, self._cluster.serial)
         try:
             snapshot = self._with_series(self._history.snapshot())
             forecast = predict_load(snapshot, self._learned)
@@ -348,6 +355,8 @@ class ControlLoop(FollowsCluster):
             if before.table is None:
                 return
             table, view = reissue_table(before.table, stamp), before.view
+        if self._term() != term:
+            return  # whoever leads by now has published a newer one
         issued = self._issuer.issue(table)
         if issued.remark:
             log.warning(issued.remark)
@@ -357,6 +366,16 @@ class ControlLoop(FollowsCluster):
         self._publisher.publish(issued.message)
         if self._saved is None or (tick - self._saved[0]) * self._tick_s >= SAVE_S:
             self._save(tick)
+
+    def _change_term(self, term: int, tick: int) -> None:
+        """This balancer begins to lead, or to stand by: what it knew of the load is of another time."""
+        if self._led or self.standing.ticks:
+            self._save(tick)
+            self._history = History(self._history.nodes, tick_ms=self._tick_ms, ticks=self._history_ticks)
+            self._learned = self._saved = None
+            self._restore(tick - 1)
+        self._led = term
+        self.standing = Standing()
 
     def _exchange(self, reports: Mapping[str, NodeStats]) -> Whereabouts:
         """Tell the mover what was heard and planned; what it tells of where groups are."""
@@ -550,11 +569,16 @@ class Service(FollowsCluster):
         """Requests taken in and not yet answered."""
         return len(self._turns)
 
+    @property
+    def stands_by(self) -> bool:
+        """Whether another balancer leads."""
+        return not self._registry.term and bool(self._registry.leader)
+
     def answer_waiting(self) -> int:
         """Answer what has arrived, at most ``BURST`` requests, the members in turn; how many it was."""
         if self._known is not self._cluster:
             before, self._known = self._known, self._cluster
-            self._registry.note_cluster_serial(self._known.serial)
+            self._note_serial()
             self._listener.members_changed(before, self._known)
         for done in range(BURST):
             self._take_in(BURST)
@@ -564,6 +588,15 @@ class Service(FollowsCluster):
             self._answer(incoming)
             self._admission.end(incoming.member.name)
         return BURST
+
+    def _note_serial(self) -> None:
+        """Have the registry never be served under an older manifest; who begins to lead notes it too."""
+        if not self._registry.term:
+            return
+        try:
+            self._registry.note_cluster_serial(self._known.serial)
+        except EngineError as error:
+            log.warning("the manifest's serial is not noted", serial=self._known.serial, reason=str(error))
 
     def _take_in(self, most: int) -> None:
         for _ in range(most):
@@ -582,8 +615,9 @@ class Service(FollowsCluster):
         now = time.monotonic()
         if now >= self._next_told_s:
             self._next_told_s = now + 1.0
-            self._destroy_due()
-            self._look_at_keys(now)
+            if self._registry.term:
+                self._destroy_due()
+                self._look_at_keys(now)
             self.told = Told(self._listener.counts(self._admission), self._keys, now)
             for each in self._admission.refusals():
                 log.warning("requests refused", member=each.member, count=each.count, reason=each.reason)
@@ -613,6 +647,9 @@ class Service(FollowsCluster):
         verb, member = incoming.request.verb, incoming.member
         try:
             body = self._handle(incoming)
+        except Moved as error:
+            names = error_codec.encode(ErrorBody(error.code, str(error), list(error.names)))
+            self._listener.reply(incoming, Status.MOVED, names)
         except (EngineError, ValueError) as error:
             log.info("request refused", verb=verb, member=member.name, reason=str(error))
             self._listener.fail(incoming, error)
@@ -633,9 +670,18 @@ class Service(FollowsCluster):
         may_see = member.role != "client" or self._cluster.allows_any_key(member.name, RequestType.STATUS)
         if verb in (PLAN, HOLDINGS, RequestType.STATUS) and not may_see:
             raise AccessDenied(f"{member.name!r} may not see the {verb}: no rule of the policy gives it `status`")
+        if verb in (*REGISTRY_VERBS, HOLDINGS) and not self._registry.term:
+            self._send_on()
         reply = handler(member.name, REQUEST_CODECS[verb].decode(incoming.request.body))
         codec = balancer_status_codec if verb == RequestType.STATUS else REPLY_CODECS[verb]
         return codec.encode(reply)
+
+    def _send_on(self) -> NoReturn:
+        """Say who leads, while this balancer does not."""
+        leader = self._registry.leader
+        if leader and leader != self._name:
+            raise Moved((leader,))
+        raise RegistryUnavailable(f"no balancer leads{': ' * bool(self._registry.problem)}{self._registry.problem}")
 
     def _reserve(self, member: str, body: Reserve) -> Reserved:
         return self._registry.reserve(body.order, member, self._now_ms(), body.manifest, body.certificate)
@@ -697,23 +743,25 @@ class Service(FollowsCluster):
 
     def _status(self, member: str, body: Empty) -> BalancerStatus:
         standing, progress = self._loop.standing, self._loop.progress
+        leads = bool(self._registry.term)
+        moving = progress.text if leads else f"stands by: {self._registry.leader or 'nobody'} leads"
         return BalancerStatus(
             balancer=self._name,
             software=__version__,
             cluster_serial=self._cluster.serial,
             uptime_ms=int((time.monotonic() - self._begun) * 1000),
-            keys=self._registry.count(),
+            keys=self._registry.count() if leads else 0,
             fencing_epoch=self._registry.fencing_epoch,
             table_counter=standing.counter,
             ticks=standing.ticks,
-            last_error=standing.last_error,
+            last_error=standing.last_error or self._registry.problem[:ERROR_MAX],
             service=self._listener.counts(self._admission),
             forecasts=_accuracies(standing.learned.classes),
             series=[f"{name}: {problem}" for name, problem in self._loop.series_problems.items()],
             placement=self._loop.plan.text[:ERROR_MAX],
             host=host_health(self._data),
             moves=_moves(progress),
-            moving=progress.text[:ERROR_MAX],
+            moving=moving[:ERROR_MAX],
         )
 
 

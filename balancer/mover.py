@@ -92,6 +92,7 @@ class Mover(FollowsCluster):
         self._now_ms = now_ms
         self._clock = clock
         self._migration = Migration(settings)
+        self._term = 0
         self._heard: Heard | None = None
         self._strained: Heard | None = None
         self._plan = self._adopted = Plan()
@@ -149,8 +150,10 @@ class Mover(FollowsCluster):
         self._problem = text
 
     def _round(self, channel: Channel) -> None:
-        heard = self._heard
-        if heard is None:
+        heard, term = self._heard, self._registry.term
+        if term != self._term:
+            self._begin_anew(term)
+        if heard is None or not term:
             return
         now_s = self._clock()
         if now_s >= self._next_look_s:
@@ -165,6 +168,17 @@ class Mover(FollowsCluster):
         if self._sent:
             self._busy_s = now_s
         self._tell()
+
+    def _begin_anew(self, term: int) -> None:
+        """This balancer begins to lead, or to stand by: what was under way is another's business by now."""
+        if self._term:
+            self._migration = Migration(self._settings)
+            self._sent.clear()
+            self._plan = self._adopted = Plan()
+            self._heard = self._strained = None
+        self._term = term
+        self._next_look_s = self._next_count_s = 0.0
+        self.progress, self.whereabouts = Progress(), Whereabouts()
 
     def _situation(self, heard: Heard, now_s: float) -> Situation:
         return Situation(
@@ -237,7 +251,7 @@ class Mover(FollowsCluster):
 
     def _order(self, order: Order, now_ms: int) -> RefreshOrder | ReshareOrder:
         key, change = order.key, order.change
-        expires_ms, fencing = now_ms + ORDER_MS, self._registry.fencing_epoch
+        expires_ms, fencing = now_ms + ORDER_MS, self._term
         if change.kind is Kind.REFRESH:
             return RefreshOrder(key.key_id, key.name, key.epoch, os.urandom(16), expires_ms, fencing)
         return ReshareOrder(

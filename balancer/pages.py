@@ -100,7 +100,9 @@ class Pages:
         return ""
 
     def unready(self) -> str:
-        """Why nothing it publishes is in force; empty if something is."""
+        """Why nothing it publishes is in force; empty if something is, or if another balancer leads."""
+        if self._service.stands_by:
+            return ""
         table = self._loop.standing.table
         if table is None:
             return "no routing table was published yet"

@@ -7,11 +7,11 @@ keys. All of it follows from the keys' manifests and certificates; the targets, 
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from balancer.database import Database, upsert
 from engine.protocol.manifest import (
     KeyManifest,
     certificates,
@@ -66,14 +66,12 @@ class KeyPlace:
 
 
 class Places:
-    """The index, on the registry's own connection: whoever calls ``put`` has a transaction open.
+    """The index, in the registry's own database: whoever calls ``put`` has a transaction open.
 
     ``group_of`` and ``may_grow`` say what a key's name means today.
     """
 
-    def __init__(
-        self, store: sqlite3.Connection, group_of: Callable[[str], int], may_grow: Callable[[str], bool]
-    ) -> None:
+    def __init__(self, store: Database, group_of: Callable[[str], int], may_grow: Callable[[str], bool]) -> None:
         self._store = store
         self._group_of = group_of
         self._may_grow = may_grow
@@ -91,7 +89,7 @@ class Places:
                 self.put(*each)
         else:
             self._regrow()
-        self._store.execute("INSERT OR REPLACE INTO placed_by VALUES (1, ?)", (rules,))
+        self._store.execute(upsert("placed_by", "id", "rules"), (1, rules))
 
     def _regrow(self) -> None:
         found = self._store.execute(
@@ -144,7 +142,8 @@ class Places:
 
     def _count(self, crowd: Sequence[object], change: int) -> None:
         self._store.execute(
-            "INSERT INTO crowds VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET keys = keys + excluded.keys",
+            "INSERT INTO crowds VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (pg, nodes, threshold, shares, grows) "
+            "DO UPDATE SET keys = crowds.keys + excluded.keys",
             (*crowd, change),
         )
         if change < 0:
@@ -183,7 +182,7 @@ class Places:
 
     def count_older(self, than_ms: int, most: int) -> int:
         """How many keys ``older`` would tell, counted up to ``most``."""
-        counted = "SELECT COUNT(*) FROM (SELECT 1 FROM placed WHERE threshold > 1 AND since_ms < ? LIMIT ?)"
+        counted = "SELECT COUNT(*) FROM (SELECT 1 FROM placed WHERE threshold > 1 AND since_ms < ? LIMIT ?) AS found"
         return int(self._store.execute(counted, (than_ms, most)).fetchone()[0])
 
     def _read(self, condition: str, values: Sequence[object]) -> list[KeyPlace]:
@@ -213,7 +212,7 @@ class Places:
         """Have groups be elsewhere, in this order of urgency; the targets of other groups stay."""
         last = self._store.execute("SELECT COALESCE(MAX(place), 0) FROM targets").fetchone()[0]
         self._store.executemany(
-            "INSERT OR REPLACE INTO targets VALUES (?, ?, ?)",
+            upsert("targets", "pg", "nodes", "place"),
             [(group, _joined(nodes), last + at) for at, (group, nodes) in enumerate(wanted.items(), 1)],
         )
 

@@ -12,15 +12,14 @@ id. Invariants:
 4. An epoch follows the one that is committed, by receipts of all its holders; no notice is signed on an attempt that
    was committed once.
 
-The registry holds no secret, and every document in it is signed; so its rows carry a plain hash against the disk's own
-errors, not a MAC.
+The registry holds no secret, and every document in it is signed; so in a file that this balancer alone can write, rows
+carry a plain hash against the disk's own errors. In a database that others can write, the balancer signs each row that
+is no mere index.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +31,8 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from balancer.database import Database, SqliteDatabase, upsert
+from balancer.mark import Mark
 from balancer.places import PLACES_TABLES, Places
 from engine.errors import (
     AccessDenied,
@@ -40,6 +41,7 @@ from engine.errors import (
     KeyNotFound,
     ManifestError,
     Overloaded,
+    ProtocolError,
     RegistryUnavailable,
 )
 from engine.failpoints import failpoint
@@ -74,10 +76,10 @@ from engine.protocol.settings import (
     open_settings,
     read_settings,
 )
-from engine.protocol.signed import SigningKey, sign_envelope
+from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
 from engine.sharing import check_placement
 
-__all__ = ["Registry", "SqliteRegistry"]
+__all__ = ["KnownKey", "Registry", "SqlRegistry", "SqliteRegistry"]
 
 MAX_ATTEMPT = 2**31 - 1
 SHAPE_SAMPLE = 200
@@ -97,9 +99,12 @@ CHANGE_LEASE_MS = 10_000
 """A change under way keeps those of other orders waiting for this long; then its coordinator counts as dead."""
 ROTATE_LEASE_MS = 15_000
 """The same of a rotation: its dealer may have to make an RSA key."""
+RESTORED_BEYOND = 1_024
+"""How many attempts are passed over in books that were made anew; of revisions, so many times so many."""
 QUOTA_LEAST = 1_024
 """A node is granted this part of a key's uses at least, so that the last of them take no round trip each."""
-BUSY_TIMEOUT_S = 1.0
+ROW = "registry.row"
+"""The kind of envelope that seals a row which others could write."""
 
 
 T = TypeVar("T")
@@ -113,7 +118,19 @@ class Registry(Protocol):
 
     @property
     def fencing_epoch(self) -> int:
-        """Grows with every start of a balancer."""
+        """Grows with every balancer that begins to lead."""
+
+    @property
+    def term(self) -> int:
+        """The fencing epoch as long as this balancer leads, else 0; any thread may ask."""
+
+    @property
+    def leader(self) -> str:
+        """The balancer that leads, as far as this one knows, or empty."""
+
+    @property
+    def problem(self) -> str:
+        """Why this one can't lead, or empty."""
 
     def note_cluster_serial(self, serial: int) -> None:
         """Remember under which cluster manifest it served."""
@@ -173,6 +190,16 @@ class Registry(Protocol):
 
     def close(self) -> None:
         """Close the store."""
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """What nodes prove of a key: the newest manifest and its certificate, or what destroyed it; and which nodes."""
+
+    record: KeyRecord
+    certificate: bytes
+    tombstone: bytes
+    nodes: tuple[str, ...]
 
 
 class _State(IntEnum):
@@ -297,68 +324,87 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE grants (key_id BLOB, node BLOB, nonce BLOB NOT NULL, uses INTEGER NOT NULL,
            PRIMARY KEY (key_id, node)) STRICT, WITHOUT ROWID""",
     ),
+    ("ALTER TABLE grants ADD COLUMN hash BLOB NOT NULL DEFAULT x''",),
 )
 """Statements that take the schema from version i to i + 1."""
-_FENCING_EPOCH, _SERIAL, _CHANGE = 1, 2, 3
+_FENCING_EPOCH, _SERIAL, _CHANGE, _REVISION = 1, 2, 3, 4
 
 
-class SqliteRegistry(FollowsCluster):
-    """The registry in one SQLite file (WAL, synchronous=FULL) that this process alone has open.
+class SqlRegistry(FollowsCluster):
+    """The registry in a database, from ``lead`` on.
 
-    Opening it migrates the schema and raises the fencing epoch. ``ConfigError`` if the file is in use, belongs to
-    another cluster, is damaged or was written by a newer version.
+    Each transaction that changes anything raises the *revision*. By ``mark``, a file of the balancer's own, a database
+    that fell back to an earlier one is noticed.
     """
 
-    def __init__(self, path: Path, cluster: ClusterSource, signing: SigningKey, now_ms: int) -> None:
+    def __init__(self, store: Database, cluster: ClusterSource, signing: SigningKey, mark: Mark | None = None) -> None:
+        self._store = store
         self._source = cluster
         self._signing = signing
-        self._path = path
+        self._mark = mark
         self._booked: list[str] | None = None
         """The steps of the transaction that many requests share, while there is one."""
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         # Threads take turns: the service's, and the one that moves keys, which reads some rows at a time.
         self._turn = threading.RLock()
-        self._store = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        self._places = Places(self._store, self._group_of, self._may_grow)
-        try:
-            self._fencing_epoch = self._prepare(now_ms)
-        except sqlite3.Error as error:
-            self._store.close()
-            busy = "in use by another process" if "locked" in str(error) else f"no usable registry: {error}"
-            raise ConfigError(f"{path}: {busy}") from None
-        except BaseException:
-            self._store.close()
-            raise
+        self._places = Places(store, self._group_of, self._may_grow)
+        self._fencing_epoch = 0
+        self._term = 0
+        self._revision: int | None = None
+        self.problem = ""
 
-    def _prepare(self, now_ms: int) -> int:
-        # Exclusive: a second balancer on the same file fails here, and not in the middle of its work.
-        for pragma in ("locking_mode=EXCLUSIVE", "journal_mode=WAL", "synchronous=FULL", "trusted_schema=OFF"):
-            self._store.execute(f"PRAGMA {pragma}")
-        if (found := self._store.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise ConfigError(f"{self._path}: damaged: {str(found)[:200]}")
-        version = self._store.execute("PRAGMA user_version").fetchone()[0]
-        if not 0 <= version <= len(_MIGRATIONS):
-            raise ConfigError(f"{self._path}: schema version {version}; this software knows 1 to {len(_MIGRATIONS)}")
-        with self._transaction("open"):
-            for statement in (each for step in _MIGRATIONS[version:] for each in step):
-                self._store.execute(statement)
-            self._store.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
-            known = (self._cluster.pin, self._cluster.serial)
-            self._store.execute("INSERT OR IGNORE INTO cluster VALUES (1, ?, ?)", known)
-            pin, serial = self._store.execute("SELECT pin, serial FROM cluster").fetchone()
-            if pin != self._cluster.pin:
+    def lead(self, now_ms: int, term: int = 0) -> None:
+        """Begin to lead, under the fencing epoch ``term`` or, where nobody gives one, the next; migrates the schema.
+
+        ``ConfigError`` if the database belongs to another cluster, was written by a newer version, or fell back to an
+        older state than this balancer has seen; or ``RegistryUnavailable``.
+        """
+        with self._reading():
+            self._term, self._revision = term, None
+            version = self._store.version()
+            if not 0 <= version <= len(_MIGRATIONS):
                 raise ConfigError(
-                    f"{self._path}: belongs to the cluster pinned by {pin.hex()}, not {self._cluster.pin.hex()}"
+                    f"{self._store.where}: schema version {version}; this software knows 1 to {len(_MIGRATIONS)}"
                 )
-            if serial > self._cluster.serial:
-                raise ConfigError(
-                    f"{self._path}: was served under serial {serial} of the cluster manifest, "
-                    f"the one given is older: {self._cluster.serial}"
-                )
-            self._store.execute("UPDATE cluster SET serial = ?", (self._cluster.serial,))
-            self._prune(now_ms)
-            self._places.prepare(self._grow_rules())
-            return self._next(_FENCING_EPOCH)
+            with self._transaction("open"):
+                for statement in (each for step in _MIGRATIONS[version:] for each in step):
+                    self._store.execute(statement)
+                self._store.set_version(len(_MIGRATIONS))
+                self._check_cluster()
+                self._check_mark()
+                self._prune(now_ms)
+                self._places.prepare(self._grow_rules())
+                fencing_epoch = self._raise_to(term) if term else self._next(_FENCING_EPOCH)
+            self._fencing_epoch = self._term = fencing_epoch
+            self._note_mark()
+
+    def _check_cluster(self) -> None:
+        known = (self._cluster.pin, self._cluster.serial)
+        self._store.execute("INSERT INTO cluster VALUES (1, ?, ?) ON CONFLICT DO NOTHING", known)
+        pin, serial = self._store.execute("SELECT pin, serial FROM cluster").fetchone()
+        if pin != self._cluster.pin:
+            raise ConfigError(
+                f"{self._store.where}: belongs to the cluster pinned by {pin.hex()}, not {self._cluster.pin.hex()}"
+            )
+        if serial > self._cluster.serial:
+            raise ConfigError(
+                f"{self._store.where}: was served under serial {serial} of the cluster manifest, "
+                f"the one given is older: {self._cluster.serial}"
+            )
+        self._store.execute("UPDATE cluster SET serial = ?", (self._cluster.serial,))
+
+    def _check_mark(self) -> None:
+        if self._mark is not None:
+            self._mark.check(self._store.where, self._counter(_FENCING_EPOCH), self._counter(_REVISION))
+
+    def _note_mark(self) -> None:
+        if self._mark is not None and self._revision is not None:
+            self._mark.note(self._fencing_epoch, self._revision)
+
+    def _raise_to(self, term: int) -> int:
+        if term <= self._counter(_FENCING_EPOCH):
+            raise RegistryUnavailable(f"the fencing epoch {term} is over")
+        self._set_counter(_FENCING_EPOCH, term)
+        return term
 
     def _group_of(self, name: str) -> int:
         return self._cluster.group_of(name)
@@ -373,18 +419,31 @@ class SqliteRegistry(FollowsCluster):
 
     @property
     def fencing_epoch(self) -> int:
-        """Grows with every opening."""
+        """Grows with every beginning."""
         return self._fencing_epoch
+
+    @property
+    def term(self) -> int:
+        """The fencing epoch, from ``lead`` on."""
+        return self._term
+
+    @property
+    def leader(self) -> str:
+        """This balancer, once it leads."""
+        return self._signing.name if self.term else ""
 
     def note_cluster_serial(self, serial: int) -> None:
         """Remember under which manifest it served, so that it never serves under an older one."""
         with self._transaction("manifest"):
-            self._store.execute("UPDATE cluster SET serial = max(serial, ?)", (serial,))
+            self._store.execute("UPDATE cluster SET serial = ? WHERE serial < ?", (serial, serial))
             self._places.prepare(self._grow_rules())
 
     def close(self) -> None:
-        """Close the file; what was promised is in it."""
+        """Close the database; what was promised is in it."""
+        self._term = 0
         self._store.close()
+        if self._mark is not None:
+            self._mark.close()
 
     def count(self) -> int:
         """How many keys are committed."""
@@ -471,11 +530,12 @@ class SqliteRegistry(FollowsCluster):
 
     def _newest(self, wanted: CreateOrder) -> _Row:
         """The newest committed version of the key that is to be rotated."""
-        found = self._store.execute(
-            """SELECT versions.key_id FROM versions JOIN keys USING (key_id)
-               WHERE lineage = ? AND state = 2 ORDER BY version DESC LIMIT 1""",
-            (wanted.lineage,),
-        ).fetchone()
+        with self._reading():
+            found = self._store.execute(
+                """SELECT versions.key_id FROM versions JOIN keys USING (key_id)
+                   WHERE lineage = ? AND state = 2 ORDER BY version DESC LIMIT 1""",
+                (wanted.lineage,),
+            ).fetchone()
         row = self._row(found[0]) if found else None
         if row is None or row.text != wanted.name:
             raise KeyNotFound(f"no key {wanted.name!r} of this lineage is committed")
@@ -505,24 +565,27 @@ class SqliteRegistry(FollowsCluster):
         order = read_create_order(told.order)
         with self._transaction("take-in"):
             self._free_name(order, now_ms, certified=True)
-            self._put(
-                _Row(
-                    key_id=told.key_id,
-                    name=told.name.encode(),
-                    state=_State.COMMITTED,
-                    attempt=told.attempt,
-                    dealer=record.dealer.encode(),
-                    order_digest=open_create_order(told.order, self._cluster, None)[1].digest,
-                    expires_ms=order.expires_ms,
-                    holders="\n".join(holder.node for holder in told.holders).encode(),
-                    manifest_hash=record.digest,
-                    manifest=manifest,
-                    certificate=certificate,
-                    tombstone=b"",
-                )
-            )
+            self._put(self._certified(record, certificate))
             self._put_version(order, now_ms)
             self._note_change(told.key_id, self._told_of(record))
+
+    def _certified(self, record: KeyRecord, certificate: bytes) -> _Row:
+        told = record.manifest
+        order, signed = open_create_order(told.order, self._cluster, None)
+        return _Row(
+            key_id=told.key_id,
+            name=told.name.encode(),
+            state=_State.COMMITTED,
+            attempt=told.attempt,
+            dealer=record.dealer.encode(),
+            order_digest=signed.digest,
+            expires_ms=order.expires_ms,
+            holders="\n".join(holder.node for holder in told.holders).encode(),
+            manifest_hash=record.digest,
+            manifest=record.raw,
+            certificate=certificate,
+            tombstone=b"",
+        )
 
     def change(self, order: bytes, manifest: bytes, certificate: bytes, dealer: str, now_ms: int) -> Reserved:
         """Begin an attempt of ``dealer`` to change a committed key by an order; earlier ones are aborted for good.
@@ -604,7 +667,7 @@ class SqliteRegistry(FollowsCluster):
 
     def _advance(self, row: _Row, newer: _Row) -> None:
         """Write the newer epoch of a committed key, inside a transaction."""
-        self._store.execute("INSERT OR IGNORE INTO past VALUES (?, ?)", (row.key_id, row.attempt))
+        self._store.execute("INSERT INTO past VALUES (?, ?) ON CONFLICT DO NOTHING", (row.key_id, row.attempt))
         change = self._change(row.key_id)
         if change is not None and change.attempt <= newer.attempt:
             self._put_change(replace(change, state=_ChangeState.ENDED))
@@ -661,7 +724,7 @@ class SqliteRegistry(FollowsCluster):
     def _note_change(self, key_id: bytes, nodes: Sequence[str]) -> None:
         change = self._next(_CHANGE)
         self._store.executemany(
-            "INSERT OR REPLACE INTO shares VALUES (?, ?, ?)", [(node.encode(), key_id, change) for node in nodes]
+            upsert("shares", "node, key_id", "changed"), [(node.encode(), key_id, change) for node in nodes]
         )
 
     def outcome(self, key_id: bytes, attempt: int, now_ms: int) -> OutcomeReply:
@@ -872,17 +935,15 @@ class SqliteRegistry(FollowsCluster):
             raise ValueError(f"the uses of {row.text!r} are not limited")
         with self._transaction("quota"):
             last = self._store.execute(
-                "SELECT uses FROM grants WHERE key_id = ? AND node = ? AND nonce = ?", (key_id, node.encode(), nonce)
+                "SELECT uses, hash FROM grants WHERE key_id = ? AND node = ? AND nonce = ?",
+                (key_id, node.encode(), nonce),
             ).fetchone()
-            if last is not None:
+            if last is not None and self._is_sealed("grants", (key_id, node.encode(), nonce, last[0]), last[1]):
                 return int(last[0])
             given = self._given(key_id, read_create_order(manifest.order).shares * first_quota(manifest))
             uses = max(0, min(limit - given, max(1, limit // QUOTA_LEAST, (limit - given) // (2 * len(holders)))))
-            fields = (key_id, given + uses)
-            self._store.execute("INSERT OR REPLACE INTO quotas VALUES (?, ?, ?)", (*fields, _hash(fields)))
-            self._store.execute(
-                "INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?)", (key_id, node.encode(), nonce, uses)
-            )
+            self._put_sealed("quotas", "key_id", key_id=key_id, given=given + uses)
+            self._put_sealed("grants", "key_id, node", key_id=key_id, node=node.encode(), nonce=nonce, uses=uses)
         return uses
 
     def _given(self, key_id: bytes, first: int) -> int:
@@ -890,7 +951,7 @@ class SqliteRegistry(FollowsCluster):
         found = self._store.execute("SELECT given, hash FROM quotas WHERE key_id = ?", (key_id,)).fetchone()
         if found is None:
             return first
-        if found[1] != _hash((key_id, found[0])):
+        if not self._is_sealed("quotas", (key_id, found[0]), found[1]):
             raise RegistryUnavailable(f"the registry's count of the uses of the key {key_id.hex()} is damaged")
         return int(found[0])
 
@@ -917,6 +978,75 @@ class SqliteRegistry(FollowsCluster):
             entries.append(SyncEntry(key_id, state, row.manifest, row.certificate, row.tombstone, document))
             last = changed
         return SyncPage(entries, len(entries) < len(found), last, self._fencing_epoch)
+
+    def restore(self, known: KnownKey, now_ms: int) -> str:
+        """Book what the holders of a key prove of it, if the books are behind; what is to be said of that, or empty.
+
+        Attempts after it are numbered far beyond, as notices on the next ones may have been signed; uses that are
+        limited count as given out.
+        """
+        record, told = known.record, known.record.manifest
+        row = self._row(told.key_id)
+        if row is not None and row.state == _State.DESTROYED:
+            return ""
+        behind = row is None or row.state != _State.COMMITTED
+        if row is not None and row.state == _State.COMMITTED:
+            behind = read_key_manifest(row.manifest).manifest.epoch < told.epoch
+        if not behind and not known.tombstone:
+            return ""
+        if not known.tombstone and self._other_of(told.name, told.version, told.key_id) is not None:
+            return f"{told.name!r}: the name is taken by another key than {told.key_id.hex()}, which is left out"
+        with self._transaction("restore"):
+            newer = self._certified(record, known.certificate)
+            if row is not None and row.state == _State.COMMITTED and not behind:
+                newer = row
+            if known.tombstone:
+                self._put(replace(newer, state=_State.DESTROYED, tombstone=known.tombstone))
+            else:
+                if row is not None and row.state == _State.COMMITTED:
+                    self._store.execute(
+                        "INSERT INTO past VALUES (?, ?) ON CONFLICT DO NOTHING", (row.key_id, row.attempt)
+                    )
+                self._put(newer)
+                self._put_version(read_create_order(told.order), now_ms)
+                if told.uses_max:
+                    self._put_sealed("quotas", "key_id", key_id=told.key_id, given=told.uses_max)
+            beyond = max(self._refused(told.key_id), told.attempt + RESTORED_BEYOND)
+            self._store.execute(upsert("refused", "key_id", "attempt", "noted_ms"), (told.key_id, beyond, now_ms))
+            self._note_change(told.key_id, sorted({*_names(newer), *known.nodes}))
+        return ""
+
+    def _other_of(self, name: str, version: int, key_id: bytes) -> _Row | None:
+        """The other committed key that has a name and version; one that is only reserved loses them."""
+        with self._reading():
+            found = self._store.execute(
+                "SELECT key_id FROM versions WHERE name = ? AND version = ? AND key_id != ?",
+                (name.encode(), version, key_id),
+            ).fetchone()
+        row = self._row(found[0]) if found else None
+        if row is not None and row.state == _State.RESERVED:
+            with self._transaction("expire"):
+                self._put(replace(row, state=_State.ABORTED))
+            return None
+        return row
+
+    def restore_settings(self, told: SettingsRecord) -> None:
+        """Book settings that nodes keep, countersigned, if they are newer than the books."""
+        order = told.order
+        current = self._settings(order.lineage)
+        if not told.booked or (current is not None and current.serial >= order.serial):
+            return
+        with self._transaction("settings"):
+            due_ms = order.destroy_at_ms if self._rows_of(order) else 0
+            self._put_settings(_Settings(order.lineage, order.name.encode(), order.serial, due_ms, told.raw))
+
+    def restored(self, fencing_epoch: int, revision: int) -> tuple[int, int]:
+        """Go on beyond this fencing epoch and revision, which were seen; where it is then, in these."""
+        with self._transaction("restore"):
+            self._set_counter(_FENCING_EPOCH, max(fencing_epoch, self._counter(_FENCING_EPOCH)))
+            self._set_counter(_REVISION, RESTORED_BEYOND**2 + max(revision, self._counter(_REVISION)))
+        with self._reading():
+            return self._counter(_FENCING_EPOCH), self._counter(_REVISION)
 
     def places(self, ask: Callable[[Places], T]) -> T:
         """What the index of places answers."""
@@ -1040,7 +1170,7 @@ class SqliteRegistry(FollowsCluster):
                 return True
             if self._store.execute("SELECT COUNT(*) FROM refused").fetchone()[0] >= REFUSED_MAX:
                 return False
-            self._store.execute("INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", (key_id, attempt, now_ms))
+            self._store.execute(upsert("refused", "key_id", "attempt", "noted_ms"), (key_id, attempt, now_ms))
         return True
 
     def _prune(self, now_ms: int) -> None:
@@ -1054,7 +1184,7 @@ class SqliteRegistry(FollowsCluster):
         try:
             with self._turn:
                 yield
-        except sqlite3.Error as error:
+        except self._store.failures as error:
             raise RegistryUnavailable(f"the registry's store failed: {error}") from None
 
     @contextmanager
@@ -1063,35 +1193,68 @@ class SqliteRegistry(FollowsCluster):
         failpoint(f"registry.{step}.before")
         with self._reading():  # it is this thread's turn from here on, and so are the steps of a bundle
             booked = self._booked
-            self._store.execute("BEGIN IMMEDIATE" if booked is None else "SAVEPOINT step")
-            try:
-                yield
-                failpoint(f"registry.{step}.changed")
-                self._store.execute("COMMIT" if booked is None else "RELEASE step")
-            except BaseException:
-                if self._store.in_transaction:  # SQLite may have rolled back all of it by itself
-                    for statement in ("ROLLBACK",) if booked is None else ("ROLLBACK TO step", "RELEASE step"):
-                        self._store.execute(statement)
-                raise
+            if booked is None:
+                with self._writing():
+                    yield
+                    failpoint(f"registry.{step}.changed")
+            else:
+                with self._step():
+                    yield
+                    failpoint(f"registry.{step}.changed")
         if booked is not None:
             booked.append(step)
             return
         failpoint(f"registry.{step}.durable")
 
     @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction under the own fencing epoch, which makes one revision."""
+        try:
+            self._store.begin(self._term)
+            self._check_revision()
+            yield
+            revision = self._next(_REVISION)
+            self._store.commit()
+            self._revision = revision
+            self._note_mark()
+        except BaseException:
+            self._store.rollback()
+            raise
+
+    def _check_revision(self) -> None:
+        """What was read before this transaction is so still, unless the revision is not as this balancer left it.
+
+        A commit whose answer was lost may have been carried out after all; or somebody put an older database there.
+        """
+        known = self._revision
+        if known is None or known == (found := self._counter(_REVISION)):
+            return
+        if found < known:
+            raise RegistryUnavailable(f"{self._store.where} fell back from revision {known} to {found}")
+        self._revision = found
+        raise RegistryUnavailable(f"{self._store.where}: an earlier change was made after all; please try again")
+
+    @contextmanager
+    def _step(self) -> Iterator[None]:
+        self._store.execute("SAVEPOINT step")
+        try:
+            yield
+            self._store.execute("RELEASE SAVEPOINT step")
+        except BaseException:
+            if self._store.in_transaction:  # SQLite may have rolled back all of it by itself
+                for statement in ("ROLLBACK TO SAVEPOINT step", "RELEASE SAVEPOINT step"):
+                    self._store.execute(statement)
+            raise
+
+    @contextmanager
     def together(self) -> Iterator[None]:
         """What is booked until the end is one transaction; what fails alone is undone alone."""
         booked: list[str] = []
         with self._reading():
-            self._store.execute("BEGIN IMMEDIATE")
-            self._booked = booked
             try:
-                yield
-                self._store.execute("COMMIT")
-            except BaseException:
-                if self._store.in_transaction:
-                    self._store.execute("ROLLBACK")
-                raise
+                with self._writing():
+                    self._booked = booked
+                    yield
             finally:
                 self._booked = None
         for step in booked:
@@ -1103,7 +1266,7 @@ class SqliteRegistry(FollowsCluster):
         if found is None:
             return None
         row = _Row(*found[:-1])
-        if found[-1] != _hash(_values(row)):
+        if not self._is_sealed("keys", _values(row), found[-1]):
             raise RegistryUnavailable(f"the registry's row of the key {key_id.hex()} is damaged")
         return row
 
@@ -1140,9 +1303,7 @@ class SqliteRegistry(FollowsCluster):
     def _put(self, row: _Row) -> None:
         if row.state not in (_State.RESERVED, _State.COMMITTED):
             self._store.execute("DELETE FROM versions WHERE key_id = ?", (row.key_id,))
-        fields = _values(row)
-        marks = ", ".join("?" * (len(fields) + 1))
-        self._store.execute(f"INSERT OR REPLACE INTO keys VALUES ({marks})", (*fields, _hash(fields)))  # noqa: S608 - marks only
+        self._put_sealed("keys", "key_id", **_columns(row))
         committed = row.state == _State.COMMITTED
         self._places.put(row.key_id, row.manifest if committed else b"", row.certificate)
 
@@ -1152,13 +1313,12 @@ class SqliteRegistry(FollowsCluster):
         if found is None:
             return None
         change = _Change(*found[:-1])
-        if found[-1] != _hash(_values(change)):
+        if not self._is_sealed("changes", _values(change), found[-1]):
             raise RegistryUnavailable(f"the registry's row of a change of the key {key_id.hex()} is damaged")
         return change
 
     def _put_change(self, change: _Change) -> None:
-        fields = _values(change)
-        self._store.execute("INSERT OR REPLACE INTO changes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (*fields, _hash(fields)))
+        self._put_sealed("changes", "key_id", **_columns(change))
 
     def _settings(self, lineage: bytes) -> _Settings | None:
         with self._reading():
@@ -1166,13 +1326,12 @@ class SqliteRegistry(FollowsCluster):
         if found is None:
             return None
         settings = _Settings(*found[:-1])
-        if found[-1] != _hash(_values(settings)):
+        if not self._is_sealed("settings", _values(settings), found[-1]):
             raise RegistryUnavailable(f"the registry's settings of the key {lineage.hex()} are damaged")
         return settings
 
     def _put_settings(self, settings: _Settings) -> None:
-        fields = _values(settings)
-        self._store.execute("INSERT OR REPLACE INTO settings VALUES (?, ?, ?, ?, ?, ?)", (*fields, _hash(fields)))
+        self._put_sealed("settings", "lineage", **_columns(settings))
 
     def _is_past(self, key_id: bytes, attempt: int) -> bool:
         with self._reading():
@@ -1180,18 +1339,68 @@ class SqliteRegistry(FollowsCluster):
             return found.fetchone() is not None
 
     def _next(self, counter: int) -> int:
-        found = self._store.execute("SELECT value, hash FROM counters WHERE id = ?", (counter,)).fetchone()
-        if found is not None and found[1] != _hash((counter, found[0])):
-            raise RegistryUnavailable(f"the registry's counter {counter} is damaged")
-        value = 1 + (found[0] if found else 0)
-        self._store.execute(
-            "INSERT OR REPLACE INTO counters VALUES (?, ?, ?)", (counter, value, _hash((counter, value)))
-        )
+        value = 1 + self._counter(counter)
+        self._set_counter(counter, value)
         return value
+
+    def _counter(self, counter: int) -> int:
+        found = self._store.execute("SELECT value, hash FROM counters WHERE id = ?", (counter,)).fetchone()
+        if found is not None and not self._is_sealed("counters", (counter, found[0]), found[1]):
+            raise RegistryUnavailable(f"the registry's counter {counter} is damaged")
+        return int(found[0]) if found else 0
+
+    def _set_counter(self, counter: int, value: int) -> None:
+        self._put_sealed("counters", "id", id=counter, value=value)
+
+    def _put_sealed(self, table: str, keys: str, **columns: object) -> None:
+        fields = tuple(columns.values())
+        others = list(columns)[keys.count(",") + 1 :]
+        self._store.execute(upsert(table, keys, *others, "hash"), (*fields, self._sealed(table, fields)))
+
+    def _sealed(self, table: str, fields: tuple[object, ...]) -> bytes:
+        if not self._store.shared:
+            return _hash(fields)
+        return sign_envelope(ROW, self._term, _hash((table, *fields)), self._signing)
+
+    def _is_sealed(self, table: str, fields: tuple[object, ...], seal: bytes) -> bool:
+        """Whether this is what a balancer wrote."""
+        if not self._store.shared:
+            return seal == _hash(fields)
+        try:
+            signed = verify_envelope(seal, ROW, self._cluster.sign_key_ever("balancer"))
+        except (ManifestError, ProtocolError):
+            return False
+        return signed.payload == _hash((table, *fields))
+
+
+class SqliteRegistry(SqlRegistry):
+    """The registry in one SQLite file that this process alone has open, and so leads.
+
+    Opening it raises the fencing epoch. ``ConfigError`` as with ``lead``, or if the file is in use or damaged.
+    """
+
+    _store: SqliteDatabase
+
+    def __init__(
+        self, path: Path, cluster: ClusterSource, signing: SigningKey, now_ms: int, mark: Mark | None = None
+    ) -> None:
+        super().__init__(SqliteDatabase(path), cluster, signing, mark)
+        try:
+            self.lead(now_ms)
+        except RegistryUnavailable as error:
+            self._store.close()
+            raise ConfigError(f"{path}: no usable registry: {error}") from None
+        except BaseException:
+            self._store.close()
+            raise
 
 
 def _names(row: _Row) -> list[str]:
     return row.holders.decode().split("\n")
+
+
+def _columns(row: _Row | _Change | _Settings) -> dict[str, object]:
+    return {name: getattr(row, name) for name in row.__dataclass_fields__}
 
 
 def _values(row: _Row | _Change | _Settings) -> tuple[object, ...]:

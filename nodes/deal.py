@@ -15,7 +15,7 @@ import structlog
 
 from engine._version import __version__
 from engine.client.spreading import pull
-from engine.client.transport import Arrival, Channel, KeyRefused, ask, raise_for_status
+from engine.client.transport import Arrival, Channel, KeyRefused, Moved, ask, raise_for_status
 from engine.errors import (
     DeadlineExceeded,
     EngineError,
@@ -127,6 +127,8 @@ SETTINGS_WAIT_S: Final = 2.0
 """How long holders get to take in settings; they learn them from the registry's books too."""
 REGISTRY_TIMEOUT_S: Final = 2.0
 REGISTRY_PATIENCE_S: Final = 1.0
+TAKEOVER_PATIENCE_S: Final = 4.0
+"""Where there are several balancers: another takes the registry over within 3 s."""
 BUNDLE_PATIENCE: Final = 5
 REDIAL_S: Final = 0.05
 RECALL_S: Final = 2.0
@@ -195,6 +197,8 @@ class Conversation(FollowsCluster):
         self._now_ms = now_ms
         self._clock = clock
         self._with_room = with_room
+        self._leader = ""
+        """The balancer that answered last for the registry."""
         self.peers = Peers()
         self.outdated: Callable[[], None] = lambda: None
         """Called, by a worker, when a holder knows another epoch, version or settings of a key than this node."""
@@ -578,31 +582,44 @@ class Conversation(FollowsCluster):
         """Ask the registry, at each balancer in turn; ``RegistryUnavailable`` if none answers.
 
         A balancer that has just started, or does not know this node's new key yet, is dialled again for a second before
-        it counts as away.
+        it counts as away; where there are several, until one of them leads.
         """
         return self._ask_registry(channel, verb, message, deadline_s)[1]
 
     def _ask_registry(self, channel: Channel, verb: str, message: object, deadline_s: float) -> tuple[str, Any]:
         """Who answered, and what."""
         problems: dict[str, str] = {}
-        patient_until_s = min(deadline_s, self._clock() + REGISTRY_PATIENCE_S)
+        balancers = [each.name for each in self._cluster.of_role("balancer")]
+        alone = len(balancers) == 1
+        patient_until_s = min(deadline_s, self._clock() + (REGISTRY_PATIENCE_S if alone else TAKEOVER_PATIENCE_S))
         while True:
-            for balancer in self._cluster.of_role("balancer"):
+            untried = sorted(balancers, key=lambda name: name != self._leader)
+            while untried:
+                name = untried.pop(0)
                 # A bundle is as much work as all that is in it, and no client waits for it.
                 patience_s = REGISTRY_TIMEOUT_S * (BUNDLE_PATIENCE if verb == REGISTRY_MANY else 1)
                 left_s = min(patience_s, deadline_s - self._clock())
                 if left_s <= 0:
-                    problems.setdefault(balancer.name, f"{balancer.name}: the deadline is over")
+                    problems.setdefault(name, f"{name}: the deadline is over")
                     continue
                 try:
-                    return balancer.name, ask(channel, balancer.name, verb, message, left_s)
-                except (NodeUnavailable, DeadlineExceeded, KeyRefused) as error:
-                    problems[balancer.name] = str(error)
+                    told = ask(channel, name, verb, message, left_s)
+                except Moved as moved:
+                    problems[name] = f"{name}: {moved}"
+                    leaders = [each for each in untried if each in moved.names]
+                    untried = leaders + [each for each in untried if each not in leaders]
+                except (NodeUnavailable, DeadlineExceeded, KeyRefused, RegistryUnavailable) as error:
+                    if alone and isinstance(error, RegistryUnavailable):
+                        raise
+                    problems[name] = str(error)
+                else:
+                    self._leader = name
+                    return name, told
             if not problems or self._clock() >= patient_until_s:
                 break
             channel.poll(REDIAL_S)
-        told = "; ".join(problems.values()) or "the cluster manifest names no balancer"
-        raise RegistryUnavailable(f"creating and destroying keys needs the registry, which does not answer ({told})")
+        why = "; ".join(problems.values()) or "the cluster manifest names no balancer"
+        raise RegistryUnavailable(f"creating and destroying keys needs the registry, which does not answer ({why})")
 
     def destroy(self, talker: Talker, raw_order: bytes, entries: Sequence[Entry], deadline_s: float) -> Destroyed:
         """Have the registry and every holder of a version in ``entries`` carry out the client's destroy order."""

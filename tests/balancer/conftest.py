@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import structs
+from postgres_server import PostgresServer, postgres_server
+from registry_places import FilePlace, Place, ServerPlace
 
-from balancer.registry import SqliteRegistry
+from balancer.registry import SqlRegistry
 from engine.protocol.manifest import (
     Cluster,
     CreateOrder,
@@ -132,15 +135,32 @@ class World:
         payload = destroy_orders.encode(DestroyOrder(wanted.key_id, name or wanted.name, expires_ms))
         return sign_envelope("order.destroy", 1, payload, self.keys[client])
 
-    def open(self, path: Path, now_ms: int = NOW_MS) -> SqliteRegistry:
-        return SqliteRegistry(path, self.cluster, self.keys["balancer"], now_ms)
+    def open(self, place: Place, now_ms: int = NOW_MS) -> SqlRegistry:
+        return place.open(self.cluster, self.keys["balancer"], now_ms)
 
-    def commit(self, registry: SqliteRegistry, order: bytes, now_ms: int = NOW_MS, dealer: str = "node-0") -> bytes:
+    def commit(self, registry: SqlRegistry, order: bytes, now_ms: int = NOW_MS, dealer: str = "node-0") -> bytes:
         """Take an order all the way; the manifest."""
         reserved = registry.reserve(order, dealer, now_ms)
         manifest = self.manifest(order, reserved.attempt, reserved.holders, dealer)
         registry.commit(manifest, self.receipts(manifest), now_ms)
         return manifest
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """A PostgreSQL server that all tests share, each with databases of its own."""
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    """Where a registry is kept: each test that asks runs on every back end there is."""
+    if request.param == "sqlite":
+        yield FilePlace(tmp_path / "registry.db")
+        return
+    with closing(ServerPlace(request.getfixturevalue("postgres"))) as shared:
+        yield shared
 
 
 @pytest.fixture(scope="session")

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from registry_places import Place
 
 from balancer.places import Crowd
-from balancer.registry import SqliteRegistry
+from balancer.registry import SqlRegistry
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 
 
 @pytest.fixture
-def registry(world: Any, tmp_path: Path) -> Iterator[SqliteRegistry]:
-    opened = world.open(tmp_path / "registry.db")
+def registry(world: Any, place: Place) -> Iterator[SqlRegistry]:
+    opened = world.open(place)
     yield opened
     opened.close()
 
 
-def made(world: Any, registry: SqliteRegistry, name: str, *, without: str = "", **shape: int) -> bytes:
+def made(world: Any, registry: SqlRegistry, name: str, *, without: str = "", **shape: int) -> bytes:
     """A committed key, of which one holder may have given no receipt; its order."""
     order = world.order(name, **shape)
     reserved = registry.reserve(order, "node-0", world.now_ms)
@@ -37,7 +37,7 @@ def crowd(world: Any, name: str, threshold: int = 2, shares: int = 3, *, grows: 
     return Crowd(group, world.cluster.group_holders(group)[:shares], threshold, shares, grows)
 
 
-def test_keys_are_counted_and_found_by_where_they_are(world: Any, registry: SqliteRegistry) -> None:
+def test_keys_are_counted_and_found_by_where_they_are(world: Any, registry: SqlRegistry) -> None:
     """A key counts from its commit to its destruction, in one crowd; keys of a crowd come page by page."""
     names = [f"key/{number}" for number in range(40)]
     orders = {name: made(world, registry, name) for name in names}
@@ -63,7 +63,7 @@ def test_keys_are_counted_and_found_by_where_they_are(world: Any, registry: Sqli
     assert registry.places(lambda places: places.crowds()) == expected
 
 
-def test_keys_that_lack_a_share_are_told_when_their_order_is_over(world: Any, registry: SqliteRegistry) -> None:
+def test_keys_that_lack_a_share_are_told_when_their_order_is_over(world: Any, registry: SqlRegistry) -> None:
     made(world, registry, "whole")
     holders = world.cluster.group_holders(world.cluster.group_of("thin"))[:5]
     order = made(world, registry, "thin", without=holders[4], threshold=3, shares=5)
@@ -77,7 +77,7 @@ def test_keys_that_lack_a_share_are_told_when_their_order_is_over(world: Any, re
     assert registry.places(lambda places: places.count_lacking(expires_ms + 1)) == 0
 
 
-def test_the_oldest_come_first_and_those_of_threshold_1_never(world: Any, registry: SqliteRegistry) -> None:
+def test_the_oldest_come_first_and_those_of_threshold_1_never(world: Any, registry: SqlRegistry) -> None:
     for name, expires_ms in (("b", 3_000), ("a", 1_000), ("c", 3_000), ("d", 9_000)):
         order = world.order(name, expires_ms=world.now_ms + expires_ms)
         world.commit(registry, order)
@@ -95,22 +95,21 @@ def test_the_oldest_come_first_and_those_of_threshold_1_never(world: Any, regist
     assert registry.places(lambda places: places.count_older(due, 2)) == 2
 
 
-def test_targets_are_kept_in_their_order(world: Any, tmp_path: Path) -> None:
+def test_targets_are_kept_in_their_order(world: Any, place: Place) -> None:
     """Over a restart; a later one of a group comes last, and the others stay."""
-    registry = world.open(tmp_path / "registry.db")
+    registry = world.open(place)
     registry.set_targets({7: ["node-1", "node-2"], 3: ["node-4"]})
     registry.set_targets({7: ["node-0"], 9: ["node-5", "node-3"]})
     registry.close()
-    registry = world.open(tmp_path / "registry.db")
+    registry = world.open(place)
     told = registry.places(lambda places: places.targets())
     assert list(told.items()) == [(3, ("node-4",)), (7, ("node-0",)), (9, ("node-5", "node-3"))]
     registry.close()
 
 
-def test_which_keys_may_grow_follows_the_policy(world: Any, tmp_path: Path) -> None:
+def test_which_keys_may_grow_follows_the_policy(world: Any, place: Place) -> None:
     """Where it changed while nobody served; what a holder said that it lacks is not forgotten for it."""
-    path = tmp_path / "registry.db"
-    registry = world.open(path)
+    registry = world.open(place)
     made(world, registry, "hot/a")
     made(world, registry, "cold/a")
     key = registry.places(lambda places: places.of_crowd(crowd(world, "hot/a"), None, 9))[0]
@@ -126,7 +125,7 @@ def test_which_keys_may_grow_follows_the_policy(world: Any, tmp_path: Path) -> N
 
     for rules, hot in (([PolicyRule("bal*", "hot/*", ["grow"])], True), ([PolicyRule("*", "*", ["*"])], False)):
         world.cluster = ruled(*rules)
-        registry = world.open(path)
+        registry = world.open(place)
         expected = {crowd(world, "hot/a", grows=hot): 1, crowd(world, "cold/a"): 1}
         assert registry.places(lambda places: places.crowds()) == expected
         (lacks,) = registry.places(lambda places: places.lacking(2**50, None, 9))

@@ -548,7 +548,7 @@ def control_loop(site: Site, **more: Any) -> Iterator[ControlLoop]:
         identity.transport,
         site.cluster,
         publisher,
-        **{"fencing_epoch": 1, "tick_ms": 50, "history_ticks": 300} | more,
+        **{"term": lambda: 1, "tick_ms": 50, "history_ticks": 300} | more,
     )
     loop.start()
     try:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
+from registry_places import Place
 
-from balancer.registry import CHANGE_LEASE_MS, SqliteRegistry
+from balancer.registry import CHANGE_LEASE_MS, SqlRegistry
 from engine.errors import AccessDenied, KeyNotFound, ManifestError, Overloaded, RegistryUnavailable
 from engine.protocol.manifest import (
     CLOCK_SKEW_MS,
@@ -30,7 +29,7 @@ from engine.protocol.signed import read_unverified, sign_envelope
 class Key:
     """A committed key and the documents of its changes."""
 
-    def __init__(self, world: Any, registry: SqliteRegistry) -> None:
+    def __init__(self, world: Any, registry: SqlRegistry) -> None:
         self.world, self.registry = world, registry
         self.created = world.order()
         self.manifest: bytes = world.commit(registry, self.created)
@@ -97,13 +96,8 @@ class Key:
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "registry.db"
-
-
-@pytest.fixture
-def key(world: Any, path: Path) -> Iterator[Key]:
-    opened = world.open(path)
+def key(world: Any, place: Place) -> Iterator[Key]:
+    opened = world.open(place)
     made = Key(world, opened)
     yield made
     made.registry.close()
@@ -244,29 +238,27 @@ def test_a_destroyed_key_is_not_refreshed(key: Key) -> None:
     assert key.registry.outcome(key.key_id, attempt, key.world.now_ms).state == "aborted"
 
 
-def test_what_was_begun_and_committed_survives_a_restart(key: Key, path: Path) -> None:
+def test_what_was_begun_and_committed_survives_a_restart(key: Key, place: Place) -> None:
     key.refresh()
     order = key.order()
     attempt = key.change(order).attempt
     key.registry.close()
-    key.registry = key.world.open(path)
+    key.registry = key.world.open(place)
     key.certificate = key.commit(key.next_manifest(order, attempt))
     assert key.registry.outcome(key.key_id, 2, key.world.now_ms).state == "committed"
     assert key.registry.count() == 1
 
 
-def test_a_registry_that_fell_back_takes_in_what_the_holders_prove(key: Key, path: Path) -> None:
+def test_a_registry_that_fell_back_takes_in_what_the_holders_prove(key: Key, place: Place) -> None:
     """An old copy of the file knows epoch 1; the coordinator's certificate tells it of epoch 3."""
     key.registry.close()
-    copy = path.read_bytes()
-    key.registry = key.world.open(path)
+    saved = place.save()
+    key.registry = key.world.open(place)
     key.refresh()
     key.refresh()
     key.registry.close()
-    for leftover in path.parent.glob("registry.db-*"):
-        leftover.unlink()
-    path.write_bytes(copy)
-    key.registry = key.world.open(path)
+    place.put_back(saved)
+    key.registry = key.world.open(place)
     forged = key.certificate[:-1] + bytes([key.certificate[-1] ^ 1])
     with pytest.raises(ManifestError):
         key.registry.change(key.order(), key.manifest, forged, key.dealer, key.world.now_ms)
@@ -275,14 +267,11 @@ def test_a_registry_that_fell_back_takes_in_what_the_holders_prove(key: Key, pat
     assert key.registry.sync(key.dealer, 0).entries[0].manifest == key.manifest
 
 
-def test_a_damaged_row_of_a_change_is_noticed(key: Key, path: Path) -> None:
+def test_a_damaged_row_of_a_change_is_noticed(key: Key, place: Place) -> None:
     key.change(key.order())
     key.registry.close()
-    store = sqlite3.connect(path)
-    store.execute("UPDATE changes SET attempt = 9")
-    store.commit()
-    store.close()
-    key.registry = key.world.open(path)
+    place.execute("UPDATE changes SET attempt = 9")
+    key.registry = key.world.open(place)
     with pytest.raises(RegistryUnavailable, match="damaged"):
         key.change(key.order())
 
@@ -348,19 +337,17 @@ def test_who_was_to_come_by_an_attempt_that_was_given_up_hears_of_the_next_epoch
     assert key.books(stranger) == [(2, "committed")]
 
 
-def test_a_registry_that_fell_back_takes_in_other_holders(key: Key, path: Path) -> None:
+def test_a_registry_that_fell_back_takes_in_other_holders(key: Key, place: Place) -> None:
     key.registry.close()
-    copy = path.read_bytes()
-    key.registry = key.world.open(path)
+    saved = place.save()
+    key.registry = key.world.open(place)
     after = key.world.nodes[1:5]
     order = key.reshare_order(after)
     manifest = key.reshared(order, key.change(order).attempt)
     key.certificate, key.manifest = key.commit(manifest), manifest
     key.registry.close()
-    for leftover in path.parent.glob("registry.db-*"):
-        leftover.unlink()
-    path.write_bytes(copy)
-    key.registry = key.world.open(path)
+    place.put_back(saved)
+    key.registry = key.world.open(place)
     assert key.change(key.order(), after[0]).holders == after
     assert key.books(after[-1]) == [(2, "committed")]
 

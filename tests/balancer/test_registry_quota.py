@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec import structs
+from registry_places import Place
 
-from balancer.registry import SqliteRegistry
+from balancer.registry import SqlRegistry
 from engine import failpoints
 from engine.errors import AccessDenied, KeyNotFound, RegistryUnavailable
 from engine.protocol.manifest import create_orders, first_quota, read_key_manifest
@@ -24,9 +22,9 @@ LIMIT = 1_000
 class Key:
     """A committed key of three holders, whose uses are limited, in a registry on disk."""
 
-    def __init__(self, world: Any, path: Path, uses_max: int) -> None:
-        self.world, self.path = world, path
-        self.registry: SqliteRegistry = world.open(path)
+    def __init__(self, world: Any, place: Place, uses_max: int) -> None:
+        self.world, self.place = world, place
+        self.registry: SqlRegistry = world.open(place)
         order = create_orders.decode(read_unverified(world.order("few")).payload)
         raw = create_orders.encode(structs.replace(order, uses_max=uses_max))
         self.order = sign_envelope("order.create", 1, raw, world.keys["alice"])
@@ -46,7 +44,7 @@ class Key:
 
     def reopen(self) -> None:
         self.registry.close()
-        self.registry = self.world.open(self.path)
+        self.registry = self.world.open(self.place)
 
     def all_of_it(self, rng: random.Random) -> int:
         """What is granted until there is no more."""
@@ -58,8 +56,8 @@ class Key:
 
 
 @pytest.fixture
-def key(world: Any, tmp_path: Path) -> Iterator[Key]:
-    made = Key(world, tmp_path / "registry.db", LIMIT)
+def key(world: Any, place: Place) -> Iterator[Key]:
+    made = Key(world, place, LIMIT)
     yield made
     failpoints.arm({})
     made.registry.close()
@@ -114,7 +112,7 @@ def test_whenever_it_dies_nothing_is_granted_twice(key: Key, point: str) -> None
     assert had < LIMIT if point == "durable" else had == LIMIT
 
 
-def test_only_holders_of_a_limited_key_are_granted_uses(key: Key, tmp_path: Path) -> None:
+def test_only_holders_of_a_limited_key_are_granted_uses(key: Key, place: Place) -> None:
     """And of one that is there. Who is refused takes nothing away."""
     with pytest.raises(AccessDenied, match=f"'{key.stranger}' is no holder of 'few'"):
         key.ask(key.stranger)
@@ -130,8 +128,7 @@ def test_a_count_that_was_changed_is_refused(key: Key) -> None:
     """As a damaged file would have it."""
     key.ask(key.holders[0])
     key.registry.close()
-    with closing(sqlite3.connect(key.path)) as db, db:
-        db.execute("UPDATE quotas SET given = 0")
-    key.registry = key.world.open(key.path)
+    key.place.execute("UPDATE quotas SET given = 0")
+    key.registry = key.world.open(key.place)
     with pytest.raises(RegistryUnavailable, match=r"count of the uses of the key .* is damaged"):
         key.ask(key.holders[0])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from registry_places import Place
 
-from balancer.registry import SqliteRegistry
+from balancer.registry import SqlRegistry
 from engine.errors import AccessDenied, KeyExists, KeyNotFound, ManifestError, RegistryUnavailable
 from engine.protocol.manifest import key_manifests
 from engine.protocol.settings import SettingsOrder, book_settings, issue_settings, open_settings, read_settings
@@ -21,9 +20,9 @@ HOUR_MS = 3_600_000
 class Key:
     """A committed key, and settings made for it."""
 
-    def __init__(self, world: Any, path: Path) -> None:
-        self.world, self.path = world, path
-        self.registry: SqliteRegistry = world.open(path)
+    def __init__(self, world: Any, place: Place) -> None:
+        self.world, self.place = world, place
+        self.registry: SqlRegistry = world.open(place)
         self.created = world.order()
         self.manifest: bytes = world.commit(self.registry, self.created)
         told = key_manifests.decode(read_unverified(self.manifest).payload)
@@ -58,12 +57,12 @@ class Key:
 
     def reopen(self) -> None:
         self.registry.close()
-        self.registry = self.world.open(self.path)
+        self.registry = self.world.open(self.place)
 
 
 @pytest.fixture
-def key(world: Any, tmp_path: Path) -> Iterator[Key]:
-    made = Key(world, tmp_path / "registry.db")
+def key(world: Any, place: Place) -> Iterator[Key]:
+    made = Key(world, place)
     yield made
     made.registry.close()
 
@@ -149,13 +148,13 @@ def test_a_registry_that_fell_back_is_told_by_nodes(key: Key) -> None:
     """Also where it has destroyed meanwhile what was restored before: the nodes never did."""
     at_ms = key.world.now_ms + HOUR_MS
     due = key.set(key.signed(1, destroy_at_ms=at_ms))
-    old = key.path.with_name("old.db")
-    copy = sqlite3.connect(old)
-    key.registry._store.backup(copy)
-    copy.close()
+    key.registry.close()
+    saved = key.place.save()
+    key.registry = key.world.open(key.place)
     restored = key.set(key.signed(2, previous=1, enabled=True))
     key.registry.close()
-    key.registry = key.world.open(old)
+    key.place.put_back(saved)
+    key.registry = key.world.open(key.place)
     assert key.told().settings == due.raw
     assert key.registry.destroy_due(at_ms) == 1
     assert key.told().state == "destroyed"
@@ -177,7 +176,9 @@ def test_what_is_booked_stays_after_its_client_left(key: Key) -> None:
 
 def test_damaged_settings_are_told_and_not_taken_for_none(key: Key) -> None:
     key.set(key.signed(1))
-    key.registry._store.execute("UPDATE settings SET serial = serial - 1")
+    key.registry.close()
+    key.place.execute("UPDATE settings SET serial = serial - 1")
+    key.registry = key.world.open(key.place)
     with pytest.raises(RegistryUnavailable, match="damaged"):
         key.registry.sync(key.nodes[0], 0)
     with pytest.raises(RegistryUnavailable, match="damaged"):

@@ -7,25 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from registry_places import FilePlace, Place
 
-from balancer.registry import ROTATE_LEASE_MS, SqliteRegistry
+from balancer.registry import ROTATE_LEASE_MS, SqlRegistry
 from engine.errors import AccessDenied, KeyExists, KeyNotFound, ManifestError, Overloaded
 from engine.protocol.manifest import create_orders, read_key_manifest
 from engine.protocol.signed import read_unverified
 
 
 @pytest.fixture
-def registry(world: Any, tmp_path: Path) -> SqliteRegistry:
-    return world.open(tmp_path / "registry.db")
+def registry(world: Any, place: Place) -> SqlRegistry:
+    return world.open(place)
 
 
-def newest(registry: SqliteRegistry, node: str) -> list[tuple[int, str]]:
+def newest(registry: SqlRegistry, node: str) -> list[tuple[int, str]]:
     """Version and state of each key that the books tell a node of."""
     entries = registry.sync(node, 0).entries
     return [(read_key_manifest(each.manifest).manifest.version, each.state) for each in entries]
 
 
-def test_a_version_follows_the_newest_one(world: Any, registry: SqliteRegistry) -> None:
+def test_a_version_follows_the_newest_one(world: Any, registry: SqlRegistry) -> None:
     """By one, of the same lineage, name and algorithm; each has the holders of the one before, who hear of it."""
     first = world.order("k")
     world.commit(registry, first)
@@ -48,7 +49,7 @@ def test_a_version_follows_the_newest_one(world: Any, registry: SqliteRegistry) 
         registry.reserve(world.order("k"), "node-0", world.now_ms)
 
 
-def test_who_comes_too_late_gets_the_version_that_is_there(world: Any, registry: SqliteRegistry) -> None:
+def test_who_comes_too_late_gets_the_version_that_is_there(world: Any, registry: SqlRegistry) -> None:
     """Whatever its order was for; and the order that made it, again."""
     first = world.order("k")
     world.commit(registry, first)
@@ -61,7 +62,7 @@ def test_who_comes_too_late_gets_the_version_that_is_there(world: Any, registry:
     assert registry.reserve(late, "node-1", world.now_ms).manifest == third
 
 
-def test_one_rotation_at_a_time(world: Any, registry: SqliteRegistry) -> None:
+def test_one_rotation_at_a_time(world: Any, registry: SqlRegistry) -> None:
     """Another order waits until the one under way is done, or its dealer counts as dead: then it never commits."""
     first = world.order("k")
     world.commit(registry, first)
@@ -78,7 +79,7 @@ def test_one_rotation_at_a_time(world: Any, registry: SqliteRegistry) -> None:
     assert registry.reserve(slow, "node-0", later_ms).manifest == manifest
 
 
-def test_destruction_is_of_all_versions(world: Any, registry: SqliteRegistry) -> None:
+def test_destruction_is_of_all_versions(world: Any, registry: SqlRegistry) -> None:
     """Also of one that is being made; an order that names a later version destroys nothing. The name is free."""
     first = world.order("k")
     world.commit(registry, first)
@@ -101,24 +102,21 @@ def test_destruction_is_of_all_versions(world: Any, registry: SqliteRegistry) ->
     world.commit(registry, world.order("k"))
 
 
-def test_a_registry_that_fell_back_takes_a_version_in(world: Any, tmp_path: Path) -> None:
+def test_a_registry_that_fell_back_takes_a_version_in(world: Any, place: Place) -> None:
     """By the manifest and certificate of the next one's dealer, checked; not of another key, not without receipts."""
-    path = tmp_path / "registry.db"
-    before = world.open(path)
+    before = world.open(place)
     first = world.order("k")
     world.commit(before, first)
     before.close()
-    saved = path.read_bytes()
-    after = world.open(path)
+    saved = place.save()
+    after = world.open(place)
     second = world.rotation(first)
     reserved = after.reserve(second, "node-0", world.now_ms)
     manifest = world.manifest(second, reserved.attempt, reserved.holders)
     certificate = after.commit(manifest, world.receipts(manifest), world.now_ms)
     after.close()
-    for file in path.parent.glob("registry.db-*"):
-        file.unlink()
-    path.write_bytes(saved)
-    fallen = world.open(path)
+    place.put_back(saved)
+    fallen = world.open(place)
     third = world.rotation(first, 3)
     with pytest.raises(ManifestError, match="does not follow the newest, 1"):
         fallen.reserve(third, "node-0", world.now_ms)
@@ -134,18 +132,19 @@ def test_a_registry_that_fell_back_takes_a_version_in(world: Any, tmp_path: Path
 
 def test_keys_from_before_versions_are_version_1(world: Any, tmp_path: Path) -> None:
     """A registry of the schema before goes on: its keys are rotated, and their names are taken."""
-    path = tmp_path / "registry.db"
-    registry = world.open(path)
+    place = FilePlace(tmp_path / "registry.db")
+    registry = world.open(place)
     first = world.order("k")
     world.commit(registry, first)
     registry.close()
-    store = sqlite3.connect(path)
+    store = sqlite3.connect(place.path)
     store.executescript(
-        "DROP TABLE grants; DROP TABLE quotas; DROP TABLE versions; CREATE UNIQUE INDEX live_names ON keys (name) WHERE state IN (1, 2);"
+        "DROP TABLE quotas; DROP TABLE grants; DROP TABLE versions;"
+        "CREATE UNIQUE INDEX live_names ON keys (name) WHERE state IN (1, 2);"
         "PRAGMA user_version = 4"
     )
     store.close()
-    registry = world.open(path)
+    registry = world.open(place)
     with pytest.raises(KeyExists, match="the name 'k' is taken"):
         registry.reserve(world.order("k"), "node-0", world.now_ms)
     assert read_key_manifest(world.commit(registry, world.rotation(first))).manifest.version == 2

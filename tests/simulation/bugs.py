@@ -210,7 +210,7 @@ def _early_acknowledgement(stack: ExitStack) -> None:
     def commit(self: SqliteRegistry, manifest: bytes, receipts: Any, now_ms: int) -> bytes:
         from machine import Crashed
 
-        sim = self._store._disk._sim  # type: ignore[attr-defined]
+        sim = self._store.file._disk._sim  # type: ignore[attr-defined]
         proc = sim.running
         record = balancer.registry.open_key_manifest(manifest, self._cluster)
         row = self._row(record.manifest.key_id)

@@ -37,7 +37,7 @@ from casting import (
 from cryptography.hazmat.primitives.serialization import load_pem_public_key
 from machine import FRESH_FILES, SQLITE, Crashed, Disk, Network, Sim, SimChannel, SimListener, SimWorker, Violated
 
-import balancer.registry
+import balancer.database
 import engine.protocol.signed
 import nodes.deal
 import nodes.store
@@ -1164,7 +1164,7 @@ def simulated(make: Callable[[int], World] = World) -> Generator[None, None, Non
     """Have the modules under simulation use simulated disks, and check each signature once."""
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50), cache_logger_on_first_use=False)
     with ExitStack() as stack:
-        for module in (nodes.store, balancer.registry):
+        for module in (nodes.store, balancer.database):
             stack.enter_context(mock.patch.object(module, "sqlite3", SQLITE))
         stack.enter_context(mock.patch.object(nodes.deal, "Gathering", WatchedGathering))
         stack.enter_context(mock.patch.object(engine.protocol.signed, "_verify", verifies_once))

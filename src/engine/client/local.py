@@ -81,6 +81,7 @@ MANIFEST_TIMEOUT_S = 10.0
 LOCK_NAME = "lock"
 LOG_TAIL = 2_000
 BALANCER = "balancer"
+MAX_BALANCERS = 9
 OPERATOR = "operator"
 PORT_TAKEN = ("can't bind", "ddress already in use")
 
@@ -283,7 +284,8 @@ class LocalCluster:
     ``create_key``; ``domains`` is over how many sites the nodes are spread. ``clients`` are names of identities to
     make, ``rules`` the policy (by default the first client may do everything, and the others nothing). Of
     ``nodes_per_token`` nodes one after the other the first one owns a token that the others share, all on one host.
-    ``balancer`` has further settings for ``balancer.toml``, such as ``{"migrate": {"repair_after_s": 30}}``.
+    ``balancer`` has further settings for ``balancer.toml``, such as ``{"migrate": {"repair_after_s": 30}}``. Of several
+    ``balancers`` one leads; they share a registry in PostgreSQL: ``balancer={"registry": {"postgresql": ...}}``.
 
     Nodes whose process crashes or whose token hangs are restarted, unless ``supervised`` is off.
 
@@ -303,6 +305,7 @@ class LocalCluster:
         clients: Sequence[str] = ("local",),
         rules: Sequence[PolicyRule] | None = None,
         balancer: Mapping[str, object] | None = None,
+        balancers: int = 1,
         detached: bool = False,
         supervised: bool = True,
         start_timeout_s: float = START_TIMEOUT_S,
@@ -310,6 +313,8 @@ class LocalCluster:
     ) -> None:
         count = nodes if shares is None else shares
         _check_size(nodes, threshold, count, domains, clients)
+        if not 1 <= balancers <= MAX_BALANCERS:
+            raise ValueError(f"{balancers} balancers; 1 to {MAX_BALANCERS} are allowed")
         if not 1 <= nodes_per_token <= MAX_NODES:
             raise ValueError(f"{nodes_per_token} nodes per token; 1 to {MAX_NODES} are allowed")
         self._temporary = path is None
@@ -318,7 +323,9 @@ class LocalCluster:
         try:
             self._check_free(_folder(self.path))
             with self._alone():
-                plan = _Plan(nodes, threshold, count, domains, nodes_per_token, tuple(clients), rules, balancer or {})
+                plan = _Plan(
+                    nodes, threshold, count, domains, nodes_per_token, tuple(clients), rules, balancer or {}, balancers
+                )
                 self._create_and_start(plan, shares)
         except BaseException:
             # What was started has been ended; what ran before us is not ours to end.
@@ -399,7 +406,7 @@ class LocalCluster:
         self.close()
 
     def __repr__(self) -> str:
-        return f"LocalCluster({str(self.path)!r}, nodes={len(self._processes) - 1})"
+        return f"LocalCluster({str(self.path)!r}, nodes={len(self._file.nodes)})"
 
     # --- what it is ---
 
@@ -407,6 +414,11 @@ class LocalCluster:
     def nodes(self) -> tuple[str, ...]:
         """The names of the nodes."""
         return tuple(self._file.nodes)
+
+    @property
+    def balancers(self) -> tuple[str, ...]:
+        """The names of the balancers."""
+        return tuple(each.parent.name for each in sorted(self.path.glob(f"{BALANCER}*/balancer.toml")))
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -816,7 +828,8 @@ class LocalCluster:
         self._file = load_config(self.path / "cluster.toml", _ClusterFile)
         run = _folder(self.path / "run")
         self._processes = {name: self._node_process(name) for name in self._file.nodes}
-        self._processes[BALANCER] = _Process(BALANCER, "balancer", self.path / "balancer" / "balancer.toml", run)
+        for name in self.balancers:
+            self._processes[name] = _Process(name, "balancer", self.path / name / "balancer.toml", run)
         for process in self._processes.values():
             process.attach()
 
@@ -844,15 +857,16 @@ class LocalCluster:
 
     def _make_parts(self, plan: _Plan) -> None:
         with contextlib.ExitStack() as held:
-            ports = [_free_port(held) for _ in range(2 * (plan.nodes + 1))]
+            ports = [_free_port(held) for _ in range(2 * (plan.nodes + plan.balancers))]
             names = [f"node{number}" for number in range(1, plan.nodes + 1)]
             pin = self._write_manifest(plan, names, ports)
             for number, name in enumerate(names):
                 self._write_node(name, pin, names[number - number % plan.nodes_per_token])
             values = {"identity": "identity.toml", "manifest": "../cluster.manifest", "manifest_pin": pin}
-            write_toml(
-                self.path / "balancer" / "balancer.toml", {"version": 1, **values, "data": "data", **plan.balancer}
-            )
+            for name in _balancer_names(plan.balancers):
+                write_toml(
+                    self.path / name / "balancer.toml", {"version": 1, **values, "data": "data", **plan.balancer}
+                )
             write_toml(self.path / "operator" / "operator.toml", {"version": 1, **values})
             self._init_tokens(names)
         self._write_file("local", names, list(plan.clients), plan.threshold, plan.shares)
@@ -872,7 +886,8 @@ class LocalCluster:
             endpoint, publish = _loopback(ports[number]), _loopback(ports[plan.nodes + number])
             members.append(identity.member(endpoint=endpoint, publish_endpoint=publish, location=location))
             write_card(self.path / "nodes" / name / "node.card", members[-1], identity.signing)
-        members.append(self._balancer_member(ports[-2], ports[-1]))
+        for number, name in enumerate(_balancer_names(plan.balancers)):
+            members.append(self._balancer_member(name, *ports[2 * (plan.nodes + number) :][:2]))
         for name in plan.clients:
             identity = create_identity(_folder(self.path / "clients" / name) / "identity.toml", name, "client")
             members.append(identity.member())
@@ -886,8 +901,8 @@ class LocalCluster:
             _write_client(self.path / "clients" / name, pin)
         return pin
 
-    def _balancer_member(self, port: int, publish_port: int) -> Member:
-        identity: Identity = create_identity(_folder(self.path / "balancer") / "identity.toml", BALANCER, "balancer")
+    def _balancer_member(self, name: str, port: int, publish_port: int) -> Member:
+        identity: Identity = create_identity(_folder(self.path / name) / "identity.toml", name, "balancer")
         return identity.member(endpoint=_loopback(port), publish_endpoint=_loopback(publish_port))
 
     def _write_node(self, name: str, pin: str, owner: str) -> None:
@@ -940,6 +955,11 @@ class _Plan:
     clients: tuple[str, ...]
     rules: Sequence[PolicyRule] | None
     balancer: Mapping[str, object]
+    balancers: int
+
+
+def _balancer_names(balancers: int) -> list[str]:
+    return [BALANCER, *(f"{BALANCER}{number}" for number in range(2, balancers + 1))]
 
 
 def _check_size(nodes: int, threshold: int, shares: int, domains: int, clients: Sequence[str]) -> None:
@@ -972,8 +992,9 @@ def _folder(path: Path) -> Path:
 
 
 def _remove_parts(path: Path) -> None:
-    for name in ("nodes", "balancer", "clients", "operator", "secrets", "run"):
-        shutil.rmtree(path / name, ignore_errors=True)
+    folders = [path / name for name in ("nodes", "clients", "operator", "secrets", "run")]
+    for folder in (*folders, *path.glob(f"{BALANCER}*")):
+        shutil.rmtree(folder, ignore_errors=True)
     for name in ("cluster.manifest", "cluster.toml"):
         (path / name).unlink(missing_ok=True)
 

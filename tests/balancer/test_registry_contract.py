@@ -1,9 +1,8 @@
-"""The registry: each rule, with real signed documents, across reopening and against a plain model."""
+"""The registry: each rule on every back end, with real signed documents, across reopening and against a plain model."""
 
 from __future__ import annotations
 
 import shutil
-import sqlite3
 import stat
 import tempfile
 from collections import Counter
@@ -17,9 +16,11 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from registry_places import FilePlace, Place
 
+from balancer import database as database_module
 from balancer import registry as registry_module
-from balancer.registry import SqliteRegistry
+from balancer.registry import SqlRegistry
 from engine.errors import AccessDenied, ConfigError, KeyExists, KeyNotFound, ManifestError, RegistryUnavailable
 from engine.protocol.manifest import CLOCK_SKEW_MS, create_orders, open_abort, open_certificate, open_key_manifest
 from engine.protocol.requests import REPLY_CODECS, OutcomeReply
@@ -27,13 +28,8 @@ from engine.protocol.signed import read_unverified, sign_envelope
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "registry.db"
-
-
-@pytest.fixture
-def registry(world: Any, path: Path) -> Iterator[SqliteRegistry]:
-    opened = world.open(path)
+def registry(world: Any, place: Place) -> Iterator[SqlRegistry]:
+    opened = world.open(place)
     yield opened
     opened.close()
 
@@ -50,7 +46,7 @@ def late(world: Any) -> int:
 # --- reserve ---
 
 
-def test_a_reservation_names_the_groups_first_holders(world: Any, registry: SqliteRegistry) -> None:
+def test_a_reservation_names_the_groups_first_holders(world: Any, registry: SqlRegistry) -> None:
     """A first reservation is attempt 1 with the placement group's first n nodes, and no document yet."""
     reserved = registry.reserve(world.order("k", shares=4), "node-0", world.now_ms)
     expected = world.cluster.group_holders(world.cluster.group_of("k"))[:4]
@@ -58,13 +54,13 @@ def test_a_reservation_names_the_groups_first_holders(world: Any, registry: Sqli
     assert (reserved.aborts, reserved.manifest, reserved.certificate) == ([], b"", b"")
 
 
-def test_too_few_nodes(world: Any, registry: SqliteRegistry) -> None:
+def test_too_few_nodes(world: Any, registry: SqlRegistry) -> None:
     """More shares than nodes is the caller's mistake and names both numbers."""
     with pytest.raises(ValueError, match="7 shares need as many nodes; the cluster has 6"):
         registry.reserve(world.order(shares=7), "node-0", world.now_ms)
 
 
-def test_what_the_nodes_hold(world: Any, registry: SqliteRegistry) -> None:
+def test_what_the_nodes_hold(world: Any, registry: SqlRegistry) -> None:
     """Keys count at their holders, reserved ones too until they expire; destroyed ones do not."""
     assert registry.holdings(world.now_ms) == {}
     orders = [world.order(f"k{number}") for number in range(5)]
@@ -81,10 +77,10 @@ def test_what_the_nodes_hold(world: Any, registry: SqliteRegistry) -> None:
     assert registry.holdings(late(world)) == expected - Counter(held[0])
 
 
-def test_a_share_that_a_holder_lacks_is_noted(world: Any, registry: SqliteRegistry, path: Path) -> None:
+def test_a_share_that_a_holder_lacks_is_noted(world: Any, registry: SqlRegistry, place: Place) -> None:
     """By its own word alone, and for the last epoch; so it is over a restart."""
 
-    def lacking(opened: SqliteRegistry) -> dict[bytes, tuple[str, ...]]:
+    def lacking(opened: SqlRegistry) -> dict[bytes, tuple[str, ...]]:
         return {each.key_id: each.missing for each in opened.places(lambda p: p.lacking(late(world), None, 10))}
 
     order = world.order("k")
@@ -99,7 +95,7 @@ def test_a_share_that_a_holder_lacks_is_noted(world: Any, registry: SqliteRegist
         assert lacking(registry) == {told.key_id: (holders[0],)}
     registry.lacking(holders[1], [(told.key_id, 1)])
     registry.close()
-    with closing(world.open(path)) as again:
+    with closing(world.open(place)) as again:
         assert lacking(again) == {told.key_id: (holders[0], holders[1])}
         again.destroy(world.destroy_order(order), world.now_ms)
         assert lacking(again) == {}
@@ -107,7 +103,7 @@ def test_a_share_that_a_holder_lacks_is_noted(world: Any, registry: SqliteRegist
         assert lacking(again) == {}
 
 
-def test_the_same_order_again_aborts_the_earlier_attempt(world: Any, registry: SqliteRegistry) -> None:
+def test_the_same_order_again_aborts_the_earlier_attempt(world: Any, registry: SqlRegistry) -> None:
     """A repeated order gets the next attempt and notices on the earlier ones, which can't commit any more."""
     order = world.order()
     first = registry.reserve(order, "node-0", world.now_ms)
@@ -123,7 +119,7 @@ def test_the_same_order_again_aborts_the_earlier_attempt(world: Any, registry: S
     assert registry.commit(new, world.receipts(new), world.now_ms)
 
 
-def test_at_most_16_notices(world: Any, registry: SqliteRegistry) -> None:
+def test_at_most_16_notices(world: Any, registry: SqlRegistry) -> None:
     """After many attempts a reservation carries notices on the last 16, small enough for the message."""
     order = world.order()
     for _ in range(20):
@@ -132,7 +128,7 @@ def test_at_most_16_notices(world: Any, registry: SqliteRegistry) -> None:
     assert REPLY_CODECS["registry.reserve"].encode(reserved)
 
 
-def test_a_committed_order_comes_back_as_attempt_0(world: Any, registry: SqliteRegistry) -> None:
+def test_a_committed_order_comes_back_as_attempt_0(world: Any, registry: SqlRegistry) -> None:
     """The retry of an order that made its key gets the key, also when the order has expired since."""
     order = world.order()
     manifest = world.commit(registry, order)
@@ -143,7 +139,7 @@ def test_a_committed_order_comes_back_as_attempt_0(world: Any, registry: SqliteR
         assert len(open_certificate(again.certificate, record, world.cluster)) == 3
 
 
-def test_a_name_is_taken_once(world: Any, registry: SqliteRegistry) -> None:
+def test_a_name_is_taken_once(world: Any, registry: SqlRegistry) -> None:
     """Another key's name can't be reserved, whether that key is committed or only being created."""
     order = world.order("k")
     registry.reserve(order, "node-0", world.now_ms)
@@ -154,7 +150,7 @@ def test_a_name_is_taken_once(world: Any, registry: SqliteRegistry) -> None:
         registry.reserve(world.order("k", expires_ms=late(world)), "node-0", late(world))
 
 
-def test_an_expired_reservation_loses_its_name(world: Any, registry: SqliteRegistry) -> None:
+def test_an_expired_reservation_loses_its_name(world: Any, registry: SqlRegistry) -> None:
     """A name reserved by an order that ran out goes to the next; the old attempt is aborted for good."""
     old = world.order("k")
     reserved = registry.reserve(old, "node-0", world.now_ms)
@@ -166,7 +162,7 @@ def test_an_expired_reservation_loses_its_name(world: Any, registry: SqliteRegis
     assert registry.outcome(key_id_of(old), 1, now_ms).state == "aborted"
 
 
-def test_a_key_id_belongs_to_one_order(world: Any, registry: SqliteRegistry) -> None:
+def test_a_key_id_belongs_to_one_order(world: Any, registry: SqlRegistry) -> None:
     """A key id with another name or another t-of-n is refused."""
     order = world.order("k")
     registry.reserve(order, "node-0", world.now_ms)
@@ -175,7 +171,7 @@ def test_a_key_id_belongs_to_one_order(world: Any, registry: SqliteRegistry) -> 
             registry.reserve(other, "node-0", world.now_ms)
 
 
-def test_orders_are_verified(world: Any, registry: SqliteRegistry) -> None:
+def test_orders_are_verified(world: Any, registry: SqlRegistry) -> None:
     """Forged, expired, unlawful and node-less orders are refused, and leave the name free."""
     forged = sign_envelope("order.create", 1, read_unverified(world.order()).payload, world.keys["node-0"])
     with pytest.raises(ManifestError, match="may not sign"):
@@ -192,7 +188,7 @@ def test_orders_are_verified(world: Any, registry: SqliteRegistry) -> None:
 # --- commit ---
 
 
-def test_a_commit_is_certified_and_repeatable(world: Any, registry: SqliteRegistry) -> None:
+def test_a_commit_is_certified_and_repeatable(world: Any, registry: SqlRegistry) -> None:
     """The certificate verifies, a repeated commit returns the same one, and serials grow."""
     manifest = world.commit(registry, world.order("k"))
     first = registry.commit(manifest, world.receipts(manifest), late(world))
@@ -204,7 +200,7 @@ def test_a_commit_is_certified_and_repeatable(world: Any, registry: SqliteRegist
     assert registry.count() == 2
 
 
-def test_receipts_are_counted_and_checked(world: Any, registry: SqliteRegistry) -> None:
+def test_receipts_are_counted_and_checked(world: Any, registry: SqlRegistry) -> None:
     """t+1 distinct holders must have given a receipt for this very manifest."""
     order = world.order(threshold=2, shares=5)
     reserved = registry.reserve(order, "node-0", world.now_ms)
@@ -218,7 +214,7 @@ def test_receipts_are_counted_and_checked(world: Any, registry: SqliteRegistry) 
     assert registry.commit(manifest, good[1:4], world.now_ms)
 
 
-def test_a_manifest_must_be_the_reserved_one(world: Any, registry: SqliteRegistry) -> None:
+def test_a_manifest_must_be_the_reserved_one(world: Any, registry: SqlRegistry) -> None:
     """Another attempt, dealer, set of holders or order, an unknown key and an expired order can't commit."""
     order = world.order("k", shares=3)
     holders = registry.reserve(order, "node-0", world.now_ms).holders
@@ -247,7 +243,7 @@ def test_a_manifest_must_be_the_reserved_one(world: Any, registry: SqliteRegistr
 # --- outcome ---
 
 
-def test_outcomes(world: Any, registry: SqliteRegistry) -> None:
+def test_outcomes(world: Any, registry: SqlRegistry) -> None:
     """Pending, then committed with the certificate; earlier attempts are aborted, nothing is signed of later ones."""
     order = world.order()
     registry.reserve(order, "node-0", world.now_ms)
@@ -262,7 +258,7 @@ def test_outcomes(world: Any, registry: SqliteRegistry) -> None:
         registry.outcome(key_id_of(order), 0, world.now_ms)
 
 
-def test_an_expired_reservation_is_aborted_when_asked(world: Any, registry: SqliteRegistry) -> None:
+def test_an_expired_reservation_is_aborted_when_asked(world: Any, registry: SqlRegistry) -> None:
     """Once told as aborted it stays so, even for a clock that went back."""
     order = world.order()
     reserved = registry.reserve(order, "node-0", world.now_ms)
@@ -274,18 +270,15 @@ def test_an_expired_reservation_is_aborted_when_asked(world: Any, registry: Sqli
     assert registry.reserve(order, "node-0", world.now_ms).attempt == 2
 
 
-def test_a_registry_that_fell_back_never_reuses_an_aborted_attempt(world: Any, path: Path) -> None:
+def test_a_registry_that_fell_back_never_reuses_an_aborted_attempt(world: Any, place: Place) -> None:
     """The notice on an attempt that an old copy of the registry does not know is kept by a later reservation."""
     order = world.order()
-    with_key = world.open(path)
-    old = path.with_name("old.db")
-    with_key.close()
-    shutil.copy(path, old)
-    registry = world.open(old)
+    world.open(place).close()
+    registry = world.open(place)
     reply = registry.outcome(key_id_of(order), 3, world.now_ms)
     assert (reply.state, open_abort(reply.document, world.cluster).attempt) == ("aborted", 3)
     registry.close()
-    registry = world.open(old)
+    registry = world.open(place)
     reserved = registry.reserve(order, "node-0", world.now_ms)
     assert reserved.attempt == 4
     assert registry.outcome(key_id_of(order), 4, world.now_ms).state == "pending"
@@ -296,7 +289,7 @@ def test_a_registry_that_fell_back_never_reuses_an_aborted_attempt(world: Any, p
 
 
 def test_notes_on_unknown_attempts_are_bounded(
-    world: Any, registry: SqliteRegistry, monkeypatch: pytest.MonkeyPatch
+    world: Any, registry: SqlRegistry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the notes are full, an unknown attempt stays pending: never an abort that is not durable."""
     monkeypatch.setattr(registry_module, "REFUSED_MAX", 2)
@@ -304,7 +297,7 @@ def test_notes_on_unknown_attempts_are_bounded(
     assert states == ["aborted", "aborted", "pending"]
 
 
-def test_nobody_uses_up_the_attempts_of_a_key_to_come(world: Any, registry: SqliteRegistry) -> None:
+def test_nobody_uses_up_the_attempts_of_a_key_to_come(world: Any, registry: SqlRegistry) -> None:
     """A question about an absurdly high attempt of an unknown key leaves its numbers to the true dealer."""
     order = world.order()
     assert registry.outcome(key_id_of(order), 2**31 - 1, world.now_ms).state == "pending"
@@ -314,7 +307,7 @@ def test_nobody_uses_up_the_attempts_of_a_key_to_come(world: Any, registry: Sqli
 # --- abort ---
 
 
-def test_a_dealer_gives_up_its_attempt(world: Any, registry: SqliteRegistry) -> None:
+def test_a_dealer_gives_up_its_attempt(world: Any, registry: SqlRegistry) -> None:
     """The name is free at once, the attempt never commits, and the same order may be tried again."""
     order = world.order("k")
     reserved = registry.reserve(order, "node-0", world.now_ms)
@@ -329,7 +322,7 @@ def test_a_dealer_gives_up_its_attempt(world: Any, registry: SqliteRegistry) -> 
         registry.reserve(order, "node-0", world.now_ms)
 
 
-def test_only_the_dealer_gives_up_its_attempt(world: Any, registry: SqliteRegistry) -> None:
+def test_only_the_dealer_gives_up_its_attempt(world: Any, registry: SqlRegistry) -> None:
     """Another node, another attempt and an unknown key are refused; a committed key is told by its certificate."""
     order = world.order("k")
     registry.reserve(order, "node-0", world.now_ms)
@@ -349,7 +342,7 @@ def test_only_the_dealer_gives_up_its_attempt(world: Any, registry: SqliteRegist
 # --- destroy and sync ---
 
 
-def test_destroy_is_for_good(world: Any, registry: SqliteRegistry) -> None:
+def test_destroy_is_for_good(world: Any, registry: SqlRegistry) -> None:
     """A destroyed key's name is free, its create order is void, its tombstone reaches the holders; twice is once."""
     order = world.order("k")
     manifest = world.commit(registry, order)
@@ -365,7 +358,7 @@ def test_destroy_is_for_good(world: Any, registry: SqliteRegistry) -> None:
     assert world.commit(registry, world.order("k"))
 
 
-def test_destroy_orders_are_verified(world: Any, registry: SqliteRegistry) -> None:
+def test_destroy_orders_are_verified(world: Any, registry: SqlRegistry) -> None:
     """Unknown, uncommitted and misnamed keys, expired and unlawful orders: nothing is destroyed."""
     order = world.order("k")
     with pytest.raises(KeyNotFound):
@@ -383,7 +376,7 @@ def test_destroy_orders_are_verified(world: Any, registry: SqliteRegistry) -> No
     assert registry.count() == 1
 
 
-def test_sync_pages_through_a_nodes_keys(world: Any, registry: SqliteRegistry) -> None:
+def test_sync_pages_through_a_nodes_keys(world: Any, registry: SqlRegistry) -> None:
     """Every key of a node comes once, in order, in pages that fit a message; keys of others do not come."""
     held: dict[str, set[bytes]] = {node: set() for node in world.nodes}
     for number in range(40):
@@ -405,7 +398,7 @@ def test_sync_pages_through_a_nodes_keys(world: Any, registry: SqliteRegistry) -
     assert registry.sync("stranger", 0).entries == []
 
 
-def test_sync_tells_what_changed_since(world: Any, registry: SqliteRegistry) -> None:
+def test_sync_tells_what_changed_since(world: Any, registry: SqlRegistry) -> None:
     """After the last change number come only newer keys and keys destroyed since, whatever their ids."""
     orders = [world.order(f"k{number}", shares=6) for number in range(4)]
     for order in orders[:3]:
@@ -421,7 +414,7 @@ def test_sync_tells_what_changed_since(world: Any, registry: SqliteRegistry) -> 
     assert registry.sync("node-0", later.last).entries == []
 
 
-def test_sync_uses_several_pages(world: Any, registry: SqliteRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sync_uses_several_pages(world: Any, registry: SqlRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page ends at its byte limit, but has at least one entry."""
     monkeypatch.setattr(registry_module, "PAGE_BYTES_MAX", 1)
     manifests = [world.commit(registry, world.order(f"k{number}", shares=6)) for number in range(3)]
@@ -433,9 +426,9 @@ def test_sync_uses_several_pages(world: Any, registry: SqliteRegistry, monkeypat
 # --- the store ---
 
 
-def test_everything_survives_reopening(world: Any, path: Path) -> None:
+def test_everything_survives_reopening(world: Any, place: Place) -> None:
     """Reservations, keys, aborts, tombstones and serials are on the disk when their call returns."""
-    first = world.open(path)
+    first = world.open(place)
     kept, dead, open_order, lost = (world.order(name) for name in ("kept", "dead", "open", "lost"))
     manifest, _ = world.commit(first, kept), world.commit(first, dead)
     first.destroy(world.destroy_order(dead), world.now_ms)
@@ -444,7 +437,7 @@ def test_everything_survives_reopening(world: Any, path: Path) -> None:
     first.outcome(key_id_of(lost), 1, late(world))
     certificate, epoch = first.commit(manifest, [], world.now_ms), first.fencing_epoch
     first.close()
-    second = world.open(path)
+    second = world.open(place)
     assert second.fencing_epoch == epoch + 1
     assert second.commit(manifest, [], world.now_ms) == certificate
     assert second.outcome(key_id_of(open_order), 1, world.now_ms).state == "pending"
@@ -456,62 +449,58 @@ def test_everything_survives_reopening(world: Any, path: Path) -> None:
     second.close()
 
 
-def test_the_file_is_private_and_used_by_one(
-    world: Any, path: Path, registry: SqliteRegistry, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_is_private_and_used_by_one(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mode 0600; a second balancer on the same file does not start."""
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    monkeypatch.setattr(registry_module, "BUSY_TIMEOUT_S", 0.01)
-    with pytest.raises(ConfigError, match="in use by another process"):
-        world.open(path)
+    place = FilePlace(tmp_path / "registry.db")
+    with closing(world.open(place)):
+        assert stat.S_IMODE(place.path.stat().st_mode) == 0o600
+        monkeypatch.setattr(database_module, "BUSY_TIMEOUT_S", 0.01)
+        with pytest.raises(ConfigError, match="in use by another process"):
+            world.open(place)
 
 
-def test_foreign_newer_and_damaged_files_are_refused(world: Any, make_world: Callable[..., Any], path: Path) -> None:
+def test_foreign_newer_and_damaged_files_are_refused(
+    world: Any, make_world: Callable[..., Any], tmp_path: Path
+) -> None:
     """Another cluster's registry, a newer schema and garbage are refused by name."""
-    world.open(path).close()
+    place = FilePlace(tmp_path / "registry.db")
+    world.open(place).close()
     with pytest.raises(ConfigError, match="belongs to the cluster pinned by"):
-        make_world("other").open(path)
-    store = sqlite3.connect(path)
-    store.execute("PRAGMA user_version = 99")
-    store.close()
-    with pytest.raises(ConfigError, match="schema version 99; this software knows 1 to 6"):
-        world.open(path)
-    path.write_bytes(b"no database" * 1000)
+        make_world("other").open(place)
+    place.execute("PRAGMA user_version = 99")
+    with pytest.raises(ConfigError, match="schema version 99; this software knows 1 to 7"):
+        world.open(place)
+    place.path.write_bytes(b"no database" * 1000)
     with pytest.raises(ConfigError, match="no usable registry"):
-        world.open(path)
+        world.open(place)
 
 
-@pytest.mark.parametrize("change", ["attempt = 7", "state = 2", "certificate = x'00'", "name = x'61'"])
-def test_a_changed_row_is_noticed(world: Any, path: Path, change: str) -> None:
-    """A row that the disk changed is refused, not believed."""
+@pytest.mark.parametrize("change", ["attempt = 7", "state = 2", "certificate = name", "holders = name"])
+def test_a_changed_row_is_noticed(world: Any, place: Place, change: str) -> None:
+    """A row that the disk changed, or somebody who can write the database, is refused and not believed."""
     order = world.order()
-    first = world.open(path)
+    first = world.open(place)
     first.reserve(order, "node-0", world.now_ms)
     first.close()
-    store = sqlite3.connect(path)
-    store.execute(f"UPDATE keys SET {change}")  # noqa: S608 - the parameters above
-    store.commit()
-    store.close()
-    second = world.open(path)
+    place.execute(f"UPDATE keys SET {change}")  # noqa: S608 - the parameters above
+    second = world.open(place)
     with pytest.raises(RegistryUnavailable, match="damaged"):
         second.outcome(key_id_of(order), 1, world.now_ms)
     second.close()
 
 
-def test_old_leftovers_are_pruned(world: Any, path: Path) -> None:
+def test_old_leftovers_are_pruned(world: Any, place: Place) -> None:
     """Aborted reservations and notes go a day after, at the next start; keys stay."""
-    first = world.open(path)
+    first = world.open(place)
     lost = world.order("lost")
     first.reserve(lost, "node-0", world.now_ms)
     first.outcome(key_id_of(lost), 1, late(world))
     first.outcome(world.key_id(), 1, world.now_ms)
     world.commit(first, world.order("kept"))
     first.close()
-    world.open(path, world.now_ms + 3 * registry_module.KEEP_MS).close()
-    store = sqlite3.connect(path)
-    counts = [store.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] for table in ("keys", "refused")]  # noqa: S608
-    store.close()
-    assert counts == [1, 0]
+    world.open(place, world.now_ms + 3 * registry_module.KEEP_MS).close()
+    assert place.execute("SELECT COUNT(*) FROM keys") == [(1,)]
+    assert place.execute("SELECT COUNT(*) FROM refused") == [(0,)]
 
 
 # --- against a model ---
@@ -540,8 +529,9 @@ class RegistryMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="kq-registry-"))
+        self.place = FilePlace(self.folder / "r.db")
         self.now = self.world.now_ms
-        self.registry = self.world.open(self.folder / "r.db")
+        self.registry = self.world.open(self.place)
         self.keys: list[Model] = []
 
     def teardown(self) -> None:
@@ -638,7 +628,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def restart(self) -> None:
         epoch = self.registry.fencing_epoch
         self.registry.close()
-        self.registry = self.world.open(self.folder / "r.db", self.now)
+        self.registry = self.world.open(self.place, self.now)
         assert self.registry.fencing_epoch == epoch + 1
 
     @invariant()
@@ -662,9 +652,9 @@ def test_against_a_model(make_world: Callable[..., Any]) -> None:
     )
 
 
-def test_the_usual_shape_is_that_of_most_keys(world: Any, tmp_path: Path) -> None:
+def test_the_usual_shape_is_that_of_most_keys(world: Any, place: Place) -> None:
     """Threshold and shares of most committed keys, for the planner; nothing without a key."""
-    with closing(world.open(tmp_path / "registry.db")) as registry:
+    with closing(world.open(place)) as registry:
         assert registry.usual_shape() is None
         world.commit(registry, world.order("a", threshold=2, shares=4))
         for name in ("b", "c"):
