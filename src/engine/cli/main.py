@@ -71,6 +71,7 @@ class _Sections(click.Group):
             "init": "identity",
             "cluster": "cluster",
             "node": "node",
+            "registry": "registry",
             "audit": "audit",
             "attack": "attack",
         },

@@ -1,0 +1,46 @@
+"""``keyquorum registry``: look after the registry of keys, at a balancer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import click
+
+from engine.cli.output import Settings, common_options, emit
+from engine.errors import ConfigError, RegistryUnavailable
+
+__all__ = ["registry"]
+
+
+@click.group(no_args_is_help=True)
+def registry() -> None:
+    """Look after the registry of keys, which is a balancer's.
+
+    \b
+    Example:
+      keyquorum registry rebuild /etc/keyquorum/bal/balancer.toml
+    """
+
+
+@registry.command()
+@click.argument("config", type=click.Path(exists=True, dir_okay=False))
+@click.option("--without", "left_out", multiple=True, metavar="NODE", help="Do without a node that does not answer.")
+@common_options()
+@click.pass_obj
+def rebuild(settings: Settings, config: str, left_out: tuple[str, ...]) -> None:
+    """Take what the nodes keep into the registry of the balancer of CONFIG (its balancer.toml).
+
+    For one that was lost, or put back to an older state: the nodes keep each key's signed manifest and certificate,
+    what destroyed it, and its settings. All nodes must answer; the balancers are stopped meanwhile.
+    """
+    words = [sys.executable, "-P", "-m", "balancer", "--config", config, "--rebuild"]
+    done = subprocess.run(
+        [*words, *(f"--without={each}" for each in left_out)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        kind = ConfigError if done.returncode == 1 else RegistryUnavailable
+        told = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+        raise kind(told.removeprefix("balancer: "))
+    lines = done.stdout.strip().splitlines()
+    emit(settings, {"told": lines}, "\n".join(lines))
