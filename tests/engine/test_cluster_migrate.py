@@ -57,8 +57,8 @@ def shares_of(cluster: LocalCluster) -> dict[str, dict[str, int]]:
 
 
 def audit_lines(cluster: LocalCluster) -> list[str]:
-    """The records of all nodes' audit logs; they are whole once the nodes have stopped."""
-    files = [file for node in cluster.nodes for file in (cluster.data_folder(node) / "audit").glob("*.jsonl")]
+    """The records of all nodes' audit logs, of removed ones too; they are whole once the nodes have stopped."""
+    files = cluster.path.glob("nodes/*/data/audit/*.jsonl")
     return [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
