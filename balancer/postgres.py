@@ -194,12 +194,12 @@ class PostgresDatabase:
 
     def _begin(self, term: int) -> bool:
         self.rollback()
+        # No pipeline: after one the server does not end a transaction whose client falls silent.
         self._transaction = connection = self._pool.getconn()
-        with connection.pipeline():  # one round trip
-            connection.execute("BEGIN")
-            connection.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
-            # The epoch is the row's key: this lets the lease be prolonged, and not be taken.
-            found = connection.execute("SELECT 1 FROM lease WHERE epoch = %s FOR KEY SHARE", (term,))
+        connection.execute("BEGIN")
+        connection.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
+        # The epoch is the row's key: this lets the lease be prolonged, and not be taken.
+        found = connection.execute("SELECT 1 FROM lease WHERE epoch = %s FOR KEY SHARE", (term,))
         return found.fetchone() is not None
 
     def _retried(self, ask: Callable[[], T]) -> T:

@@ -48,6 +48,7 @@ from engine.failpoints import failpoint
 from engine.protocol.manifest import (
     CLOCK_SKEW_MS,
     AbortNotice,
+    Cluster,
     ClusterSource,
     CommitCertificate,
     CreateOrder,
@@ -79,7 +80,7 @@ from engine.protocol.settings import (
 from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
 from engine.sharing import check_placement
 
-__all__ = ["KnownKey", "Registry", "SqlRegistry", "SqliteRegistry"]
+__all__ = ["ROW", "KnownKey", "Registry", "SqlRegistry", "SqliteRegistry", "open_seal"]
 
 MAX_ATTEMPT = 2**31 - 1
 SHAPE_SAMPLE = 200
@@ -1367,10 +1368,9 @@ class SqlRegistry(FollowsCluster):
         if not self._store.shared:
             return seal == _hash(fields)
         try:
-            signed = verify_envelope(seal, ROW, self._cluster.sign_key_ever("balancer"))
+            return open_seal(seal, self._cluster) == _hash((table, *fields))
         except (ManifestError, ProtocolError):
             return False
-        return signed.payload == _hash((table, *fields))
 
 
 class SqliteRegistry(SqlRegistry):
@@ -1393,6 +1393,11 @@ class SqliteRegistry(SqlRegistry):
         except BaseException:
             self._store.close()
             raise
+
+
+def open_seal(raw: bytes, cluster: Cluster) -> bytes:
+    """The hash of the row that a balancer sealed, the seal's signature checked."""
+    return verify_envelope(raw, ROW, cluster.sign_key_ever("balancer")).payload
 
 
 def _names(row: _Row) -> list[str]:

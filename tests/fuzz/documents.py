@@ -38,6 +38,7 @@ import engine.protocol.manifest as documents
 import engine.protocol.refresh as refresh
 import engine.protocol.signed as envelopes
 import engine.protocol.table as tables
+from balancer.registry import ROW, open_seal
 from engine._fastshamir import interpolate
 from engine.cli.chains import view_chain
 from engine.client.membership import Membership
@@ -69,7 +70,7 @@ from engine.protocol.manifest import (
 from engine.protocol.refresh import Terms, check_parts, deal_parts, new_share, open_deals, open_part_statement
 from engine.protocol.routing import Router
 from engine.protocol.settings import open_settings, read_settings, settings_orders, state_of
-from engine.protocol.signed import add_signature, read_unverified
+from engine.protocol.signed import add_signature, read_unverified, sign_envelope
 from engine.protocol.table import (
     RoutingTable,
     TableReader,
@@ -89,7 +90,7 @@ NAMES: Final = (*ROLES, "stranger", "nobody")
 _KINDS: Final = (
     "grant", "receipt", "certificate", "abort", "key", "order.create", "order.destroy", "order.refresh",
     "order.reshare", "order.renew", "order.move", "order.settings", "cluster", "card", "table", "table.delta",
-    "audit.head", "refresh.deal", "refresh.part", "x", "",
+    "audit.head", "registry.row", "refresh.deal", "refresh.part", "x", "",
 )  # fmt: skip
 
 
@@ -201,6 +202,16 @@ def verified(
     raw: bytes, kind: str, keys: Mapping[str, bytes], codec: Any, threshold: int = 1, issuer_signs: bool = True
 ) -> tuple[str, int, list[Any]]:
     """Issuer, serial and payload of a document that was accepted, if it may be."""
+    issuer, serial, payload = good_envelope(raw, kind, keys, threshold, issuer_signs)
+    tree = reference(codec).tree(payload)
+    require(tree is not None, f"{kind}: a payload that breaks its rules is accepted")
+    return issuer, serial, tree
+
+
+def good_envelope(
+    raw: bytes, kind: str, keys: Mapping[str, bytes], threshold: int = 1, issuer_signs: bool = True
+) -> tuple[str, int, bytes]:
+    """The same with the payload's bytes."""
     envelope = reference(envelopes._envelopes).tree(raw)
     require(envelope is not None, f"{kind}: an envelope that breaks its rules is accepted")
     body, signatures = envelope
@@ -215,9 +226,7 @@ def verified(
         require(is_signed_by(keys[name], value, body), f"{kind}: a wrong signature of {name!r} is accepted")
     require(len(names) >= threshold, f"{kind}: {len(names)} signers are enough, {threshold} are needed")
     require(not issuer_signs or issuer in names, f"{kind}: its issuer did not sign")
-    tree = reference(codec).tree(payload)
-    require(tree is not None, f"{kind}: a payload that breaks its rules is accepted")
-    return issuer, serial, tree
+    return issuer, serial, payload
 
 
 def allowed(identity: str, operation: str, name: str) -> bool:
@@ -722,6 +731,13 @@ def _take_head(raw: bytes) -> str:
     return "known" if heard is None else heard.event
 
 
+def _take_seal(raw: bytes) -> str:
+    world = the_world()
+    payload = open_seal(raw, world.cluster)
+    require(payload == good_envelope(raw, ROW, keys_of("balancer"))[2], "a seal of a row is of another one")
+    return "accepted"
+
+
 # --- the refresh ---
 
 
@@ -1035,6 +1051,13 @@ def document_targets() -> list[Target]:
             2,
             base + "audit.open_head",
             "nodes.witness.Witness.hear",
+        ),
+        target(
+            "registry.row",
+            lambda: [sign_envelope(ROW, 1, material("row", 16), the_world().keys["balancer"])],
+            _take_seal,
+            1,
+            "balancer.registry.open_seal",
         ),
         target(
             "refresh.deal",

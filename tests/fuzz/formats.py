@@ -364,7 +364,7 @@ def _row_samples() -> list[bytes]:
 def _take_registry_row(data: bytes) -> str:
     state = the_stores()
     fields = _columns(data, len(state.registry_row))
-    with _only_row(state.registry._store, "", fields):
+    with _only_row(state.registry._store.file, "", fields):
         row = state.registry._row(the_world().first.manifest.key_id)
     if row is None:
         raise ProtocolError("no row of this key")
@@ -1193,7 +1193,7 @@ def format_targets() -> list[Target]:
         change_message,
         (EngineError,),
         0.5,
-        "balancer.registry.SqliteRegistry._row",
+        "balancer.registry.SqlRegistry._row",
         "balancer.registry._Row.text",
     )
     secret = {"secrets": (MARK, PIN)}
