@@ -38,7 +38,7 @@ from balancer.strain import Strain
 from balancer.view import View, Viewer, plan_message
 from engine._version import __version__
 from engine.client.admission import Admission, ServiceLimits, Turns, welcome
-from engine.client.bundles import answer_bundle, check_bundle
+from engine.client.bundles import answer_bundle, answer_bundle_at_once, check_bundle
 from engine.client.config import CurveSource, Identity
 from engine.client.listener import Incoming, Listener
 from engine.client.membership import Servers
@@ -695,7 +695,13 @@ class Service(FollowsCluster):
     def _many(self, member: str, body: Bundle) -> BundleResults:
         check_bundle(body, BUNDLED_REGISTRY_VERBS)
         with self._registry.together():
+            if body.verb == REGISTRY_COMMIT:
+                return answer_bundle_at_once(body, self._commit_all)
             return answer_bundle(body, lambda message: self._verbs[body.verb](member, message))
+
+    def _commit_all(self, commits: Sequence[Commit]) -> list[Committed | EngineError | ValueError]:
+        made = self._registry.commit_all([(each.manifest, each.receipts) for each in commits], self._now_ms())
+        return [Committed(each) if isinstance(each, bytes) else each for each in made]
 
     def _destroy(self, member: str, body: Destroy) -> Empty:
         self._registry.destroy(body.order, self._now_ms())

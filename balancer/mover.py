@@ -25,7 +25,7 @@ from engine.client.config import CurveSource
 from engine.client.membership import Servers
 from engine.client.transport import Arrival, Channel, raise_for_status
 from engine.errors import EngineError, ProtocolError
-from engine.protocol.manifest import ClusterSource, FollowsCluster, RefreshOrder, ReshareOrder, sign_order
+from engine.protocol.manifest import ClusterSource, FollowsCluster, RefreshOrder, ReshareOrder, sign_orders
 from engine.protocol.requests import MOVE, REPLY_CODECS, REQUEST_CODECS, Move, MoveResults
 from engine.protocol.signed import SigningKey
 
@@ -240,7 +240,7 @@ class Mover(FollowsCluster):
 
     def _send(self, channel: Channel, batch: Batch) -> None:
         now_ms = self._now_ms()
-        orders = [sign_order(self._order(each, now_ms), self._signing, now_ms) for each in batch.orders]
+        orders = sign_orders([self._order(each, now_ms) for each in batch.orders], self._signing, now_ms)
         log.info("keys are to be changed", why=batch.kind.word, keys=len(orders), coordinator=batch.coordinator)
         try:
             token = channel.start(batch.coordinator, MOVE, REQUEST_CODECS[MOVE].encode(Move(orders)), TIMEOUT_S)

@@ -37,6 +37,7 @@ from balancer.places import PLACES_TABLES, Places
 from engine.errors import (
     AccessDenied,
     ConfigError,
+    EngineError,
     KeyExists,
     KeyNotFound,
     ManifestError,
@@ -77,7 +78,7 @@ from engine.protocol.settings import (
     open_settings,
     read_settings,
 )
-from engine.protocol.signed import SigningKey, sign_envelope, verify_envelope
+from engine.protocol.signed import SigningKey, encode_body, sign_bodies, sign_envelope, verify_envelope
 from engine.sharing import check_placement
 
 __all__ = ["ROW", "KnownKey", "Registry", "SqlRegistry", "SqliteRegistry", "open_seal"]
@@ -146,6 +147,11 @@ class Registry(Protocol):
 
     def commit(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> bytes:
         """Make the current attempt's manifest the key's; the commit certificate."""
+
+    def commit_all(
+        self, commits: Sequence[tuple[bytes, Sequence[bytes]]], now_ms: int
+    ) -> list[bytes | EngineError | ValueError]:
+        """``commit`` of several keys, each alone, inside ``together``; the certificates are signed together."""
 
     def together(self) -> AbstractContextManager[None]:
         """All that is booked until the end is durable together, when this ends; what fails alone is not booked."""
@@ -243,6 +249,15 @@ class _Version:
     version: int
     lineage: bytes
     began_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """An epoch that is to be certified: its manifest, the key's row before, and the certificate's payload."""
+
+    record: KeyRecord
+    row: _Row
+    payload: bytes
 
 
 class _ChangeState(IntEnum):
@@ -687,6 +702,52 @@ class SqlRegistry(FollowsCluster):
         ones, a receipt is wrong, too few holders gave one, or the order has expired. An epoch after the first must
         follow the committed one, and all its holders give a receipt.
         """
+        checked = self._checked(manifest, receipts, now_ms)
+        if not isinstance(checked, _Checked):
+            return checked
+        with self._transaction("commit"):
+            (certificate,) = self._certify([checked])
+            self._book(checked, certificate)
+        return certificate
+
+    def commit_all(
+        self, commits: Sequence[tuple[bytes, Sequence[bytes]]], now_ms: int
+    ) -> list[bytes | EngineError | ValueError]:
+        """``commit`` of several keys, each alone, inside ``together``; the certificates are signed together."""
+        checked: list[_Checked | bytes | EngineError | ValueError] = []
+        for manifest, receipts in commits:
+            try:
+                one = self._checked(manifest, receipts, now_ms)
+                if isinstance(one, _Checked) and any(
+                    isinstance(each, _Checked) and each.row.key_id == one.row.key_id for each in checked
+                ):
+                    raise ManifestError(f"two manifests of {one.row.text!r} at once; each must be of another key")
+                checked.append(one)
+            except (EngineError, ValueError) as error:
+                checked.append(error)
+        certified = iter(self._certify([each for each in checked if isinstance(each, _Checked)]))
+        made: list[bytes | EngineError | ValueError] = []
+        for each in checked:
+            if not isinstance(each, _Checked):
+                made.append(each)
+                continue
+            certificate = next(certified)
+            try:
+                with self._transaction("commit"):
+                    self._book(each, certificate)
+                made.append(certificate)
+            except EngineError as error:
+                made.append(error)
+        return made
+
+    def _certify(self, checked: Sequence[_Checked]) -> list[bytes]:
+        """Their certificates, inside a transaction."""
+        name = self._signing.name
+        bodies = [encode_body("certificate", self._next(_SERIAL), each.payload, name) for each in checked]
+        return sign_bodies(bodies, self._signing)
+
+    def _checked(self, manifest: bytes, receipts: Sequence[bytes], now_ms: int) -> _Checked | bytes:
+        """What is to be certified, with all that it rests on checked; or the certificate, if that was done before."""
         record = open_key_manifest(manifest, self._cluster)
         told = record.manifest
         row = self._row(told.key_id)
@@ -695,24 +756,27 @@ class SqlRegistry(FollowsCluster):
         row = (self._check_first if told.epoch == 1 else self._check_next)(record, row, now_ms)
         found = open_receipts(receipts, record, self._cluster)
         payload = certificates.encode(CommitCertificate(told.key_id, record.digest, list(found.values())))
-        with self._transaction("commit"):
-            certificate = sign_envelope("certificate", self._next(_SERIAL), payload, self._signing)
-            newer = replace(
-                row,
-                state=_State.COMMITTED,
-                attempt=told.attempt,
-                dealer=record.dealer.encode(),
-                holders="\n".join(holder.node for holder in told.holders).encode(),
-                manifest_hash=record.digest,
-                manifest=manifest,
-                certificate=certificate,
-            )
-            if told.epoch == 1:
-                self._put(newer)
-                self._note_change(told.key_id, self._told_of(record))
-            else:
-                self._advance(row, newer)
-        return certificate
+        return _Checked(record, row, payload)
+
+    def _book(self, checked: _Checked, certificate: bytes) -> None:
+        """Make the certified epoch the key's, inside a transaction."""
+        record, row = checked.record, checked.row
+        told = record.manifest
+        newer = replace(
+            row,
+            state=_State.COMMITTED,
+            attempt=told.attempt,
+            dealer=record.dealer.encode(),
+            holders="\n".join(holder.node for holder in told.holders).encode(),
+            manifest_hash=record.digest,
+            manifest=record.raw,
+            certificate=certificate,
+        )
+        if told.epoch == 1:
+            self._put(newer)
+            self._note_change(told.key_id, self._told_of(record))
+        else:
+            self._advance(row, newer)
 
     def _told_of(self, record: KeyRecord) -> list[str]:
         """The holders of a version that was made, and those of the others: they shall know that it is the newest."""

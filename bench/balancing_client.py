@@ -15,7 +15,7 @@ from engine.client.config import load_identity
 from engine.client.membership import Servers
 from engine.client.transport import Channel, ask
 from engine.errors import EngineError
-from engine.protocol.manifest import KeyManifest, RefreshOrder, ReshareOrder, read_key_manifest, sign_order
+from engine.protocol.manifest import KeyManifest, RefreshOrder, ReshareOrder, read_key_manifest, sign_orders
 from engine.protocol.requests import MOVE, BalancerStatus, Describe, Move, MoveResult
 
 __all__ = ["Mover"]
@@ -58,12 +58,19 @@ class Mover:
 
     def order(self, manifest: KeyManifest, holders: Sequence[str], **changes: Any) -> bytes:
         """A signed move order; ``changes`` are other fields of it."""
-        told = {"threshold": manifest.threshold, "holders": list(holders), "without": []}
-        return sign_order(ReshareOrder(**self._fields(manifest, told | changes)), self.identity.signing, now_ms())
+        return self.orders([(manifest, holders)], **changes)[0]
+
+    def orders(self, moves: Sequence[tuple[KeyManifest, Sequence[str]]], **changes: Any) -> list[bytes]:
+        """Move orders of keys to new holders, signed together; ``changes`` are other fields of them."""
+        made = []
+        for manifest, holders in moves:
+            told = {"threshold": manifest.threshold, "holders": list(holders), "without": []}
+            made.append(ReshareOrder(**self._fields(manifest, told | changes)))
+        return sign_orders(made, self.identity.signing, now_ms())
 
     def renewal(self, manifest: KeyManifest, **changes: Any) -> bytes:
         """A signed renewal order."""
-        return sign_order(RefreshOrder(**self._fields(manifest, changes)), self.identity.signing, now_ms())
+        return sign_orders([RefreshOrder(**self._fields(manifest, changes))], self.identity.signing, now_ms())[0]
 
     def _fields(self, manifest: KeyManifest, changes: dict[str, Any]) -> dict[str, Any]:
         return {

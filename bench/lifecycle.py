@@ -147,7 +147,7 @@ def carry_out(site: Site, plan: Sequence[Step], pace: float, looked: Callable[[i
                     return
                 left = list(chunk)
                 for _ in range(RETRIES):
-                    orders = [mover.order(step.manifest, step.holders) for step in left]
+                    orders = mover.orders([(step.manifest, step.holders) for step in left])
                     results = mover.move(left[0].coordinator, orders, TIMEOUT_S)
                     failed = [step for step, result in zip(left, results, strict=True) if result.code]
                     with lock:

@@ -1,16 +1,34 @@
-"""Asks the holders, or the registry, many requests of one verb at once: in bundles, or alone where there is but one."""
+"""Many requests of one verb at once: asked of holders or the registry in bundles, or alone where there is but one.
+
+What a holder's replies to a bundle sign has one signature in common.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
+
+from msgspec.structs import replace
 
 from engine.client.bundles import open_results, split_bodies
 from engine.client.transport import Channel
 from engine.errors import EngineError
-from engine.protocol.requests import REGISTRY_MANY, REQUEST_CODECS, SHARE_MANY, Bundle, BundleResults
+from engine.protocol.requests import (
+    REGISTRY_MANY,
+    REQUEST_CODECS,
+    SHARE_MANY,
+    Bundle,
+    BundleResults,
+    Dealt,
+    Prepared,
+    Refreshed,
+)
+from engine.protocol.signed import SigningKey, sign_bodies
 
-__all__ = ["Asker", "ask_many", "ask_registry_many"]
+__all__ = ["Asker", "ask_many", "ask_registry_many", "sign_replies"]
+
+SIGNED: Final[dict[type, str]] = {Dealt: "statement", Refreshed: "statement", Prepared: "receipt"}
+"""The field of a reply that its holder signs."""
 
 
 class Asker(Protocol):
@@ -82,3 +100,12 @@ def ask_registry_many(
             return found + [error] * (len(bodies) - len(found))
         found += open_results(verb, told)[: len(some)]
     return found
+
+
+def sign_replies(replies: Sequence[Any], key: SigningKey) -> list[Any]:
+    """Replies of one kind with envelopes in the place of the bodies that are to be signed; others as they are."""
+    field = SIGNED.get(type(replies[0])) if replies else None
+    if field is None:
+        return list(replies)
+    signed = sign_bodies([getattr(each, field) for each in replies], key)
+    return [replace(each, **{field: raw}) for each, raw in zip(replies, signed, strict=True)]

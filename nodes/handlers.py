@@ -72,6 +72,7 @@ from engine.protocol.manifest import (
 from engine.protocol.requests import (
     AUDIT_HEAD,
     BOOKS,
+    BUNDLE_MAX,
     HELLO,
     LATENCY,
     MANIFEST_FETCH,
@@ -163,6 +164,7 @@ from engine.protocol.wire import (
 from engine.sharing import unblind
 from nodes._fastpath import FastPath, Plan
 from nodes.audit import AuditLog
+from nodes.bundles import sign_replies
 from nodes.cache import Cache, CacheLimits, CacheStatistics
 from nodes.catalogue import Catalogue, Entry
 from nodes.deal import Conversation, Cursor, Gathered, Talker
@@ -1801,12 +1803,15 @@ class Handlers(FollowsCluster):
                 return made
 
             with self._holder.together():
-                results = answer_bundle(body, one, lambda: self._clock() >= call.deadline_s)
+                results = answer_bundle(body, one, lambda: self._clock() >= call.deadline_s, self._sign_replies)
             if body.verb in DURABLE_VERBS:
                 self._record_steps(call, body.verb, names)
             return results
 
         self._aside(call, self._local, work)
+
+    def _sign_replies(self, replies: Sequence[Any]) -> list[Any]:
+        return sign_replies(replies, self._holder.pen)
 
     def _name_in(self, message: Any) -> str:
         """The name of the key that a step is about."""
@@ -2099,14 +2104,19 @@ class Handlers(FollowsCluster):
             self._holder.tidy()
         except EngineError as error:
             log.warning("an erasure is not finished yet", reason=str(error))
-        for item in books:
-            before = self._catalogue.by_id(item.key_id)
-            try:
-                gone += self._holder.catch_up(item)
-                self._record_change(item.key_id, before)
-            except EngineError as error:
-                log.warning("the registry's entry was refused", key_id=item.key_id.hex(), reason=str(error))
-                well = False
+        for at in range(0, len(books), BUNDLE_MAX):
+            taken: list[tuple[bytes, Entry | None]] = []
+            with self._holder.together():
+                for item in books[at : at + BUNDLE_MAX]:
+                    before = self._catalogue.by_id(item.key_id)
+                    try:
+                        gone += self._holder.catch_up(item)
+                        taken.append((item.key_id, before))
+                    except EngineError as error:
+                        log.warning("the registry's entry was refused", key_id=item.key_id.hex(), reason=str(error))
+                        well = False
+            for key_id, entry in taken:
+                self._record_change(key_id, entry)
         for entry, outcome in outcomes:
             before = self._catalogue.by_id(entry.row.key_id)
             try:

@@ -59,7 +59,7 @@ from engine.protocol.requests import (
     SyncEntry,
 )
 from engine.protocol.settings import SettingsRecord, is_settings, open_settings
-from engine.protocol.signed import SigningKey, read_unverified, sign_envelope
+from engine.protocol.signed import Pen, SigningKey, read_unverified, sign_envelope
 from engine.sharing import SecretBuffer, SecretShare, Share, commitment
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue, Entry
@@ -89,7 +89,7 @@ class ShareHolder(FollowsCluster):
         shares: ShareCache | None = None,
     ) -> None:
         self._source = cluster
-        self._signing = signing
+        self.pen = Pen(signing)
         self._node = signing.name
         self._store = store
         self._catalogue = catalogue
@@ -105,11 +105,14 @@ class ShareHolder(FollowsCluster):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All that is stored and erased until the end is one transaction, durable when this ends; or none of it is."""
+        """All that is stored and erased until the end is one transaction, durable when this ends; or none of it is.
+
+        What this node signs meanwhile is left to be signed by its ``pen`` afterwards.
+        """
         changed = self._catalogue.note_changes()
         self._together = True
         try:
-            with self._store.together():
+            with self._store.together(), self.pen.later():
                 yield
         except BaseException:
             for key_id in changed:
@@ -198,7 +201,7 @@ class ShareHolder(FollowsCluster):
     def receipt(self, record: KeyRecord, x: int, *, tried: bool = False) -> bytes:
         """This node's word on its stored share; ``tried``: also that it has combined that epoch and got the key."""
         payload = receipts.encode(Receipt(record.manifest.key_id, record.digest, x, tried))
-        return sign_envelope("receipt", self._now_ms(), payload, self._signing)
+        return sign_envelope("receipt", self._now_ms(), payload, self.pen)
 
     def commit(self, body: ShareCommit) -> Empty:
         """Make a prepared share valid."""

@@ -79,7 +79,7 @@ from engine.protocol.requests import (
     ShareTrial,
 )
 from engine.protocol.reshare import check_reshare_size, check_sub_shares
-from engine.protocol.signed import SigningKey, sign_envelope
+from engine.protocol.signed import SigningKey, encode_body, sign_bodies
 from engine.sharing import check_placement
 from nodes.bundles import ask_many, ask_registry_many
 from nodes.catalogue import Catalogue, Entry
@@ -350,11 +350,17 @@ class Coordinator(FollowsCluster):
             pending = [(job, list(job.dealt)) for job in some]
             while pending:
                 pending = self._state(talker.channel, verb, pending, deadline_s)
+        bodies: dict[_Job, bytes] = {}
         for job in jobs:
             if job.error is None:
                 with job.guarded():
-                    job.record = self._manifest(job)
-                    failpoint(f"{job.step}.stated")
+                    bodies[job] = self._manifest(job)
+        for job, raw in zip(bodies, sign_bodies(list(bodies.values()), self._signing), strict=True):
+            with job.guarded():
+                record = open_key_manifest(raw, self._cluster)
+                check_successor(record, job.terms.before)
+                job.record = record
+                failpoint(f"{job.step}.stated")
 
     def _state(
         self, channel: Channel, verb: str, pending: Sequence[tuple[_Job, list[_Dealt]]], deadline_s: float
@@ -400,8 +406,8 @@ class Coordinator(FollowsCluster):
         (check_sub_shares if job.reshares else check_parts)(job.terms, deals, statements)
         return _Stated(chosen, raws, statements)
 
-    def _manifest(self, job: _Job) -> KeyRecord:
-        """The manifest of the new epoch: the one before with the new commitments, and what a reshare changes."""
+    def _manifest(self, job: _Job) -> bytes:
+        """The manifest of the new epoch, to be signed: that of before with what a refresh or reshare changes."""
         before, order, stated = job.terms.before, job.order, job.stated
         if stated is None:
             raise ShareCorrupt(
@@ -419,10 +425,7 @@ class Coordinator(FollowsCluster):
             previous=before.digest,
             change=job.raw_order,
         )
-        raw = sign_envelope("key", self._now_ms(), key_manifests.encode(manifest), self._signing)
-        record = open_key_manifest(raw, self._cluster)
-        check_successor(record, before)
-        return record
+        return encode_body("key", self._now_ms(), key_manifests.encode(manifest), self._node)
 
     def _renew(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
         """Have every holder store its new share; their receipts."""
@@ -430,14 +433,31 @@ class Coordinator(FollowsCluster):
             (SHARE_RENEW, [job for job in jobs if not job.reshares]),
             (SHARE_ACCEPT, [job for job in jobs if job.reshares]),
         ):
-            asked = [(job, name, message) for job in some for name, message in _renewals(job)]
-            for job, replies in self._ask(talker.channel, verb, asked, deadline_s):
+            for job, replies in self._stored(talker.channel, verb, some, deadline_s):
                 with job.guarded():
                     for name, reply in _whole(job, replies).items():
                         if open_receipt(reply.receipt, job.record, self._cluster) != name:
                             raise ManifestError(f"{name} sent the receipt of another")
                         job.receipts[name] = reply.receipt
                     failpoint(f"{job.step}.renewed")
+
+    def _stored(
+        self, channel: Channel, verb: str, jobs: Sequence[_Job], deadline_s: float
+    ) -> list[tuple[_Job, dict[str, Any]]]:
+        """What the holders reply; of many keys, only who has forgotten what its statement was on is told that again."""
+        brief = len(jobs) > 1
+        asked = [(job, name, message) for job in jobs for name, message in _renewals(job, brief=brief)]
+        found = dict(self._ask(channel, verb, asked, deadline_s))
+        again = [
+            (job, name, message)
+            for job, replies in found.items()
+            if brief and any(isinstance(reply, StaleKey) for reply in replies.values())
+            for name, message in _renewals(job)
+            if isinstance(replies[name], StaleKey)
+        ]
+        for job, replies in self._ask(channel, verb, again, deadline_s):
+            found[job] |= replies
+        return list(found.items())
 
     def _pass_on_settings(self, talker: Talker, jobs: Sequence[_Job], deadline_s: float) -> None:
         """Have new holders know the keys' settings before their shares count."""
@@ -582,12 +602,17 @@ def _without_named(chosen: Sequence[_Dealt], usable: Sequence[_Dealt], error: Sh
     return [each for each in usable if each.deal.dealer.node not in named]
 
 
-def _renewals(job: _Job) -> Iterator[tuple[str, ShareRenew | ShareAccept]]:
+def _renewals(job: _Job, *, brief: bool = False) -> Iterator[tuple[str, ShareRenew | ShareAccept]]:
+    """What each holder is to store; ``brief``: without what its statement was on, which it has at hand."""
     stated = job.stated or _Stated((), (), ())
     raws, deals, aborts = list(stated.raws), [each.raw for each in stated.deals], list(job.reserved.aborts)
     for place, name in enumerate(job.holders):
         parts = [each.parts[place] for each in stated.deals]
-        if job.reshares:
+        if brief and job.reshares:
+            yield name, ShareAccept(b"", b"", job.record.raw, [], [], raws, aborts)
+        elif brief:
+            yield name, ShareRenew(job.record.raw, [], [], raws, aborts)
+        elif job.reshares:
             yield name, ShareAccept(*job.before, job.record.raw, deals, parts, raws, aborts)
         else:
             yield name, ShareRenew(job.record.raw, deals, parts, raws, aborts)

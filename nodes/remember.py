@@ -15,7 +15,7 @@ from nodes.cache import Cache, CacheLimits, CacheStatistics, Reason
 
 __all__ = ["Remembered", "SignatureCache"]
 
-SHARES_KEPT: Final = 64
+SHARES_KEPT: Final = 256
 
 
 class SignatureCache:
@@ -46,7 +46,9 @@ class SignatureCache:
         return self._cache.expire(self._clock())
 
 
-_Kept = tuple[Terms, tuple[bytes, ...], tuple[bytes, ...], tuple[Deal, ...], tuple[bytes, ...], int, SecretBuffer]
+_Kept = tuple[
+    Terms, bytes, tuple[bytes, ...], tuple[bytes, ...], tuple[Deal, ...], tuple[bytes, ...], int, SecretBuffer
+]
 
 
 class Remembered:
@@ -59,9 +61,15 @@ class Remembered:
         self._kept: dict[bytes, _Kept] = {}
 
     def put(
-        self, terms: Terms, raws: Sequence[bytes], parts: Sequence[bytes], deals: Sequence[Deal], new: NewShare
+        self,
+        terms: Terms,
+        raws: Sequence[bytes],
+        parts: Sequence[bytes],
+        deals: Sequence[Deal],
+        new: NewShare,
+        certificate: bytes = b"",
     ) -> None:
-        """Keep what these deals and parts make by these terms."""
+        """Keep what these deals and parts make by these terms; ``certificate`` is of the epoch before."""
         key_id = terms.before.manifest.key_id
         self._drop(key_id)
         while len(self._kept) >= SHARES_KEPT:
@@ -70,14 +78,24 @@ class Remembered:
             secret = SecretBuffer.copy_of(new.salt + new.share.y)
         except OSError:  # locked memory is short
             return
-        self._kept[key_id] = (terms, tuple(raws), tuple(parts), tuple(deals), new.values, new.share.x, secret)
+        self._kept[key_id] = (
+            terms, certificate, tuple(raws), tuple(parts), tuple(deals), new.values, new.share.x, secret
+        )  # fmt: skip
+
+    def told(self, key_id: bytes) -> tuple[bytes, bytes, list[bytes], list[bytes]] | None:
+        """By what the last was made that is kept of a key: manifest before, its certificate, deals and parts."""
+        kept = self._kept.get(key_id)
+        if kept is None:
+            return None
+        terms, certificate, raws, parts = kept[:4]
+        return terms.before.raw, certificate, list(raws), list(parts)
 
     def take(self, terms: Terms, raws: Sequence[bytes], parts: Sequence[bytes]) -> tuple[list[Deal], NewShare] | None:
         """What was kept of exactly these bytes, once."""
         kept = self._kept.get(terms.before.manifest.key_id)
         if kept is None:
             return None
-        before, its_raws, its_parts, deals, values, x, secret = kept
+        before, _, its_raws, its_parts, deals, values, x, secret = kept
         same = (before.told(), before.order, before.before.digest) == (terms.told(), terms.order, terms.before.digest)
         found = None
         if same and its_raws == tuple(raws) and its_parts == tuple(parts):

@@ -56,7 +56,7 @@ from engine.protocol.requests import (
     ShareReshare,
 )
 from engine.protocol.reshare import check_sub_shares, merged_share
-from engine.protocol.signed import Signed, SigningKey
+from engine.protocol.signed import Signed
 from engine.sharing import FINGERPRINT_BYTES, SALT_BYTES, Share, commitment, deal_sub_shares, deal_zero
 from nodes.catalogue import Catalogue, Entry
 from nodes.holder import ShareHolder
@@ -79,7 +79,6 @@ class Renewer(FollowsCluster):
     def __init__(
         self,
         cluster: ClusterSource,
-        signing: SigningKey,
         curve_secrets: Callable[[], Sequence[bytes]],
         catalogue: Catalogue,
         holder: ShareHolder,
@@ -87,8 +86,8 @@ class Renewer(FollowsCluster):
         now_ms: Callable[[], int],
     ) -> None:
         self._source = cluster
-        self._signing = signing
-        self._node = signing.name
+        self._signing = holder.pen
+        self._node = holder.pen.name
         self._curve_secrets = curve_secrets
         self._catalogue = catalogue
         self._holder = holder
@@ -147,10 +146,11 @@ class Renewer(FollowsCluster):
         entry, terms, _ = self._begin(open_renewing_order, change, attempt, sender, renews=record.digest)
         check_successor(record, entry.record)
         self._make_room(record, body.aborts)
-        known = self._remembered.take(terms, body.deals, body.parts)
+        raws, parts = (body.deals, body.parts) if body.deals else self._told(record)[2:]
+        known = self._remembered.take(terms, raws, parts)
         if known is None:
-            deals = open_deals(terms, body.deals, self._cluster)
-            known = deals, self._new_share(lane, entry, terms, deals, body.parts)
+            deals = open_deals(terms, raws, self._cluster)
+            known = deals, self._new_share(lane, entry, terms, deals, parts)
         deals, new = known
         self._check(check_parts, record, terms, deals, body.statements, new)
         return self._holder.store_prepared(lane, record, new.share, new.salt)
@@ -162,7 +162,7 @@ class Renewer(FollowsCluster):
             self._orders.count(terms.change, issuer)
         deals = open_deals(terms, body.deals, self._cluster)
         new = self._merged(terms, deals, body.parts)
-        self._remembered.put(terms, body.deals, body.parts, deals, new)
+        self._remembered.put(terms, body.deals, body.parts, deals, new, body.certificate)
         self._holder.pledge(terms.before.manifest.key_id, terms.attempt)
         failpoint("holder.reshare.pledged")
         statement = sign_part_statement(terms, deals, new, self._signing, self._now_ms())
@@ -175,16 +175,25 @@ class Renewer(FollowsCluster):
         if record.dealer != sender.name:
             raise AccessDenied(f"{sender.name!r} sends the manifest of {record.dealer!r}")
         change, attempt = record.manifest.change, record.manifest.attempt
-        terms, _ = self._receive(body.before, body.certificate, change, attempt, sender, renews=record.digest)
+        whole = (body.before, body.certificate, body.deals, body.parts)
+        before, certificate, raws, parts = whole if body.deals else self._told(record)
+        terms, _ = self._receive(before, certificate, change, attempt, sender, renews=record.digest)
         check_successor(record, terms.before)
         self._make_room(record, body.aborts)
-        known = self._remembered.take(terms, body.deals, body.parts)
+        known = self._remembered.take(terms, raws, parts)
         if known is None:
-            deals = open_deals(terms, body.deals, self._cluster)
-            known = deals, self._merged(terms, deals, body.parts)
+            deals = open_deals(terms, raws, self._cluster)
+            known = deals, self._merged(terms, deals, parts)
         deals, new = known
         self._check(check_sub_shares, record, terms, deals, body.statements, new)
         return self._holder.store_prepared(lane, record, new.share, new.salt)
+
+    def _told(self, record: KeyRecord) -> tuple[bytes, bytes, list[bytes], list[bytes]]:
+        """What this node's last statement on a key was on, if that is not sent again; all is checked as if it was."""
+        found = self._remembered.told(record.manifest.key_id)
+        if found is None:
+            raise StaleKey(f"{self._node} has forgotten what it was dealt of {record.manifest.name!r}")
+        return found
 
     def _make_room(self, record: KeyRecord, aborts: Sequence[bytes]) -> None:
         """Take in abort notices; refuse to replace a prepared share that may still become valid."""

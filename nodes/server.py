@@ -178,7 +178,7 @@ class Server:
             with_room=shares.with_room,
         )
         orders = BalancerOrders(cluster, self._store, time.monotonic, config.changes_per_s, config.limits.burst_s)
-        renewer = Renewer(cluster, identity.signing, self._own.secrets, catalogue, holder, orders, clock.now_ms)
+        renewer = Renewer(cluster, self._own.secrets, catalogue, holder, orders, clock.now_ms)
         coordinator = Coordinator(
             cluster, identity.signing, catalogue, conversation, orders, clock.now_ms, time.monotonic
         )

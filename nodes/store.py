@@ -33,6 +33,8 @@ UNWRITABLE: Final = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite
 SEALED_NAME: Final = "sealed/"
 """What the names of sealed secrets begin with in ``meta``."""
 SECRET_BYTES: Final = 32
+PLEDGES_KNOWN: Final = 1024
+"""So many pledges are remembered between the steps of a change."""
 ROW_KEY: Final = "row"
 """The secret that rows are authenticated with."""
 State = Literal["prepared", "committed", "moved", "destroyed"]
@@ -177,6 +179,8 @@ class ShareStore:
     def __init__(self, path: Path, node: str, lane: Lane) -> None:
         self._lock = threading.RLock()
         self._together = False
+        self._pledges: dict[bytes, int] = {}
+        """Pledges as the file has them, of keys that were asked about of late."""
         fresh = not path.exists()
         if fresh:
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -246,6 +250,7 @@ class ShareStore:
         try:
             yield
         except BaseException:
+            self._pledges.clear()
             if self._db.in_transaction:  # SQLite may have rolled back all of it by itself
                 self._db.execute("ROLLBACK TO step")
                 self._db.execute("RELEASE step")
@@ -259,12 +264,14 @@ class ShareStore:
                 with self._step():
                     yield
                 return
+            durable = False
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 failpoint("store.write.begun")
                 yield
                 failpoint("store.write.changed")
                 self._db.execute("COMMIT")
+                durable = True
             except sqlite3.OperationalError as error:
                 if error.sqlite_errorcode & 0xFF not in UNWRITABLE:
                     raise
@@ -272,6 +279,8 @@ class ShareStore:
             finally:
                 if self._db.in_transaction:  # SQLite rolls some failures back by itself
                     self._db.execute("ROLLBACK")
+                if not durable:
+                    self._pledges.clear()
             failpoint("store.write.durable")
 
     def _tag(self, row: Row) -> bytes:
@@ -359,8 +368,19 @@ class ShareStore:
 
     def pledged(self, key_id: bytes) -> int:
         """The attempt to change the key below which none is followed here any more, checked; 0 if there is none."""
-        rows = self._select("SELECT key_id, attempt, tag FROM pledges WHERE key_id = ?", key_id)
-        return int(self._checked("pledges", rows[0])[1]) if rows else 0
+        with self._lock:
+            known = self._pledges.get(key_id)
+            if known is None:
+                rows = self._select("SELECT key_id, attempt, tag FROM pledges WHERE key_id = ?", key_id)
+                known = int(self._checked("pledges", rows[0])[1]) if rows else 0
+                self._know_pledge(key_id, known)
+            return known
+
+    def _know_pledge(self, key_id: bytes, attempt: int) -> None:
+        """Remember it; a transaction that fails forgets all."""
+        if len(self._pledges) >= PLEDGES_KNOWN:
+            self._pledges.clear()
+        self._pledges[key_id] = attempt
 
     def pledge(self, key_id: bytes, attempt: int) -> None:
         """Never follow an attempt below this one; durable."""
@@ -372,6 +392,7 @@ class ShareStore:
                 self._db.execute(
                     "INSERT OR REPLACE INTO pledges VALUES (?, ?, ?)", (*values, self._tag_of("pledges", values))
                 )
+                self._know_pledge(key_id, attempt)
 
     # --- the balancers' fencing epochs ---
 
@@ -482,6 +503,7 @@ class ShareStore:
             with self._transaction():
                 self._db.execute("DELETE FROM keys WHERE key_id = ?", (row.key_id,))
                 self._db.execute("DELETE FROM pledges WHERE key_id = ?", (row.key_id,))
+                self._pledges.pop(row.key_id, None)
                 if forget_uses:
                     self._db.execute("DELETE FROM quotas WHERE key_id = ?", (row.key_id,))
                 self._write(row)

@@ -36,6 +36,8 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._calls: deque[Callable[[], None]] = deque()
+        self._told = False
+        """Whether the loop is told already that something waits."""
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     def fileno(self) -> int:
@@ -45,7 +47,9 @@ class Mailbox:
     def post(self, call: Callable[[], None]) -> None:
         """Have the loop make this call; from any thread, also from a signal handler."""
         self._calls.append(call)
-        os.eventfd_write(self._event, 1)
+        if not self._told:
+            self._told = True
+            os.eventfd_write(self._event, 1)
 
     def run(self) -> None:
         """Make the calls that wait; by the loop's thread."""
@@ -53,6 +57,7 @@ class Mailbox:
             os.eventfd_read(self._event)
         except BlockingIOError:
             return
+        self._told = False  # before it looks: whoever adds something from here on tells it again
         for _ in range(len(self._calls)):
             self._calls.popleft()()
 

@@ -6,7 +6,9 @@
 #include <stdio.h>
 #include <string.h>
 
-static const char LABEL[] = "keyquorum/signed/1"; /* its zero byte counts */
+/* The labels of what is signed; the zero byte of each counts. */
+static const char LABEL[] = "keyquorum/signed/1", TREE[] = "keyquorum/signed-tree/1", LEAF[] = "keyquorum/signed-leaf/1",
+                  FORK[] = "keyquorum/signed-fork/1";
 
 enum { ENVELOPE_MAX = 1048576, SIGNATURES_MAX = 64 };
 
@@ -297,6 +299,34 @@ static uint8_t *labelled(struct bytes body) {
     return joined;
 }
 
+/* Whether it is a signature by the key: over the labelled body, or over the root of a tree with the body as a leaf. */
+static bool is_signed_by(struct bytes value, const uint8_t *joined, size_t len, const uint8_t key[32]) {
+    const size_t depth = (value.len - crypto_sign_BYTES) / crypto_hash_sha256_BYTES;
+    uint8_t pair[sizeof FORK + 2 * crypto_hash_sha256_BYTES], root[sizeof TREE + crypto_hash_sha256_BYTES];
+    uint8_t *found = root + sizeof TREE;
+    crypto_hash_sha256_state leaf;
+    if (value.len == crypto_sign_BYTES) {
+        return crypto_sign_verify_detached(value.at, joined, len, key) == 0;
+    }
+    size_t place = value.at[crypto_sign_BYTES];
+    if (value.len != crypto_sign_BYTES + 1 + depth * crypto_hash_sha256_BYTES || depth == 0 || place >> depth != 0) {
+        return false;
+    }
+    memcpy(root, TREE, sizeof TREE);
+    memcpy(pair, FORK, sizeof FORK);
+    crypto_hash_sha256_init(&leaf);
+    crypto_hash_sha256_update(&leaf, (const uint8_t *)LEAF, sizeof LEAF);
+    crypto_hash_sha256_update(&leaf, joined + sizeof LABEL, len - sizeof LABEL);
+    crypto_hash_sha256_final(&leaf, found);
+    for (size_t level = 0; level < depth; level++, place >>= 1) {
+        const uint8_t *beside = value.at + crypto_sign_BYTES + 1 + level * crypto_hash_sha256_BYTES;
+        memcpy(pair + sizeof FORK, place & 1 ? beside : found, crypto_hash_sha256_BYTES);
+        memcpy(pair + sizeof FORK + crypto_hash_sha256_BYTES, place & 1 ? found : beside, crypto_hash_sha256_BYTES);
+        crypto_hash_sha256(found, pair, sizeof pair);
+    }
+    return crypto_sign_verify_detached(value.at, root, sizeof root, key) == 0;
+}
+
 static bool check_signature(const char *name, struct bytes value, const uint8_t *joined, size_t len,
                             const struct signer *signers, size_t count, enum role role, const char *kind,
                             struct failure *failure) {
@@ -306,7 +336,7 @@ static bool check_signature(const char *name, struct bytes value, const uint8_t 
             continue;
         }
         known = true;
-        if (crypto_sign_verify_detached(value.at, joined, len, signers[index].key) == 0) {
+        if (is_signed_by(value, joined, len, signers[index].key)) {
             return true;
         }
     }
@@ -328,7 +358,7 @@ static bool check_signatures(const msgpack_object *items, size_t found, struct b
         size_t parts;
         struct bytes value;
         good = get_array(&items[index], 2, 2, &pair, &parts) && get_name(&pair[0], names[index]) &&
-               get_bytes(&pair[1], 64, 64, &value);
+               get_bytes(&pair[1], crypto_sign_BYTES, crypto_sign_BYTES + 1 + 6 * crypto_hash_sha256_BYTES, &value);
         for (size_t before = 0; good && before < index; before++) {
             good = strcmp(names[before], names[index]) != 0;
         }

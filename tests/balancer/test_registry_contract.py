@@ -459,6 +459,34 @@ def test_the_file_is_private_and_used_by_one(world: Any, tmp_path: Path, monkeyp
             world.open(place)
 
 
+def test_many_keys_are_certified_together_and_each_alone(world: Any, registry: SqlRegistry) -> None:
+    """One that is refused keeps no other; two manifests of one key are not both taken; once more is the same."""
+    manifests = []
+    for number in range(4):
+        order = world.order(f"key-{number}")
+        reserved = registry.reserve(order, "node-0", world.now_ms)
+        manifests.append(world.manifest(order, reserved.attempt, reserved.holders))
+    other = world.manifest(order, reserved.attempt, reserved.holders, salt=b"other")
+    commits = [(each, world.receipts(each)) for each in (*manifests, other)]
+    commits[1] = (manifests[1], [])
+    with registry.together():
+        first, refused, *last, twice = registry.commit_all(commits, world.now_ms)
+    assert "0 receipts" in str(refused)
+    assert "two manifests of 'key-3' at once" in str(twice)
+    assert isinstance(refused, ManifestError)
+    assert isinstance(twice, ManifestError)
+    made = [first, *last]
+    for raw, manifest in zip(made, (manifests[0], *manifests[2:]), strict=True):
+        assert isinstance(raw, bytes)
+        open_certificate(raw, open_key_manifest(manifest, world.cluster), world.cluster)
+    assert len({read_unverified(raw).serial for raw in made if isinstance(raw, bytes)}) == 3
+    assert registry.count() == 3
+    with registry.together():
+        assert registry.commit_all([commits[0], commits[3]], world.now_ms) == [made[0], made[2]]
+    assert registry.commit(manifests[1], world.receipts(manifests[1]), world.now_ms)
+    assert registry.count() == 4
+
+
 def test_foreign_newer_and_damaged_files_are_refused(
     world: Any, make_world: Callable[..., Any], tmp_path: Path
 ) -> None:

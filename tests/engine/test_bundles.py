@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.client.bundles import ROOM, answer_bundle, check_bundle, open_results, split_bodies
+from engine.client.bundles import ROOM, answer_bundle, answer_bundle_at_once, check_bundle, open_results, split_bodies
 from engine.errors import AccessDenied, EngineError, ManifestError, ProtocolError, QuorumUnavailable
 from engine.protocol.requests import (
     BUNDLE_MAX,
@@ -72,6 +73,37 @@ def test_what_fails_fails_alone() -> None:
     assert away.missing == ("node1", "node2")
     assert (type(mistake), str(mistake)) == (ManifestError, "too large")
     assert isinstance(garbage, ProtocolError)
+    handled: list[ShareCommit] = []
+
+    def at_once(messages: Sequence[ShareCommit]) -> list[object]:
+        handled.extend(messages)
+        return [Empty(), QuorumUnavailable("two are away", ["node1", "node2"]), ValueError("too large"), Empty()]
+
+    told = answer_bundle_at_once(Bundle(SHARE_COMMIT, [b"\x91", *commits(4)]), at_once)
+    assert [int.from_bytes(each.key_id, "big") for each in handled] == [0, 1, 2, 3]
+    assert told.results == [made.results[4], *made.results[:4]]
+
+
+def test_what_is_finished_together_takes_its_place() -> None:
+    """Of those that went well, in their order; and room is left for what is made longer by it."""
+
+    def handle(message: ShareDeal) -> Dealt:
+        if message.order[0] % 2:
+            raise QuorumUnavailable("away", ["node1"])
+        return Dealt(b"body %d" % message.order[0], [b"x"])
+
+    def finish(replies: Sequence[Dealt]) -> list[Dealt]:
+        return [Dealt(b"signed " + each.statement, each.parts) for each in replies]
+
+    told = answer_bundle(Bundle(SHARE_DEAL, deals(5)), handle, finish=finish)
+    found = open_results(SHARE_DEAL, told)
+    assert [each.statement for each in found[::2]] == [b"signed body 0", b"signed body 2", b"signed body 4"]
+    assert all(isinstance(each, QuorumUnavailable) for each in found[1::2])
+
+
+def deals(count: int) -> list[bytes]:
+    codec = REQUEST_CODECS[SHARE_DEAL]
+    return [codec.encode(ShareDeal(bytes([number]), 1, bytes(32), b"")) for number in range(count)]
 
 
 def test_what_nobody_foresaw_ends_the_bundle() -> None:

@@ -52,7 +52,7 @@ from engine.protocol.manifest import (
     receipts,
 )
 from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Empty, Hello, KeyDescription, Operate, Result
-from engine.protocol.signed import SigningKey, read_unverified, sign_envelope
+from engine.protocol.signed import SigningKey, encode_body, read_unverified, sign_bodies, sign_envelope
 from engine.protocol.wire import ErrorBody, Load, Reply, Request, Status, error_codec, reply_codec, request_codec
 
 ROOT = Path(__file__).parents[2]
@@ -476,7 +476,8 @@ class FakeNode:
             "previous": b"",
         }
         manifest = KeyManifest(**(told | changes))
-        raw = sign_envelope("key", 1, key_manifests.encode(manifest), self.keys["node-1"])
+        body = encode_body("key", 1, key_manifests.encode(manifest), "node-1")
+        raw = sign_bodies([body, encode_body("key", 2, b"", "node-1")] * 3, self.keys["node-1"])[2]
         record = KeyRecord(manifest, read_unverified(raw).digest, "node-1", raw)
         return KeyDescription(raw, certify(self, record.digest, manifest.key_id), [], b""), record
 
@@ -560,6 +561,10 @@ def test_an_untrue_description_is_refused_and_no_data_follow(faked: CClient, fak
         fake.description(epoch=2, previous=bytes(32), change=record.manifest.order)[0],
         fake.description(order=forged)[0],
     ]
+    [[_, value]] = msgspec.msgpack.decode(good.manifest)[1]
+    for wrong in (value[:64], value[:65], value[:-32], value + bytes(32), value[:64] + b"\x0a" + value[65:]):
+        bent = msgspec.msgpack.encode([msgspec.msgpack.decode(good.manifest)[0], [["node-1", wrong]]])
+        lies.append(KeyDescription(bent, good.certificate, [], b""))
     for place in random.Random(7).sample(range(len(good.manifest)), 15):
         changed = bytearray(good.manifest)
         changed[place] ^= 1 << place % 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 
 import msgspec
 import pytest
@@ -11,11 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineError, ManifestError, ProtocolError
+from engine.protocol import signed as signed_module
 from engine.protocol.signed import (
     DOMAIN,
+    TOGETHER_MAX,
+    Pen,
     SigningKey,
     add_signature,
+    encode_body,
     read_unverified,
+    remember_signatures,
+    sign_bodies,
     sign_envelope,
     verify_envelope,
 )
@@ -226,3 +233,122 @@ def test_a_key_does_not_show_itself() -> None:
     private = ALICE._private.private_bytes_raw()
     assert repr(ALICE) == "SigningKey('alice')"
     assert private.hex() not in repr(ALICE)
+
+
+# --- many documents with one signature ---
+
+
+def bodies(count: int) -> list[bytes]:
+    return [encode_body("order", number, b"payload %d" % number, "alice") for number in range(count)]
+
+
+@pytest.mark.parametrize("count", [*range(1, 18), 31, 32, 33, TOGETHER_MAX, TOGETHER_MAX + 1, 2 * TOGETHER_MAX + 3])
+def test_documents_that_are_signed_together_stand_alone(count: int) -> None:
+    made = sign_bodies(bodies(count), ALICE)
+    assert len(made) == count
+    for number, raw in enumerate(made):
+        signed = verify_envelope(raw, "order", KEYS)
+        assert (signed.serial, signed.payload) == (number, b"payload %d" % number)
+        assert signed.digest == hashlib.sha256(bodies(count)[number]).digest()
+    with pytest.raises(ManifestError, match="may not sign"):
+        verify_envelope(made[0], "order", {"bob": BOB.public})
+    with pytest.raises(ManifestError, match="is wrong"):
+        verify_envelope(made[-1], "order", {"alice": BOB.public})
+
+
+def test_the_signature_of_many_is_ed25519_over_the_root_of_a_tree() -> None:
+    """As docs/protocol.md has it, in other words."""
+    raws = bodies(3)
+
+    def hashed(label: bytes, *parts: bytes) -> bytes:
+        return hashlib.sha256(b"keyquorum/signed-" + label + b"/1\0" + b"".join(parts)).digest()
+
+    leaves = [hashed(b"leaf", raw) for raw in raws]
+    left, right = hashed(b"fork", *leaves[:2]), hashed(b"fork", leaves[2], bytes(32))
+    root = hashed(b"fork", left, right)
+    ways = [leaves[1] + right, leaves[0] + right, bytes(32) + left]
+    for place, (raw, made) in enumerate(zip(raws, sign_bodies(raws, ALICE), strict=True)):
+        body, [[signer, value]] = msgspec.msgpack.decode(made)
+        assert (body, signer, value[64:]) == (raw, "alice", bytes([place]) + ways[place])
+        Ed25519PublicKey.from_public_bytes(ALICE.public).verify(value[:64], b"keyquorum/signed-tree/1\0" + root)
+
+
+@given(st.integers(2, 40), st.data())
+@settings(deadline=None, max_examples=30)
+def test_every_single_byte_change_of_one_of_many_is_refused(count: int, data: st.DataObject) -> None:
+    raw = sign_bodies(bodies(count), ALICE)[data.draw(st.integers(0, count - 1))]
+    verify_envelope(raw, "order", KEYS)
+    flip = data.draw(st.integers(1, 255))
+    for position in range(len(raw)):
+        wrong = bytearray(raw)
+        wrong[position] ^= flip
+        with pytest.raises(EngineError):
+            verify_envelope(bytes(wrong), "order", KEYS)
+
+
+def test_a_way_that_leads_to_no_root_is_refused() -> None:
+    """Another document, another place, a way that is cut, longer, or no whole number of hashes, and none at all."""
+    raws = bodies(8)
+    first, second = (msgspec.msgpack.decode(made) for made in sign_bodies(raws, ALICE)[:2])
+    value = first[1][0][1]
+    root = value[:64] + b"\0"
+    for body, wrong in (
+        (second[0], value),
+        (first[0], second[1][0][1]),
+        (first[0], value[:64] + b"\x08" + value[65:]),
+        (first[0], value[:-32]),
+        (first[0], value + bytes(32)),
+        (first[0], value[:-1]),
+        (first[0], root),
+        (first[0], value[:64]),
+    ):
+        with pytest.raises(EngineError):
+            verify_envelope(msgspec.msgpack.encode([body, [["alice", wrong]]]), "order", KEYS)
+
+
+def test_no_part_of_a_tree_passes_for_another() -> None:
+    """A fork is no leaf, a root no document, and a document's own signature none of a tree of which it is the root."""
+    raws = bodies(4)
+    [body, [[_, value]]] = msgspec.msgpack.decode(sign_bodies(raws, ALICE)[0])
+    leaves = [hashlib.sha256(b"keyquorum/signed-leaf/1\0" + raw).digest() for raw in raws]
+    fork = leaves[0] + leaves[1]
+    plain = ALICE.sign(hashlib.sha256(b"keyquorum/signed-leaf/1\0" + body).digest())
+    for told, wrong in ((fork, value[:64] + b"\0" + value[97:]), (body, plain + value[64:])):
+        with pytest.raises(EngineError):
+            verify_envelope(msgspec.msgpack.encode([told, [["alice", wrong]]]), "order", KEYS)
+
+
+def test_one_check_is_enough_for_all_that_were_signed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signature of many is checked once by who remembers, and each document's way each time."""
+    made = sign_bodies(bodies(32), ALICE)
+    checked: list[bytes] = []
+    real = signed_module._verify
+    monkeypatch.setattr(signed_module, "_verify", lambda *told: checked.append(told[1]) or real(*told))
+    remember_signatures(signed_module.RecentSignatures())
+    try:
+        for raw in made:
+            verify_envelope(raw, "order", KEYS)
+        assert len(checked) == 1
+        [body, [[_, value]]] = msgspec.msgpack.decode(made[3])
+        wrong = msgspec.msgpack.encode([body, [["alice", value[:-1] + bytes([value[-1] ^ 1])]]])
+        with pytest.raises(ManifestError, match="is wrong"):
+            verify_envelope(wrong, "order", KEYS)
+        # What is remembered of a tree's root says nothing of a document that is signed alone.
+        alone = msgspec.msgpack.encode([body, [["alice", value[:64]]]])
+        with pytest.raises(ManifestError, match="is wrong"):
+            verify_envelope(alone, "order", KEYS)
+    finally:
+        remember_signatures(None)
+
+
+def test_a_pen_signs_later_for_the_thread_that_says_so() -> None:
+    pen = Pen(ALICE)
+    with pen.later():
+        body = sign_envelope("order", 7, b"payload", pen)
+        elsewhere: list[bytes] = []
+        thread = threading.Thread(target=lambda: elsewhere.append(sign_envelope("order", 7, b"payload", pen)))
+        thread.start()
+        thread.join()
+    assert body == encode_body("order", 7, b"payload", "alice")
+    assert elsewhere == [sign_envelope("order", 7, b"payload", pen)] == sign_bodies([body], pen)
+    verify_envelope(elsewhere[0], "order", KEYS)

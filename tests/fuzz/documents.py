@@ -102,7 +102,8 @@ def sign_again(r: Random, body: bytes, signatures: Sequence[Any]) -> bytes:
     rnd = r.random
     names = [each[0] for each in signatures if isinstance(each, list) and len(each) == 2 and isinstance(each[0], str)]
     names = names or ["op"]
-    how = "real" if rnd() < 0.06 else "quick"
+    which = rnd()
+    how = "real" if which < 0.06 else "tree" if which < 0.16 else "quick"
     kind = rnd()
     if kind < 0.74:
         signed = [[name, signature(name, body, how)] for name in names]
@@ -970,11 +971,11 @@ def document_targets() -> list[Target]:
         ),
         target("order.create", lambda: _of("order.create"), create, 4, manifest + "open_create_order"),
         target("order.destroy", lambda: _of("order.destroy"), destroy, 2, manifest + "open_destroy_order"),
-        target("order.refresh", lambda: _of("order.refresh"), change, 2, manifest + "open_refresh_order"),
-        target("order.reshare", lambda: _of("order.reshare"), reshare, 2, manifest + "open_reshare_order"),
+        target("order.refresh", lambda: _of("order.refresh"), change, 2, manifest + "_open_refresh"),
+        target("order.reshare", lambda: _of("order.reshare"), reshare, 2, manifest + "_open_reshare"),
         target("order.settings", lambda: _of("order.settings"), _take_settings, 2, base + "settings.open_settings"),
-        target("order.renew", lambda: _of("order.renew"), renew, 2, manifest + "open_renew_order"),
-        target("order.move", lambda: _of("order.move"), move, 2, manifest + "open_move_order"),
+        target("order.renew", lambda: _of("order.renew"), renew, 2, manifest + "_open_renew"),
+        target("order.move", lambda: _of("order.move"), move, 2, manifest + "_open_move"),
         target(
             "key",
             lambda: _of("key"),

@@ -70,6 +70,8 @@ RULES: Final = (
     PolicyRule("bo?", "b[ao]x", ["destroy", "import"]),
 )
 QUICK: Final = b"quick\0\0\0"
+LABEL: Final = b"keyquorum/signed/1\0"
+TREE_LABEL: Final = b"keyquorum/signed-tree/1\0"
 
 
 def private_key(name: str) -> Ed25519PrivateKey:
@@ -85,10 +87,10 @@ def quick_signature(public: bytes, body: bytes) -> bytes:
 _real_verify = engine.protocol.signed._verify
 
 
-def _verify(public: bytes, signature: bytes, body: bytes) -> bool:
+def _verify(public: bytes, signature: bytes, told: bytes, domain: bytes) -> bool:
     if signature.startswith(QUICK):
-        return signature == quick_signature(public, body)
-    return _real_verify(public, signature, body)
+        return signature == quick_signature(public, told if domain == DOMAIN else domain + told)
+    return _real_verify(public, signature, told, domain)
 
 
 @contextmanager
@@ -100,13 +102,32 @@ def quick_signatures() -> Iterator[None]:
 
 def is_signed_by(public: bytes, signature: bytes, body: bytes) -> bool:
     """Whether it is a signature, by nothing but pyca/cryptography; the label is this file's."""
+    told: bytes | None = body
+    label = LABEL
+    if len(signature) > 64:
+        told, label, signature = root_of(signature, body), TREE_LABEL, signature[:64]
+    if told is None:
+        return False
     if signature.startswith(QUICK):
-        return signature == quick_signature(public, body)
+        return signature == quick_signature(public, told if label == LABEL else label + told)
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, b"keyquorum/signed/1\0" + body)
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, label + told)
     except InvalidSignature:
         return False
     return True
+
+
+def root_of(signature: bytes, body: bytes) -> bytes | None:
+    """The root to which the way behind a signature leads from a body; None if it leads nowhere."""
+    place, way = signature[64], signature[65:]
+    if len(way) not in range(32, 193, 32) or place >= 2 ** (len(way) // 32):
+        return None
+    found = hashlib.sha256(b"keyquorum/signed-leaf/1\0" + body).digest()
+    while way:
+        beside, way = way[:32], way[32:]
+        pair = found + beside if place % 2 == 0 else beside + found
+        found, place = hashlib.sha256(b"keyquorum/signed-fork/1\0" + pair).digest(), place // 2
+    return found
 
 
 def material(label: str, size: int) -> bytes:
@@ -340,11 +361,17 @@ _LABELS: Final = (b"", b"keyquorum/signed/2\0", b"keyquorum/signed/1", b"keyquor
 
 
 def signature(signer: str, body: bytes, how: str) -> bytes:
-    """A signature: ``quick``, ``real``, ``undomained`` (over the body alone) or under another label."""
+    """A signature: ``quick``, ``real``, of a ``tree``, ``undomained`` (over the body alone) or under another label."""
     key = private_key(signer) if signer in the_world().keys else private_key("stranger")
     if how == "quick":
         public = the_world().public.get(signer) or the_world().public["stranger"]
         return quick_signature(public, body)
+    if how == "tree":
+        drawn = hashlib.sha256(body).digest()
+        depth = 1 + drawn[0] % 6
+        way = bytes([drawn[1] % 2**depth]) + hashlib.shake_256(drawn).digest(32 * depth)
+        public = the_world().public.get(signer) or the_world().public["stranger"]
+        return quick_signature(public, TREE_LABEL + (root_of(bytes(64) + way, body) or b"")) + way
     if how == "real":
         return key.sign(DOMAIN + body)
     return key.sign(_LABELS[0 if how == "undomained" else int(how)] + body)

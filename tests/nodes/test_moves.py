@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,10 +21,12 @@ from resharing import NODES, Scene, prepared
 from engine.errors import AccessDenied, ManifestError, Overloaded, StaleKey
 from engine.protocol.manifest import (
     PolicyRule,
+    certificates,
     chain_pin,
     check_successor,
     issue_cluster_manifest,
     key_manifests,
+    open_certificate,
     open_chain,
     open_key_manifest,
     open_move_order,
@@ -31,12 +34,16 @@ from engine.protocol.manifest import (
     open_reshare_order,
     ordered_shape,
     read_key_manifest,
+    reshare_orders,
+    sign_orders,
 )
 from engine.protocol.moves import check_move
 from engine.protocol.refresh import Opener, Sealer
 from engine.protocol.requests import SHARE_ACCEPT, SHARE_DEAL, SHARE_RESHARE, ShareCommit, ShareLeave
+from engine.protocol.signed import read_unverified, remember_signatures
 from engine.sharing import NodeLocation, check_placement, placement_risk
 from nodes.orders import BalancerOrders
+from nodes.remember import Remembered
 from nodes.token import Lane, Token
 
 # The nodes stand at three sites: node1 and node4 at one, node2 and node5 at another, node3 at the third.
@@ -361,6 +368,65 @@ def test_what_is_stored_together_is_durable_together_or_not_at_all(scene: Scene)
         leaver.holder.leave(ShareLeave(coming.row.manifest, certificate))
     assert leaver.rows() == {2: ("moved", False)}
     assert all(sealed[40:72] not in path.read_bytes() for path in scene.path.glob("node1.db*"))
+
+
+def test_many_keys_are_signed_for_together_and_nothing_is_sent_twice(scene: Scene) -> None:
+    """What a holder's statement was on it has at hand; who has forgotten it is sent it. Each document stands alone."""
+    world = scene.world
+    others = [world.deal(f"more/{number}", holders=NODES[:3], threshold=2) for number in range(4)]
+    for dealt in others:
+        for name in NODES[:3]:
+            holder = scene.nodes[name].holder
+            holder.prepare(scene.lane, dealt.offers[name], scene.member("node1"))
+            holder.commit(ShareCommit(dealt.key_id, world.certificate(dealt)))
+    records = [scene.dealt.record, *(dealt.record for dealt in others)]
+    asked: list[tuple[str, Any]] = []
+    forgetful = {"node4"}
+    step = Scene.step
+
+    def watched(verb: str, name: str, body: Any, sender: str = "") -> Any:
+        if verb == SHARE_ACCEPT:
+            asked.append((name, body))
+            if name in forgetful:
+                scene.nodes[name].renewer._remembered = Remembered()
+        return step(scene, verb, name, body, sender)
+
+    scene.step = watched  # type: ignore[method-assign]
+    scene.attempt, scene.coordinator = 2, "node2"
+    orders = sign_orders(
+        [
+            reshare_orders.decode(read_unverified(world.move_order(each, holders=list(ELSEWHERE))).payload)
+            for each in records
+        ],
+        world.keys["balancer"],
+        world.now_ms,
+    )
+    talker: Any = type("Talker", (), {"channel": None})()
+    results = scene.coordinator_of("node2").move(talker, orders, 10.0)
+    assert [(each.epoch, each.code) for each in results] == [(2, "")] * 5
+    assert [name for name, body in asked if body.deals] == ["node4"] * 5
+    assert sorted(name for name, body in asked if not body.deals) == sorted(ELSEWHERE * 5)
+    for record in records:
+        entries = [scene.nodes[name].catalogue.by_id(record.manifest.key_id) for name in ELSEWHERE]
+        for entry in entries:
+            assert entry is not None
+            assert (entry.row.epoch, entry.row.state) == (2, "committed")
+            remember_signatures(None)
+            assert open_certificate(entry.row.certificate, entry.record, fresh(world)) == ELSEWHERE
+            signatures = [
+                msgspec.msgpack.decode(each)[1][0][1]
+                for each in (
+                    entry.row.manifest,
+                    *certificates.decode(read_unverified(entry.row.certificate).payload).receipts,
+                )
+            ]
+            assert [len(each) for each in signatures] == [64 + 1 + 3 * 32] * 4
+    assert scene.is_key(["node4", "node3"])
+
+
+def fresh(world: Any) -> Any:
+    """The cluster as somebody sees it who has opened nothing yet."""
+    return open_chain(world.chain, chain_pin(world.chain))
 
 
 def test_an_order_for_a_key_comes_once_in_a_request(scene: Scene) -> None:

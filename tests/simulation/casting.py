@@ -83,9 +83,9 @@ WIDE_CLUSTER = _cluster(WIDE_NODES)
 
 
 @lru_cache(maxsize=4096)
-def verifies_once(public: bytes, signature: bytes, body: bytes) -> bool:
-    """The real check of a signature, done once for each (key, signature, body): it is a pure function and dear."""
-    return _verify(public, signature, body)
+def verifies_once(public: bytes, signature: bytes, told: bytes, domain: bytes) -> bool:
+    """The real check of a signature, done once for each (key, signature, bytes): it is a pure function and dear."""
+    return _verify(public, signature, told, domain)
 
 
 @lru_cache(maxsize=4096)

@@ -18,13 +18,12 @@ import nodes.holder
 import nodes.orders
 import nodes.refresh
 import nodes.renewer
-from engine.errors import DeadlineExceeded, EngineError, NodeUnavailable, StaleKey
+from engine.errors import DeadlineExceeded, NodeUnavailable, StaleKey
 from engine.protocol.manifest import ReshareOrder
-from engine.protocol.requests import REQUEST_CODECS, SHARE_ACCEPT, Prepared
+from engine.protocol.requests import Prepared
 from engine.sharing import wrong_sub_sharings
 from nodes.holder import ShareHolder
 from nodes.orders import BalancerOrders
-from nodes.refresh import Coordinator
 from nodes.renewer import Renewer
 from nodes.store import ShareStore
 from nodes.trial import Trial
@@ -48,20 +47,16 @@ def _leaves_early(stack: ExitStack) -> None:
 def _goes_on_without(stack: ExitStack) -> None:
     """A new epoch is committed although a new holder did not store its share."""
 
-    def everybody(
-        self: Coordinator, channel: Any, verb: str, messages: dict[str, Any], deadline_s: float, what: str
-    ) -> dict[str, Any]:
-        bodies = {name: REQUEST_CODECS[verb].encode(message) for name, message in messages.items()}
-        replies = {}
-        for holder, reply in self._conversation.ask_all(channel, verb, bodies, deadline_s, None):
-            if verb == SHARE_ACCEPT and isinstance(reply, NodeUnavailable | DeadlineExceeded):
-                continue
-            if isinstance(reply, EngineError):
-                raise reply
-            replies[holder] = reply
-        return replies
+    real = nodes.refresh._whole
 
-    stack.enter_context(mock.patch.object(Coordinator, "_everybody", everybody))
+    def whole(job: Any, replies: dict[str, Any]) -> dict[str, Any]:
+        if job.stated is not None:  # it is about what was stored
+            replies = {
+                n: each for n, each in replies.items() if not isinstance(each, NodeUnavailable | DeadlineExceeded)
+            }
+        return real(job, replies)
+
+    stack.enter_context(mock.patch.object(nodes.refresh, "_whole", whole))
     stack.enter_context(
         mock.patch.object(engine.protocol.manifest, "receipts_needed", lambda threshold, shares, epoch=1: threshold)
     )

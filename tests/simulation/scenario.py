@@ -376,9 +376,7 @@ class Node(Proc):
         conversation.world = world
         orders = BalancerOrders(world.cluster, store, self.clock)
         secrets = [curve_secret(self.name)]
-        renewer = world.make_renewer(
-            world.cluster, KEYS[self.name], lambda: secrets, self.catalogue, holder, orders, now_ms
-        )
+        renewer = world.make_renewer(world.cluster, lambda: secrets, self.catalogue, holder, orders, now_ms)
         coordinator = world.make_coordinator(
             world.cluster, KEYS[self.name], self.catalogue, conversation, orders, now_ms, self.clock
         )
@@ -811,9 +809,13 @@ class World:
         return not key.destroying and len(self.acknowledged[key.name]) == 1
 
 
-def _signature(raw: bytes) -> tuple[bytes, bytes]:
+def _signature(raw: bytes) -> tuple[bytes, bytes, bytes]:
+    """The signature of a document that one member has signed, what it is over, and the label of that."""
     envelope = engine.protocol.signed._envelopes.decode(raw)
-    return envelope.signatures[0].value, envelope.body
+    value, body = envelope.signatures[0].value, envelope.body
+    if len(value) == 64:
+        return value, body, engine.protocol.signed.DOMAIN
+    return value[:64], engine.protocol.signed._root(value, body) or b"", engine.protocol.signed.TREE_DOMAIN
 
 
 USES = {"aes-256-gcm": ("encrypt", "decrypt"), "hmac-sha256": ("mac",), "ed25519": ("sign",)}

@@ -40,9 +40,7 @@ class HolderNode:
         self.holder = ShareHolder(world.cluster, key, self.store, self.catalogue, self.algorithms, self.ledger)
         secret = world.curve_key(self.name).private_bytes_raw()
         self.orders = BalancerOrders(world.cluster, self.store, lambda: world.now_ms / 1_000)
-        self.renewer = Renewer(
-            world.cluster, key, lambda: [secret], self.catalogue, self.holder, self.orders, world.clock
-        )
+        self.renewer = Renewer(world.cluster, lambda: [secret], self.catalogue, self.holder, self.orders, world.clock)
 
     def restart(self) -> None:
         self.store.close()

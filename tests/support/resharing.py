@@ -11,27 +11,32 @@ from typing import Any
 import pytest
 from holder_node import HolderNode
 
+from engine.client.bundles import answer_bundle
 from engine.client.transport import Arrival
 from engine.errors import EngineError, NodeUnavailable
 from engine.protocol.manifest import CommitCertificate, KeyRecord, certificates, read_key_manifest
 from engine.protocol.requests import (
     REGISTRY_CHANGE,
     REGISTRY_COMMIT,
+    REGISTRY_MANY,
     REPLY_CODECS,
     REQUEST_CODECS,
     SHARE_ACCEPT,
     SHARE_COMMIT,
     SHARE_DEAL,
     SHARE_LEAVE,
+    SHARE_MANY,
     SHARE_REFRESH,
     SHARE_RENEW,
     SHARE_RESHARE,
     SHARE_TRIAL,
+    Committed,
     Reserved,
     ShareCommit,
 )
 from engine.protocol.wire import PROTOCOL_VERSION, Load, Reply, Status
 from engine.sharing import check_value, reconstruct_key
+from nodes.bundles import sign_replies
 from nodes.deal import Conversation, Talker
 from nodes.refresh import Coordinator
 from nodes.token import Lane, Token
@@ -100,21 +105,36 @@ class Scene:
     # --- what the coordinator talks to ---
 
     def ask_registry(self, channel: object, verb: str, message: Any, deadline_s: float) -> Any:
+        if verb == REGISTRY_MANY:
+            return answer_bundle(message, lambda one: self.ask_registry(channel, message.verb, one, deadline_s))
         if verb == REGISTRY_CHANGE:
             return Reserved(self.attempt, [], self.aborts, b"", b"")
         assert verb == REGISTRY_COMMIT
         record = read_key_manifest(message.manifest)
-        body = CommitCertificate(self.key_id, record.digest, list(message.receipts))
+        body = CommitCertificate(record.manifest.key_id, record.digest, list(message.receipts))
         self.certificate = self.world.signed(certificates, "certificate", body, "balancer")
-        return type("Committed", (), {"certificate": self.certificate})()
+        return Committed(self.certificate)
 
     def ask_all(self, channel: object, verb: str, bodies: dict[str, bytes], *rest: object) -> Iterator[tuple[str, Any]]:
         for name, raw in bodies.items():
             body = self.bodies[verb, name] = REQUEST_CODECS[verb].decode(raw)
             try:
-                yield name, self.false.get((verb, name), lambda each: each)(self.step(verb, name, body))
+                if verb == SHARE_MANY:
+                    yield name, self.many(name, body)
+                else:
+                    yield name, self.false.get((verb, name), lambda each: each)(self.step(verb, name, body))
             except EngineError as error:
                 yield name, error
+
+    def many(self, name: str, body: Any) -> Any:
+        """What a node answers to a bundle."""
+        holder = self.nodes[name].holder
+        with holder.together():
+            return answer_bundle(
+                body,
+                lambda one: self.step(body.verb, name, one),
+                finish=lambda replies: sign_replies(replies, holder.pen),
+            )
 
     def step(self, verb: str, name: str, body: Any, sender: str = "") -> Any:
         """What a node answers."""

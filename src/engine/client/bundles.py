@@ -14,10 +14,12 @@ from engine.errors import EngineError, ManifestError, ProtocolError, error_from_
 from engine.protocol.requests import BUNDLE_MAX, REPLY_CODECS, REQUEST_CODECS, Bundle, BundleResult, BundleResults
 from engine.protocol.wire import error_codec
 
-__all__ = ["answer_bundle", "check_bundle", "open_results", "split_bodies"]
+__all__ = ["answer_bundle", "answer_bundle_at_once", "check_bundle", "open_results", "split_bodies"]
 
 ROOM: Final = 56 * 1024
 """Most bytes of bodies in a bundle, and in its results; one alone may have more."""
+ROOM_TO_SIGN: Final = 512
+"""Bytes by which what is signed for all of a bundle may be longer than what a request alone makes."""
 
 
 def split_bodies(bodies: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
@@ -39,26 +41,68 @@ def check_bundle(bundle: Bundle, allowed: Container[str]) -> None:
 
 
 def answer_bundle(
-    bundle: Bundle, handle: Callable[[Any], object], enough: Callable[[], bool] = lambda: False
+    bundle: Bundle,
+    handle: Callable[[Any], object],
+    enough: Callable[[], bool] = lambda: False,
+    finish: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
 ) -> BundleResults:
     """The results of the requests, one after the other, until there is no room for more or ``enough()``.
 
-    An error that nobody foresaw is raised: then the whole bundle failed.
+    ``finish`` makes the replies of what the requests that went well came to, for all of them at once. An error that
+    nobody foresaw is raised: then the whole bundle failed.
     """
     requests, replies = REQUEST_CODECS[bundle.verb], REPLY_CODECS[bundle.verb]
-    results: list[BundleResult] = []
+    made: list[Any] = []
     size = 0
     for body in bundle.bodies:
         try:
-            made = BundleResult(True, replies.encode(handle(requests.decode(body))))
+            one: Any = handle(requests.decode(body))
+            size += len(replies.encode(one)) + (ROOM_TO_SIGN if finish is not None else 0)
         except (EngineError, ValueError) as error:
-            made = BundleResult(False, error_body(error))
-        size += len(made.body)
-        if results and size > ROOM:  # it is asked for again, and each request may be repeated
+            one = BundleResult(False, error_body(error))
+            size += len(one.body)
+        if made and size > ROOM:  # it is asked for again, and each request may be repeated
             break
-        results.append(made)
+        made.append(one)
         if enough():
             break
+    good = [each for each in made if not isinstance(each, BundleResult)]
+    finished = iter(finish(good) if finish is not None else good)
+    return BundleResults(
+        [
+            each if isinstance(each, BundleResult) else BundleResult(True, replies.encode(next(finished)))
+            for each in made
+        ]
+    )
+
+
+def answer_bundle_at_once(
+    bundle: Bundle, handle: Callable[[Sequence[Any]], Sequence[object | EngineError | ValueError]]
+) -> BundleResults:
+    """The same where all requests that can be read are handled in one, each coming to a reply or an error.
+
+    Those whose results have no room are handled in vain: it is for requests that come to the same again.
+    """
+    requests, replies = REQUEST_CODECS[bundle.verb], REPLY_CODECS[bundle.verb]
+    read: list[Any] = []
+    for body in bundle.bodies:
+        try:
+            read.append(requests.decode(body))
+        except EngineError as error:
+            read.append(error)
+    made = iter(handle([each for each in read if not isinstance(each, EngineError)]))
+    results: list[BundleResult] = []
+    size = 0
+    for each in read:
+        came = each if isinstance(each, EngineError) else next(made)
+        if isinstance(came, EngineError | ValueError):
+            result = BundleResult(False, error_body(came))
+        else:
+            result = BundleResult(True, replies.encode(came))
+        size += len(result.body)
+        if results and size > ROOM:
+            break
+        results.append(result)
     return BundleResults(results)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import translate
 from functools import cached_property, lru_cache
@@ -25,7 +25,9 @@ from engine.protocol.signed import (
     Signed,
     SigningKey,
     add_signature,
+    encode_body,
     read_unverified,
+    sign_bodies,
     sign_envelope,
     verify_envelope,
 )
@@ -84,6 +86,7 @@ __all__ = [
     "read_key_manifest",
     "receipts_needed",
     "sign_order",
+    "sign_orders",
     "split_chain",
     "trial_of",
 ]
@@ -343,7 +346,7 @@ class Cluster:
 class Seen:
     """What some of the newest documents say, by their bytes; safe for several threads."""
 
-    def __init__(self, most: int = 512) -> None:
+    def __init__(self, most: int = 2048) -> None:
         self._most = most
         self._known: dict[tuple[bytes, ...], Any] = {}
         self._lock = threading.Lock()
@@ -929,22 +932,34 @@ def open_refresh_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tupl
     ``now_ms`` is None for the order of an epoch that exists: neither time nor a later manifest undoes it, but some
     manifest of the chain must have allowed it.
     """
+    return _once(_open_refresh, _REFRESH_KIND, raw, cluster, now_ms)
+
+
+def _open_refresh(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[RefreshOrder, Signed]:
     signed = verify_envelope(raw, _REFRESH_KIND, _signers(cluster, "client", now_ms))
-    order = _read_order(signed, refresh_orders, now_ms)
+    order = _read_order(signed, refresh_orders)
     _check_client(signed, order.name, RequestType.REFRESH, cluster, now_ms)
     return order, signed
 
 
 def open_renew_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[RefreshOrder, Signed]:
     """A balancer's refresh order; ``now_ms`` as for a client's. It needs no rule, as it changes nothing of the key."""
+    return _once(_open_renew, _RENEW_KIND, raw, cluster, now_ms)
+
+
+def _open_renew(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[RefreshOrder, Signed]:
     signed = verify_envelope(raw, _RENEW_KIND, _signers(cluster, "balancer", now_ms))
-    return _read_order(signed, refresh_orders, now_ms), signed
+    return _read_order(signed, refresh_orders), signed
 
 
 def open_reshare_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[ReshareOrder, Signed]:
     """A reshare order; ``now_ms`` as for a refresh order. Where it is carried out, its holders are nodes."""
+    return _once(_open_reshare, _RESHARE_KIND, raw, cluster, now_ms)
+
+
+def _open_reshare(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[ReshareOrder, Signed]:
     signed = verify_envelope(raw, _RESHARE_KIND, _signers(cluster, "client", now_ms))
-    order = _read_order(signed, reshare_orders, now_ms)
+    order = _read_order(signed, reshare_orders)
     _check_holders(order, "reshare order", cluster, now_ms)
     _check_client(signed, order.name, RequestType.RESHARE, cluster, now_ms)
     return order, signed
@@ -956,8 +971,12 @@ def open_move_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[R
     That, n, and where the holders are, is held against the client's orders and the epoch before, by
     ``open_key_manifest`` and ``engine.protocol.moves``.
     """
+    return _once(_open_move, _MOVE_KIND, raw, cluster, now_ms)
+
+
+def _open_move(raw: bytes, cluster: Cluster, now_ms: int | None) -> tuple[ReshareOrder, Signed]:
     signed = verify_envelope(raw, _MOVE_KIND, _signers(cluster, "balancer", now_ms))
-    order = _read_order(signed, reshare_orders, now_ms)
+    order = _read_order(signed, reshare_orders)
     _check_holders(order, "move order", cluster, now_ms)
     return order, signed
 
@@ -969,14 +988,30 @@ def _signers(cluster: Cluster, role: Role, now_ms: int | None) -> Mapping[str, b
 C = TypeVar("C", RefreshOrder, ReshareOrder)
 
 
-def _read_order(signed: Signed, codec: Codec[C], now_ms: int | None) -> C:
-    """A verified order to change a key, its fencing epoch and where it is carried out its expiry checked."""
+def _once(
+    opened: Callable[[bytes, Cluster, int | None], tuple[C, Signed]],
+    kind: str,
+    raw: bytes,
+    cluster: Cluster,
+    now_ms: int | None,
+) -> tuple[C, Signed]:
+    """An order that may have been found good by this manifest before: then but for its expiry it is good still."""
+    key = (kind.encode(), b"ever" if now_ms is None else b"today", raw)
+    found: tuple[C, Signed] | None = cluster.seen.get(*key)
+    if found is None:
+        found = opened(raw, cluster, now_ms)
+        cluster.seen.put(found, *key)
+    if now_ms is not None:
+        check_expiry(_ORDERS[kind], found[0].expires_ms, now_ms)
+    return found
+
+
+def _read_order(signed: Signed, codec: Codec[C]) -> C:
+    """A verified order to change a key, its fencing epoch checked."""
     what, role = _ORDERS[signed.kind], _OF[signed.kind]
     order = codec.decode(signed.payload)
     if (order.fencing > 0) != (role == "balancer"):
         raise ManifestError(f"{what}: it has the fencing epoch {order.fencing}; a {role}'s has {_FENCINGS[role]}")
-    if now_ms is not None:
-        check_expiry(what, order.expires_ms, now_ms)
     return order
 
 
@@ -1017,7 +1052,7 @@ def open_renewing_order(raw: bytes, cluster: Cluster, now_ms: int | None) -> tup
     return (open_renew_order if _kind(raw) == _RENEW_KIND else open_refresh_order)(raw, cluster, now_ms)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def read_change_order(raw: bytes) -> RefreshOrder | ReshareOrder:
     """The order of a later epoch without any check."""
     return (reshare_orders if _is_sharing(raw) else refresh_orders).decode(read_unverified(raw).payload)
@@ -1025,9 +1060,18 @@ def read_change_order(raw: bytes) -> RefreshOrder | ReshareOrder:
 
 def sign_order(order: RefreshOrder | ReshareOrder, key: SigningKey, now_ms: int) -> bytes:
     """A balancer's order, signed."""
+    return sign_orders([order], key, now_ms)[0]
+
+
+def sign_orders(orders: Sequence[RefreshOrder | ReshareOrder], key: SigningKey, now_ms: int) -> list[bytes]:
+    """A balancer's orders, signed together."""
+    return sign_bodies([_order_body(each, key.name, now_ms) for each in orders], key)
+
+
+def _order_body(order: RefreshOrder | ReshareOrder, balancer: str, now_ms: int) -> bytes:
     if isinstance(order, ReshareOrder):
-        return sign_envelope(_MOVE_KIND, now_ms, reshare_orders.encode(order), key)
-    return sign_envelope(_RENEW_KIND, now_ms, refresh_orders.encode(order), key)
+        return encode_body(_MOVE_KIND, now_ms, reshare_orders.encode(order), balancer)
+    return encode_body(_RENEW_KIND, now_ms, refresh_orders.encode(order), balancer)
 
 
 def _is_sharing(raw: bytes) -> bool:
@@ -1191,7 +1235,7 @@ def check_dealers(order: ReshareOrder, before: KeyManifest) -> None:
         raise ManifestError(f"{dealers} deals for {order.name!r} are too few: it takes {needed}, {why}")
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def read_key_manifest(raw: bytes) -> KeyRecord:
     """A key manifest without its checks: for one that was checked before and comes from an authenticated store."""
     signed = read_unverified(raw)

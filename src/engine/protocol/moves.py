@@ -6,6 +6,8 @@ It opens no socket and reads no clock. That the order is a balancer's of today, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.errors import AccessDenied, ManifestError
 from engine.protocol.manifest import Cluster, KeyManifest, ReshareOrder, ordered_shape
 from engine.sharing import placement_risk
@@ -34,10 +36,19 @@ def check_move(order: ReshareOrder, balancer: str, before: KeyManifest, cluster:
     emptied = [node for node in order.holders if node in cluster.draining and before.holder(node) is None]
     if emptied:
         raise ManifestError(f"move order: {', '.join(emptied)} is draining, and is given no share of {order.name!r}")
-    level = cluster.domain_level
     there = [each.node for each in before.holders if each.node in cluster.nodes]
-    today = placement_risk(cluster.locations, there, threshold, domain_level=level)
-    then = placement_risk(cluster.locations, order.holders, threshold, domain_level=level)
-    worse = then.worse_than(today)
+    worse = _worse(cluster, there, order.holders, threshold)
     if worse:
         raise ManifestError(f"move order: {', '.join(order.holders)} would hold {order.name!r} less safely: {worse}")
+
+
+def _worse(cluster: Cluster, there: Sequence[str], holders: Sequence[str], threshold: int) -> str:
+    """In what these holders are worse than those, or nothing: it is the same for many keys."""
+    key = (b"worse", "\n".join(there).encode(), "\n".join(holders).encode(), threshold.to_bytes(4, "big"))
+    found: str | None = cluster.seen.get(*key)
+    if found is None:
+        level = cluster.domain_level
+        today = placement_risk(cluster.locations, there, threshold, domain_level=level)
+        found = placement_risk(cluster.locations, holders, threshold, domain_level=level).worse_than(today)
+        cluster.seen.put(found, *key)
+    return found

@@ -71,7 +71,7 @@ __all__ = [
 EXCHANGES_KEPT: Final = 64
 PART_OVERHEAD: Final = FINGERPRINT_BYTES + SALT_BYTES + 32 + 16
 """Bytes of a sealed part beyond the share's own: mask, salt, the ephemeral key, the tag."""
-STATEMENT_BYTES: Final = 640
+STATEMENT_BYTES: Final = 840
 """No statement is longer than this, but for its lists: envelope, two names of 128 characters, digests."""
 _MARGIN: Final = 4096
 

@@ -602,11 +602,12 @@ class ShareRenew(Message, frozen=True):
     """Coordinator to holder: ``[manifest, deals, parts, statements, aborts]``: store the share of the new epoch.
 
     ``statements`` are those of all holders in the manifest's order; ``aborts`` are notices on earlier attempts.
+    Without ``deals`` it is on what the holder made its last statement on.
     """
 
     manifest: Envelope
-    deals: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
-    parts: Annotated[list[Part], Meta(min_length=1, max_length=64)]
+    deals: Annotated[list[Statement], Meta(max_length=64)]
+    parts: Annotated[list[Part], Meta(max_length=64)]
     statements: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
     aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
 
@@ -630,13 +631,14 @@ class ShareAccept(Message, frozen=True):
     """Coordinator to new holder: ``[before, certificate, manifest, deals, parts, statements, aborts]``: store it.
 
     ``statements`` are those of all new holders in the manifest's order; ``aborts`` are notices on earlier attempts.
+    Without ``deals`` it is on what the holder made its last statement on.
     """
 
     before: Envelope
     certificate: Envelope
     manifest: Envelope
-    deals: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
-    parts: Annotated[list[Part], Meta(min_length=1, max_length=64)]
+    deals: Annotated[list[Statement], Meta(max_length=64)]
+    parts: Annotated[list[Part], Meta(max_length=64)]
     statements: Annotated[list[Statement], Meta(min_length=1, max_length=64)]
     aborts: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=16)]
 

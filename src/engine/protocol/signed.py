@@ -3,14 +3,16 @@
 An envelope is the canonical MessagePack array ``[body, [[signer, signature], ...]]``; ``body`` is the bytes of the
 array ``[format, kind, issuer, serial, payload]``. A signature is Ed25519 (RFC 8032) over the label
 ``b"keyquorum/signed/1\\0"`` and the body, exactly the bytes that were received: nothing is ever re-encoded before it is
-checked.
+checked. Or it is over the root of a tree that has the body among its leaves, with the way from there: so one signature
+is good for many documents that were made together, each of which still stands alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Final, Protocol
@@ -23,29 +25,42 @@ from engine.errors import ManifestError, ProtocolError
 from engine.protocol.wire import Blob, Codec, Name, UInt
 
 __all__ = [
+    "Pen",
     "RecentSignatures",
     "Signed",
     "SigningKey",
     "add_signature",
+    "encode_body",
     "read_unverified",
     "remember_signatures",
+    "sign_bodies",
     "sign_envelope",
     "verify_envelope",
 ]
 
 FORMAT = 1
 DOMAIN = b"keyquorum/signed/1\0"
+TREE_DOMAIN = b"keyquorum/signed-tree/1\0"
+LEAF_DOMAIN = b"keyquorum/signed-leaf/1\0"
+FORK_DOMAIN = b"keyquorum/signed-fork/1\0"
 MAX_ENVELOPE = 1024 * 1024
 """Longest envelope in bytes; those inside messages are bounded by the message."""
 
-REMEMBERED: Final = 1024
+REMEMBERED: Final = 2048
 REMEMBERED_MAX: Final = 4096
 """So many envelopes of at most so many bytes need not be taken apart again."""
+
+SIGNATURE_BYTES: Final = 64
+DEEPEST: Final = 6
+TOGETHER_MAX: Final = 1 << DEEPEST
+"""So many documents have one signature in common at most."""
+VALUE_BYTES: Final = SIGNATURE_BYTES + 1 + 32 * DEEPEST
+"""The longest signature: with the way from a leaf of the deepest tree."""
 
 
 class _Signature(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     signer: Name
-    value: Annotated[bytes, Meta(min_length=64, max_length=64)]
+    value: Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=VALUE_BYTES)]
 
 
 class _Envelope(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -81,9 +96,9 @@ class SigningKey:
         """The 32-byte public key."""
         return self._public
 
-    def sign(self, data: bytes) -> bytes:
+    def sign(self, data: bytes, domain: bytes = DOMAIN) -> bytes:
         """The 64-byte signature over the domain label and ``data``."""
-        return self._private.sign(DOMAIN + data)
+        return self._private.sign(domain + data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +118,92 @@ class Signed:
     raw: bytes
 
 
+class Pen(SigningKey):
+    """A key with which one thread at a time may have many documents signed together.
+
+    In its ``later`` block, ``sign_envelope`` gives the body alone in the place of the envelope; ``sign_bodies`` makes
+    the envelopes afterwards. Other threads sign as ever.
+    """
+
+    def __init__(self, key: SigningKey) -> None:
+        super().__init__(key.name, key._private)
+        self._waits = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether this thread signs later."""
+        return self._waits == threading.get_ident()
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """What this thread makes in here is signed afterwards."""
+        self._waits = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._waits = 0
+
+
+def encode_body(kind: str, serial: int, payload: bytes | Blob, issuer: str) -> bytes:
+    """The body of an envelope, for ``sign_bodies``."""
+    return _bodies.encode(_Body(FORMAT, kind, issuer, serial, payload))
+
+
+def sign_bodies(bodies: Sequence[bytes], key: SigningKey) -> list[bytes]:
+    """The envelopes of these bodies, in order: one signature for all of them, or for each ``TOGETHER_MAX``."""
+    made: list[bytes] = []
+    for at in range(0, len(bodies), TOGETHER_MAX):
+        raws = bodies[at : at + TOGETHER_MAX]
+        values = [key.sign(raws[0])] if len(raws) == 1 else _sign_tree(raws, key)
+        made += [
+            _envelopes.encode(_Envelope(raw, [_Signature(key.name, value)]))
+            for raw, value in zip(raws, values, strict=True)
+        ]
+    return made
+
+
+def _sign_tree(raws: Sequence[bytes], key: SigningKey) -> list[bytes]:
+    """A signature for each of these bodies: that of the root, the leaf's place, and the hashes beside the way there."""
+    level = [hashlib.sha256(LEAF_DOMAIN + raw).digest() for raw in raws]
+    ways: list[list[bytes]] = [[] for _ in raws]
+    depth = 0
+    while len(level) > 1:
+        level += [bytes(32)] * (len(level) % 2)
+        for place, way in enumerate(ways):
+            way.append(level[place >> depth ^ 1])
+        level = [hashlib.sha256(FORK_DOMAIN + level[at] + level[at + 1]).digest() for at in range(0, len(level), 2)]
+        depth += 1
+    signature = key.sign(level[0], TREE_DOMAIN)
+    memory = _memory
+    if memory is not None:
+        memory.learn(_digest(key.public, signature, level[0], TREE_DOMAIN))
+    return [signature + bytes([place]) + b"".join(way) for place, way in enumerate(ways)]
+
+
+def _root(value: bytes, body: bytes) -> bytes | None:
+    """The root of the tree in which the signature says that the body is a leaf; None if it says so of no tree."""
+    depth, odd = divmod(len(value) - SIGNATURE_BYTES - 1, 32)
+    place = value[SIGNATURE_BYTES]
+    if odd or not depth or place >> depth:
+        return None
+    found = hashlib.sha256(LEAF_DOMAIN + body).digest()
+    for at in range(SIGNATURE_BYTES + 1, len(value), 32):
+        beside = value[at : at + 32]
+        found = hashlib.sha256(FORK_DOMAIN + (beside + found if place & 1 else found + beside)).digest()
+        place >>= 1
+    return found
+
+
 def sign_envelope(kind: str, serial: int, payload: bytes | Blob, key: SigningKey, *others: SigningKey) -> bytes:
-    """The envelope of ``payload``, issued by ``key`` and signed by it and the ``others``."""
-    body = _bodies.encode(_Body(FORMAT, kind, key.name, serial, payload))
+    """The envelope of ``payload``, issued by ``key`` and signed by it and the ``others``; of a ``Pen``, see there."""
+    body = encode_body(kind, serial, payload, key.name)
+    if isinstance(key, Pen) and key.waits:
+        return body
     signatures = [_Signature(each.name, each.sign(body)) for each in (key, *others)]
     memory = _memory
     if memory is not None:  # it comes back, in certificates and from those who were asked
         for each, made in zip((key, *others), signatures, strict=True):
-            memory.learn(_digest(each.public, made.value, body))
+            memory.learn(_digest(each.public, made.value, body, DOMAIN))
     return _envelopes.encode(_Envelope(body, signatures))
 
 
@@ -231,28 +324,38 @@ def _signed_by(public: bytes | tuple[bytes, ...], signature: bytes, body: bytes)
     return any(_verifies(each, signature, body) for each in public)
 
 
-def _verifies(public: bytes, signature: bytes, body: bytes) -> bool:
+def _verifies(public: bytes, value: bytes, body: bytes) -> bool:
+    if len(value) == SIGNATURE_BYTES:
+        signature, told, domain = value, body, DOMAIN
+    else:
+        root = _root(value, body)
+        if root is None:
+            return False
+        signature, told, domain = value[:SIGNATURE_BYTES], root, TREE_DOMAIN
     memory = _memory
     if memory is None:
-        return _verify(public, signature, body)
-    digest = _digest(public, signature, body)
+        return _verify(public, signature, told, domain)
+    digest = _digest(public, signature, told, domain)
     if memory.knows(digest):
         return True
-    good = _verify(public, signature, body)
+    good = _verify(public, signature, told, domain)
     if good:
         memory.learn(digest)
     return good
 
 
 @lru_cache(maxsize=REMEMBERED)
-def _digest(public: bytes, signature: bytes, body: bytes) -> bytes:
-    """The name of a signature in the memory; the first two have fixed lengths."""
-    return hashlib.sha256(public + signature + body).digest()
+def _digest(public: bytes, signature: bytes, told: bytes, domain: bytes) -> bytes:
+    """The name of a signature in the memory: no domain begins another, and the next two have fixed lengths."""
+    return hashlib.sha256(domain + public + signature + told).digest()
 
 
-def _verify(public: bytes, signature: bytes, body: bytes) -> bool:
+_public_key = lru_cache(maxsize=1024)(Ed25519PublicKey.from_public_bytes)
+
+
+def _verify(public: bytes, signature: bytes, told: bytes, domain: bytes) -> bool:
     try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, DOMAIN + body)
+        _public_key(public).verify(signature, domain + told)
     except PycaInvalidSignature:
         return False
     return True

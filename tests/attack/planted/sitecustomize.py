@@ -79,7 +79,7 @@ def signatures() -> None:
     """Find every signature right."""
     from engine.protocol import signed
 
-    signed._verify = lambda public, signature, body: True
+    signed._verify = lambda *told: True
 
 
 def times() -> None:
