@@ -35,6 +35,7 @@ LONG_FILES = (
     "engine/test_cluster_migrate.py",
     "engine/test_cluster_faults.py",
     "engine/test_cli_cluster.py",
+    "engine/test_cluster_years.py",
     "simulation/test_simulation.py",
     "engine/test_cluster_refresh.py",
     "engine/test_cluster_ahead.py",

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from users import users_of
 from whole_keys import create_whole_key
 
 import engine
 from engine import Engine, LocalCluster
-from engine.client import fleet
 from engine.errors import ClusterError
 
 
@@ -151,44 +148,3 @@ def test_the_command_does_the_same(grown: LocalCluster, client: Engine) -> None:
     assert [line.split()[2] for line in status.stdout.splitlines() if line.startswith(f"{victim} ")] == ["draining"]
     undone = command("node", "drain", victim, "--undo", *where)
     assert (undone.returncode, grown.cluster.draining) == (0, set()), undone
-
-
-def stored_on(kq: Engine, names: Sequence[str]) -> dict[str, set[str]]:
-    """Key -> the nodes whose receipts its newest epoch has."""
-    return {name: set(kq.key_info(name).stored) for name in names}
-
-
-def test_nodes_come_go_and_are_replaced_under_load(tmp_path: Path) -> None:
-    """Two come and are given keys; the balancer empties one, which leaves; one dies, and its shares are made anew."""
-    with contextlib.ExitStack() as stack:
-        made = stack.enter_context(LocalCluster(5, 2, tmp_path / "kq", shares=4, domains=5))
-        kq = stack.enter_context(engine.connect(made.client_config))
-        names = [f"load/{number}" for number in range(12)]
-        for name in names:
-            create_whole_key(kq, name, "aes-256-gcm", threshold=2, shares=4)
-        sealed = {name: kq.encrypt(name, name.encode()) for name in names}
-        with users_of(made, kq, names[0], timeout_s=5.0):
-            for site in (6, 7):
-                made.add_node(location=f"site{site}/room1/rack{site}/host{site}")
-            keys_on(kq, "came", "node6", threshold=2, shares=4)
-            keys_on(kq, "more", "node7", threshold=2, shares=4)
-            names = [each.name for each in kq.list_keys()]
-            emptied = command("node", "drain", "node1", "--dir", made.path, "--timeout", "240")
-            assert emptied.returncode == 0, emptied.stderr
-            assert all("node1" not in holders for holders in stored_on(kq, names).values())
-            assert "node1" not in made.keys_by_node()
-            removed = command("node", "remove", "node1", "--dir", made.path)
-            assert removed.returncode == 0, removed.stderr
-
-        cluster = stack.enter_context(LocalCluster.open(made.path))  # as the command left it
-        with users_of(cluster, kq, names[0], timeout_s=5.0):
-            cluster.kill("node2")
-            assert cluster.replace_node("node2", lost=True) == "node8"
-            fleet.wait_empty(cluster, "node2", 240.0)
-            for holders in stored_on(kq, names).values():
-                assert len(holders) == 4
-                assert holders <= set(cluster.nodes)
-        assert set(cluster.nodes) == {f"node{number}" for number in range(3, 9)}
-        for name, ciphertext in sealed.items():
-            kq.flush(name)
-            assert kq.decrypt(name, ciphertext) == name.encode()
