@@ -357,6 +357,8 @@ class PostgresRegistry(SqlRegistry):
     def _prepare_base(connection: _Connection) -> None:
         if connection.info.server_version < OLDEST:
             raise psycopg.NotSupportedError(f"PostgreSQL {connection.info.server_version // 10000}; 15 is the oldest")
+        if connection.execute("SELECT to_regclass('schema_version')").fetchall() != [(None,)]:
+            return  # without a wait for a transaction that is under way
         with connection.transaction():
             connection.execute("SELECT pg_advisory_xact_lock(%s)", (LOCK,))
             for statement in _BASE:
