@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgpack
 import msgspec
 from mutate import change_message, resized
-from schema import MARK, Reference, samples
+from schema import MARK, Reference, samples, tree_of
 from world import HOLDERS, the_world
 
 import balancer
@@ -132,7 +132,9 @@ def codec_target(codec: Codec[Any], weight: float, name: str = "") -> Target:
             raise
         tree = reference.tree(data)
         require(tree is not None, f"{codec.what}: what breaks its rules is accepted")
-        require(codec.encode(value) == data, f"{codec.what}: what was decoded encodes to other bytes")
+        again = codec.encode(value)
+        shortened = again != data and len(tree_of(data)) < len(tree) and tree_of(again) == tree
+        require(again == data or shortened, f"{codec.what}: what was decoded encodes to other bytes")
         same = msgspec.to_builtins(value, builtin_types=(bytes,)) == tree or tree_of_value(value) == tree
         require(same, f"{codec.what}: two decoders read different values")
         return "accepted"
