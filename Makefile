@@ -125,10 +125,10 @@ fuzz: ## ten million changed inputs for every decoder, and planted bugs; build/f
 	@PYTHONHASHSEED=0 $(BIN)/python tests/fuzz/run.py $(FUZZ_ARGS)
 
 .PHONY: crash
-crash: ## kill -9 at every named step and at random ones, and power cuts (root); KEYQUORUM_CRASH_S bounds what is random
+crash: ## kill -9 of each party at every named step, at random ones, power cuts (root); KEYQUORUM_CRASH_S bounds what is random
 	@.ci/setup test,lint
-	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest -s tests/engine/test_cluster_crashes.py tests/nodes/test_crash_points.py \
-		tests/nodes/test_power_cut.py tests/nodes/test_rotation.py $(PYTEST_ARGS)
+	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest -s tests/engine/test_cluster_matrix.py tests/engine/test_cluster_crashes.py \
+		tests/nodes/test_crash_points.py tests/nodes/test_power_cut.py tests/nodes/test_rotation.py $(PYTEST_ARGS)
 
 .PHONY: faults
 faults: ## play each fault of docs/faults.md on real processes (45 minutes); FAULTS_ARGS="--only NAME --seed N" runs one

@@ -36,6 +36,7 @@ LONG_FILES = (
     "engine/test_cluster_faults.py",
     "engine/test_cli_cluster.py",
     "engine/test_cluster_years.py",
+    "engine/test_cluster_matrix.py",
     "simulation/test_simulation.py",
     "engine/test_cluster_refresh.py",
     "engine/test_cluster_ahead.py",

@@ -4,8 +4,9 @@ The variable holds ``name=action`` pairs, parted by semicolons::
 
     KEYQUORUM_FAILPOINTS="dealer.create.reserved=kill; holder.commit.written=kill@3; registry.commit.before=delay:200"
 
-``kill`` ends the process by SIGKILL, ``error`` raises ``EngineError``, ``delay:MS`` waits. ``@N`` means at the N-th
-passing alone; without it, at each one. It knows no more of the process than that.
+``kill`` ends the process by SIGKILL, ``stop`` stops it until SIGCONT, so that others can be ended just then, ``error``
+raises ``EngineError``, ``delay:MS`` waits. ``@N`` means at the N-th passing alone; without it, at each one. It knows no
+more of the process than that.
 """
 
 from __future__ import annotations
@@ -182,7 +183,7 @@ POINTS: Final[Mapping[str, str]] = {
 }
 """Every name, and what is so when it is passed. The crash tests go through all of them."""
 
-_PAIR: Final = re.compile(r"\s*([a-z0-9.-]+)\s*=\s*(kill|error|delay:([0-9]{1,5}))(?:@([0-9]{1,7}))?\s*", re.ASCII)
+_PAIR: Final = re.compile(r"\s*([a-z0-9.-]+)\s*=\s*(kill|stop|error|delay:([0-9]{1,5}))(?:@([0-9]{1,7}))?\s*", re.ASCII)
 _armed: dict[str, Callable[[], None]] = {}
 
 log = structlog.get_logger()
@@ -226,7 +227,7 @@ def parse(text: str) -> dict[str, Callable[[], None]]:
         match = _PAIR.fullmatch(part)
         if match is None:
             raise ConfigError(
-                f"{VARIABLE}: {part.strip()[:80]!r} is not name=kill, name=error or name=delay:MS, with @N or not"
+                f"{VARIABLE}: {part.strip()[:80]!r} is not name=kill, stop, error or delay:MS, with @N or not"
             )
         name, action, delay, passing = match.groups()
         _check_name(name)
@@ -246,8 +247,9 @@ def _check_name(name: str) -> None:
 
 
 def _action(name: str, action: str, delay_ms: int) -> Callable[[], None]:
-    if action == "kill":
-        return lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if action in ("kill", "stop"):
+        number = signal.SIGKILL if action == "kill" else signal.SIGSTOP
+        return lambda: os.kill(os.getpid(), number)
     if action == "error":
         return lambda: _fail(name)
     return lambda: time.sleep(delay_ms / 1000)

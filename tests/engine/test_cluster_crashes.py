@@ -48,10 +48,15 @@ ELSEWHERE = (
     "dealer.move.",
     "holder.many.",
     "combiner.quota.",
+    "dealer.settings.",
+    "holder.settings.",
     "registry.quota.",
+    "registry.settings.",
+    "registry.due.",
+    "registry.revive.",
 )
-"""Points that no life of a key here passes: tests/nodes/test_rotation.py and test_crash_points.py go through them, and
-tests/engine/test_cluster_moves.py, test_cluster_quotas.py and tests/balancer/test_registry_quota.py."""
+"""Points that no life of a key here passes: tests/engine/test_cluster_matrix.py, tests/nodes/test_rotation.py and
+test_crash_points.py go through them."""
 REFRESH = (".refresh.", "holder.deal.", "holder.renew.", "registry.change.")
 TRIAL = ("dealer.reshare.tried", "holder.trial.")
 RESHARE = (".reshare.", "holder.accept.", "holder.leave.", *TRIAL)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,6 +78,29 @@ def test_a_process_dies_where_it_is_told() -> None:
     assert done.stdout.splitlines()[-1] == "once"
     assert "failpoints are set" in done.stdout + done.stderr
     assert "dealer.create.dealt=kill@2" in done.stdout + done.stderr
+
+
+def test_a_process_stops_where_it_is_told() -> None:
+    """stop is SIGSTOP to the process itself: it goes on by SIGCONT."""
+    program = (
+        "from engine.failpoints import *\n"
+        "arm_from_environment(); failpoint('dealer.create.dealt'); print('further', flush=True)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", program],
+        env={failpoints.VARIABLE: "dealer.create.dealt=stop"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            process.send_signal(signal.SIGCONT)
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out.splitlines()[-1]) == (0, "further")
 
 
 @pytest.mark.parametrize("module", ["nodes", "balancer"])
