@@ -183,9 +183,9 @@ def _no_deadline(stack: ExitStack) -> None:
     drive = Conversation._drive
 
     def endless(
-        self: Conversation, channel: Any, gathering: Any, entry: Any, grant: bytes, until_s: float, more: Any
+        self: Conversation, channel: Any, gathering: Any, entry: Any, grant: bytes, until_s: float, *more: Any
     ) -> Any:
-        return drive(self, channel, gathering, entry, grant, until_s + 600, more)
+        return drive(self, channel, gathering, entry, grant, until_s + 600, *more)
 
     stack.enter_context(mock.patch.object(Conversation, "_drive", endless))
 
@@ -242,13 +242,13 @@ def _few_receipts(stack: ExitStack) -> None:
 def _forgets_order(stack: ExitStack) -> None:
     real = SqliteRegistry.reserve
 
-    def reserve(self: SqliteRegistry, order: bytes, dealer: str, now_ms: int) -> Any:
+    def reserve(self: SqliteRegistry, order: bytes, dealer: str, now_ms: int, *before: bytes) -> Any:
         wanted, _ = balancer.registry.open_create_order(order, self._cluster, None)
         row = self._row(wanted.key_id)
         if row is not None and row.state == 2:
             with self._transaction(*_step("reserve")):
                 self._put(balancer.registry.replace(row, state=4))
-        return real(self, order, dealer, now_ms)
+        return real(self, order, dealer, now_ms, *before)
 
     stack.enter_context(mock.patch.object(SqliteRegistry, "reserve", reserve))
 
@@ -312,11 +312,11 @@ def _receipt_first(stack: ExitStack) -> None:
     """A holder gives its receipt and stores the share a little later."""
     real = ShareStore.put
 
-    def put(self: ShareStore, row: Any) -> Any:
+    def put(self: ShareStore, row: Any, *more: int) -> Any:
         if row.state != "prepared":
-            return real(self, row)
+            return real(self, row, *more)
         sim = self._db._disk._sim  # type: ignore[attr-defined]
-        sim.after(0.05, sim.running.inside(lambda: self.get(row.key_id) or real(self, row)))
+        sim.after(0.05, sim.running.inside(lambda: self.get(row.key_id) or real(self, row, *more)))
         return row
 
     stack.enter_context(mock.patch.object(ShareStore, "put", put))
@@ -367,30 +367,30 @@ def _answers_twice(stack: ExitStack) -> None:
 
 def _swallows(stack: ExitStack) -> None:
     """A refusal is never answered."""
-    real = Handlers._fail
+    real = Handlers._finish
 
-    def fail(self: Handlers, call: Any, error: Exception) -> None:
-        if isinstance(error, AccessDenied):
-            self.pending -= 1
-            return
-        real(self, call, error)
+    def finish(self: Handlers, call: Any, outcome: str, detail: str, reply: Any) -> None:
+        real(self, call, outcome, detail, (lambda: None) if outcome == AccessDenied.code else reply)
 
-    stack.enter_context(mock.patch.object(Handlers, "_fail", fail))
+    stack.enter_context(mock.patch.object(Handlers, "_finish", finish))
 
 
 def _wrong_version_header(stack: ExitStack) -> None:
     """Two requests that wait for one gathering are served with each other's data."""
-    real = nodes.handlers.operate
+    real = nodes.handlers.bound
     last: list[Any] = []
 
-    def operate(lane: Any, key: Any, verb: str, body: Any, version: int) -> bytes:
-        if verb == "mac":
-            last.append(body)
-            del last[:-2]
-            return real(lane, key, verb, last[0], version)
-        return real(lane, key, verb, body, version)
+    def bound(lane: Any, key: Any, verb: str, version: int, *, digested: bool) -> Any:
+        use = real(lane, key, verb, version, digested=digested)
 
-    stack.enter_context(mock.patch.object(nodes.handlers, "operate", operate))
+        def mixed(data: bytes, *more: bytes) -> bytes:
+            last.append(data)
+            del last[:-2]
+            return use(last[0], *more)
+
+        return mixed if verb == "mac" else use
+
+    stack.enter_context(mock.patch.object(nodes.handlers, "bound", bound))
 
 
 BUGS: dict[str, Bug] = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -76,6 +77,12 @@ def noticed(runner: Runner) -> dict[str, dict[str, Any]]:
 def bugs(runner: Runner, *arguments: str) -> dict[str, dict[str, Any]]:
     _, told, err = runner.finish(runner.start("--bugs", *arguments))
     assert told, err
+    # A fault that does not fit the code any more breaks it: that notices nothing.
+    unfit = [
+        each for each in told if each["found"] and re.search("(Type|Attribute|Name)Error", each["found"]["violated"])
+    ]
+    assert not unfit
+    assert not err
     return {each["bug"]: each for each in told}
 
 
