@@ -45,6 +45,8 @@ class Bug:
     needs: frozenset[str] = frozenset()
     first: int = 0
     """The seeds before it do not show this fault: that is known, and they are not run."""
+    rare: bool = False
+    """It takes minutes of seeds, and is planted in the long run alone."""
 
     @contextmanager
     def planted(self) -> Iterator[None]:

@@ -175,7 +175,7 @@ def _epochs_mix(stack: ExitStack) -> None:
 
 MOVE_BUGS: dict[str, Bug] = {
     "left-early": Bug("a dealer that leaves erases its share before the certificate", _leaves_early),
-    "gone-on-without": Bug("an epoch is committed with t receipts", _goes_on_without, first=70),
+    "gone-on-without": Bug("an epoch is committed with t receipts", _goes_on_without, first=70, rare=True),
     "sub-shares-unchecked": Bug(
         "nobody holds what was dealt against each other",
         _in_both("check_sub_shares", lambda *given: None),
@@ -189,18 +189,19 @@ MOVE_BUGS: dict[str, Bug] = {
     "forged-certificate": Bug(
         "a holder erases its share on a forged certificate", _forged_is_good, needs=frozenset({"rogue"})
     ),
-    "old-makes-room": Bug("the next epoch's share is stored in the place of the old one", _old_makes_room),
+    "old-makes-room": Bug("the next epoch's share is stored in the place of the old one", _old_makes_room, rare=True),
     "moved-share-kept": Bug(
         "who is no holder any more keeps its share", _replace(ShareHolder, "_leave", lambda *given: None)
     ),
-    "leaving-missed": Bug("a holder that missed that it leaves never learns it", _leaving_is_missed, first=60),
+    "leaving-missed": Bug("a holder that missed that it leaves never learns it", _leaving_is_missed),
     "abort-takes-both": Bug("a notice of abort takes the old share too", _abort_takes_both),
-    "receipt-first": Bug("a receipt is given before the share is stored", _receipt_first),
-    "any-attempt": Bug("the registry commits an attempt that it has aborted", _any_attempt, 600, first=80),
+    "receipt-first": Bug("a receipt is given before the share is stored", _receipt_first, rare=True),
+    "any-attempt": Bug("the registry commits an attempt that it has aborted", _any_attempt, 600, first=80, rare=True),
     "fencing-ignored": Bug(
         "a holder follows orders of a leader that is none any more",
         _replace(BalancerOrders, "check", _any_fencing),
         needs=frozenset({"old leader"}),
+        rare=True,
     ),
     "moves-unchecked": Bug(
         "a holder lets a balancer change t, n and what is at one site",
@@ -211,6 +212,7 @@ MOVE_BUGS: dict[str, Bug] = {
         "the node that is to try a new epoch says that it is the key, and has not looked",
         _replace(Trial, "run", _looks_away),
         needs=frozenset({"false share"}),
+        rare=True,
     ),
-    "epochs-mixed": Bug("shares of two epochs are combined", _epochs_mix),
+    "epochs-mixed": Bug("shares of two epochs are combined", _epochs_mix, rare=True),
 }

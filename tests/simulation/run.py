@@ -52,10 +52,12 @@ def write(**told: Any) -> None:
     sys.stdout.flush()
 
 
-def find_bugs(kind: Kind) -> int:
+def find_bugs(kind: Kind, *, rare: bool) -> int:
     """Plant each bug in turn and run its seeds until one fails; how many went unnoticed."""
     unnoticed = 0
     for name, bug in kind.bugs.items():
+        if bug.rare and not rare:
+            continue
         found = None
         with bug.planted():
             for seed in range(bug.first, bug.within):
@@ -123,6 +125,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=0, help="how many")
     parser.add_argument("--bug", default="", choices=["", *BUGS, *MOVE_BUGS], help="plant this bug first")
     parser.add_argument("--bugs", action="store_true", help="plant every bug in turn, until it is noticed")
+    parser.add_argument("--rare", action="store_true", help="with --bugs: those too that take minutes")
     parser.add_argument("--moves", action="store_true", help="the simulation in which keys move")
     parser.add_argument("--jobs", type=int, default=1, help="so many processes for the seeds from 0 on")
     options = parser.parse_args()
@@ -132,7 +135,7 @@ def main() -> int:
     kind = MOVES if options.moves else LIVES
     with scenario.simulated(kind.world):
         if options.bugs:
-            return find_bugs(kind)
+            return find_bugs(kind, rare=options.rare)
         first, count = (options.first, options.count) if options.seed is None else (options.seed, 1)
         return run(kind, range(first, first + count), options.bug)
 
