@@ -83,10 +83,10 @@ def _old_makes_room(stack: ExitStack) -> None:
     """The share of the next epoch is stored in the place of the old one, and not beside it."""
     real = ShareStore.put
 
-    def put(self: ShareStore, row: Any) -> Any:
+    def put(self: ShareStore, row: Any, *more: int) -> Any:
         if row.state == "prepared" and row.epoch > 1:
             self._db.execute("DELETE FROM keys WHERE key_id = ? AND epoch < ?", (row.key_id, row.epoch))
-        return real(self, row)
+        return real(self, row, *more)
 
     stack.enter_context(mock.patch.object(ShareStore, "put", put))
 
@@ -123,11 +123,11 @@ def _receipt_first(stack: ExitStack) -> None:
     """A new holder gives its receipt and stores the share a little later."""
     real = ShareStore.put
 
-    def put(self: ShareStore, row: Any) -> Any:
+    def put(self: ShareStore, row: Any, *more: int) -> Any:
         if row.state != "prepared" or row.epoch == 1:
-            return real(self, row)
+            return real(self, row, *more)
         sim = self._db._disk._sim  # type: ignore[attr-defined]
-        sim.after(0.02, sim.running.inside(lambda: real(self, row)))
+        sim.after(0.02, sim.running.inside(lambda: real(self, row, *more)))
         return row
 
     stack.enter_context(mock.patch.object(ShareStore, "put", put))
