@@ -173,6 +173,11 @@ def _epochs_mix(stack: ExitStack) -> None:
     stack.enter_context(mock.patch.object(nodes.gather, "commitment", return_value=_Anything()))
 
 
+def _no_pledges(stack: ExitStack) -> None:
+    """A holder follows whatever attempt is certified, also one before that for which it gave its statement."""
+    stack.enter_context(mock.patch.object(ShareStore, "pledged", return_value=0))
+
+
 MOVE_BUGS: dict[str, Bug] = {
     "left-early": Bug("a dealer that leaves erases its share before the certificate", _leaves_early),
     "gone-on-without": Bug("an epoch is committed with t receipts", _goes_on_without, first=70, rare=True),
@@ -201,7 +206,6 @@ MOVE_BUGS: dict[str, Bug] = {
         "a holder follows orders of a leader that is none any more",
         _replace(BalancerOrders, "check", _any_fencing),
         needs=frozenset({"old leader"}),
-        rare=True,
     ),
     "moves-unchecked": Bug(
         "a holder lets a balancer change t, n and what is at one site",
@@ -213,6 +217,11 @@ MOVE_BUGS: dict[str, Bug] = {
         _replace(Trial, "run", _looks_away),
         needs=frozenset({"false share"}),
         rare=True,
+    ),
+    "no-pledges": Bug(
+        "a holder follows an attempt after it has said that it will not",
+        _no_pledges,
+        needs=frozenset({"two-faced"}),
     ),
     "epochs-mixed": Bug("shares of two epochs are combined", _epochs_mix, rare=True),
 }

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -29,6 +30,7 @@ from scenario import (
     Script,
     World,
     faults,
+    heal,
     heal_and_check,
     played,
     repeat_order,
@@ -36,16 +38,19 @@ from scenario import (
 )
 
 import nodes.renewer
+from balancer.registry import SqliteRegistry
 from engine import failpoints
-from engine.errors import EngineError, KeyExists, ShareCorrupt
+from engine.errors import EngineError, KeyExists, ManifestError, ShareCorrupt
 from engine.protocol.manifest import (
     CommitCertificate,
     KeyManifest,
+    KeyRecord,
     Receipt,
     RefreshOrder,
     ReshareOrder,
     certificates,
     create_orders,
+    open_key_manifest,
     read_change_order,
     read_key_manifest,
     receipts,
@@ -57,9 +62,11 @@ from engine.protocol.requests import (
     MOVE,
     REQUEST_CODECS,
     SHARE_COMMIT,
+    SHARE_DEAL,
     SHARE_LEAVE,
     Move,
     ShareCommit,
+    ShareDeal,
     ShareLeave,
 )
 from engine.protocol.signed import read_unverified, sign_envelope
@@ -87,6 +94,8 @@ MOVING = (
 POINTS = tuple(name for name in failpoints.POINTS if name.startswith(MOVING))
 """Where a process may die in these seeds."""
 KINDS = ("point",) * 6 + ("die", "die", "commit", "commit", "break", "cut", "loss", "double", "slow", "full")
+TWO_FACED_PART = 0.3
+"""Of the seeds in which nobody is evil by that: the registry is, and has a node for an accomplice."""
 EVIL = ("", "", "", "false share", "false degree", "false part", "false words", "fallback", "fallback", "rogue")
 SHAPES = ((1, 2), (2, 2), (2, 3), (2, 3), (3, 3), (2, 4), (3, 4), (3, 5), (4, 6), (3, 6))
 """(t, n) of a new epoch; from those without a holder to spare, the next move takes a trial."""
@@ -115,7 +124,8 @@ class Kept:
 class Disks:
     """What every disk holds of every key, looked at after each commit; and the rules that it must obey at any instant.
 
-    A manifest is *certified* once a registry or a node has written down its certificate.
+    A manifest is *certified* once a registry or a node has written down its certificate. Where the registry is
+    two-faced, there may be several of an epoch, and the key must be had by one of all that ever were.
     """
 
     def __init__(self, world: MoveWorld) -> None:
@@ -123,6 +133,7 @@ class Disks:
         self._rows: dict[str, list[Kept]] = {}
         self._booked: dict[bytes, tuple[int, bytes]] = {}
         self._certified: dict[bytes, dict[int, tuple[bytes, KeyManifest]]] = {}
+        self._ever: dict[bytes, dict[bytes, KeyManifest]] = {}
         self._newest: dict[tuple[str, bytes], int] = {}
         self._secrets: dict[bytes, bytes] = {}
         self._ordered: dict[bytes, set[int]] = {}
@@ -173,8 +184,9 @@ class Disks:
     def _certify(self, manifest: KeyManifest, digest: bytes) -> None:
         if manifest.epoch > max(self._certified.get(manifest.key_id, {0: None})):
             self.on_new_epoch()
+        self._ever.setdefault(manifest.key_id, {})[digest] = manifest
         known = self._certified.setdefault(manifest.key_id, {}).setdefault(manifest.epoch, (digest, manifest))
-        if known[0] != digest:
+        if known[0] != digest and self._world.evil != "two-faced":
             raise Violated(f"two manifests of epoch {manifest.epoch} of {manifest.name!r} are certified")
         if manifest.change and manifest.epoch not in self._ordered.setdefault(manifest.key_id, set()):
             self._ordered[manifest.key_id].add(manifest.epoch)
@@ -202,11 +214,11 @@ class Disks:
         """The newest certified manifest of a key."""
         return max(self._certified[key_id].items())[1][1]
 
-    def booked(self, proc: Proc, key_id: bytes) -> KeyManifest | None:
+    def booked(self, proc: Proc, key_id: bytes) -> KeyRecord | None:
         """The manifest of a key by the books of this registry."""
         query = "SELECT manifest FROM keys WHERE key_id = ? AND state = 2"
         found = proc.disk.files["registry.db"].execute(query, (key_id,)).fetchone()
-        return read_key_manifest(found[0]).manifest if found else None
+        return read_key_manifest(found[0]) if found else None
 
     def lacking(self, key_id: bytes) -> tuple[str, ...]:
         """The holders that have no share of the newest epoch: they missed the creation."""
@@ -217,6 +229,9 @@ class Disks:
     def _check(self, key_id: bytes) -> None:
         """At least t shares of the committed epoch are there, and every share of it is of the one secret."""
         if key_id in self._world.destroying or not self._certified[key_id]:
+            return
+        if self._world.evil == "two-faced":
+            self.check_had(key_id)
             return
         epoch, (digest, manifest) = max(self._certified[key_id].items())
         found = {}
@@ -239,6 +254,27 @@ class Disks:
             if self._secrets.setdefault(key_id, secret) != secret:
                 raise Violated(f"{manifest.name!r}: with the share of {node} epoch {epoch} is another key")
             self._good.add((digest, epoch, row.sealed))
+
+    def living(self) -> list[bytes]:
+        """Those that were certified, and that nobody destroys."""
+        return [key_id for key_id in self._ever if key_id not in self._world.destroying]
+
+    def check_had(self, key_id: bytes) -> None:
+        """Of some epoch that was certified there are t shares on the disks, and they are of the one secret."""
+        told = {}
+        for digest, manifest in self._ever[key_id].items():
+            found = {
+                node: row for node, rows in self._rows.items() for row in rows if row.digest == digest and row.sealed
+            }
+            told[manifest.epoch, manifest.attempt] = f"{len(found)} of {manifest.threshold}"
+            if len(found) < manifest.threshold:
+                continue
+            some = [self._share(node, row, manifest) for node, row in found.items()][: manifest.threshold]
+            secret = bytes(reconstruct_key(some))
+            if self._secrets.setdefault(key_id, secret) != secret:
+                raise Violated(f"{manifest.name!r}: epoch {manifest.epoch} is another key")
+            return
+        raise Violated(f"{manifest.name!r} is lost; shares that are left by (epoch, attempt): {told}")
 
     @staticmethod
     def _share(node: str, row: Kept, manifest: KeyManifest) -> Share:
@@ -276,6 +312,31 @@ def _gathered(manifest: KeyManifest) -> int:
 
 
 # --- who lies ---
+
+
+class TwoFacedRegistry(SqliteRegistry):
+    """The real registry; in some seeds it certifies an attempt and tells its coordinator that it does not.
+
+    So the attempt is given up, everywhere and by signed notices; and while the next one replaces what it left, its
+    certificate comes after all, by way of a node that is in league with the registry.
+    """
+
+    world: MoveWorld
+
+    def commit(self, manifest: bytes, receipts: Any, now_ms: int) -> bytes:
+        """Commit, or keep the certificate back."""
+        world, record = self.world, read_key_manifest(manifest)
+        told = record.manifest
+        if world.evil != "two-faced" or not world.lies or told.epoch == 1 or world.sim.random.random() < 0.5:
+            return super().commit(manifest, receipts, now_ms)
+        row = self._row(told.key_id)
+        if row is not None and row.manifest_hash == record.digest:
+            return row.certificate
+        self._check_next(open_key_manifest(manifest, self._cluster), row, now_ms)
+        payload = certificates.encode(CommitCertificate(told.key_id, record.digest, list(receipts)))
+        world.kept_back.append((told, manifest, sign_envelope("certificate", 1, payload, KEYS[BALANCER])))
+        world.lied += 1
+        raise ManifestError(f"the registry commits no attempt {told.attempt} of {told.name!r}")
 
 
 class LyingRenewer(Renewer):
@@ -330,6 +391,16 @@ class LyingRenewer(Renewer):
             mock.patch.object(nodes.renewer, "deal_zero", zeros),
         ):
             return super().deal(lane, body, sender)
+
+    def renew(self, lane: Any, body: Any, sender: Any) -> Any:
+        """Store the new share; a certificate that was kept back may come meanwhile."""
+        self.world.send_kept_back(self._node)
+        return super().renew(lane, body, sender)
+
+    def accept(self, lane: Any, body: Any, sender: Any) -> Any:
+        """Store the new share; a certificate that was kept back may come meanwhile."""
+        self.world.send_kept_back(self._node)
+        return super().accept(lane, body, sender)
 
     def refresh(self, lane: Any, body: Any, sender: Any) -> Any:
         """Tell what the share becomes; perhaps with a wrong value."""
@@ -394,10 +465,13 @@ class MoveWorld(World):
     node_names = WIDE_NODES
     make_renewer = LyingRenewer
     make_coordinator = WatchedCoordinator
+    make_registry = TwoFacedRegistry
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
-        LyingRenewer.world = WatchedCoordinator.world = self
+        LyingRenewer.world = WatchedCoordinator.world = TwoFacedRegistry.world = self
+        self.kept_back: list[tuple[KeyManifest, bytes, bytes]] = []
+        """Manifests with the certificates that a two-faced registry made for them."""
         self.disks = Disks(self)
         self.lied = 0
         self.named: Counter[str] = Counter()
@@ -412,6 +486,8 @@ class MoveWorld(World):
         self.length, self.chaos_s = "long", CHAOS_S
         self.audit_strict = r.random() < 0.3
         self.evil = r.choice(EVIL)
+        if not self.evil and Random(self.seed).random() < TWO_FACED_PART:
+            self.evil = "two-faced"
         self.evil_node = r.choice(self.node_names)
         self.liar = self.thief = ""
         self.names = r.choice((("k",), ("k", "l")))
@@ -424,6 +500,22 @@ class MoveWorld(World):
     def lies(self) -> bool:
         """Whether somebody lies now: a few times, as all is tried again and again until it no longer does."""
         return not self.healed and self.lied < LIES
+
+    def send_kept_back(self, storing: str) -> None:
+        """A node is about to store a share: others, those that leave too, are shown what was kept back."""
+        if not self.kept_back or self.healed:
+            return
+        channel = SimChannel(self.net, f"two-faced-{self.evil_node}-{self.sim.steps}", CURVE[self.evil_node])
+        channel.arrived = lambda arrival: None
+        for manifest, raw, certificate in self.kept_back[-2:]:
+            commit = REQUEST_CODECS[SHARE_COMMIT].encode(ShareCommit(manifest.key_id, certificate))
+            leave = REQUEST_CODECS[SHARE_LEAVE].encode(ShareLeave(raw, certificate))
+            for node in self.node_names:
+                if node == storing or self.sim.random.random() < 0.3:
+                    continue
+                verb, body = (SHARE_LEAVE, leave) if manifest.holder(node) is None else (SHARE_COMMIT, commit)
+                with suppress(EngineError):
+                    channel.start(node, verb, body, 1.0)
 
     def spare(self) -> str:
         """A node that may be down while all keys must be of use."""
@@ -513,7 +605,8 @@ def refresh(world: MoveWorld, client: Client, key: Acknowledged) -> Script:
 def planner(world: MoveWorld, stale: bool) -> None:
     """What the balancer orders: keys to move and to refresh, a few at a time; it goes on after it was started anew.
 
-    ``stale``: orders of its earlier starts arrive again, as those of a leader that does not know that it is none.
+    ``stale``: orders of its earlier starts arrive again, as those of a leader that does not know that it is none; and
+    a holder that follows that one has others deal by fresh ones, past the registry, which would refuse them.
     """
     sim, r, proc = world.sim, world.sim.random, world.registry
     channel = SimChannel(world.net, f"plan-{BALANCER}", CURVE[BALANCER])
@@ -523,32 +616,50 @@ def planner(world: MoveWorld, stale: bool) -> None:
     def act() -> None:
         if proc.up:
             known = [
-                manifest
+                record
                 for keys in world.acknowledged.values()
                 for each in keys
-                if (manifest := world.disks.booked(proc, bytes.fromhex(each.key_id))) is not None
+                if (record := world.disks.booked(proc, bytes.fromhex(each.key_id))) is not None
             ]
-            orders = [ordered(manifest) for manifest in r.sample(known, r.randint(0, len(known)))]
+            orders = [ordered(record.manifest) for record in r.sample(known, r.randint(0, len(known)))]
             if orders:
-                holder = r.choice(known[0].holders).node
+                holder = r.choice(known[0].manifest.holders).node
                 body = REQUEST_CODECS[MOVE].encode(Move(orders))
                 sent.append((holder, body))
                 ask(holder, body)
+            if stale and known:
+                have_dealt(r.choice(known))
         if stale and sent and r.random() < 0.5:
             ask(*r.choice(sent))
         if not world.healed:
             sim.after(0.1 + r.random() * 0.6, act)
 
-    def ordered(manifest: KeyManifest) -> bytes:
-        lost = 0.5 if world.evil == "rogue" else 0.1
-        told = {
+    def terms(manifest: KeyManifest, fencing: int) -> dict[str, Any]:
+        return {
             "key_id": manifest.key_id,
             "name": manifest.name,
             "from_epoch": manifest.epoch,
             "nonce": r.randbytes(16),
             "expires_ms": proc.now_ms() + 20_000,
-            "fencing": proc.registry.fencing_epoch,
+            "fencing": fencing,
         }
+
+    def have_dealt(record: KeyRecord) -> None:
+        manifest = record.manifest
+        if manifest.shares < 2 or proc.registry.fencing_epoch < 2:
+            return
+        follower, holder = r.sample([each.node for each in manifest.holders], 2)
+        order = RefreshOrder(**terms(manifest, proc.registry.fencing_epoch - 1))
+        raw = sign_order(order, KEYS[BALANCER], proc.now_ms())
+        body = REQUEST_CODECS[SHARE_DEAL].encode(ShareDeal(raw, manifest.attempt + 1, record.digest, b""))
+        by_follower = SimChannel(world.net, f"follows-{follower}-{sim.steps}", CURVE[follower])
+        by_follower.arrived = lambda arrival: None
+        with suppress(EngineError):
+            by_follower.start(holder, SHARE_DEAL, body, 1.0)
+
+    def ordered(manifest: KeyManifest) -> bytes:
+        lost = 0.5 if world.evil == "rogue" else 0.1
+        told = terms(manifest, proc.registry.fencing_epoch)
         if r.random() < 0.3:
             return sign_order(RefreshOrder(**told), KEYS[BALANCER], proc.now_ms())
         count = manifest.shares + (r.choice((-1, 1)) if r.random() < lost else 0)
@@ -657,6 +768,11 @@ def play(world: MoveWorld) -> None:
     if world.evil == "rogue":
         rogue(world, world.evil_node)
     sim.run(world.chaos_s)
+    if world.evil == "two-faced":
+        heal(world)
+        for key_id in world.disks.living():
+            world.disks.check_had(key_id)
+        return
     heal_and_check(world, before_books=partial(_last_change, world) if world.fallbacks else None)
     world.disks.check_end()
 

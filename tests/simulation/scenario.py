@@ -479,7 +479,7 @@ class Registry(Proc):
         path: Any = self.disk.path("registry.db")
         world, cluster = self.world, self.world.cluster
         self.listener = SimListener(world.net, self.name, cluster)
-        self.registry = SqliteRegistry(path, cluster, KEYS[self.name], self.now_ms())
+        self.registry = world.make_registry(path, cluster, KEYS[self.name], self.now_ms())
         loop: Any = mock.NonCallableMock(standing=Standing())
         self.service = Service(
             self.listener, self.registry, cluster, self.name, loop, ServiceLimits(), Path(), self.now_ms
@@ -573,6 +573,7 @@ class World:
     node_names: tuple[str, ...] = NODES
     make_renewer: type[Renewer] = Renewer
     make_coordinator: type[Coordinator] = Coordinator
+    make_registry: type[SqliteRegistry] = SqliteRegistry
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -1253,8 +1254,7 @@ def _run(world: World) -> None:
 def heal_and_check(world: World, before_books: Callable[[], None] | None = None) -> None:
     """End what goes wrong, let all come to rest, and look at books, stores and use of every key."""
     sim = world.sim
-    _heal(world)
-    _settle(world)
+    heal(world)
     if before_books is not None:
         before_books()
         _settle(world)
@@ -1267,8 +1267,8 @@ def heal_and_check(world: World, before_books: Callable[[], None] | None = None)
     _check_use(world)
 
 
-def _heal(world: World) -> None:
-    """Everything that was broken works again, and every process is up."""
+def heal(world: World) -> None:
+    """Everything that was broken works again, every process is up, and all has come to rest."""
     world.healed = True
     failpoints.arm({})
     world.sim.tell("healed")
@@ -1279,6 +1279,7 @@ def _heal(world: World) -> None:
         proc.disk.crash_in = -1
         proc.skew_ms = max(-1500, min(1500, proc.skew_ms))
         proc.start()
+    _settle(world)
 
 
 def _settle(world: World) -> None:

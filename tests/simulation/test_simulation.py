@@ -128,7 +128,8 @@ def test_keys_that_move_are_whole_at_every_instant(runner: Runner) -> None:
         assert totals[what] > MOVE_SEEDS // 50, totals
     features = {name: count for name, count in totals.items() if name.startswith("feature ")}
     faults = ("point", "die", "commit", "break", "cut", "loss", "double", "slow", "full")
-    for kind in (*faults, "false share", "false degree", "false part", "false words", "fallback", "rogue"):
+    evil = ("false share", "false degree", "false part", "false words", "fallback", "rogue", "two-faced", "old leader")
+    for kind in (*faults, *evil):
         assert features[f"feature {kind}"] > MOVE_SEEDS // 50, features
 
 
