@@ -210,7 +210,6 @@ MOVE_BUGS: dict[str, Bug] = {
     "moves-unchecked": Bug(
         "a holder lets a balancer change t, n and what is at one site",
         _replace(nodes.orders, "check_move", lambda *given: None),
-        needs=frozenset({"rogue"}),
     ),
     "trial-unseen": Bug(
         "the node that is to try a new epoch says that it is the key, and has not looked",
