@@ -138,21 +138,25 @@ def _frames_at(
     found: dict[str, list[Answer]] = {}
     try:
         line.settle(REPLY_S)
-        last = Answer("no-answer")
+        _served(line, control)  # whose key is loaded then: a frame that is taken for it is answered at once, too
         for mark, (what, frame) in enumerate(frames.items(), 1_000_000):
             line.send(frame)
             line.send(hello_frame(mark))
             found[what] = _until(line, mark)
-        line.send(control)
-        until = time.monotonic() + REPLY_S
-        while (left := until - time.monotonic()) > 0 and (got := line.receive(left)) is not None:
-            reply = reply_codec.decode(got[-1])
-            if reply.id == request_codec.decode(control).id:
-                last = answer_of(reply)
-                break
+        return found, _served(line, control)
     finally:
         line.close()
-    return found, last
+
+
+def _served(line: Line, control: bytes) -> Answer:
+    """Send it; its answer."""
+    line.send(control)
+    until = time.monotonic() + REPLY_S
+    while (left := until - time.monotonic()) > 0 and (got := line.receive(left)) is not None:
+        reply = reply_codec.decode(got[-1])
+        if reply.id == request_codec.decode(control).id:
+            return answer_of(reply)
+    return Answer("no-answer")
 
 
 def _until(line: Line, mark: int) -> list[Answer]:
