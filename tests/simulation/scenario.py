@@ -63,6 +63,7 @@ from engine.protocol.manifest import (
     Receipt,
     aborts,
     certificates,
+    open_certificate,
     read_key_manifest,
     receipts,
     reshare_orders,
@@ -259,11 +260,13 @@ class WatchedHolder(ShareHolder):
 
     world: World
 
+    def own_share(self, lane: Any, entry: Any) -> Any:
+        self._opened_last = entry
+        return super().own_share(lane, entry)
+
     def release(self, lane: Any, body: Any, sender: Any) -> Any:
         reply = super().release(lane, body, sender)
-        trial = is_trial(body.grant)
-        entry = self.coming(body.key_id) if trial else self._catalogue.by_id(body.key_id)
-        self.world.released(self._node, body, sender, entry)
+        self.world.released(self._node, body, sender, self._opened_last)
         if self._node == self.world.liar:
             flipped = bytearray(reply.y)
             flipped[self.world.sim.random.randrange(len(flipped))] ^= 1 << self.world.sim.random.randrange(8)
@@ -672,7 +675,7 @@ class World:
             why = "it has expired, by the latest time that the holder has seen"
         elif is_trial(body.grant):
             why = self._bad_trial(signed.issuer, sender.name, entry)
-        elif entry.row.state != "committed":
+        elif entry.row.state != "committed" and not self._certified(body.certificate, entry):
             why = f"the share is {entry.row.state}"
         why = why or self._used_before(holder, proc, signed, grant.nonce)
         self.on_release(holder, body, sender)
@@ -690,6 +693,14 @@ class World:
         if entry.row.state != "prepared" or entry.row.document:
             return f"the share is {entry.row.state}"
         return ""
+
+    def _certified(self, certificate: bytes, entry: Any) -> bool:
+        """Whether it is of that very epoch: who has pledged not to follow it keeps both shares, and each can be had."""
+        try:
+            open_certificate(certificate, entry.record, self.cluster)
+        except EngineError:
+            return False
+        return True
 
     def _used_before(self, holder: str, proc: Proc, signed: Any, nonce: bytes) -> str:
         """A grant is good once at a holder; within two seconds the same process may answer the same grant again."""
