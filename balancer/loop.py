@@ -300,7 +300,7 @@ class ControlLoop(FollowsCluster):
         self._restore(first - 1)
         self._series.start()
         begun, tick = time.monotonic(), 0
-        with Channel(self._own, Servers(self._source), self._context, heartbeats=True) as channel:
+        with Channel(self._own, Servers(self._source), self._context, watchful=True) as channel:
             channel.dial(self._cluster.nodes)
             while not self._stop.wait(max(0.0, begun + tick * self._tick_s - time.monotonic())):
                 started, step = time.monotonic(), now_ms() // self._tick_ms

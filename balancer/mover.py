@@ -132,7 +132,7 @@ class Mover(FollowsCluster):
     # --- its thread ---
 
     def _run(self) -> None:
-        with Channel(self._own, Servers(self._source), self._context, heartbeats=True) as channel:
+        with Channel(self._own, Servers(self._source), self._context, watchful=True) as channel:
             while not self._stop.is_set():
                 try:
                     for arrival in channel.poll(PAUSE_S):

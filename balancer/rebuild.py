@@ -170,7 +170,7 @@ def rebuild(settings: Settings, without: Iterable[str] = ()) -> None:
     try:
         context: zmq.Context[Any] = zmq.Context()
         try:
-            with Channel(settings.own, Servers(membership), context, heartbeats=True) as channel:
+            with Channel(settings.own, Servers(membership), context, watchful=True) as channel:
                 _ask_all(channel, [name for name in membership.cluster.nodes if name not in left_out], gathered)
         finally:
             context.destroy(0)

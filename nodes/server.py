@@ -185,7 +185,7 @@ class Server:
         peers = Servers(cluster)
 
         def make_talker() -> Talker:
-            channel = Channel(self._own, peers, self._context, heartbeats=True)
+            channel = Channel(self._own, peers, self._context, watchful=True)
             channel.dial(peers)
             return Talker(channel, token.lane())
 

@@ -26,10 +26,10 @@ from engine.client.connections import connections_allowed
 from engine.client.listener import LEAVE_S, Listener, listen
 from engine.client.publications import end_connection, peer_of
 from engine.client.transport import Channel, ask, connect_options, raise_for_status
-from engine.errors import NodeUnavailable, Overloaded
+from engine.errors import DeadlineExceeded, NodeUnavailable, Overloaded
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import HELLO, REQUEST_CODECS, Hello
-from engine.protocol.wire import PROTOCOL_VERSION, Request, reply_codec, request_codec
+from engine.protocol.wire import PROTOCOL_VERSION, Request, Status, reply_codec, request_codec
 
 SERVER = """
 import json, resource, structlog, sys, time
@@ -61,6 +61,8 @@ while True:
         incoming = listener.receive()
         if incoming is None:
             break
+        if "never" in incoming.request.extensions:
+            continue
         hello = REQUEST_CODECS["hello"].decode(incoming.request.body)
         told = welcome(hello, "n1", bytes(16), cluster, listener.limits)
         body = REPLY_CODECS["hello"].encode(told) + bytes(int(incoming.request.extensions.get("pad", b"0")))
@@ -308,26 +310,59 @@ def test_who_reads_loses_no_reply_with_as_many_under_way_as_allowed(site: Site, 
         assert counts()["undeliverable"] == 0
 
 
-def test_a_stopped_member_is_noticed_by_heartbeats_and_clients_send_none(site: Site) -> None:
+def test_a_stopped_member_is_noticed_by_who_is_watchful(site: Site) -> None:
+    """By its silence while it owes a reply; a client waits for its own deadline."""
     with (
         site.serving() as counts,
-        Channel(site.clients["other"].transport, site.cluster.nodes, heartbeats=True) as node_like,
+        Channel(site.clients["other"].transport, site.cluster.nodes, watchful=True) as node_like,
         site.channel("app") as client,
     ):
         for each in (node_like, client):
             ask(each, "n1", HELLO, Hello(PROTOCOL_VERSION, "t"), 5.0)
-        assert client._connections["n1"].socket.heartbeat_ivl == 0
+        body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, "t"))
         os.kill(counts.pid, signal.SIGSTOP)
         try:
             begun = time.monotonic()
-            body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, "t"))
-            with pytest.raises(NodeUnavailable, match="the connection broke"):
+            with pytest.raises(NodeUnavailable, match="silent for 750 ms"):
                 node_like.call("n1", HELLO, body, 60.0)
             assert time.monotonic() - begun < 20  # far from the deadline
+            with pytest.raises(NodeUnavailable, match="can't be reached"):
+                node_like.call("n1", HELLO, body, 60.0)
+            with pytest.raises(DeadlineExceeded):
+                client.call("n1", HELLO, body, 1.5)
             assert client._connections["n1"].up
         finally:
             os.kill(counts.pid, signal.SIGCONT)
         assert until(lambda: site.served("app"))
+        assert until(lambda: node_like.call("n1", HELLO, body, 5.0).status == Status.OK)
+
+
+def test_a_member_that_is_slow_and_lives_is_waited_for(site: Site) -> None:
+    """It is asked for a sign of life again and again, and gives it, though it never answers the request."""
+    with (
+        site.serving(),
+        Channel(site.clients["other"].transport, site.cluster.nodes, watchful=True) as node_like,
+    ):
+        ask(node_like, "n1", HELLO, Hello(PROTOCOL_VERSION, "t"), 5.0)
+        before = next(node_like._tokens)
+        body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, "t"))
+        node_like.start("n1", HELLO, body, 3.0, {"never": b""})
+        [arrival] = node_like.poll(5.0)
+        assert isinstance(arrival.error, DeadlineExceeded)
+        assert node_like._connections["n1"].up
+        assert next(node_like._tokens) - before >= 4
+
+
+def test_an_idle_connection_says_nothing(site: Site) -> None:
+    with (
+        site.serving(),
+        Channel(site.clients["other"].transport, site.cluster.nodes, watchful=True) as node_like,
+    ):
+        ask(node_like, "n1", HELLO, Hello(PROTOCOL_VERSION, "t"), 5.0)
+        before = next(node_like._tokens)
+        assert node_like.poll(1.0) == []
+        assert next(node_like._tokens) == before + 1
+        assert node_like._connections["n1"].socket.heartbeat_ivl == 0
 
 
 def test_an_endpoint_that_is_left_out_is_served_a_moment_more(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

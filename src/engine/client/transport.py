@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import socket as sockets
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -70,10 +71,12 @@ and one flipped bit in a handshake would part two members until one is started a
 RECONNECT_MS = 5
 RECONNECT_MAX_MS = 200
 HANDSHAKE_MS = 2_000
-HEARTBEAT_MS = 250
-HEARTBEAT_TIMEOUT_MS = 750
-"""Between nodes and balancers alone: one that is stopped, or cut off, counts as away within a second. Clients send
-none: those of ten thousand connections would take a core of each node, and a client asks another node anyway."""
+SILENCE_MS = 250
+LOST_MS = 750
+"""Between nodes and balancers alone, and only while a reply is waited for: who is silent for so long is asked for a
+sign of life, and counts as away, stopped or cut off, after the second time. An idle connection costs nothing so. A
+client does not ask: it goes to another node anyway."""
+KEEPALIVE_S = 60
 HIGH_WATER_MARK = 1_000
 FRAME_MAX = MAX_MESSAGE + 64
 """ZMQ_MAXMSGSIZE of the sockets for messages: it counts the 33 bytes that CURVE adds to each frame too."""
@@ -258,6 +261,10 @@ class _Connection:
     """Dialled before it was needed, and never up yet."""
     lost: bool = False
     """It broke, or nobody listened where it was to lead: libzmq may be waiting for its next try."""
+    heard_s: float = 0.0
+    """When the peer last said something."""
+    asked_s: float = 0.0
+    """When it was asked for a sign of life, which has not come yet; else 0."""
     pending: set[int] = field(default_factory=set)
 
 
@@ -266,7 +273,7 @@ class Channel:
 
     Not safe for two threads at once; handing it over under a lock is fine. ``members`` maps names to members with
     endpoints. ``came_up`` is told a peer whose connection is there again, or for the first time, and ``said`` what it
-    answered to ``hello``. With ``heartbeats`` a peer that is silent altogether counts as gone, and what is under way
+    answered to ``hello``. With ``watchful`` a peer that is silent altogether counts as gone, and what is under way
     there ends at once.
     """
 
@@ -278,14 +285,14 @@ class Channel:
         came_up: Callable[[str], None] = lambda peer: None,
         said: Callable[[Welcome], None] = lambda welcome: None,
         *,
-        heartbeats: bool = False,
+        watchful: bool = False,
     ) -> None:
         check_zmq_version()
         self._identity = identity
         self._members = members
         self._came_up = came_up
         self._said = said
-        self._heartbeats = heartbeats
+        self._watchful = watchful
         self._context: zmq.Context[Any] = context or zmq.Context.instance()
         self._connections: dict[str, _Connection] = {}
         self._pending: dict[int, _Pending] = {}
@@ -356,12 +363,16 @@ class Channel:
             self._expire(now)
             if self._done or (now >= until and timeout_s > 0):
                 break
-            next_deadline = min((each.deadline_s for each in self._pending.values()), default=until)
-            wait_s = max(0.0, min(until, next_deadline) - now)
+            next_s = min((each.deadline_s for each in self._pending.values()), default=until)
+            if self._watchful and self._pending:
+                next_s = min(next_s, self._look_after_silent(now))
+            wait_s = max(0.0, min(until, next_s) - now)
             if self._poller.sockets:
                 # Rounded up, so that the last millisecond before a deadline is no busy loop.
                 for socket, _ in self._poller.poll(int(wait_s * 1000 + 0.999)):
                     self._readable(socket)
+                if self._watchful and self._pending:
+                    self._give_up_silent()
             else:
                 time.sleep(wait_s)  # pyzmq's poller does not wait if it has no socket
             if timeout_s <= 0:
@@ -448,8 +459,8 @@ class Channel:
         connect_options(socket, own, member)
         socket.immediate = 1
         socket.maxmsgsize = FRAME_MAX
-        if self._heartbeats:
-            socket.heartbeat_ivl, socket.heartbeat_timeout = HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS
+        if self._watchful:  # or a firewall between hosts may forget an idle connection
+            socket.tcp_keepalive, socket.tcp_keepalive_idle = 1, KEEPALIVE_S
         monitor = watch(self._context, socket, _FIRST_EVENTS if first else EVENTS)
         now, greeting = time.monotonic(), Greeting(peer, self._said)
         connection = _Connection(member, own, current, socket, monitor, greeting, now, now, first=first)
@@ -518,12 +529,48 @@ class Channel:
                 return
             self._received(peer, frames)
 
+    def _look_after_silent(self, now: float) -> float:
+        """Ask who owes a reply and has been silent for a sign of life; when to look again."""
+        next_s = math.inf
+        for peer, connection in self._connections.items():
+            if not connection.pending or not connection.up:
+                continue
+            if not connection.asked_s:
+                since_s = max(connection.heard_s, min(self._pending[token].started_s for token in connection.pending))
+                if since_s + SILENCE_MS / 1000 > now:
+                    next_s = min(next_s, since_s + SILENCE_MS / 1000)
+                    continue
+                connection.asked_s = now
+                with contextlib.suppress(zmq.Again):  # its queue is full of what it does not read
+                    connection.socket.send(Greeting(peer).frame(next(self._tokens)), zmq.DONTWAIT)
+            next_s = min(next_s, connection.asked_s + (LOST_MS - SILENCE_MS) / 1000)
+        return next_s
+
+    def _give_up_silent(self) -> None:
+        """Take who was asked and has still said nothing for gone; what has arrived must have been read."""
+        now = time.monotonic()
+        for peer, connection in self._connections.items():
+            if connection.asked_s and connection.pending and now - connection.asked_s >= (LOST_MS - SILENCE_MS) / 1000:
+                self._broke(peer, connection, f"{peer}: silent for {LOST_MS} ms")
+
+    def _broke(self, peer: str, connection: _Connection, why: str) -> None:
+        """The connection is of no use any more; what was under way there ends."""
+        if connection.up:
+            connection.down_s, connection.lost = time.monotonic(), True
+        connection.up = False
+        connection.asked_s = 0.0
+        connection.greeting.lost()
+        for token in list(connection.pending):
+            self._finish(token, None, NodeUnavailable(why))
+
     def _received(self, peer: str, frames: list[bytes]) -> None:
+        connection = self._connections[peer]
+        connection.heard_s, connection.asked_s = time.monotonic(), 0.0
         try:
-            reply = self._connections[peer].greeting.reply_in(frames)
+            reply = connection.greeting.reply_in(frames)
         except ProtocolError as error:
             # Without an id the reply ends no request; the request's deadline does.
-            for token in list(self._connections[peer].pending):
+            for token in list(connection.pending):
                 self._finish(token, None, ProtocolError(f"{peer}: {error}"))
             return
         if reply is not None:
@@ -543,12 +590,7 @@ class Channel:
             elif event == zmq.EVENT_CONNECT_RETRIED:
                 connection.unreachable = True
             elif event == zmq.EVENT_DISCONNECTED:
-                if connection.up:
-                    connection.down_s, connection.lost = time.monotonic(), True
-                connection.up = False
-                connection.greeting.lost()
-                for token in list(connection.pending):
-                    self._finish(token, None, NodeUnavailable(f"{peer}: the connection broke"))
+                self._broke(peer, connection, f"{peer}: the connection broke")
 
     def _expire(self, now: float) -> None:
         for token in [token for token, each in self._pending.items() if each.deadline_s <= now]:
