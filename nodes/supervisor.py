@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from engine.notify import Notifier
+from nodes.allocator import overwriting_environment
 
 __all__ = ["EXIT_CRASH_LOOP", "Beat", "Patience", "Restarts", "lifeline_of", "outcome", "supervise"]
 
@@ -179,7 +180,7 @@ class _Parent:
         pid = os.posix_spawn(
             sys.executable,
             command,
-            os.environ,
+            overwriting_environment(os.environ) or os.environ,  # or it would begin anew for them
             setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGCHLD],
         )
         os.close(theirs)

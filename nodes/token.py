@@ -803,14 +803,19 @@ PROBE_RSA_BITS: Final = 1024
 """Size of the throw-away RSA key that shows whether a parameter is accepted; the size itself is asked of the token."""
 
 
+@functools.cache
+def _probe_rsa() -> bytes:
+    """One throw-away key for all RSA algorithms: making it takes as long as all else that is tried."""
+    private = rsa.generate_private_key(public_exponent=65537, key_size=PROBE_RSA_BITS)
+    return private.private_bytes(
+        serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+
+
 def try_algorithm(lane: Lane, algo: Algorithm) -> None:
     """Use the algorithm once, there and back, with a throw-away key."""
     if algo.kind is KeyKind.RSA:
-        private = rsa.generate_private_key(public_exponent=65537, key_size=PROBE_RSA_BITS)
-        der = private.private_bytes(
-            serialization.Encoding.DER, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
-        )
-        key = lane.try_rsa(algo, bytearray(der))
+        key = lane.try_rsa(algo, bytearray(_probe_rsa()))
     else:
         key = lane.load(algo, generate_material(algo))
     try:
