@@ -103,6 +103,7 @@ def test_two_nodes_on_one_token_are_measured_beside_one(tmp_path: Path, monkeypa
     assert programs_of(str(tmp_path)) == []
 
 
+@pytest.mark.long
 def test_routing_is_measured_on_a_real_cluster_and_in_the_simulator(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

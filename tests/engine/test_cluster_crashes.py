@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from sampled import some
 
 import engine
 from engine import Engine, LocalCluster
@@ -357,7 +358,7 @@ Members also die in tests/engine/test_cluster_refresh.py and test_cluster_reshar
 
 def test_a_node_dies_at_its_points(crashes: Crashes) -> None:
     """Dealer, holder and combiner are killed around their replies; what was acknowledged stays, retries agree."""
-    _go_through(crashes, VICTIM, SAMPLE)
+    _go_through(crashes, VICTIM, some(SAMPLE))
 
 
 def test_the_registry_dies_around_a_commit(crashes: Crashes) -> None:

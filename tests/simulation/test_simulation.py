@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[2]
 RUN = Path(__file__).parent / "run.py"
 LONG = bool(os.environ.get("KEYQUORUM_ASSURANCE"))
 SEEDS = 10_000 if LONG else 800
-MOVE_SEEDS = 2_000 if LONG else 120
-"""``make moves`` runs 10,000."""
+MOVE_SEEDS = 2_000 if LONG else 72
+"""``make moves`` runs 12,000."""
 PROCESSES = 2
 TIMEOUT_S = 900
 """It only ends a run that hangs."""
