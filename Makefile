@@ -128,7 +128,8 @@ fuzz: ## ten million changed inputs for every decoder, and planted bugs; build/f
 crash: ## kill -9 of each party at every named step, at random ones, power cuts (root); KEYQUORUM_CRASH_S bounds what is random
 	@.ci/setup test,lint
 	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest -s tests/engine/test_cluster_matrix.py tests/engine/test_cluster_crashes.py \
-		tests/nodes/test_crash_points.py tests/nodes/test_power_cut.py tests/nodes/test_rotation.py $(PYTEST_ARGS)
+		tests/engine/test_cluster_reshare.py tests/engine/test_cluster_faults.py tests/nodes/test_crash_points.py \
+		tests/nodes/test_power_cut.py tests/nodes/test_rotation.py $(PYTEST_ARGS)
 
 .PHONY: faults
 faults: ## play each fault of docs/faults.md on real processes (45 minutes); FAULTS_ARGS="--only NAME --seed N" runs one
