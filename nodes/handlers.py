@@ -85,6 +85,7 @@ from engine.protocol.requests import (
     SHARE_COMMIT,
     SHARE_DEAL,
     SHARE_DESTROY,
+    SHARE_EXPORT,
     SHARE_LEAVE,
     SHARE_MANY,
     SHARE_PREPARE,
@@ -93,6 +94,7 @@ from engine.protocol.requests import (
     SHARE_RELEASE,
     SHARE_RENEW,
     SHARE_RESHARE,
+    SHARE_RESTORE,
     SHARE_SETTINGS,
     SHARE_TRIAL,
     STAGES,
@@ -137,6 +139,7 @@ from engine.protocol.requests import (
     ShareAccept,
     ShareCommit,
     ShareDeal,
+    ShareExport,
     ShareLeave,
     SharePrepare,
     ShareRecall,
@@ -144,6 +147,7 @@ from engine.protocol.requests import (
     ShareRelease,
     ShareRenew,
     ShareReshare,
+    ShareRestore,
     ShareSettings,
     ShareTrial,
     Sync,
@@ -163,6 +167,7 @@ from engine.protocol.wire import (
 )
 from engine.sharing import unblind
 from nodes._fastpath import FastPath, Plan
+from nodes.archive import Exporter, Restorer
 from nodes.audit import AuditLog
 from nodes.bundles import sign_replies
 from nodes.cache import Cache, CacheLimits, CacheStatistics
@@ -237,6 +242,8 @@ DURABLE_VERBS: Final = frozenset(
         SHARE_LEAVE,
         SHARE_SETTINGS,
         SHARE_MANY,
+        SHARE_EXPORT,
+        SHARE_RESTORE,
     }
 )
 """Verbs whose audit record is on the disk before the reply goes out, in every mode."""
@@ -302,6 +309,8 @@ STEPS: Final[dict[str, str]] = {
     SHARE_LEAVE: "holder.leave",
     SHARE_SETTINGS: "holder.settings",
     SHARE_MANY: "holder.many",
+    SHARE_EXPORT: "holder.export",
+    SHARE_RESTORE: "holder.restore",
 }
 """Verb -> the failpoints of its end: ``.recorded`` once the audit record is durable, ``.answered`` after the reply."""
 RECORDED: Final = {verb: f"{step}.recorded" for verb, step in STEPS.items()}
@@ -462,6 +471,7 @@ class Handlers(FollowsCluster):
         clock: Callable[[], float] = time.monotonic,
         tracer: Tracer = NO_SPANS,
         returning: Returning | None = None,
+        curve_secrets: Callable[[], Sequence[bytes]] = tuple,
     ) -> None:
         self._node = node
         self._boot = boot
@@ -529,6 +539,8 @@ class Handlers(FollowsCluster):
         self._catching_up = False
         self._returning = returning or Returning(cluster, node, holds=False)
         self._lacking = LackingReport(catalogue)
+        self._exporter = Exporter(cluster, holder, catalogue, self._now_ms, clock)
+        self._restorer = Restorer(cluster, curve_secrets, holder, self._now_ms, clock, self._pause)
         self._recalling = False
         self._next_recall_s = 0.0
         self._parked: list[tuple[_Call, Callable[[], None]]] = []
@@ -570,6 +582,8 @@ class Handlers(FollowsCluster):
             SHARE_SETTINGS: self._share_settings,
             SHARE_RECALL: self._share_recall,
             SHARE_MANY: self._share_many,
+            SHARE_EXPORT: self._share_export,
+            SHARE_RESTORE: self._share_restore,
         }
         self._bundled: dict[str, Callable[[Lane, Any, Member], object]] = {
             SHARE_DEAL: lambda lane, body, sender: renewer.deal(lane, body, sender),
@@ -1838,6 +1852,47 @@ class Handlers(FollowsCluster):
                 )
             )
 
+    # --- backups ---
+
+    def _share_export(self, call: _Call, body: ShareExport) -> None:
+        """A part of an archive, recorded with each key in it before it leaves."""
+        order = read_unverified(body.order)  # checked before anything leaves
+        signers = ", ".join(order.signers)
+        call.detail = f"part {body.part} by the order {order.digest.hex()} of {signers}"[:MAX_ERROR_DETAIL]
+        if self._returning.waits:
+            raise KeyPending(f"{self._node} gives nothing away yet: {self._returning.problem}")
+        sender = call.incoming.member
+
+        def work(lane: Lane) -> object:
+            part, names = self._exporter.export(lane, body, sender)
+            self._record_steps(call, SHARE_EXPORT, names)
+            return part
+
+        self._aside(call, self._local, work)
+
+    def _share_restore(self, call: _Call, body: ShareRestore) -> None:
+        """A part of an archive. What comes out of one may be long over: the others are asked, as after an absence."""
+        call.detail = f"part {body.part}"
+        sender = call.incoming.member
+
+        def work(lane: Lane) -> object:
+            part, names = self._restorer.restore(lane, body, sender)
+            self._record_steps(call, SHARE_RESTORE, names)
+            return part
+
+        self._aside(call, self._local, work, ended=self._come_back)
+
+    def _pause(self) -> None:
+        """Use no key and give no share away from now on; by the worker, before it stores what is in an archive."""
+        self._returning = Returning(self._source, self._node, holds=True, paused=True)
+
+    def _come_back(self) -> None:
+        """After a pause, ask the others, and the registry, what became of all keys here, and go by that."""
+        if self._returning.paused:
+            self._returning = Returning(self._source, self._node, holds=True)
+            self._cursor = Cursor()
+            self._next_recall_s = self._next_books_s = 0.0
+
     # --- the heads of audit logs ---
 
     def _audit_head(self, call: _Call, body: AuditNotice) -> None:
@@ -1909,6 +1964,8 @@ class Handlers(FollowsCluster):
         self._cache.expire(now)
         self._holder.shares.expire()
         self._signatures.expire()
+        self._exporter.expire()
+        self._restorer.expire()
         self._watch_clock(now)
         self._note_ahead()
         self._tell_refusals()
@@ -1960,8 +2017,12 @@ class Handlers(FollowsCluster):
         ]
         self._doubted.clear()
         self._catching_up = True
+        returning = self._returning
         try:
-            self._dealer.submit(lambda talker: self._ask_registry(talker, stale), self._caught_up)
+            self._dealer.submit(
+                lambda talker: self._ask_registry(talker, stale),
+                lambda told, error: self._caught_up(returning, told, error),
+            )
         except Overloaded:
             self._catching_up = False
 
@@ -1969,14 +2030,20 @@ class Handlers(FollowsCluster):
         """Ask the other nodes what has become of this one's keys; those that were silent again after a while."""
         if self._recalling:
             return
-        names, keys = self._returning.to_ask, self._catalogue.known()
+        returning = self._returning
+        names, keys = returning.to_ask, self._catalogue.known()
         self._recalling = True
         try:
-            self._dealer.submit(lambda talker: self._conversation.recall(talker, names, keys), self._recalled)
+            self._dealer.submit(
+                lambda talker: self._conversation.recall(talker, names, keys),
+                lambda told, error: self._recalled(returning, told, error),
+            )
         except Overloaded:
             self._recalling = False
 
-    def _recalled(self, told: tuple[list[str], list[SyncEntry]] | None, error: Exception | None) -> None:
+    def _recalled(
+        self, returning: Returning, told: tuple[list[str], list[SyncEntry]] | None, error: Exception | None
+    ) -> None:
         self._next_recall_s = self._clock() + (BOOKS_EVERY_S if self._returning.heard else 0.0)
         if told is None or self._audit.problem:
             self._recalling = False
@@ -1991,9 +2058,9 @@ class Handlers(FollowsCluster):
                 log.error("what the others told could not be taken in", reason=str(failure))
                 return
             gone, doubted = taken
-            if answered or self._returning.waits:
+            if answered or returning.waits:
                 log.info("asked the others", answered=sorted(answered), changed=len(entries))
-            self._returning.asked(answered, doubted)
+            returning.asked(answered, doubted)
             for key_id in (*gone, *doubted):
                 self._forget(key_id)
             self._unpark()
@@ -2061,7 +2128,7 @@ class Handlers(FollowsCluster):
         else:
             self._lacking.told(keys)
 
-    def _caught_up(self, told: Any, error: Exception | None) -> None:
+    def _caught_up(self, returning: Returning, told: Any, error: Exception | None) -> None:
         if told is None:
             self._catching_up = False
             if not isinstance(error, RegistryUnavailable):
@@ -2078,9 +2145,9 @@ class Handlers(FollowsCluster):
                 log.error("catching up with the registry failed", reason=str(failure))
                 return
             gone, well = taken
-            if well:  # else what was refused is asked for again
+            if well and returning is self._returning:  # else what was refused is asked for again
                 self._cursor = cursor
-            self._returning.read_books()
+            returning.read_books()
             self._unpark()
             for key_id in gone:
                 self._forget(key_id)

@@ -60,7 +60,7 @@ from engine.protocol.requests import (
 )
 from engine.protocol.settings import SettingsRecord, is_settings, open_settings
 from engine.protocol.signed import Pen, SigningKey, read_unverified, sign_envelope
-from engine.sharing import SecretBuffer, SecretShare, Share, commitment
+from engine.sharing import SALT_BYTES, SecretBuffer, SecretShare, Share, commitment
 from nodes.cache import CacheLimits
 from nodes.catalogue import Catalogue, Entry
 from nodes.ledger import GrantLedger
@@ -471,6 +471,31 @@ class ShareHolder(FollowsCluster):
         """As ``own_share``, in locked memory, which the caller closes."""
         return self._opened(lane, entry, self.shares.secret)
 
+    def own_plain(self, lane: Lane, entry: Entry) -> SecretBuffer:
+        """Salt and value of this node's share, for an archive: in locked memory, which the caller closes, in no cache.
+
+        ``ShareCorrupt`` if it does not open, or is not the one that its manifest commits to.
+        """
+        mine = entry.manifest.holder(self._node)
+        if mine is None or not entry.row.sealed:
+            raise QuorumUnavailable(f"{self._node} holds no share of {entry.row.name!r}", [self._node])
+        context = seal_context(entry.manifest, mine.x, self._node, entry.record.digest)
+        try:
+            plain = self.shares.with_room(lambda: unseal_plain(lane, entry.row.sealed, context))
+        except InvalidTag:
+            raise ShareCorrupt(f"{self._node}: its share of {entry.row.name!r} does not open", [self._node]) from None
+        try:
+            with memoryview(plain) as view, SecretBuffer.copy_of(view[SALT_BYTES:]) as value:
+                told = commitment(bytes(view[:SALT_BYTES]), entry.manifest.context, SecretShare(mine.x, value))
+            if told != mine.commitment:
+                raise ShareCorrupt(
+                    f"{self._node}: its share of {entry.row.name!r} does not match its commitment", [self._node]
+                )
+        except BaseException:
+            plain.close()
+            raise
+        return plain
+
     def _opened(
         self, lane: Lane, entry: Entry, how: Callable[[ShareKey, int, Callable[[], SecretBuffer]], tuple[S, bytes]]
     ) -> tuple[S, bytes]:
@@ -558,6 +583,61 @@ class ShareHolder(FollowsCluster):
         if (told.order.lineage, told.order.name) != (manifest.lineage, manifest.name):
             raise ManifestError(f"the settings in an entry for {item.key_id.hex()} are another key's")
         return told, self._catalogue.settings_of(manifest.lineage)
+
+    # --- from a backup ---
+
+    def restore(self, lane: Lane, record: KeyRecord, certificate: bytes, share: Share | None, salt: bytes) -> bool:
+        """Store a committed epoch out of an archive, its documents and share checked; whether there was anything to do.
+
+        Without a share, only who holds it. It never takes the place of a share that is here, nor of another epoch:
+        ``KeyExists``. What was destroyed stays destroyed: ``StaleKey``. Uses of a limited key are not given out again.
+        """
+        manifest = record.manifest
+        entry = self._catalogue.by_id(manifest.key_id)
+        if entry is not None and entry.row.state == "destroyed":
+            raise StaleKey(f"the key {manifest.name!r} with this id was destroyed on {self._node}")
+        if entry is not None and (entry.row.manifest_hash, entry.row.state) != (record.digest, "committed"):
+            if share is None and entry.row.state == "moved" and entry.row.manifest_hash == record.digest:
+                return False
+            raise KeyExists(
+                f"{self._node} has epoch {entry.row.epoch} of {manifest.name!r}, {entry.row.state}; "
+                f"the archived share is of epoch {manifest.epoch}"
+            )
+        if entry is not None and (entry.row.sealed or share is None):
+            return False
+        self._check_name(record)
+        sealed = b""
+        if share is not None:
+            self.check_algorithm(manifest.algorithm)
+            context = seal_context(manifest, share.x, self._node, record.digest)
+            sealed = seal_share(lane, share, salt, context)
+            if unseal_share(lane, sealed, share.x, context) != (share, salt):
+                raise ShareCorrupt(f"{self._node}: the sealed share is not the one that came", [self._node])
+        held = manifest.holder(self._node) is not None
+        row = self._row(record, "committed" if held else "moved", certificate=certificate, sealed=sealed)
+        row = self._store.put(row)
+        if manifest.uses_max and self._store.quota(manifest.key_id) is None:
+            self._store.note_quota(manifest.key_id, 0, 0)
+        self._catalogue.put(row)
+        return True
+
+    def restore_destroyed(self, record: KeyRecord, document: bytes) -> bool:
+        """Keep the tombstone of an archived key; ``KeyExists`` for one that lives here."""
+        entry = self._catalogue.by_id(record.manifest.key_id)
+        if entry is not None:
+            if entry.row.state == "destroyed":
+                return False
+            raise KeyExists(
+                f"{self._node} has the key {record.manifest.name!r}, {entry.row.state}; the archived one is gone"
+            )
+        self._check_destruction(record, document)
+        self._catalogue.put(self._store.put(self._row(record, "destroyed", document=document)))
+        return True
+
+    def restore_settings(self, raw: bytes) -> None:
+        """Keep archived settings of a key, if they are newer than those known here."""
+        settings = open_settings(raw, self._cluster, None)
+        self._keep_settings(settings, self._catalogue.settings_of(settings.order.lineage))
 
     # --- the end ---
 

@@ -7,7 +7,15 @@ from typing import Final
 from engine.errors import AccessDenied, ProtocolError
 from engine.keys import OPERATIONS, USES, RequestType
 from engine.protocol.manifest import Cluster, Member
-from engine.protocol.requests import BALANCER_VERBS, CLIENT_VERBS, HELLO, LATENCY, MANIFEST_VERBS, NODE_VERBS
+from engine.protocol.requests import (
+    BACKUP_VERBS,
+    BALANCER_VERBS,
+    CLIENT_VERBS,
+    HELLO,
+    LATENCY,
+    MANIFEST_VERBS,
+    NODE_VERBS,
+)
 
 __all__ = ["check_key", "check_verb"]
 
@@ -33,7 +41,7 @@ def check_verb(cluster: Cluster, member: Member, verb: str) -> None:
         allowed = member.role in ("balancer", "node") or cluster.allows_any_key(member.name, RequestType.STATUS)
     elif verb == RequestType.DESCRIBE and member.role == "node":
         allowed = True
-    elif verb in CLIENT_VERBS:
+    elif verb in CLIENT_VERBS or verb in BACKUP_VERBS:
         allowed = member.role == "client"
     else:
         raise ProtocolError(f"unknown verb {verb!r}")

@@ -78,7 +78,9 @@ def _told(entry: Entry) -> SyncEntry:
 class Returning(FollowsCluster):
     """How far a node has come back. One that held no key at its start is back at once."""
 
-    def __init__(self, cluster: ClusterSource, node: str, *, holds: bool) -> None:
+    def __init__(self, cluster: ClusterSource, node: str, *, holds: bool, paused: bool = False) -> None:
+        """``paused``: keys are being put in that nobody was asked of, so nobody is; another one takes its place."""
+        self.paused = paused
         self._source = cluster
         self._node = node
         self._holds = holds
@@ -90,14 +92,14 @@ class Returning(FollowsCluster):
     @property
     def to_ask(self) -> list[str]:
         """The other nodes that have not told yet what they know; nobody, once all were asked and the registry told."""
-        if not self._holds or (self._asked and self._books):
+        if not self._holds or self.paused or (self._asked and self._books):
             return []
         return [name for name in self._cluster.nodes if name != self._node and name not in self._answered]
 
     @property
     def waits(self) -> bool:
         """Whether the others were not asked yet, so that no key is used."""
-        return self._holds and not self._asked and not self._alone
+        return self.paused or (self._holds and not self._asked and not self._alone)
 
     @property
     def heard(self) -> bool:
@@ -147,6 +149,8 @@ class Returning(FollowsCluster):
 
     def may_release(self, holders: Iterable[str]) -> bool:
         """Whether one that may know of the key's end has told: the registry, or another of its holders."""
+        if self.paused:
+            return False
         return not self._holds or self._books or not self._answered.isdisjoint(holders)
 
 

@@ -254,6 +254,7 @@ class Server:
             fast=None if armed() else self._fast,
             tracer=self._tracer,
             returning=Returning(cluster, identity.name, holds=bool(catalogue.known())),
+            curve_secrets=self._own.secrets,
         )
         self._fast.serve(self._listener.open, self._listener.lost, self._handlers, self._audit.uses, self._audit.drain)
         catalogue.watch(lambda entry: self._mailbox.post(lambda: self._handlers.key_changed(entry)))

@@ -25,7 +25,7 @@ from engine.client.files import encrypt_stream
 from engine.client.transport import Moved, raise_for_status
 from engine.errors import EngineError, ManifestError, NeedGrant, ProtocolError, error_from_code
 from engine.keys import ALGORITHMS, OPERATIONS, POLICY_OPERATIONS, RequestType
-from engine.protocol import audit, grant, manifest, refresh, requests, settings, signed, snapshot, wire
+from engine.protocol import audit, backup, grant, manifest, refresh, requests, settings, signed, snapshot, wire
 from engine.protocol import table as tables_of_routing
 from engine.protocol.grant import Grant, check_grant, issue_grant
 from engine.protocol.manifest import (
@@ -41,6 +41,7 @@ from engine.protocol.manifest import (
     open_chain,
 )
 from engine.protocol.requests import (
+    BACKUP_VERBS,
     BALANCER_VERBS,
     BODIES,
     CLIENT_VERBS,
@@ -135,7 +136,19 @@ def structs() -> dict[str, type[msgspec.Struct]]:
     """Every message that the code defines, by its name without an underscore."""
     return {
         value.__name__.lstrip("_"): value
-        for module in (wire, signed, requests, manifest, grant, refresh, settings, tables_of_routing, snapshot, audit)
+        for module in (
+            wire,
+            signed,
+            requests,
+            manifest,
+            grant,
+            refresh,
+            settings,
+            tables_of_routing,
+            snapshot,
+            audit,
+            backup,
+        )
         for value in vars(module).values()
         if isinstance(value, type)
         and issubclass(value, msgspec.Struct)
@@ -249,6 +262,7 @@ def test_every_verb_is_listed_with_its_bodies() -> None:
         *NODE_VERBS,
         *MANIFEST_VERBS,
         *BALANCER_VERBS,
+        *BACKUP_VERBS,
         HELLO,
         LATENCY,
     }

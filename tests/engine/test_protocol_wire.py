@@ -344,6 +344,7 @@ def test_a_verb_has_one_audience() -> None:
         requests.MANIFEST_VERBS,
         {requests.HELLO},
         requests.BALANCER_VERBS,
+        requests.BACKUP_VERBS,
         {requests.LATENCY, requests.TABLE, requests.PLAN, requests.HOLDINGS},
     )
     for one, other in itertools.combinations(groups, 2):

@@ -31,6 +31,7 @@ from engine.keys import ALGORITHMS, OPERATIONS, RequestType
 from engine.protocol.grant import issue_grant
 from engine.protocol.manifest import KeyRecord, open_key_manifest
 from engine.protocol.requests import (
+    BACKUP_VERBS,
     CLIENT_VERBS,
     NODE_VERBS,
     REGISTRY_VERBS,
@@ -317,7 +318,7 @@ def attacks(words: Any, me: str, target: str, keys: dict[str, Any], certificates
     )
     found["flush as a node"] = ("flush", Flush(""))
     found["stats as a node"] = (STATS, Empty())
-    for verb in sorted((NODE_VERBS | CLIENT_VERBS) - {"status", STATS}):
+    for verb in sorted((NODE_VERBS | CLIENT_VERBS | BACKUP_VERBS) - {"status", STATS}):
         found[f"{verb} with garbage"] = (verb, os.urandom(60))
         found[f"{verb} with nothing"] = (verb, b"")
     return found
@@ -350,7 +351,7 @@ def test_t_minus_one_nodes_with_the_balancers_key_get_no_share(
             assert told, name
         sent += len(requests)
     # With the balancer's own key: no verb of a node or client but those that tell nothing.
-    verbs = sorted((NODE_VERBS | CLIENT_VERBS) - {"status"})
+    verbs = sorted((NODE_VERBS | CLIENT_VERBS | BACKUP_VERBS) - {"status"})
     genuine = ShareRelease(keys["app/data"].key_id, words.grant(keys["app/data"], BALANCER, client="local"), b"")
     requests = [(target, verb, b"\x90") for target in HONEST for verb in verbs]
     requests += [(target, "share.release", encoded("share.release", genuine)) for target in HONEST]

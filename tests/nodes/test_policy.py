@@ -10,6 +10,7 @@ from engine.errors import AccessDenied, EngineError, ProtocolError
 from engine.keys import OPERATIONS, RequestType
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 from engine.protocol.requests import (
+    BACKUP_VERBS,
     BALANCER_VERBS,
     BODIES,
     HELLO,
@@ -30,6 +31,7 @@ UNKNOWN = ("", "nonsense", "share.releas", "SHARE.RELEASE", "operate", TABLE, PL
 ALLOWED = {
     **{verb: {"alice", "bob", "carol"} for verb in CLIENTS_ALONE},
     **{verb: {"node1"} for verb in NODE_VERBS},
+    **{verb: {"alice", "bob", "carol"} for verb in BACKUP_VERBS},
     "describe": {"alice", "bob", "carol", "node1"},
     "status": {"alice", "node1", "balancer"},
     LATENCY: {"alice", "node1", "balancer"},

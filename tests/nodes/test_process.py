@@ -36,6 +36,7 @@ from engine.errors import (
 )
 from engine.protocol.manifest import PolicyRule, issue_cluster_manifest
 from engine.protocol.requests import (
+    BACKUP_VERBS,
     BALANCER_VERBS,
     BODIES,
     Abort,
@@ -251,7 +252,8 @@ def test_an_unknown_verb_is_refused(raw: zmq.Socket[bytes], verb: str) -> None:
 def test_no_verb_takes_a_malformed_body(live: Any, verb: str) -> None:
     if verb.startswith("registry.") or verb == "table":
         return
-    sender = "node2" if verb.startswith(("share.", "audit.")) else "balancer" if verb in BALANCER_VERBS else "alice"
+    of_node = verb.startswith(("share.", "audit.")) and verb not in BACKUP_VERBS
+    sender = "node2" if of_node else "balancer" if verb in BALANCER_VERBS else "alice"
     with zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         connect_options(dealer, live.identities[sender].transport, live.world.cluster.nodes[NODE])
         dealer.rcvtimeo = 10_000

@@ -303,6 +303,11 @@ class Opener:
     def __repr__(self) -> str:
         return f"Opener({len(self._shared)})"
 
+    @property
+    def public(self) -> bytes:
+        """Its public key, 32 bytes."""
+        return self._public
+
     def open(self, sealed: bytes, context: bytes) -> bytes:
         """The plain part; ``InvalidTag`` of pyca/cryptography, or ``ValueError``, if it does not open."""
         sent = sealed[:32]

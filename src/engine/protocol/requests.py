@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -11,6 +11,7 @@ from engine.protocol.settings import KeyState
 from engine.protocol.wire import Aad, Blob, Codec, Data, Digest, Identifier, Name, Request, Text, UInt
 
 __all__ = [
+    "BACKUP_VERBS",
     "BALANCER_VERBS",
     "CLIENT_VERBS",
     "MANIFEST_VERBS",
@@ -755,6 +756,60 @@ class Recalled(Message, frozen=True):
     entries: Annotated[list[SyncEntry], Meta(max_length=256)]
 
 
+ArchivePart = Annotated[bytes, Meta(max_length=62 * 1024)]
+
+
+class ShareExport(Message, frozen=True):
+    """Client to holder: ``[order, run, part]``: a part of the archive of its shares, which the operators ordered.
+
+    Part 0 is the head, and begins a new archive; its ``run`` is empty. The others come in their order.
+    """
+
+    order: Annotated[bytes, Meta(max_length=24 * 1024)]
+    run: MaybeIdentifier
+    part: UInt
+
+
+class ExportedPart(Message, frozen=True):
+    """``[run, data, last]``: head, page or end of an archive (``engine.protocol.backup``)."""
+
+    run: Identifier
+    data: ArchivePart
+    last: bool
+
+
+class ShareRestore(Message, frozen=True):
+    """Client to node: ``[run, part, data, contributions]``: a part of an archive that it is to restore.
+
+    Part 0 is the head, with the contributions of enough operators; its ``run`` is empty.
+    """
+
+    run: MaybeIdentifier
+    part: UInt
+    data: ArchivePart
+    contributions: Annotated[list[Annotated[bytes, Meta(max_length=1024)]], Meta(max_length=32)]
+
+
+class RestoredShare(Message, frozen=True):
+    """What became of one archived key: ``[key_id, outcome, text, receipt]``.
+
+    ``restored``: its share is stored and checked, which the receipt says; ``present``: it was there; ``noted``: its
+    documents are kept, there was no share; ``destroyed``: it is, and stays so; ``refused``: the text says why.
+    """
+
+    key_id: Identifier
+    outcome: Literal["restored", "present", "noted", "destroyed", "refused"]
+    text: Text
+    receipt: Annotated[bytes, Meta(max_length=1024)]
+
+
+class RestoredPart(Message, frozen=True):
+    """``[run, results]``: the results are of the keys in a page, in their order."""
+
+    run: Identifier
+    results: Annotated[list[RestoredShare], Meta(max_length=1024)]
+
+
 class Lacking(Message, frozen=True):
     """Node to registry: ``[keys]``: of these keys, as (key_id, epoch), it is a holder, and has no share any more."""
 
@@ -965,6 +1020,8 @@ SHARE_LEAVE: Final = "share.leave"
 SHARE_SETTINGS: Final = "share.settings"
 SHARE_RECALL: Final = "share.recall"
 SHARE_MANY: Final = "share.many"
+SHARE_EXPORT: Final = "share.export"
+SHARE_RESTORE: Final = "share.restore"
 STATS: Final = "stats"
 MOVE: Final = "move"
 BOOKS: Final = "books"
@@ -1018,6 +1075,8 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     SHARE_SETTINGS: (ShareSettings, Empty),
     SHARE_RECALL: (ShareRecall, Recalled),
     SHARE_MANY: (Bundle, BundleResults),
+    SHARE_EXPORT: (ShareExport, ExportedPart),
+    SHARE_RESTORE: (ShareRestore, RestoredPart),
     STATS: (Empty, NodeStats),
     MOVE: (Move, MoveResults),
     BOOKS: (Sync, SyncPage),
@@ -1049,6 +1108,8 @@ balancer_status_codec: Final = Codec(BalancerStatus, "reply to status")
 
 CLIENT_VERBS: Final = frozenset(RequestType)
 MANIFEST_VERBS: Final = frozenset({MANIFEST_FETCH, MANIFEST_OFFER})
+BACKUP_VERBS: Final = frozenset({SHARE_EXPORT, SHARE_RESTORE})
+"""Sent by a client, whose rights do not count: operators' signatures do."""
 BALANCER_VERBS: Final = frozenset({STATS, MOVE, BOOKS})
 NODE_VERBS: Final = frozenset(
     {
