@@ -327,12 +327,12 @@ class Restorer(FollowsCluster):
                     outcome: Outcome = "destroyed" if isinstance(error, StaleKey) else "refused"
                     taken.append((key, outcome, str(error)[:1024], None))
         results, names = [], []
-        for key, outcome, text, record in taken:
+        for key, outcome, text, checked in taken:
             receipt = b""
-            mine = record.manifest.holder(running.reader.archive.node) if record is not None else None
-            if record is not None and mine is not None and key.sealed and outcome in ("restored", "present"):
-                receipt = self._holder.receipt(record, mine.x)
-                names.append(record.manifest.name)
+            mine = checked.manifest.holder(running.reader.archive.node) if checked is not None else None
+            if checked is not None and mine is not None and key.sealed and outcome in ("restored", "present"):
+                receipt = self._holder.receipt(checked, mine.x)
+                names.append(checked.manifest.name)
             results.append(RestoredShare(key.key_id, outcome, text, receipt))
         return results, names
 

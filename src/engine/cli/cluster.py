@@ -280,7 +280,11 @@ def _retiring(before: ChainView | None, members: Iterable[Member], retired: Iter
     found = []
     for member in members:
         old, retiring = known.get(member.name), kept.get(member.name)
-        changed = old is not None and member.role != "operator" and old.curve_public != member.curve_public
+        # One with another signing key is another machine by that name: the old one's key is good no more.
+        same = old is not None and member.role != "operator" and old.sign_public == member.sign_public
+        changed = same and old is not None and old.curve_public != member.curve_public
+        if old is not None and not same:
+            retiring = None
         if changed and retiring is not None:
             raise ManifestError(
                 f"{member.name!r} has a retiring key already; sign one with --retire {member.name} first"

@@ -72,6 +72,7 @@ class _Sections(click.Group):
             "cluster": "cluster",
             "node": "node",
             "registry": "registry",
+            "backup": "backup",
             "audit": "audit",
             "attack": "attack",
         },

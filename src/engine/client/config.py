@@ -45,6 +45,7 @@ __all__ = [
     "read_card",
     "rotate_curve",
     "secret_source",
+    "stretched",
     "write_card",
     "write_private",
     "write_toml",
@@ -313,7 +314,7 @@ def create_identity(path: Path, name: str, role: Role, passphrase: str = "") -> 
     private = Ed25519PrivateKey.generate()
     salt = os.urandom(16) if passphrase else b""
     protection: serialization.KeySerializationEncryption = (
-        serialization.BestAvailableEncryption(_stretched(passphrase, salt))
+        serialization.BestAvailableEncryption(stretched(passphrase, salt))
         if passphrase
         else serialization.NoEncryption()
     )
@@ -334,7 +335,7 @@ def create_identity(path: Path, name: str, role: Role, passphrase: str = "") -> 
     return Identity(name, role, curve, SigningKey(name, private))
 
 
-def _stretched(passphrase: str, salt: bytes) -> bytes:
+def stretched(passphrase: str, salt: bytes) -> bytes:
     """The passphrase through scrypt (RFC 7914; 128 MiB, OWASP's parameters): PKCS#8's own 2,048 rounds are too few."""
     return Scrypt(salt=salt, length=32, n=2**17, r=8, p=1).derive(passphrase.encode()).hex().encode()
 
@@ -347,7 +348,7 @@ def load_identity(path: str | os.PathLike[str], passphrase: str = "") -> Identit
     try:
         private = serialization.load_pem_private_key(
             values.signing_key.encode(),
-            _stretched(passphrase, bytes.fromhex(values.kdf_salt)) if passphrase and values.kdf_salt else None,
+            stretched(passphrase, bytes.fromhex(values.kdf_salt)) if passphrase and values.kdf_salt else None,
         )
     except (ValueError, TypeError, PycaUnsupported):
         # The cause may quote the key, so it is not chained.
