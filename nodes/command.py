@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import click
+import msgspec
 import structlog
 
 from engine._version import __version__
@@ -21,7 +22,9 @@ from engine.protocol.manifest import CLOCK_SKEW_MS
 from nodes import rotation
 from nodes.audit import AuditNames
 from nodes.clock import time_text
-from nodes.config import NodeConfig, PinSource, load_node_config
+from nodes.config import NodeConfig, PinSource, load_node_config, token_module
+from nodes.drill import DrillInput
+from nodes.drill import drill as run_drill
 from nodes.health import CKR_PIN_INCORRECT, EXIT_PIN, EXIT_TOKEN, Kind, TokenFault
 from nodes.rotation import STORE_NAME, rotate
 from nodes.server import Server, find_sharers, load_membership
@@ -34,6 +37,7 @@ CHECK_TIMEOUT_S = 600
 CHECK_ALARM_S = 60
 MAX_WITNESS = 1_000
 PROGRESS_ROWS = 1_000
+MAX_DRILL = 64 * 1024 * 1024
 
 log = structlog.get_logger()
 
@@ -240,6 +244,33 @@ def check_token(config_path: Path, same_kek: bool) -> None:
         click.echo(name)
     for name, lacking in token.missing.items():
         click.echo(f"{name}: missing {lacking}")
+
+
+@main.command(hidden=True)
+@click.option("--backup", "folder", required=True, type=click.Path(path_type=Path))
+@click.option("--work", required=True, type=click.Path(path_type=Path))
+@click.option("--pin", required=True)
+@click.option("--module", default="")
+def drill(folder: Path, work: Path, pin: str, module: str) -> None:
+    """Restore a backup under a throw-away token, and tell by a JSON line for each key what it shows.
+
+    The key that the contributions are sealed to comes on the standard input, and they with it.
+    """
+    configure_logging("error")
+    harden_process()
+    told = msgspec.json.decode(sys.stdin.buffer.read(MAX_DRILL), type=DrillInput)
+
+    def restored(node: str, done: int) -> None:
+        _line({"node": node, "done": done})
+
+    shown = run_drill(folder, bytes.fromhex(pin), work, token_module(module), told.secret, told.contributions, restored)
+    for each in shown:
+        _line(msgspec.to_builtins(each))
+
+
+def _line(told: object) -> None:
+    sys.stdout.write(msgspec.json.encode(told).decode() + "\n")
+    sys.stdout.flush()
 
 
 @main.command()

@@ -233,14 +233,15 @@ def _token(path: str | os.PathLike[str], file: _File) -> TokenConfig:
     shared_with = resolve(path, file.token.shared_with) if file.token.shared_with else None
     if shared_with is not None and shared_with == resolve(path, file.data):
         raise ConfigError(f"{path}: token.shared_with names this node's own data folder {shared_with}")
-    return TokenConfig(_module(told["module"]), told["label"], _pin_source(path, told["pin"]), shared_with)
+    return TokenConfig(token_module(told["module"]), told["label"], _pin_source(path, told["pin"]), shared_with)
 
 
 def _pin_source(path: str | os.PathLike[str], text: str) -> PinSource:
     return secret_source(path, "token.pin", text, PinSource)
 
 
-def _module(text: str) -> Path:
+def token_module(text: str) -> Path:
+    """The PKCS#11 module of this path; SoftHSM, where it is installed, if none is told."""
     if text:
         module = Path(text)
         try:

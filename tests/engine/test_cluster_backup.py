@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import zmq
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 from reborn import reborn, replace_node, sign_again
 from whole_keys import create_whole_key
 
@@ -23,7 +24,7 @@ from engine import LocalCluster
 from engine.cli.main import run
 from engine.client import backup as backups
 from engine.client.client import load_settings
-from engine.client.config import Identity, create_identity, load_identity
+from engine.client.config import Identity, create_identity, load_identity, write_private, write_toml
 from engine.client.membership import Servers
 from engine.client.recovery import create_recovery, load_recovery, read_recovery_card
 from engine.client.transport import Channel, ask
@@ -38,10 +39,12 @@ from engine.errors import (
 )
 from engine.protocol.backup import (
     ORDER_LIFETIME_MAX_MS,
+    ArchiveEnd,
     ExportOrder,
     add_order_signature,
     check_combined,
     decrypt_share,
+    encrypt_share,
     issue_export_order,
     key_record,
     sign_recovery_card,
@@ -50,6 +53,7 @@ from engine.protocol.manifest import Cluster, Member, issue_cluster_manifest
 from engine.protocol.refresh import Opener
 from engine.protocol.requests import SHARE_EXPORT, SHARE_RESTORE, ShareExport, ShareRestore
 from engine.protocol.signed import SigningKey, sign_envelope
+from engine.sharing import SecretBuffer
 
 PASSPHRASE = "correct horse battery staple"
 NODES, THRESHOLD, SHARES = 4, 2, 3
@@ -65,7 +69,8 @@ class Story:
     cluster: LocalCluster
     root: Path
     folders: dict[str, Path]
-    passphrases: dict[str, Path]
+    secrets: dict[str, str]
+    nodes: dict[str, SigningKey]
     operators: dict[str, Identity]
     backup: Path
     made: dict[str, bytes] = field(default_factory=dict)
@@ -94,7 +99,7 @@ class Story:
         return raw
 
     def opener(self, name: str) -> Opener:
-        return load_recovery(self.folders[name] / "recovery.toml", name, PASSPHRASE)
+        return load_recovery(self.folders[name] / "recovery.toml", name, self.secrets[name])
 
     def contributions(self, cluster: Cluster, *names: str, **changes: Any) -> list[Path]:
         """Files of the contributions of these operators to a restore into a cluster."""
@@ -133,18 +138,24 @@ def a_story(cluster: LocalCluster, root: Path) -> Story:
     secret = (cluster.path / "secrets" / "operator.passphrase").read_text(encoding="ascii").strip()
     operators = {"operator": load_identity(cluster.path / "operator" / "identity.toml", secret)}
     folders = {name: root / name for name in NAMES}
-    passphrases = {}
+    secrets = {"operator": secret, "bob": PASSPHRASE, "carol": f"{PASSPHRASE}!"}
     for name, folder in folders.items():
         folder.mkdir(mode=0o700)
-        if name != "operator":
-            operators[name] = create_identity(folder / "identity.toml", name, "operator", PASSPHRASE)
-        create_recovery(folder / "recovery.toml", folder / f"{name}.recovery", operators[name], PASSPHRASE)
-        passphrases[name] = root / f"{name}.passphrase"
-        passphrases[name].write_text(PASSPHRASE, encoding="ascii")
-        passphrases[name].chmod(0o600)
+        if name == "operator":
+            shutil.copy(cluster.path / "operator" / "identity.toml", folder)
+        else:
+            operators[name] = create_identity(folder / "identity.toml", name, "operator", secrets[name])
+        create_recovery(folder / "recovery.toml", folder / f"{name}.recovery", operators[name], secrets[name])
+        pin = cluster.cluster.pin.hex()
+        told = {"version": 1, "identity": "identity.toml", "manifest": "cluster.manifest", "manifest_pin": pin}
+        write_toml(folder / "operator.toml", told)
+        write_private(folder / "passphrase", secrets[name].encode())
     members = [*cluster.cluster.members.values(), operators["bob"].member(), operators["carol"].member()]
     sign_again(cluster, members, quorum=2)
-    story = Story(cluster, root, folders, passphrases, operators, root / "backup")
+    for folder in folders.values():
+        shutil.copy(cluster.path / "cluster.manifest", folder)
+    nodes = {name: load_identity(cluster.path / "nodes" / name / "identity.toml").signing for name in cluster.nodes}
+    story = Story(cluster, root, folders, secrets, nodes, operators, root / "backup")
     cluster._await_manifest(cluster.cluster)
     with engine.connect(cluster.client_config) as kq:
         for name, algorithm in {**KEYS, "gone": "aes-256-gcm", "later": "aes-256-gcm", "used": "aes-256-gcm"}.items():
@@ -442,6 +453,89 @@ def test_a_backup_without_a_node_says_which_keys_it_lacks(story: Story, tmp_path
     assert command("backup", "verify", folder) == 2
 
 
+# --- the drill ---
+
+
+def drill(story: Story, backup: Path, *names: str) -> int:
+    words: list[str | Path] = []
+    for name in names:
+        words += ["--operator", story.folders[name], "--passphrase-file", story.folders[name] / "passphrase"]
+    return command("backup", "drill", backup, *words, "-o", "json")
+
+
+def test_a_drill_shows_that_every_key_can_be_restored(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    """By two operators, under a throw-away token of which nothing is left."""
+    memory = Path("/dev/shm")  # noqa: S108 - where the command works
+    before = set(memory.iterdir())
+    assert drill(story, story.backup, "bob", "carol") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["bad"], told["destroyed"], told["good"]) == (0, 1, len(KEYS) + 3)
+    shown = {(each["name"], each["version"]): each for each in told["keys"]}
+    assert {each["shares"] for each in shown.values()} == {SHARES, 0}
+    assert shown["aes", 1]["shown"] == shown["aes", 2]["shown"] == "decrypts what it encrypted"
+    assert shown["ec", 1]["shown"] == shown["rsa", 1]["shown"] == "signs, and its public key verifies"
+    assert shown["hooks", 1]["shown"] == "verifies its own MAC"
+    assert not shown["gone", 1]["shown"]
+    left = [each for each in set(memory.iterdir()) - before if each.name.startswith("keyquorum-drill")]
+    assert not left
+
+
+def test_a_drill_by_too_few_operators_opens_nothing(story: Story, capsys: pytest.CaptureFixture[str]) -> None:
+    assert drill(story, story.backup, "bob") == 2
+    assert "takes contributions of 2 operators, there are 1" in capsys.readouterr().err
+
+
+def plant(story: Story, target: Path, node: str, name: str) -> Path:
+    """A copy of the backup in which a node, by its own hand, put a wrong share of a key; every signature is good."""
+    shutil.copytree(story.backup, target)
+    cluster, now = backups.open_folder(story.backup)[1], backups_now()
+    mine = Opener(bytes(range(1, 33)))
+    given = [
+        backups.open_archives(
+            story.backup, story.operators[each], story.opener(each), cluster, now + 60_000, now, mine.public
+        )[0][node]
+        for each in ("bob", "carol")
+    ]
+    path = backups.archive_path(story.backup, node)
+    archive, pages = backups.read_archive(path, cluster)
+    signing = story.nodes[node]
+    parts, previous, keys, shares = [_parts(path)[0]], archive.digest, 0, 0
+    with check_combined(archive, given, cluster, now, {mine.public: mine}.get) as key:
+        for number, page in enumerate(pages, 1):
+            changed = []
+            for each in page:
+                record = key_record(each, cluster)
+                holder = record.manifest.holder(node)
+                if record.manifest.name == name and each.sealed and holder is not None:
+                    share, salt = decrypt_share(key, archive, record, holder.x, each.sealed)
+                    wrong = salt + bytes([share.y[0] ^ 1]) + share.y[1:]
+                    with SecretBuffer.copy_of(bytearray(wrong)) as plain:
+                        sealed = encrypt_share(key, archive, record, holder.x, plain, 1_000_000 + number)
+                    each = replace(each, sealed=sealed)
+                changed.append(each)
+            raw, previous = archive.sign_page(number, previous, changed, signing)
+            parts.append(raw)
+            keys, shares = keys + len(page), shares + sum(bool(each.sealed) for each in page)
+        end = ArchiveEnd(archive.head.run, len(parts) - 1, keys, shares, previous)
+    _rewrite(backups.archive_path(target, node), [*parts, archive.sign_end(end, signing)])
+    return target
+
+
+def test_a_drill_names_the_node_with_a_wrong_share(
+    story: Story, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody can see it without the operators; the drill can."""
+    holder = backups.verify_backup(story.backup).keys
+    node = next(each.nodes[0] for each in holder.values() if each.name == "hooks")
+    folder = plant(story, tmp_path / "planted", node, "hooks")
+    assert not backups.verify_backup(folder).problems
+    assert drill(story, folder, "bob", "carol") == 2
+    bad = [each for each in json.loads(capsys.readouterr().out)["keys"] if each["problem"]]
+    assert [each["name"] for each in bad] == ["hooks"]
+    assert bad[0]["problem"] == f"the archived share of {node} of 'hooks' does not match its commitment"
+    assert (bad[0]["shares"], bad[0]["shown"]) == (SHARES - 1, "verifies its own MAC"), "the others suffice"
+
+
 # --- one node of a cluster that lives is lost ---
 
 
@@ -591,6 +685,12 @@ def test_a_cluster_that_was_lost_wholly_is_restored(
         assert kq.decrypt("used", kq.encrypt("used", b"once more")) == b"once more"
         kq.refresh_key("ec")
         kq.create_key("new", "aes-256-gcm", threshold=THRESHOLD, shares=SHARES)
+    # A share that a node made wrong is named, and not taken.
+    node = next(each.nodes[0] for each in backups.verify_backup(story.backup).keys.values() if each.name == "hooks")
+    planted = plant(story, story.root / "planted", node, "hooks")
+    assert command("backup", "restore", planted, "--config", client, *told, "-o", "json") == 2
+    wrong = json.loads(capsys.readouterr().out)["refused"]
+    assert any(f"the archived share of {node} of 'hooks' does not match its commitment" in each for each in wrong)
     # Again: nothing is replaced.
     assert command("backup", "restore", story.backup, "--config", client, *told, "-o", "json") == 2
     again = json.loads(capsys.readouterr().out)

@@ -6,15 +6,21 @@ the nodes, as a client; ``drill`` starts a process with throw-away tokens, and n
 
 from __future__ import annotations
 
+import base64
+import json
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import IO, Any, Final, TypeVar, cast
 
 import click
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -513,3 +519,145 @@ def restore(settings: Settings, backup_folder: Path, files: tuple[str, ...]) -> 
     if done.failed or done.refused:
         raise ClusterError(f"{len(done.failed)} nodes and {len(done.refused)} keys of a node were not restored")
     note("next: stop the balancer, `python -m balancer --rebuild`, and start it; rotate keys whose uses are limited")
+
+
+# --- drill ----------------------------------------------------------------------------------------------------------
+
+
+@backup.command()
+@_where
+@click.option(
+    "--operator",
+    "folders",
+    multiple=True,
+    required=True,
+    metavar="DIR",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="An operator's folder; once for each of k.",
+)
+@click.option("--passphrase-file", "files", multiple=True, metavar="FILE", help="Their passphrases, in the same order.")
+@click.option(
+    "--work",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where it is done; in memory by default.",
+)
+@click.option("--module", default="", metavar="FILE", help="The PKCS#11 module; SoftHSM by default.")
+@common_options()
+@click.pass_obj
+def drill(
+    settings: Settings,
+    backup_folder: Path,
+    folders: tuple[Path, ...],
+    files: tuple[str, ...],
+    work: Path | None,
+    module: str,
+) -> None:
+    """Prove that a backup can be restored: restore all of it under a throw-away token, and use every key once.
+
+    Each archive goes into a fresh store by the code by which a node restores it. Each key is combined of all its
+    shares, held against its check value, and used: it decrypts what it encrypted, signs, or makes a MAC. Whole keys are
+    in this machine meanwhile: take one without a network. Nothing is left: the token's PIN is never written.
+    """
+    if files and len(files) != len(folders):
+        raise click.UsageError(f"{len(files)} passphrase files for {len(folders)} operators; one for each is needed")
+    _, then = backups.open_folder(backup_folder, _known_cluster(folders[0], None).pin)
+    secret = X25519PrivateKey.generate()
+    opened = _open_for_drill(settings, backup_folder, then, folders, files, secret.public_key().public_bytes_raw())
+    told = {
+        "secret": base64.b64encode(secret.private_bytes_raw()).decode("ascii"),
+        "contributions": [base64.b64encode(each).decode("ascii") for each in opened],
+    }
+    begun_s = time.monotonic()
+    with _work_folder(work) as place:
+        shown = _run_drill(settings, backup_folder, then, place, module, json.dumps(told).encode())
+    bad = [each for each in shown if each["problem"]]
+    live = [each for each in shown if each["shown"]]
+    rows = [(each["name"], each["version"], each["algorithm"], each["shares"], _outcome(each)) for each in shown]
+    value = {
+        "folder": str(backup_folder),
+        "cluster": then.name,
+        "keys": shown,
+        "good": len(live),
+        "destroyed": len(shown) - len(live) - len(bad),
+        "bad": len(bad),
+        "seconds": round(time.monotonic() - begun_s, 1),
+    }
+    table(settings, ("KEY", "VERSION", "ALGORITHM", "SHARES", "SHOWN"), rows, value)
+    gone = value["destroyed"]
+    note(f"{len(live)} keys were restored and used in {value['seconds']} s, {gone} are destroyed, {len(bad)} failed")
+    if bad:
+        raise ClusterError(f"{len(bad)} keys could not be restored; the first: {bad[0]['name']}: {bad[0]['problem']}")
+
+
+def _outcome(told: dict[str, Any]) -> str:
+    return f"FAILED: {told['problem']}" if told["problem"] else told["shown"] or "destroyed"
+
+
+def _open_for_drill(
+    settings: Settings, where: Path, then: Cluster, folders: Sequence[Path], files: Sequence[str], public: bytes
+) -> list[bytes]:
+    """Each operator's contributions, sealed to a key that is thrown away."""
+    made: list[bytes] = []
+    for number, folder in enumerate(folders):
+        if not files:
+            note(f"opening the pieces of the operator in {folder}")
+        identity, passphrase = _unlock(folder, files[number] if files else None)
+        opener = load_recovery(folder / RECOVERY_FILE, identity.name, passphrase)
+        now = _now_ms()
+        given, problems = backups.open_archives(where, identity, opener, then, now + _UNITS_MS["d"], now, public)
+        if problems:
+            raise ManifestError(f"{identity.name}: {problems[0]}")
+        made += given.values()
+    return made
+
+
+@contextmanager
+def _work_folder(work: Path | None) -> Iterator[Path]:
+    """An empty folder of mode 0700, in memory if none is told; it is gone afterwards."""
+    above = work
+    if above is None:
+        above = Path("/dev/shm")  # noqa: S108 - a folder of its own is made in it
+        if not os.access(above, os.W_OK):
+            raise ConfigError(f"{above} can't be written; --work names a folder for the drill")
+    place = Path(tempfile.mkdtemp(prefix="keyquorum-drill-", dir=above))
+    try:
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _run_drill(
+    settings: Settings, where: Path, then: Cluster, place: Path, module: str, told: bytes
+) -> list[dict[str, Any]]:
+    """Have a process of its own do it; what each key showed."""
+    keys = {node: count for node, (count, _) in backups.verify_backup(where, then.pin).counts.items()}
+    # -P: the current folder is no place to find modules in.
+    words = [sys.executable, "-P", "-m", "nodes", "drill", "--backup", str(where.resolve()), "--work", str(place)]
+    words += ["--pin", then.pin.hex(), *(("--module", module) if module else ())]
+    shown: list[dict[str, Any]] = []
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as child,
+    ):
+        try:
+            source, sink = cast(IO[bytes], child.stdout), cast(IO[bytes], child.stdin)
+            with suppress(BrokenPipeError):
+                sink.write(told)
+                sink.close()
+            with _node_progress(settings, "restoring") as progress:
+                for line in source:
+                    each = json.loads(line)
+                    if "node" in each:
+                        progress(each["node"], each["done"], keys[each["node"]])
+                    else:
+                        shown.append(each)
+            code = child.wait(DRILL_TIMEOUT_S)
+        finally:
+            child.kill()
+        errors.seek(0)
+        why = errors.read(4096).decode("utf-8", errors="replace").strip().splitlines()
+    if code:
+        message = why[-1].removeprefix("error: ") if why else f"exit code {code}"
+        raise ClusterError(f"the drill failed: {message}")
+    return shown

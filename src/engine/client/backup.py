@@ -62,10 +62,13 @@ __all__ = [
     "BackedUpKey",
     "Report",
     "Restored",
+    "archive_path",
+    "contributions_by_run",
     "contributions_of",
     "create_backup",
     "open_archives",
     "read_archive",
+    "read_parts",
     "restore_backup",
     "verify_backup",
 ]
@@ -449,12 +452,16 @@ def contributions_path(folder: Path, operator: str) -> Path:
 
 def contributions_of(files: Iterable[Path]) -> dict[bytes, list[bytes]]:
     """The contributions in these files, unchecked, by the run of the archive that they are for."""
+    return contributions_by_run(part for path in files for part in read_parts(path))
+
+
+def contributions_by_run(raws: Iterable[bytes]) -> dict[bytes, list[bytes]]:
+    """The same of signed contributions; of an operator's several for one archive the last."""
     found: dict[bytes, dict[str, bytes]] = {}
-    for path in files:
-        for part in read_parts(path):
-            signed = read_unverified(part)
-            told: Contribution = contributions.decode(signed.payload)
-            found.setdefault(told.run, {})[signed.issuer] = part
+    for raw in raws:
+        signed = read_unverified(raw)
+        told: Contribution = contributions.decode(signed.payload)
+        found.setdefault(told.run, {})[signed.issuer] = raw
     return {run: list(each.values()) for run, each in found.items()}
 
 
