@@ -22,6 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from backups import backup_targets
 from documents import document_targets
 from formats import format_targets
 from targets import Finding, Target, by_name, codec_targets, frame_targets, modules
@@ -41,7 +42,9 @@ MEMORY_MAX: Final = 512 * 1024 * 1024
 
 def all_targets() -> dict[str, Target]:
     """Every target by its name."""
-    return by_name([*codec_targets(), *frame_targets(), *document_targets(), *format_targets(), *zmtp_targets()])
+    return by_name(
+        [*codec_targets(), *frame_targets(), *document_targets(), *format_targets(), *zmtp_targets(), *backup_targets()]
+    )
 
 
 @dataclass

@@ -45,7 +45,7 @@ from balancer.series import SeriesError, read_events, read_reply, read_values
 from engine import failpoints
 from engine.cli.audit import _json_line
 from engine.cli.audit import _text as _text_line
-from engine.cli.cluster import _pin_bytes, _read_policy
+from engine.cli.cluster import _read_policy, pin_bytes
 from engine.cli.output import decode_bytes
 from engine.client.calls import check_name
 from engine.client.config import CARD_PREFIX, ClientConfig, load_cluster, load_config, load_identity, read_card
@@ -573,7 +573,7 @@ def _take_failpoints(data: bytes) -> str:
 
 
 def _take_pin_hex(data: bytes) -> str:
-    require(len(_pin_bytes(_text(data))) == 32, "a pin of another length")
+    require(len(pin_bytes(_text(data))) == 32, "a pin of another length")
     return "accepted"
 
 
@@ -1268,7 +1268,7 @@ def format_targets() -> list[Target]:
         change_text,
         values,
         1,
-        "engine.cli.cluster._pin_bytes",
+        "engine.cli.cluster.pin_bytes",
     )
     globs = lambda: [b"app/*\napp/orders", b"b[ao]x\nbox", b"*a*a*a*b\naaaaaaaaaaaaaaaaaaaaaaaa", b"[!a-c]?*\ndef"]  # noqa: E731
     target(

@@ -35,6 +35,8 @@ ELSEWHERE: Final[dict[str, str]] = {
     "engine.client.config.create_identity": "the name that an operator gives; the same rule as in an identity file",
     "engine.client.config.Identity.member": "its own CURVE key, which load_identity has checked",
     "balancer.mark.Mark.__init__": "its own file, beside its data",
+    "nodes.command.drill": "what its parent, the command, writes to it",
+    "engine.cli.backup._run_drill": "what its child writes to it",
     "nodes.command.check_token": "what its parent, the node, writes to it",
     "nodes.supervisor._Parent._hear": "what its child, the node, writes to it; whole frames of a fixed size alone",
     "nodes.server.Server.__init__": "its own CURVE key, which load_identity has checked",

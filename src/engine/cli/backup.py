@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from engine.cli.chains import view_chain
-from engine.cli.cluster import own_chain
+from engine.cli.cluster import own_chain, pin_bytes
 from engine.cli.identity import IDENTITY_FILE, open_operator, passphrase_option, read_passphrase
 from engine.cli.output import (
     Settings,
@@ -344,7 +344,7 @@ def verify(settings: Settings, backup_folder: Path, pin: str | None, list_keys: 
     Every signature, the order, that no page is missing, and that t shares of one epoch of each key are there. That the
     shares are right, `keyquorum backup drill` shows.
     """
-    pinned = bytes.fromhex(pin) if pin else None
+    pinned = pin_bytes(pin) if pin else None
     with _node_progress(settings, "verifying") as progress:
         report = backups.verify_backup(backup_folder, pinned, progress)
     _show(settings, backup_folder, report, list_keys=list_keys)

@@ -338,7 +338,7 @@ def countersign(
     chain = _read_chain(file)
     own = own_chain(folder)
     known = view_chain(own) if own else None
-    pinned = known.pin if known else _pin_bytes(pin) if pin else None
+    pinned = known.pin if known else pin_bytes(pin) if pin else None
     view = view_chain(chain, pinned)
     if known is not None and view.serial < known.serial:
         raise ManifestError(f"{file}: has serial {view.serial}, this operator knows {known.serial} already")
@@ -382,7 +382,7 @@ def show(settings: Settings, file: str, pin: str | None) -> None:
         member = read_card(Path(file))
         emit(settings, _member_json(member))
         return
-    view = view_chain(_read_chain(file), _pin_bytes(pin) if pin else None)
+    view = view_chain(_read_chain(file), pin_bytes(pin) if pin else None)
     if settings.json:
         emit(settings, _json(view))
         return
@@ -614,7 +614,7 @@ def join(settings: Settings, folder: Path, file: str, pin: str | None, passphras
         raise ManifestError(f"{folder}: trusts the cluster with the pin {pinned}; a member belongs to one cluster")
     if not pin and not pinned:
         raise click.UsageError("the first time --pin is needed")
-    view = view_chain(chain, _pin_bytes(pinned or str(pin)))
+    view = view_chain(chain, pin_bytes(pinned or str(pin)))
     if not view.complete:
         raise ManifestError(f"{file}: signed by {len(view.signers)} of {view.needed} operators needed")
     _check_own_entry(identity, view)
@@ -662,7 +662,7 @@ def own_chain(folder: Path) -> bytes:
     if not trust.manifest_pin or not file.exists():
         return b""
     chain = file.read_bytes()
-    view_chain(chain, _pin_bytes(trust.manifest_pin))
+    view_chain(chain, pin_bytes(trust.manifest_pin))
     return chain
 
 
@@ -688,7 +688,7 @@ def _read_chain(file: str) -> bytes:
     return chain
 
 
-def _pin_bytes(pin: str) -> bytes:
+def pin_bytes(pin: str) -> bytes:
     try:
         found = bytes.fromhex(pin)
     except ValueError:

@@ -494,10 +494,11 @@ class ArchiveReader:
     def page(self, raw: bytes) -> list[ArchivedKey]:
         """The keys of the next page."""
         node = self.archive.node
-        page = archive_pages.decode(self._signed(raw, _PAGE_KIND).payload)
+        signed = self._own(verify_envelope(raw, _PAGE_KIND, self._cluster.sign_key_ever("node")))
+        page = archive_pages.decode(signed.payload)
         if (page.run, page.index, page.previous) != (self.archive.head.run, self._index + 1, self._last):
             raise ManifestError(f"archive of {node!r}: a page {page.index} that is not its page {self._index + 1}")
-        self._index, self._last = page.index, read_unverified(raw).digest
+        self._index, self._last = page.index, signed.digest
         self._keys += len(page.keys)
         self._shares += sum(bool(each.sealed) for each in page.keys)
         return page.keys
@@ -516,13 +517,13 @@ class ArchiveReader:
 
     def read_end(self, raw: bytes) -> ArchiveEnd:
         """The end of this archive, which may not have been read yet."""
-        end = archive_ends.decode(self._signed(raw, _END_KIND).payload)
+        signed = self._own(verify_envelope(raw, _END_KIND, self._cluster.sign_key_ever("node")))
+        end = archive_ends.decode(signed.payload)
         if end.run != self.archive.head.run:
             raise ManifestError(f"archive of {self.archive.node!r}: its end is of another one")
         return end
 
-    def _signed(self, raw: bytes, kind: str) -> Signed:
-        signed = verify_envelope(raw, kind, self._cluster.sign_key_ever("node"))
+    def _own(self, signed: Signed) -> Signed:
         if signed.issuer != self.archive.node:
             raise ManifestError(f"archive of {self.archive.node!r}: a part of it is signed by {signed.issuer!r}")
         return signed
