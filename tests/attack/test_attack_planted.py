@@ -24,7 +24,7 @@ WEAK = {
     "node2": ["size", "ledger", "short_macs", "listing"],
     "node3": ["handshake", "policy", "nonces"],
     "node4": ["signatures", "oracle", "combiner"],
-    "node5": ["release", "existence", "crash"],
+    "node5": ["release", "existence", "crash", "export"],
 }
 FOUND = {
     "gate": "transport.strangers",
@@ -44,6 +44,7 @@ FOUND = {
     "nonces": "data.nonces",
     "canonical": "frames.malformed",
     "crash": "frames.malformed",
+    "export": "rights.backups",
 }
 """Which attack finds which weakness."""
 ALSO = {
@@ -51,6 +52,7 @@ ALSO = {
     "policy": {"node5"},
     "release": {"node4"},
     "existence": {"node3"},
+    "export": {"node4"},
     # Two ciphertexts of node3, with its one nonce, may be the same: then each node opens a mixture of them.
     "oracle": set(WEAK),
 }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from engine.attack.model import Attack, NotRun, Trial
 from engine.attack.stage import REFUSALS, Answer, Stage, judge, now_ms
 from engine.attack.target import PREFIX
 from engine.keys import OPERATIONS, USES, RequestType
+from engine.protocol.backup import ExportOrder, add_order_signature, issue_export_order, sign_recovery_card
 from engine.protocol.manifest import AbortNotice, CreateOrder, DestroyOrder, RefreshOrder, ReshareOrder
 from engine.protocol.requests import (
     AUDIT_HEAD,
@@ -25,8 +29,10 @@ from engine.protocol.requests import (
     SHARE_ABORT,
     SHARE_COMMIT,
     SHARE_DESTROY,
+    SHARE_EXPORT,
     SHARE_PREPARE,
     SHARE_RELEASE,
+    SHARE_RESTORE,
     STATS,
     Abort,
     AuditNotice,
@@ -49,12 +55,14 @@ from engine.protocol.requests import (
     Sealed,
     Settings,
     ShareCommit,
+    ShareExport,
     SharePrepare,
     ShareRelease,
+    ShareRestore,
     Sync,
 )
 from engine.protocol.settings import SettingsOrder, issue_settings
-from engine.protocol.signed import sign_envelope
+from engine.protocol.signed import SigningKey, sign_envelope
 
 __all__ = ["ATTACKS"]
 
@@ -366,6 +374,46 @@ def unsigned_orders(stage: Stage, trial: Trial) -> None:
     trial.control(answer.code == "ok", "the key is there all the same", answer.seen)
 
 
+def backups(stage: Stage, trial: Trial) -> None:
+    """Archives of all shares by an order that the operators did not sign."""
+    mine = stage.me.signing
+    operators = stage.cluster.of_role("operator")
+    forged = [SigningKey(each.name, Ed25519PrivateKey.generate()) for each in operators]
+    public = X25519PrivateKey.generate().public_key().public_bytes_raw()
+
+    def order(first: SigningKey, *others: SigningKey, cards: Sequence[bytes]) -> bytes:
+        told = ExportOrder(os.urandom(16), stage.cluster.pin, 1, list(cards), stage.me.name, now_ms() + 60_000)
+        raw = issue_export_order(told, first, now_ms())
+        for each in others:
+            raw = add_order_signature(raw, each)
+        return raw
+
+    own_card = sign_recovery_card(mine.name, public, mine)
+    forged_cards = [sign_recovery_card(each.name, public, each) for each in forged]
+    tries = {
+        "an order of the client's, to itself": order(mine, cards=[own_card]),
+        "an order of the client's, to operators": order(mine, cards=forged_cards),
+        "a forged order of all operators": order(*forged, cards=forged_cards),
+        "a forged order, to the client": order(*forged, cards=[own_card]),
+        "an order to destroy": _signed(stage, "order.destroy", DestroyOrder(os.urandom(16), "x", now_ms() + 60_000)),
+        "no order": b"",
+    }
+    restores = {
+        "a restore of nothing": ShareRestore(b"", 0, b"", []),
+        "a restore of an order": ShareRestore(b"", 0, tries["a forged order of all operators"], []),
+        "a later part of a restore": ShareRestore(os.urandom(16), 1, b"x", []),
+    }
+    for node in stage.nodes:
+        answer = stage.ask_one(node, RequestType.STATUS, Empty())
+        trial.control(answer.code == "ok", f"a verb that the client may use, status, at {node}", answer.seen)
+        for what, raw in tries.items():
+            answer = stage.ask_one(node, SHARE_EXPORT, ShareExport(raw, b"", 0))
+            trial.case(answer.code in REFUSALS, what, node, answer.seen)
+        for what, message in restores.items():
+            answer = stage.ask_one(node, SHARE_RESTORE, message)
+            trial.case(answer.code in REFUSALS, what, node, answer.seen)
+
+
 _THREAT = "docs/security.md, Who has a client's key"
 ATTACKS: Final = (
     Attack(
@@ -425,5 +473,13 @@ ATTACKS: Final = (
         f"{_THREAT}; CWE-345",
         unsigned_orders,
         needs=frozenset({"second"}),
+    ),
+    Attack(
+        "rights.backups",
+        "Backups without the operators' order",
+        "the shares of all keys",
+        "each is refused at each node",
+        f"{_THREAT}; docs/protocol.md, Backups; CWE-862",
+        backups,
     ),
 )

@@ -126,6 +126,19 @@ def release() -> None:
     ShareHolder.release = give  # type: ignore[method-assign]
 
 
+def export() -> None:
+    """Take an export order of whoever signed it."""
+    from engine.protocol import backup
+    from engine.protocol.signed import read_unverified
+    from nodes import archive
+
+    def opened(raw: bytes, cluster: Any, now_ms: Any) -> Any:
+        order, _ = backup.read_export_order(raw)
+        return order, [backup.recovery_cards.decode(read_unverified(each).payload) for each in order.recipients]
+
+    archive.open_export_order = opened
+
+
 def _uses(verb: str, change: Callable[[Any, Any, Any], Callable[..., bytes]]) -> None:
     """Have the uses of keys with one verb be others: ``change`` is given lane, key and the genuine use."""
     from nodes.token import Lane
@@ -222,7 +235,7 @@ def crash() -> None:
 PLANTED: dict[str, Callable[[], None]] = {
     each.__name__: each
     for each in (gate, size, handshake, verbs, policy, listing, existence, signatures, times, combiner, ledger)
-} | {each.__name__: each for each in (release, short_macs, oracle, nonces, canonical, crash)}
+} | {each.__name__: each for each in (release, export, short_macs, oracle, nonces, canonical, crash)}
 
 
 def _member() -> str:
