@@ -30,6 +30,7 @@ from engine.client.recovery import create_recovery, load_recovery, read_recovery
 from engine.client.transport import Channel, ask
 from engine.errors import (
     AccessDenied,
+    ConfigError,
     EngineError,
     KeyExhausted,
     KeyNotFound,
@@ -37,6 +38,7 @@ from engine.errors import (
     ProtocolError,
     StaleKey,
 )
+from engine.failpoints import POINTS, VARIABLE
 from engine.protocol.backup import (
     ORDER_LIFETIME_MAX_MS,
     ArchiveEnd,
@@ -453,6 +455,30 @@ def test_a_backup_without_a_node_says_which_keys_it_lacks(story: Story, tmp_path
     assert command("backup", "verify", folder) == 2
 
 
+def test_a_node_that_dies_while_it_gives_an_archive_is_named(
+    story: Story, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each step; the backup is made without it, and says so."""
+    cluster, settings = story.cluster, load_settings(story.cluster.client_config)
+    monkeypatch.setattr(backups, "PART_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(backups, "TRIES", 1)
+    for point in EXPORT_POINTS:
+        cluster.stop_node("node3")
+        with monkeypatch.context() as patch:
+            patch.setenv(VARIABLE, f"{point}=kill@{1 if point.endswith(('begun', 'made')) else 2}")
+            cluster.start_node("node3")
+        report = backups.create_backup(settings, story.order(), tmp_path / point, backups_now())
+        assert set(report.missing) == {"node3"}, point
+        assert not report.short
+        assert not backups.archive_path(tmp_path / point, "node3").exists()
+        assert not backups.verify_backup(tmp_path / point).problems
+    cluster.restart("node3")
+    again = backups.create_backup(settings, story.order(), tmp_path / "again", backups_now())
+    assert not again.missing
+    with pytest.raises(ConfigError, match="never overwritten"):
+        backups.create_backup(settings, story.order(), tmp_path / "again", backups_now())
+
+
 # --- the drill ---
 
 
@@ -653,6 +679,34 @@ def test_what_is_not_for_this_node_or_archive_is_refused(story: Story, fresh: Lo
         assert not kq.list_keys()
 
 
+RESTORE_POINTS = [point for point in POINTS if point.startswith("holder.restore.")]
+EXPORT_POINTS = [point for point in POINTS if point.startswith("holder.export.")]
+
+
+def test_a_node_that_dies_while_it_is_restored_goes_on(
+    story: Story, fresh: LocalCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each step; what was stored is there, and what was not comes with the next try."""
+    settings = load_settings(fresh.client_config)
+    files = story.contributions(fresh.cluster, "bob", "carol")
+    monkeypatch.setattr(backups, "PART_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(backups, "TRIES", 1)
+    for point in RESTORE_POINTS:
+        fresh.stop_node("node2")
+        with monkeypatch.context() as patch:
+            # Part 0 is answered; the next one is not.
+            patch.setenv(VARIABLE, f"{point}=kill@{1 if point.endswith('taken') else 2}")
+            fresh.start_node("node2")
+        done = backups.restore_backup(settings, story.backup, files)
+        assert set(done.failed) == {"node2"}, point
+        assert not done.refused
+    fresh.restart("node2")
+    done = backups.restore_backup(settings, story.backup, files)
+    assert not done.failed
+    assert not done.refused
+    assert set(done.counts("node2")) <= {"present", "destroyed"}, "it was stored at the first point already"
+
+
 def test_a_cluster_that_was_lost_wholly_is_restored(
     story: Story, fresh: LocalCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -662,7 +716,8 @@ def test_a_cluster_that_was_lost_wholly_is_restored(
     assert command("backup", "restore", story.backup, "--config", fresh.client_config, *told, "-o", "json") == 0
     done = json.loads(capsys.readouterr().out)
     assert (done["failed"], done["refused"], done["short"]) == ({}, [], [])
-    assert sum(each["restored"] for each in done["nodes"].values()) >= SHARES * (len(KEYS) + 2)
+    total = sum(each["restored"] + each["present"] for each in done["nodes"].values())
+    assert total == SHARES * (len(KEYS) + 3), "each share of each key that was not destroyed"
     fresh.stop_node("balancer")
     rebuild(fresh)
     fresh.start_node("balancer")

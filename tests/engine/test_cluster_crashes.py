@@ -51,6 +51,8 @@ ELSEWHERE = (
     "combiner.quota.",
     "dealer.settings.",
     "holder.settings.",
+    "holder.export.",
+    "holder.restore.",
     "registry.quota.",
     "registry.settings.",
     "registry.due.",

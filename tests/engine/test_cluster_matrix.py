@@ -530,6 +530,8 @@ ELSEWHERE = {
     "registry.expire.": "tests/nodes/test_crash_points.py",
     "registry.refuse.": "tests/nodes/test_crash_points.py",
     "rotate.": "tests/nodes/test_rotation.py",
+    "holder.export.": "tests/engine/test_cluster_backup.py",
+    "holder.restore.": "tests/engine/test_cluster_backup.py",
 }
 """Points of what changes no key, or that are passed where no node is without its process; and who goes through them."""
 SAMPLE = (
