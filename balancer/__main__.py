@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"{options.config}: ok, {settings.identity.name} of {settings.membership.cluster.name}\n")
             return 0
         if options.rebuild:
-            rebuild(settings, options.without)
+            rebuild(settings, options.without, options.backup)
             return 0
         _run(settings, options.lifeline)
     except (ConfigError, ManifestError) as error:
@@ -79,6 +80,7 @@ def _options() -> argparse.ArgumentParser:
     parser.add_argument("--check-config", action="store_true", help="check the configuration and stop")
     parser.add_argument("--rebuild", action="store_true", help="take what the nodes keep into the registry, and stop")
     parser.add_argument("--without", action="append", default=[], metavar="NODE", help="do without a node in --rebuild")
+    parser.add_argument("--backup", type=Path, metavar="FOLDER", help="in --rebuild, what is in a backup counts too")
     parser.add_argument("--log-level", default="", choices=("", *LOG_LEVELS), help="beats KEYQUORUM_LOG_LEVEL")
     parser.add_argument(
         "--lifeline", type=int, metavar="FD", help="stop when this inherited pipe's other end is closed"

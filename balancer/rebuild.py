@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -20,9 +21,10 @@ from balancer.config import Settings, prepare_data
 from balancer.loop import now_ms
 from balancer.mark import Mark
 from balancer.registry import KnownKey, SqliteRegistry, SqlRegistry
+from engine.client.backup import archive_path, read_archive, verify_backup
 from engine.client.membership import Servers
 from engine.client.transport import Channel, ask
-from engine.errors import ConfigError, EngineError, RegistryUnavailable
+from engine.errors import ConfigError, EngineError, ManifestError, RegistryUnavailable
 from engine.protocol.manifest import (
     Cluster,
     KeyRecord,
@@ -154,16 +156,19 @@ class Gathered:
         return True
 
 
-def rebuild(settings: Settings, without: Iterable[str] = ()) -> None:
+def rebuild(settings: Settings, without: Iterable[str] = (), backup: Path | None = None) -> None:
     """Take what all nodes but those ``without`` keep into this balancer's registry; it must not run meanwhile.
 
-    ``RegistryUnavailable`` if a node does not answer, or another balancer leads.
+    Of a ``backup`` the documents in its archives count too, as what their nodes tell. ``RegistryUnavailable`` if a node
+    does not answer, or another balancer leads; ``ManifestError`` if the backup is not whole.
     """
     membership, identity = settings.membership, settings.identity
     gathered = Gathered(membership.cluster)
     left_out = set(without)
     if unknown := left_out - set(membership.cluster.nodes):
         raise ConfigError(f"--without {', '.join(sorted(unknown))}: no such node")
+    if backup is not None:
+        _read_backup(backup, gathered, membership.cluster)
     path = prepare_data(settings)
     mark = Mark(path.with_name(f"{path.name}.mark"))
     registry = _open(settings)
@@ -183,6 +188,28 @@ def rebuild(settings: Settings, without: Iterable[str] = ()) -> None:
         sys.stdout.write(f"{remark}\n")
     told = ", ".join(f"{count} {what}" for what, count in counts.items())
     sys.stdout.write(f"the registry of {identity.name} is up to date: {told}\n")
+
+
+def _read_backup(folder: Path, gathered: Gathered, cluster: Cluster) -> None:
+    """What the archives of a backup tell; no secret is needed for that, and none is opened."""
+    report = verify_backup(folder, cluster.pin, cluster=cluster)
+    if report.problems:
+        raise ManifestError(f"{folder} is not whole: {report.problems[0]}")
+    for node in report.archives:
+        _, pages = read_archive(archive_path(folder, node), cluster)
+        for keys in pages:
+            entries = [
+                SyncEntry(
+                    key.key_id,
+                    "destroyed" if key.state == "destroyed" else "committed",
+                    key.manifest,
+                    key.certificate,
+                    key.document,
+                    key.settings,
+                )
+                for key in keys
+            ]
+            gathered.take(node, SyncPage(entries, False, 0, 0))
 
 
 def _open(settings: Settings) -> SqlRegistry:

@@ -34,6 +34,7 @@ STILL = {"migrate": {"enabled": False}}
 LONG_FILES = (
     "engine/test_cluster_migrate.py",
     "engine/test_cluster_faults.py",
+    "engine/test_cluster_backup.py",
     "engine/test_cli_cluster.py",
     "engine/test_cluster_years.py",
     "engine/test_cluster_matrix.py",

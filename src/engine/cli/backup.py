@@ -518,7 +518,10 @@ def restore(settings: Settings, backup_folder: Path, files: tuple[str, ...]) -> 
         raise ClusterError(f"{len(done.short)} keys have fewer shares back than they need: {names}")
     if done.failed or done.refused:
         raise ClusterError(f"{len(done.failed)} nodes and {len(done.refused)} keys of a node were not restored")
-    note("next: stop the balancer, `python -m balancer --rebuild`, and start it; rotate keys whose uses are limited")
+    note(
+        f"next: with the balancer stopped, keyquorum registry rebuild CONFIG --backup {backup_folder}; "
+        "then rotate the AES keys, and all others whose uses are limited"
+    )
 
 
 # --- drill ----------------------------------------------------------------------------------------------------------
