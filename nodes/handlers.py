@@ -1872,7 +1872,8 @@ class Handlers(FollowsCluster):
 
     def _share_restore(self, call: _Call, body: ShareRestore) -> None:
         """A part of an archive. What comes out of one may be long over: the others are asked, as after an absence."""
-        call.detail = f"part {body.part}"
+        signers = ", ".join(read_unverified(each).issuer for each in body.contributions)
+        call.detail = f"part {body.part}{' by the contributions of ' if signers else ''}{signers}"[:MAX_ERROR_DETAIL]
         sender = call.incoming.member
 
         def work(lane: Lane) -> object:

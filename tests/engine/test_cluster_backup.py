@@ -283,6 +283,46 @@ def test_a_backup_verifies_and_says_what_is_in_it(story: Story, capsys: pytest.C
         assert path.stat().st_mode & 0o077 == 0
 
 
+def test_the_operators_commands_make_an_order(story: Story, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Recovery keys, an order, and a second signature on it; then it is as good as any."""
+    folders, words, order = {}, [], tmp_path / "export.order"
+    for name in NAMES:
+        folders[name] = shutil.copytree(story.folders[name], tmp_path / name)
+        for path in (folders[name] / "recovery.toml", folders[name] / f"{name}.recovery"):
+            path.unlink()
+        passphrase = ("--passphrase-file", folders[name] / "passphrase")
+        assert command("backup", "key", folders[name], *passphrase) == 0
+        assert (folders[name] / "recovery.toml").stat().st_mode & 0o777 == 0o600
+        words += ["--recovery", folders[name] / f"{name}.recovery"]
+    assert command("backup", "key", folders["bob"], "--passphrase-file", folders["bob"] / "passphrase") == 1
+    assert "a recovery key is never overwritten" in capsys.readouterr().err
+    sign: list[str | Path] = ["--operator", folders["bob"], "--passphrase-file", folders["bob"] / "passphrase"]
+    last: list[str | Path] = ["--operator", folders["carol"], "--passphrase-file", folders["carol"] / "passphrase"]
+    make = ["backup", "order", *words, "--client", "local", "--out", order]
+    assert command(*make, *sign, "--threshold", "1") == 1
+    assert "the quorum is 2" in capsys.readouterr().err
+    assert command(*make, *sign, "--valid", "32d") == 1
+    assert command("backup", "order", *words, "--client", "node1", *sign, "--out", order) == 1
+    assert "'node1' is no client" in capsys.readouterr().err
+    assert command(*make, *sign, "--valid", "2h") == 0
+    assert "1 more signatures" in capsys.readouterr().err
+    config = ("--config", story.cluster.client_config)
+    assert command("backup", "create", *config, "--order", order, "--out", tmp_path / "made") == 1
+    assert "1 of 2 signatures needed" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+    assert command("backup", "countersign", *last, order) == 1, "nobody looked at it"
+    assert command("backup", "countersign", *last, order, "--yes") == 0
+    capsys.readouterr()
+    assert command("backup", "create", *config, "--order", order, "--out", tmp_path / "made", "-o", "json") == 0
+    assert json.loads(capsys.readouterr().out)["recipients"] == list(NAMES)
+    assert command("backup", "open", tmp_path / "made", *sign) == 0
+    assert (tmp_path / "made" / "contributions" / "bob").stat().st_mode & 0o777 == 0o600
+    # A recovery key of before opens nothing of what was encrypted to the new one.
+    shutil.copy(story.folders["carol"] / "recovery.toml", folders["carol"])
+    assert command("backup", "open", tmp_path / "made", *last) == 1
+    assert "does not open with this recovery key" in capsys.readouterr().err
+
+
 def test_no_share_is_in_any_file(story: Story) -> None:
     """The shares that enough operators can open are in no file of the backup, and in no log of a node."""
     public = Opener(bytes(range(1, 33)))
@@ -712,8 +752,14 @@ def test_a_cluster_that_was_lost_wholly_is_restored(
     story: Story, fresh: LocalCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By two of three operators, each by a file of their own; then the registry is made of what the nodes have."""
-    files = story.contributions(fresh.cluster, "operator", "carol")
-    told = [part for each in files for part in ("--contribution", each)]
+    told: list[str | Path] = []
+    for name in ("operator", "carol"):
+        out, folder = story.root / f"{name}.contribution", story.folders[name]
+        words = ["--operator", folder, "--passphrase-file", folder / "passphrase", "--out", out]
+        manifest = fresh.path / "cluster.manifest"
+        assert command("backup", "open", story.backup, *words, "--manifest", manifest, "-o", "json") == 0
+        assert json.loads(capsys.readouterr().out)["nodes"] == list(fresh.nodes)
+        told += ["--contribution", out]
     assert command("backup", "restore", story.backup, "--config", fresh.client_config, *told, "-o", "json") == 0
     done = json.loads(capsys.readouterr().out)
     assert (done["failed"], done["refused"], done["short"]) == ({}, [], [])

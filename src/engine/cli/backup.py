@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -142,7 +143,8 @@ def make_key(settings: Settings, folder: Path, passphrase_file: str | None) -> N
 
 
 def _unlock(folder: Path, passphrase_file: str | None) -> tuple[Identity, str]:
-    """The operator in a folder, and the passphrase, which is asked for once."""
+    """The operator in a folder, and the passphrase, which is asked for once. What is opened goes into no core dump."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     file = folder / IDENTITY_FILE
     check_private(file)
     passphrase = read_passphrase(passphrase_file, new=False)

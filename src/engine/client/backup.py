@@ -324,13 +324,12 @@ def _ask(channel: Channel, node: str, verb: str, message: object) -> Any:
 
 
 def _fetch(channel: Channel, node: str, order: bytes, path: Path, report: Report, progress: Progress) -> None:
-    """One node's archive into a file, each part checked as it comes. What it has counts once it is whole."""
+    """One node's archive into a file, each part checked as it comes; it counts once it is whole, as it was written."""
     begun: ExportedPart = _ask(channel, node, SHARE_EXPORT, ShareExport(order, b"", 0))
     reader = ArchiveReader(begun.data, report.cluster)
-    archive, done, shares = reader.archive, 0, 0
+    archive, done = reader.archive, 0
     if archive.node != node or archive.head.order != order:
         raise ManifestError(f"{node} gave the archive of {archive.node!r}, or by another order")
-    found: list[ArchivedKey] = []
     with _writing_parts(path) as write:
         write(begun.data)
         progress(node, 0, archive.head.keys)
@@ -338,16 +337,12 @@ def _fetch(channel: Channel, node: str, order: bytes, path: Path, report: Report
         while not last:
             number += 1
             part: ExportedPart = _ask(channel, node, SHARE_EXPORT, ShareExport(order, begun.run, number))
-            keys = reader.part(part.data)
+            done, last = done + len(reader.part(part.data)), part.last
             write(part.data)
-            found += keys
-            done, shares, last = done + len(keys), shares + sum(bool(each.sealed) for each in keys), part.last
             progress(node, done, archive.head.keys)
     if not reader.ended:
         raise ManifestError(f"the archive of {node} came without its end")
-    report.archives[node], report.counts[node] = archive, (done, shares)
-    for key in found:
-        report.take(node, key)
+    _verify_archive(path, node, order, report, _no_progress)  # what is on the disk is what counts
 
 
 # --- verify ---
