@@ -254,3 +254,17 @@ def test_a_registry_that_is_made_anew_is_told_of_every_key(scene: Scene) -> None
     told = {"committed": "committed", "moved": "committed", "destroyed": "destroyed"}
     assert found == [(each.key_id, told[each.state]) for each in rows if each.state != "prepared"]
     assert (pages > 1, booked(catalogue, after, 7).entries) == (True, [])
+
+
+def test_a_pause_ends_for_nobody_but_by_another_one(world: Any) -> None:
+    """While keys come out of an archive nobody is asked, and whoever answers nonetheless changes nothing."""
+    paused = Returning(world.cluster, "node1", holds=True, paused=True)
+    assert (paused.waits, paused.to_ask) == (True, [])
+    paused.asked(others(world))
+    paused.read_books()
+    assert paused.waits
+    assert not paused.may_release(HOLDERS)
+    with pytest.raises(KeyPending, match="node1 serves no key yet"):
+        paused.check(KEY)
+    lone = replace(world.cluster, members={"node1": world.cluster.nodes["node1"]})
+    assert Returning(lone, "node1", holds=True, paused=True).waits, "also where there is nobody to ask"
