@@ -21,6 +21,7 @@ from world import is_signed_by
 import engine.client.config
 import engine.client.files
 import engine.protocol.audit
+import engine.protocol.backup
 import engine.protocol.grant
 import engine.protocol.manifest
 import engine.protocol.refresh
@@ -190,6 +191,20 @@ def _any_kind(raw: bytes, kind: str, keys: Any, **more: Any) -> Signed:
 
 def _issuer_need_not(raw: bytes, kind: str, keys: Any, **more: Any) -> Signed:
     return _verify_envelope(raw, kind, keys, **{**more, "issuer_signs": False})
+
+
+def _one_is_enough(raw: bytes, kind: str, keys: Any, **more: Any) -> Signed:
+    return _verify_envelope(raw, kind, keys, **{**more, "threshold": 1})
+
+
+def _any_page(self: Any, raw: bytes) -> Any:
+    """A page of the archive's own node, wherever it stands."""
+    signed = _verify_envelope(raw, "backup.page", self._cluster.sign_key_ever("node"))
+    page = engine.protocol.backup.archive_pages.decode(self._own(signed).payload)
+    self._index, self._last = self._index + 1, signed.digest
+    self._keys += len(page.keys)
+    self._shares += sum(bool(each.sealed) for each in page.keys)
+    return page.keys
 
 
 def _counts_signatures(stack: ExitStack) -> None:
@@ -600,6 +615,21 @@ BUGS: Final[dict[str, Bug]] = {
     "signer-twice": Bug("a signer counts as often as it signs", "document/cluster", _counts_signatures, 100_000),
     "first-signature": Bug(
         "only the first signature is checked", "document/cluster", _everywhere(_first_only), 100_000
+    ),
+    "export-quorum": Bug(
+        "one operator's export order is enough",
+        "document/order.export",
+        _replace(engine.protocol.backup, "verify_envelope", _one_is_enough),
+    ),
+    "export-lifetime": Bug(
+        "an export order may be good for ever",
+        "document/order.export",
+        _replace(engine.protocol.backup, "_check_lifetime", lambda what, expires_ms, now_ms: None),
+    ),
+    "page-order": Bug(
+        "a page of an archive may stand anywhere",
+        "document/backup.page",
+        _replace(engine.protocol.backup.ArchiveReader, "page", _any_page),
     ),
     "grant-expiry": Bug(
         "a grant never expires", "document/grant", _replace(engine.protocol.grant, "_check_time", _undying_grant)
