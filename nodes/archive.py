@@ -104,10 +104,11 @@ class Exporter(FollowsCluster):
             raise AccessDenied(f"the export order names {order.courier!r} to bring it, not {sender.name!r}")
         with self._lock:
             if body.part == 0:
+                begun = self._begin(body, cards, sender)
                 self._end()
-                self._export = self._begin(body, cards, sender)
+                self._export = begun
                 failpoint("holder.export.begun")
-                return self._export.last, ()
+                return begun.last, ()
             export = self._running(body.run, sender)
             if body.part == export.part:
                 return export.last, export.names
@@ -119,10 +120,14 @@ class Exporter(FollowsCluster):
             return export.last, export.names
 
     def expire(self) -> None:
-        """Give up an archive that nobody asks for any more."""
-        with self._lock:
+        """Give up an archive that nobody asks for any more; by the loop, which waits for no page that is being made."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             if self._export is not None and self._clock() - self._export.touched_s > IDLE_S:
                 self._end()
+        finally:
+            self._lock.release()
 
     def _end(self) -> None:
         if self._export is not None:
@@ -272,9 +277,10 @@ class Restorer(FollowsCluster):
         """
         with self._lock:
             if body.part == 0:
+                begun = self._begin(body, sender)  # first: what is refused ends nobody's
                 self._end()
-                self._restore = self._begin(body, sender)
-                return self._restore.last, ()
+                self._restore = begun
+                return begun.last, ()
             running = self._restore
             if running is None or (running.last.run, running.courier) != (body.run, sender.name):
                 raise StaleKey("no such archive is being restored here: another one was begun, or it took too long")
@@ -292,10 +298,14 @@ class Restorer(FollowsCluster):
             return running.last, names
 
     def expire(self) -> None:
-        """Give up a restore of which nothing comes any more."""
-        with self._lock:
+        """Give up a restore of which nothing comes any more; by the loop, which waits for no page that is taken in."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             if self._restore is not None and self._clock() - self._restore.touched_s > IDLE_S:
                 self._end()
+        finally:
+            self._lock.release()
 
     def _end(self) -> None:
         if self._restore is not None:

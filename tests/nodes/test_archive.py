@@ -253,6 +253,35 @@ def test_an_archive_that_nobody_asks_for_is_given_up(scene: Scene) -> None:
         scene.send(opened.run, 1, b"", [])
 
 
+def test_the_loop_waits_for_no_page(scene: Scene) -> None:
+    """Its look at what is over comes again; a token may be slow."""
+    scene.committed("orders")
+    order = scene.order()
+    begun = scene.ask(order, b"", 0)
+    scene.send(b"", 0, begun.data, [scene.contribution(begun.data)])
+    scene.monotonic_s = 2 * IDLE_S
+    for each in (scene.exporter, scene.restorer):
+        with each._lock:
+            each.expire()
+    assert scene.exporter._export is not None
+    assert scene.restorer._restore is not None
+    for each in (scene.exporter, scene.restorer):
+        each.expire()
+    assert scene.exporter._export is None
+    assert scene.restorer._restore is None
+
+
+def test_what_is_refused_ends_nobodys_restore(scene: Scene) -> None:
+    """Anybody may send a part 0; one without enough contributions changes nothing."""
+    scene.committed("orders")
+    parts = scene.export()
+    scene.fresh()
+    begun = scene.send(b"", 0, parts[0], [scene.contribution(parts[0])])
+    with pytest.raises(ManifestError, match="takes contributions of 1 operators, there are 0"):
+        scene.send(b"", 0, parts[0], [])
+    assert outcomes(scene.send(begun.run, 1, parts[1], []).results) == ["restored"]
+
+
 def test_an_order_ends_while_its_archive_is_made(scene: Scene) -> None:
     scene.committed("orders")
     order = scene.order()
