@@ -708,7 +708,8 @@ class Service(FollowsCluster):
         return Empty()
 
     def _settings(self, member: str, body: Settings) -> SettingsBooked:
-        return SettingsBooked(self._registry.settings(body.order, self._now_ms()))
+        booked = self._registry.settings(body.order, self._now_ms())
+        return SettingsBooked(booked, self._registry.holders_of(booked))
 
     def _quota(self, member: str, body: Quota) -> QuotaGranted:
         return QuotaGranted(self._registry.quota(body.key_id, body.nonce, member))

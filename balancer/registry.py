@@ -168,6 +168,9 @@ class Registry(Protocol):
     def settings(self, order: bytes, now_ms: int) -> bytes:
         """Book a client's settings of a key; those in force then, countersigned."""
 
+    def holders_of(self, settings: bytes) -> list[str]:
+        """Who holds a share of any version of the key that these settings are of."""
+
     def destroy_due(self, now_ms: int) -> int:
         """Destroy the keys whose time has come; how many settings were carried out."""
 
@@ -909,6 +912,11 @@ class SqlRegistry(FollowsCluster):
             )
             self._note_everywhere(versions)
         return document
+
+    def holders_of(self, settings: bytes) -> list[str]:
+        """The holders of all committed versions: a node may know the versions alone that it holds itself."""
+        rows = self._rows_of(read_settings(settings).order)
+        return sorted({node for row in rows for node in row.holders.decode().split("\n") if node})
 
     def _check_settings(self, wanted: SettingsOrder, current: _Settings | None, now_ms: int) -> None:
         if current is not None and 0 < current.due_ms <= now_ms:

@@ -84,6 +84,7 @@ from engine.protocol.requests import (
     Reserve,
     Reserved,
     Settings,
+    SettingsBooked,
     SettingsInForce,
     ShareCommit,
     ShareLeave,
@@ -647,13 +648,17 @@ class Conversation(FollowsCluster):
         Those that are in force then come back: others, if somebody's came before.
         """
         failpoint("dealer.settings.before")
-        booked = self.ask_registry(talker.channel, REGISTRY_SETTINGS, Settings(settings.raw), deadline_s).settings
+        booked: SettingsBooked = self.ask_registry(
+            talker.channel, REGISTRY_SETTINGS, Settings(settings.raw), deadline_s
+        )
         failpoint("dealer.settings.booked")
-        holders = list(dict.fromkeys(holder.node for entry in entries for holder in entry.manifest.holders))
-        told = self.spread_settings(talker.channel, booked, holders, deadline_s)
+        known = (holder.node for entry in entries for holder in entry.manifest.holders)
+        # The registry knows the holders of versions too that this node has never held.
+        holders = list(dict.fromkeys([*known, *booked.holders]))
+        told = self.spread_settings(talker.channel, booked.settings, holders, deadline_s)
         failpoint("dealer.settings.told")
         confirmed = [name for name in holders if name in told]
-        return SettingsInForce(booked, confirmed, [name for name in holders if name not in told])
+        return SettingsInForce(booked.settings, confirmed, [name for name in holders if name not in told])
 
     def spread_settings(self, channel: Channel, booked: bytes, holders: Sequence[str], deadline_s: float) -> set[str]:
         """Tell holders the settings of a key; who keeps them now. The others learn them from the registry's books."""

@@ -423,3 +423,36 @@ def test_the_audit_logs_tell_who_set_what(cluster: LocalCluster, kq: Engine) -> 
     assert ": disabled, versions from 1" in ordered[0]["detail"]
     assert sorted(each["at"] for each in kept) == sorted(cluster.nodes)
     assert {each["member"] for each in kept} == {ordered[0]["at"]}
+
+
+def keeping(cluster: LocalCluster, name: str) -> set[str]:
+    """The nodes that have settings of a key on their disk."""
+    lineage = bytes.fromhex(lineage_of(cluster, name))
+    found = set()
+    for node in cluster.nodes:
+        path = cluster.data_folder(node) / "shares.db"
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
+            if store.execute("SELECT 1 FROM settings WHERE lineage = ?", (lineage,)).fetchone():
+                found.add(node)
+    return found
+
+
+def lineage_of(cluster: LocalCluster, name: str) -> str:
+    with engine.connect(cluster.client_config) as connected:
+        return connected.key_info(name, version=1).key_id
+
+
+def test_holders_of_other_versions_alone_are_told_at_once(cluster: LocalCluster, kq: Engine) -> None:
+    """No node knows all versions: the first is on two nodes, the next on the three others."""
+    first, second = cluster.nodes[:2], cluster.nodes[2:]
+    create_whole_key(kq, "apart", "aes-256-gcm", threshold=1, shares=2)
+    kq.reshare_key("apart", 1, holders=first, timeout=30)
+    before = kq.encrypt("apart", b"by the first")
+    kq.rotate_key("apart", timeout=30)
+    kq.reshare_key("apart", 2, holders=second, timeout=30)
+    kq.disable_key("apart", timeout=30)
+    assert keeping(cluster, "apart") == set(cluster.nodes)
+    with pytest.raises(KeyDisabled):
+        kq.decrypt("apart", before)
+    kq.enable_key("apart", timeout=30)
+    assert kq.decrypt("apart", before) == b"by the first"

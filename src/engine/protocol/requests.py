@@ -192,9 +192,10 @@ class SettingsInForce(Message, frozen=True):
 
 
 class SettingsBooked(Message, frozen=True):
-    """``[settings]``: those that are in the registry's books, countersigned."""
+    """``[settings, holders]``: those in the registry's books, countersigned, and who holds a share of any version."""
 
     settings: SettingsEnvelope
+    holders: Annotated[list[Name], Meta(max_length=255)]
 
 
 class ShareSettings(Message, frozen=True):
