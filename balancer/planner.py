@@ -38,7 +38,7 @@ def placement_problem(
     shape: tuple[int, int],
     held: Mapping[int, Crowd] | None = None,
 ) -> tuple[PlacementProblem, tuple[int, ...]] | None:
-    """What is to be placed, and the groups by row; None where no warm group is known.
+    """What is to be placed, and the groups by row; None where no warm group is known, or nodes came or went meanwhile.
 
     The load is that of ``load_ahead``: a move takes time, and is for what is to come. Groups that are not warm stay
     where they are; what they need is evenly spread. ``held`` has the shape of most of a group's keys, and whether they
@@ -46,7 +46,7 @@ def placement_problem(
     """
     of_pair = [(row, at, group) for at, (row, group) in enumerate(history.pairs) if group in places]
     groups = tuple(sorted({group for _, _, group in of_pair}))
-    if not groups:
+    if not groups or tuple(history.nodes) != tuple(location.name for location in cluster.locations):
         return None
     number = {group: index for index, group in enumerate(groups)}
     high, whole = load_ahead(history, forecast)

@@ -1413,12 +1413,15 @@ class Handlers(FollowsCluster):
                 call.service_us = int((self._clock() - begun) * 1e6)
                 call.busy_s = time.thread_time() - since_s
 
+        def described(message: KeyDescription) -> KeyDescription:
+            return structs.replace(message, settings=self._settings_of(earlier[0])) if earlier else message
+
         def ended() -> None:
             if limited:
                 self._generation.ended(order.algorithm, call.busy_s)
 
         try:
-            self._aside(call, self._dealer, work, ended=ended)
+            self._aside(call, self._dealer, work, described, ended)
         except Overloaded:
             ended()
             raise

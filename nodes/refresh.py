@@ -277,7 +277,12 @@ class Coordinator(FollowsCluster):
         if emptied := [name for name in order.holders if name in self._cluster.draining and name not in names]:
             raise ValueError(f"{', '.join(emptied)} is draining, and can't be given a share of {order.name!r}")
         if len(dealers) < manifest.threshold + (not order.trial):
-            more = "" if order.trial else ", one more than its threshold, to see that none deals a false share"
+            more = (
+                ""
+                if order.trial
+                else ", one more than its threshold, to see that none deals a false share, or a client's "
+                "`key reshare --without`, which tries the key"
+            )
             raise ValueError(
                 f"{order.name!r} can't be reshared by {len(dealers)} of its {len(names)} holders: it takes "
                 f"{manifest.threshold + (not order.trial)}{more}"

@@ -108,6 +108,19 @@ def test_a_plan_is_made_from_the_highest_forecast(world: Any) -> None:
     assert placement_problem(state, forecast, world.cluster, {}, (2, 3)) is None
 
 
+def test_nothing_is_planned_while_the_figures_are_of_other_nodes(world: Any) -> None:
+    """A node came or went since the nodes were asked: the next figures are of those that there are."""
+    state = snapshot(world)
+    forecast, known = predict_load(state), places(world, state)
+    one = replace(state, nodes=state.nodes[:-1], requests=state.requests[:, :-1], up=state.up[:-1])
+    assert placement_problem(one, forecast, world.cluster, known, (2, 3)) is None
+    assert (
+        placement_problem(replace(state, nodes=("other", *state.nodes[1:])), forecast, world.cluster, known, (2, 3))
+        is None
+    )
+    assert placement_problem(state, forecast, world.cluster, known, (2, 3)) is not None
+
+
 def test_a_far_node_gets_less_to_do_and_to_hold(world: Any) -> None:
     """Both programs know how far the clients are; a node that nobody measured is as far as the others on average."""
     state = snapshot(world, rate=200.0)

@@ -451,6 +451,7 @@ def test_holders_of_other_versions_alone_are_told_at_once(cluster: LocalCluster,
     kq.rotate_key("apart", timeout=30)
     kq.reshare_key("apart", 2, holders=second, timeout=30)
     kq.disable_key("apart", timeout=30)
+    assert kq.rotate_key("apart", timeout=30).state == "disabled"
     assert keeping(cluster, "apart") == set(cluster.nodes)
     with pytest.raises(KeyDisabled):
         kq.decrypt("apart", before)

@@ -319,7 +319,8 @@ def reshare(
 ) -> None:
     """Share a key among other holders, or with another threshold. The key stays, and nobody puts it together for that.
 
-    All its holders must be up but those given up, and at least one more than its threshold.
+    All its holders must be up but those given up. Where no more than its threshold are left, a node tries the new
+    shares before the old ones are erased.
     """
     with _engine(settings) as kq, spinner(settings, f"resharing {name}"):
         info = kq.reshare_key(

@@ -333,7 +333,8 @@ def remove_node(
     """Take a node out of the cluster, once it was emptied by `keyquorum node drain`.
 
     With --lost, one that does not come back: its shares are given up, and the balancer has the others make them anew on
-    other nodes. At most n - t holders of a key may be lost.
+    other nodes, of keys with more than t holders left. With just t left, `keyquorum key reshare KEY --without NODE`
+    does it.
     """
     start_logging(settings)
     whose: fleet.Fleet
