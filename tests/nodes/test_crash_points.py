@@ -62,7 +62,10 @@ POINTS = [
         ("holder.release.", "holder.deal.", "holder.renew.", "holder.leave.", "registry.change.", "registry.adopt.")
     )
     and not point.startswith(("registry.due.", "registry.revive."))
-    and not any(part in point for part in (".refresh.", ".reshare.", ".settings.", ".trial.", ".quota."))
+    and not any(
+        part in point
+        for part in (".refresh.", ".reshare.", ".settings.", ".trial.", ".quota.", ".export.", ".restore.")
+    )
 ]
 """Points that are passed without a node's process around them, in the making and destroying of keys.
 
