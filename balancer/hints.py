@@ -3,7 +3,7 @@
 A group's keys are warm where its load is served by now. When its highest P90 within the horizon would make these
 combiners too busy, they are named with the idlest of its other holders, as many as it takes. Clients load the keys that
 they use there, so that the first requests of a burst find more than one warm combiner. A hint stays until one combiner
-alone would do again, so that noise makes none come and go.
+alone would do again, and none would be given anew, so that noise makes none come and go.
 """
 
 from __future__ import annotations
@@ -75,13 +75,16 @@ def plan_hints(
         order = np.argsort(others, kind="stable")
         work = work / problem.capacity[holders]
         warm = now[holders] >= WARM_PART * now[holders].max()
-        first = warm if now.any() and group not in hinted else order == order[0]
-        limit = HOLDS if group in hinted else FULL
-        chosen = _enough(others, work, np.flatnonzero(first).tolist(), order.tolist(), limit)
-        nodes = [int(holders[at]) for at in chosen]
-        if len(nodes) > int(first.sum()):
-            kept = [node for node in holders.tolist() if node in hinted.get(group, ()) and node not in nodes]
-            found.append((float(work.mean()), group, [*nodes, *kept][:NODES_MAX]))
+        idlest = order == order[0]
+        # A hint stays while it would be given anew, too: the idlest holder may do alone, and not those that are warm.
+        rules = [(idlest, HOLDS)] if group in hinted else []
+        for first, limit in (*rules, (warm if now.any() else idlest, FULL)):
+            chosen = _enough(others, work, np.flatnonzero(first).tolist(), order.tolist(), limit)
+            if len(chosen) > int(first.sum()):
+                nodes = [int(holders[at]) for at in chosen]
+                kept = [node for node in holders.tolist() if node in hinted.get(group, ()) and node not in nodes]
+                found.append((float(work.mean()), group, [*nodes, *kept][:NODES_MAX]))
+                break
     found.sort(key=lambda each: (-each[0], each[1]))
     return [(group, nodes) for _, group, nodes in found[:HINTS_MAX]]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from balancer.bank import Outlook
@@ -156,6 +156,7 @@ def test_they_are_bounded_and_the_hottest_come_first() -> None:
 
 
 @given(st.integers(0, 2**32), st.booleans())
+@example(27257, True)  # the warm holder is busy with other things, the idlest would do alone
 @settings(deadline=None, max_examples=60)
 def test_hints_name_holders_of_today_that_are_up(seed: int, settled: bool) -> None:
     """Whatever the load: holders of the group, up, none twice, two at least, and what was decided is decided again."""
