@@ -127,12 +127,12 @@ class Guide:
                 process.wait()
 
     def until(self, what: Callable[[], bool], seconds: float) -> None:
+        """Ask again and again, each time by a command, until it is so."""
         end_s = time.monotonic() + seconds
         while not what():
             for member, process in self.serving.items():
                 assert process.poll() is None, (self.logs / f"{member}.log").read_text(errors="replace")[-3000:]
             assert time.monotonic() < end_s
-            time.sleep(0.3)
 
 
 @pytest.fixture

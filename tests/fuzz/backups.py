@@ -185,14 +185,20 @@ def _take_head(raw: bytes) -> str:
     return f"{len(pieces)} pieces"
 
 
+def _listed(raw: bytes, what: str) -> list[bytes]:
+    """The strings of bytes in a list."""
+    try:
+        found = msgpack.unpackb(raw, raw=False)
+    except Exception:  # whatever that library raises: then it is no list
+        raise ManifestError(f"no list of {what}") from None
+    if not isinstance(found, list) or not all(isinstance(each, bytes) for each in found):
+        raise ManifestError(f"no list of {what}")
+    return found
+
+
 def _take_parts(raw: bytes) -> str:
     """A list of parts after the head, as they are read, against a count of their own."""
-    try:
-        parts = msgpack.unpackb(raw, raw=False)
-    except Exception:  # whatever that library raises: then it is no list
-        raise ManifestError("no list of parts") from None
-    if not isinstance(parts, list) or not all(isinstance(each, bytes) for each in parts):
-        raise ManifestError("no list of parts")
+    parts = _listed(raw, "parts")
     archive, head, _ = _archive()
     reader = ArchiveReader(head, the_world().cluster)
     previous, keys, shares, whole = archive.digest, 0, 0, False
@@ -234,12 +240,7 @@ def _take_share(archive: Archive, key: ArchivedKey) -> None:
 
 def _take_contributions(raw: bytes) -> str:
     """A list of contributions: what is accepted gives the archive key, and nothing else."""
-    try:
-        raws = msgpack.unpackb(raw, raw=False)
-    except Exception:  # whatever that library raises: then it is no list
-        raise ManifestError("no list of contributions") from None
-    if not isinstance(raws, list) or not all(isinstance(each, bytes) for each in raws):
-        raise ManifestError("no list of contributions")
+    raws = _listed(raw, "contributions")
     world, archive = the_world(), _archive()[0]
     mine = Opener(world.curve(NODE).private_bytes_raw())
     with check_combined(archive, raws, world.cluster, NOW_MS, {mine.public: mine}.get) as key:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 PREFIX = 16
 BRIDGE = "net0"
-WAIT_S = 10.0
 
 
 def lacking() -> str:
@@ -43,19 +41,14 @@ def inside(pid: int, *words: str) -> list[str]:
 
 @contextmanager
 def _namespace() -> Iterator[subprocess.Popen[bytes]]:
-    words = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sleep", "infinity"]
-    own = os.readlink("/proc/self/ns/net")
-    sleeper = subprocess.Popen(words, stdin=subprocess.DEVNULL)
-    try:
-        until_s = time.monotonic() + WAIT_S
-        while os.readlink(f"/proc/{sleeper.pid}/ns/net") == own:
-            assert sleeper.poll() is None, "there are no network namespaces"
-            assert time.monotonic() < until_s
-            time.sleep(0.01)
-        yield sleeper
-    finally:
-        sleeper.kill()
-        sleeper.wait()
+    words = ["setpriv", "--pdeathsig", "KILL", "unshare", "--net", "sh", "-c", "echo there; exec sleep infinity"]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as sleeper:
+        assert sleeper.stdout is not None
+        try:
+            assert sleeper.stdout.readline() == b"there\n", "there are no network namespaces"
+            yield sleeper
+        finally:
+            sleeper.kill()
 
 
 class Host:

@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 CARD_PREFIX = "keyquorum-card-1 "
+CARD_MAX = 64 * 1024
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_LEVEL_VARIABLE = "KEYQUORUM_LOG_LEVEL"
 MAX_CONFIG_BYTES = 1024 * 1024
@@ -417,17 +418,27 @@ def write_card(path: Path, member: Member, key: SigningKey) -> None:
 
 def read_card(path: Path) -> Member:
     """The member of an identity card, its signature checked."""
+    raw = read_armored(path, CARD_PREFIX, "identity card", CARD_MAX)
     try:
-        text = path.read_text(encoding="ascii").strip()
+        return decode_card(raw)
+    except (ValueError, ManifestError, ProtocolError) as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def read_armored(path: Path, prefix: str, what: str, most: int) -> bytes:
+    """What a card has in base64 behind its prefix, unchecked; no more than ``most`` characters are read."""
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(most).decode("ascii").strip()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path}: no identity card") from None
-    if not text.startswith(CARD_PREFIX):
-        raise ConfigError(f"{path}: no identity card (it begins with {CARD_PREFIX.strip()!r})")
+        raise ConfigError(f"{path}: no {what}") from None
+    if not text.startswith(prefix):
+        raise ConfigError(f"{path}: no {what} (it begins with {prefix.strip()!r})")
     try:
-        return decode_card(base64.b64decode(text[len(CARD_PREFIX) :], validate=True))
-    except (ValueError, ManifestError, ProtocolError) as error:
+        return base64.b64decode(text[len(prefix) :], validate=True)
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 

@@ -15,8 +15,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from msgspec import Meta, Struct
 
-from engine.client.config import Identity, check_private, load_config, stretched, write_private, write_toml
-from engine.errors import ConfigError, ManifestError
+from engine.client.config import (
+    Identity,
+    check_private,
+    load_config,
+    read_armored,
+    stretched,
+    write_private,
+    write_toml,
+)
+from engine.errors import ConfigError
 from engine.protocol.backup import sign_recovery_card
 from engine.protocol.refresh import Opener
 from engine.protocol.wire import Name
@@ -77,16 +85,4 @@ def load_recovery(path: Path, name: str, passphrase: str) -> Opener:
 
 def read_recovery_card(path: Path) -> bytes:
     """The signed envelope in a recovery card, unchecked."""
-    try:
-        with path.open("rb") as stream:
-            text = stream.read(CARD_MAX).decode("ascii").strip()
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: no recovery card") from None
-    if not text.startswith(CARD_PREFIX):
-        raise ConfigError(f"{path}: no recovery card (it begins with {CARD_PREFIX.strip()!r})")
-    try:
-        return base64.b64decode(text[len(CARD_PREFIX) :], validate=True)
-    except (ValueError, ManifestError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return read_armored(path, CARD_PREFIX, "recovery card", CARD_MAX)
