@@ -1234,7 +1234,16 @@ def format_targets() -> list[Target]:
         "engine.client.config.load_identity",
         secrets=identity_secrets(),
     )
-    target("text/card", _card_text, _take_card, change_text, config, 0.3, "engine.client.config.read_card")
+    target(
+        "text/card",
+        _card_text,
+        _take_card,
+        change_text,
+        config,
+        0.3,
+        "engine.client.config.read_card",
+        "engine.client.config.read_armored",
+    )
     target(
         "text/pin",
         lambda: [PIN + b"\n", b"pin"],
