@@ -51,6 +51,8 @@ from engine.keys import RequestType
 from engine.protocol.manifest import ClusterSource, FollowsCluster
 from engine.protocol.requests import (
     BUNDLED_REGISTRY_VERBS,
+    DEGRADED,
+    DEGRADED_TOLD,
     HELD_TOLD,
     HELLO,
     HOLDINGS,
@@ -80,6 +82,9 @@ from engine.protocol.requests import (
     Change,
     Commit,
     Committed,
+    Degraded,
+    DegradedKey,
+    DegradedPage,
     Destroy,
     Empty,
     ForecastAccuracy,
@@ -559,6 +564,7 @@ class Service(FollowsCluster):
             TABLE: self._table,
             PLAN: self._plan,
             HOLDINGS: self._holdings,
+            DEGRADED: self._degraded,
             MANIFEST_FETCH: self._manifest_fetch,
             MANIFEST_OFFER: self._manifest_offer,
             RequestType.STATUS: self._status,
@@ -668,9 +674,9 @@ class Service(FollowsCluster):
         if verb in REGISTRY_VERBS and member.role != "node":
             raise AccessDenied(f"{member.name!r} is a {member.role}; {verb} is for nodes")
         may_see = member.role != "client" or self._cluster.allows_any_key(member.name, RequestType.STATUS)
-        if verb in (PLAN, HOLDINGS, RequestType.STATUS) and not may_see:
+        if verb in (PLAN, HOLDINGS, DEGRADED, RequestType.STATUS) and not may_see:
             raise AccessDenied(f"{member.name!r} may not see the {verb}: no rule of the policy gives it `status`")
-        if verb in (*REGISTRY_VERBS, HOLDINGS) and not self._registry.term:
+        if verb in (*REGISTRY_VERBS, HOLDINGS, DEGRADED) and not self._registry.term:
             self._send_on()
         reply = handler(member.name, REQUEST_CODECS[verb].decode(incoming.request.body))
         codec = balancer_status_codec if verb == RequestType.STATUS else REPLY_CODECS[verb]
@@ -747,6 +753,27 @@ class Service(FollowsCluster):
     def _holdings(self, member: str, body: Holdings) -> HoldingsPage:
         told = sorted(each for each in self._registry.holdings(self._now_ms()).items() if each[0] > body.after)
         return HoldingsPage([Held(*each) for each in told[:HELD_TOLD]], len(told) > HELD_TOLD)
+
+    def _degraded(self, member: str, body: Degraded) -> DegradedPage:
+        nodes = self._cluster.nodes.keys() - {body.without}
+        found, after = self._registry.places(
+            lambda places: places.degraded(nodes, self._now_ms(), body.after, DEGRADED_TOLD)
+        )
+        named = self._cluster.members[member].role != "client"
+        return DegradedPage(
+            [
+                DegradedKey(
+                    each.key_id,
+                    each.name if named or self._cluster.allows(member, RequestType.LIST, each.name) else "",
+                    each.version,
+                    each.crowd.threshold,
+                    list(each.crowd.holders),
+                    list(each.missing),
+                )
+                for each in found
+            ],
+            after,
+        )
 
     def _status(self, member: str, body: Empty) -> BalancerStatus:
         standing, progress = self._loop.standing, self._loop.progress

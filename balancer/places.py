@@ -7,9 +7,9 @@ keys. All of it follows from the keys' manifests and certificates; the targets, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from balancer.database import Database, upsert
 from engine.protocol.manifest import (
@@ -36,6 +36,8 @@ PLACES_TABLES = (
     "CREATE TABLE targets (pg INTEGER PRIMARY KEY, nodes BLOB NOT NULL, place INTEGER NOT NULL) STRICT",
     "CREATE TABLE placed_by (id INTEGER PRIMARY KEY CHECK (id = 1), rules BLOB NOT NULL) STRICT",
 )
+DEGRADED_LOOKED: Final = 2_000
+"""Keys that are looked at for one page of those that lack a share."""
 _CROWD = "pg = ? AND nodes = ? AND threshold = ? AND shares = ? AND grows = ?"
 
 
@@ -55,7 +57,7 @@ class Crowd:
 
 @dataclass(frozen=True, slots=True)
 class KeyPlace:
-    """One key: its crowd and epoch, the holders that gave no receipt of that, and about when it was ordered."""
+    """A version of a key: its crowd and epoch, the holders that gave no receipt, and about when that was ordered."""
 
     key_id: bytes
     name: str
@@ -63,6 +65,7 @@ class KeyPlace:
     crowd: Crowd
     missing: tuple[str, ...] = ()
     since_ms: int = 0
+    version: int = 1
 
 
 class Places:
@@ -185,21 +188,29 @@ class Places:
         counted = "SELECT COUNT(*) FROM (SELECT 1 FROM placed WHERE threshold > 1 AND since_ms < ? LIMIT ?) AS found"
         return int(self._store.execute(counted, (than_ms, most)).fetchone()[0])
 
+    def degraded(self, nodes: Collection[str], before_ms: int, after: bytes, most: int) -> tuple[list[KeyPlace], bytes]:
+        """Keys with a holder that has no share or is none of ``nodes``, after a key id, and where to go on, or b"".
+
+        Those holders are the ``missing``. A receipt that has not come before a key's order expires counts as no share.
+        """
+        query = "SELECT key_id, nodes, missing, since_ms FROM placed WHERE key_id > ? ORDER BY key_id LIMIT ?"
+        looked = self._store.execute(query, (after, DEGRADED_LOOKED)).fetchall()
+        found: list[KeyPlace] = []
+        for at, (key_id, joined, lacking, since_ms) in enumerate(looked, 1):
+            silent = _parted(lacking) if since_ms < before_ms else ()
+            missing = tuple(each for each in _parted(joined) if each in silent or each not in nodes)
+            if missing:
+                key = self._read("placed.key_id = ?", (key_id,))[0]
+                found.append(replace(key, missing=missing))
+            if len(found) == most and at < len(looked):
+                return found, bytes(key_id)
+        return found, bytes(looked[-1][0]) if len(looked) == DEGRADED_LOOKED else b""
+
     def _read(self, condition: str, values: Sequence[object]) -> list[KeyPlace]:
         columns = "pg, nodes, threshold, shares, grows, missing, placed.key_id, name, manifest, since_ms"
         query = f"SELECT {columns} FROM placed JOIN keys USING (key_id) WHERE {condition}"  # noqa: S608 - fixed texts
         rows = self._store.execute(query, tuple(values))
-        return [
-            KeyPlace(
-                key_id=row[6],
-                name=row[7].decode(),
-                epoch=read_key_manifest(row[8]).manifest.epoch,
-                crowd=_crowd(row[:5]),
-                missing=_parted(row[5]),
-                since_ms=row[9],
-            )
-            for row in rows
-        ]
+        return [_key_place(row) for row in rows]
 
     # --- where groups are to be ---
 
@@ -220,6 +231,19 @@ class Places:
 def _crowd(row: Sequence[Any]) -> Crowd:
     group, holders, threshold, shares, grows = row
     return Crowd(group, _parted(holders), threshold, shares, bool(grows))
+
+
+def _key_place(row: Sequence[Any]) -> KeyPlace:
+    told = read_key_manifest(row[8]).manifest
+    return KeyPlace(
+        key_id=row[6],
+        name=row[7].decode(),
+        epoch=told.epoch,
+        crowd=_crowd(row[:5]),
+        version=told.version,
+        missing=_parted(row[5]),
+        since_ms=row[9],
+    )
 
 
 def _id(key: KeyPlace | None) -> bytes:

@@ -43,7 +43,7 @@ from engine.errors import (
 if TYPE_CHECKING:
     from engine import aio
     from engine.client.ahead import PrewarmStats
-    from engine.client.calls import Destroyed, KeyInfo, KeySettings, KeySummary, LatencyStats, MemberStatus
+    from engine.client.calls import DegradedKey, Destroyed, KeyInfo, KeySettings, KeySummary, LatencyStats, MemberStatus
     from engine.client.client import ClientSettings, Engine, connect, load_settings
     from engine.client.files import decrypt_stream, encrypt_stream, rewrap_stream, sign_stream, verify_stream
     from engine.client.follower import TableStats
@@ -63,6 +63,7 @@ __all__ = [
     "ClusterError",
     "ConfigError",
     "DeadlineExceeded",
+    "DegradedKey",
     "Destroyed",
     "Engine",
     "EngineError",
@@ -116,7 +117,15 @@ __all__ = [
 
 _HOMES = {
     "engine.client.ahead": ("PrewarmStats",),
-    "engine.client.calls": ("Destroyed", "KeyInfo", "KeySettings", "KeySummary", "LatencyStats", "MemberStatus"),
+    "engine.client.calls": (
+        "DegradedKey",
+        "Destroyed",
+        "KeyInfo",
+        "KeySettings",
+        "KeySummary",
+        "LatencyStats",
+        "MemberStatus",
+    ),
     "engine.client.client": ("ClientSettings", "Engine", "connect", "load_settings"),
     "engine.client.files": ("decrypt_stream", "encrypt_stream", "rewrap_stream", "sign_stream", "verify_stream"),
     "engine.client.follower": ("TableStats",),

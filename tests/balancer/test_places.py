@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from registry_places import Place
 
-from balancer.places import Crowd
+from balancer import places as places_module
+from balancer.places import Crowd, KeyPlace
 from balancer.registry import SqlRegistry
 from engine.protocol.manifest import PolicyRule, chain_pin, issue_cluster_manifest, open_chain
 
@@ -75,6 +76,36 @@ def test_keys_that_lack_a_share_are_told_when_their_order_is_over(world: Any, re
     assert registry.places(lambda places: places.lacking(expires_ms + 1, found, 9)) == []
     registry.destroy(world.destroy_order(order), world.now_ms)
     assert registry.places(lambda places: places.count_lacking(expires_ms + 1)) == 0
+
+
+def test_degraded_keys_come_page_by_page(world: Any, registry: SqlRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those with a holder that is no node, or that gave no receipt in time, whichever way the pages are cut."""
+    holders = world.cluster.group_holders(world.cluster.group_of("thin"))[:5]
+    made(world, registry, "thin", without=holders[4], threshold=3, shares=5)
+    for number in range(20):
+        made(world, registry, f"key/{number}")
+    late_ms, nodes = world.now_ms + 60_001, world.cluster.nodes.keys()
+
+    def degraded(gone: str, now_ms: int, most: int) -> list[KeyPlace]:
+        found, after, pages = [], b"", 0
+        while after or not pages:
+            some, after = registry.places(lambda p, after=after: p.degraded(nodes - {gone}, now_ms, after, most))
+            assert len(some) <= most
+            found, pages = [*found, *some], pages + 1
+        return found
+
+    assert degraded("", world.now_ms, 9) == []
+    assert [(each.name, each.missing, each.version) for each in degraded("", late_ms, 9)] == [
+        ("thin", (holders[4],), 1)
+    ]
+    on_first = {name for name in ("thin", *(f"key/{n}" for n in range(20))) if holders[0] in crowd(world, name).holders}
+    for looked in (1, 2, 5, 21, 22, 2_000):
+        monkeypatch.setattr(places_module, "DEGRADED_LOOKED", looked)
+        for most in (1, 3, 100):
+            found = degraded(holders[0], late_ms, most)
+            assert [each.key_id for each in found] == sorted({each.key_id for each in found})
+            assert {each.name for each in found} == {*on_first, "thin"}
+            assert {each.missing for each in found if each.name == "thin"} == {(holders[0], holders[4])}
 
 
 def test_the_oldest_come_first_and_those_of_threshold_1_never(world: Any, registry: SqlRegistry) -> None:

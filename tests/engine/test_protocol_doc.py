@@ -45,6 +45,7 @@ from engine.protocol.requests import (
     BALANCER_VERBS,
     BODIES,
     CLIENT_VERBS,
+    DEGRADED,
     HELLO,
     HOLDINGS,
     LATENCY,
@@ -273,6 +274,7 @@ def test_every_verb_is_listed_with_its_bodies() -> None:
         TABLE,
         PLAN,
         HOLDINGS,
+        DEGRADED,
         "status",
     }
     assert {bare(row[3]) for row in of_balancer if bare(row[0]) == "status"} == {BalancerStatus.__name__}

@@ -345,7 +345,7 @@ def test_a_verb_has_one_audience() -> None:
         {requests.HELLO},
         requests.BALANCER_VERBS,
         requests.BACKUP_VERBS,
-        {requests.LATENCY, requests.TABLE, requests.PLAN, requests.HOLDINGS},
+        {requests.LATENCY, requests.TABLE, requests.PLAN, requests.HOLDINGS, requests.DEGRADED},
     )
     for one, other in itertools.combinations(groups, 2):
         assert not set(one) & set(other)

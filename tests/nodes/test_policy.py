@@ -13,6 +13,7 @@ from engine.protocol.requests import (
     BACKUP_VERBS,
     BALANCER_VERBS,
     BODIES,
+    DEGRADED,
     HELLO,
     HOLDINGS,
     LATENCY,
@@ -26,7 +27,18 @@ from nodes.policy import check_key, check_verb
 
 ROLES = {"alice": "client", "bob": "client", "carol": "client", "node1": "node", "balancer": "balancer"}
 CLIENTS_ALONE = {str(verb) for verb in RequestType} - {"status", "describe"}
-UNKNOWN = ("", "nonsense", "share.releas", "SHARE.RELEASE", "operate", TABLE, PLAN, HOLDINGS, *sorted(REGISTRY_VERBS))
+UNKNOWN = (
+    "",
+    "nonsense",
+    "share.releas",
+    "SHARE.RELEASE",
+    "operate",
+    TABLE,
+    PLAN,
+    HOLDINGS,
+    DEGRADED,
+    *sorted(REGISTRY_VERBS),
+)
 
 ALLOWED = {
     **{verb: {"alice", "bob", "carol"} for verb in CLIENTS_ALONE},

@@ -32,10 +32,12 @@ from engine.cli.output import (
     table,
     writing,
 )
+from engine.cli.repairs import repair_all
 from engine.client.calls import KeySettings
 from engine.client.client import Engine, connect
 from engine.client.files import decrypt_stream, encrypt_stream, rewrap_stream, sign_stream, verify_stream
 from engine.client.local import LocalCluster
+from engine.errors import ClusterError
 from engine.keys import ALGORITHMS
 from engine.protocol.wire import MAX_AAD, MAX_DATA
 
@@ -113,6 +115,8 @@ def key() -> None:
       keyquorum key show orders --versions
       keyquorum key refresh orders
       keyquorum key reshare orders --threshold 3 --shares 5
+      keyquorum key degraded --without node3
+      keyquorum key repair
       keyquorum key disable orders
       keyquorum key enable orders
       keyquorum key destroy orders --after 7d
@@ -327,6 +331,50 @@ def reshare(
             name, threshold, shares, holders=holders or None, without=without, timeout=settings.timeout_s
         )
     _emit_info(settings, asdict(info))
+
+
+@key.command("degraded")
+@click.option("--without", default="", metavar="NODE", help="As it would be if this node were lost.")
+@common_options(connects=True)
+@click.pass_obj
+def degraded(settings: Settings, without: str) -> None:
+    """List the keys that lack a share, and how many they have left, by the registry's books.
+
+    With more than the threshold left, balancers make new shares by themselves; with just the threshold, `key repair`
+    does; with fewer, a node that holds one must come back.
+    """
+    with _engine(settings) as kq, spinner(settings, "asking the registry"):
+        found = kq.degraded_keys(without, timeout=settings.timeout_s)
+    rows = [
+        (each.name or "(may not be listed)", each.version, each.left, each.threshold, ", ".join(each.missing))
+        for each in found
+    ]
+    value = [{**asdict(each), "left": each.left} for each in found]
+    table(settings, ("KEY", "VERSION", "SHARES LEFT", "THRESHOLD", "MISSING AT"), rows, value)
+
+
+@key.command("repair")
+@click.argument("names", metavar="[KEY]...", nargs=-1)
+@common_options(connects=True)
+@click.pass_obj
+def repair(settings: Settings, names: tuple[str, ...]) -> None:
+    """Have the missing shares of keys made anew, of all that lack one by default: at the same nodes, or in their place.
+
+    The keys stay. Where no more than the threshold of shares are left, a node tries the new ones before the old are
+    erased, by this client's grant.
+    """
+    with _engine(settings) as kq:
+        found = kq.degraded_keys(timeout=settings.timeout_s)
+        chosen = [each for each in found if not names or each.name in names]
+        for name in names:
+            if all(each.name != name for each in chosen):
+                kq.key_info(name, timeout=settings.timeout_s)  # or says that there is none
+                note(f"{name} lacks no share")
+        failed = repair_all(settings, kq, chosen)
+    value = [{"name": each.name, "version": each.version, "repaired": each not in failed} for each in chosen]
+    emit(settings, value, f"{len(chosen) - len(failed)} keys repaired")
+    if failed:
+        raise ClusterError(f"{len(failed)} of {len(chosen)} keys still lack a share")
 
 
 @key.command("disable")

@@ -29,8 +29,10 @@ from engine.cli.output import (
     table,
     writing,
 )
+from engine.cli.repairs import HOW, repair_all
 from engine.client import fleet
-from engine.client.client import ClientSettings, load_settings
+from engine.client.calls import DegradedKey
+from engine.client.client import ClientSettings, Engine, connect, load_settings
 from engine.client.config import read_card
 from engine.client.local import LocalCluster
 from engine.client.membership import Membership, Servers
@@ -76,6 +78,11 @@ def _whose(command: F) -> F:
 
 
 _lost = click.option("--lost", is_flag=True, help="Give up the shares that it holds; others make them anew.")
+_give_up = click.option(
+    "--give-up-keys",
+    is_flag=True,
+    help="With --lost: also where keys are lost for good with it, or nothing is known of that.",
+)
 _wait = click.option("--wait/--no-wait", default=True, show_default=True, help="Wait until its shares are elsewhere.")
 
 
@@ -155,6 +162,15 @@ class _Operator:
             )
         return newest
 
+    def connect(self) -> Engine:
+        """As the client of --config."""
+        return connect(client_config(self._settings))
+
+    def degraded(self, without: str) -> Sequence[DegradedKey]:
+        """The keys that would lack a share without a node."""
+        with self.connect() as client:
+            return client.degraded_keys(without)
+
     def left_on(self, node: str) -> fleet.Left:
         """What a node holds."""
         with zmq.Context() as context, self._channel(context) as channel:
@@ -174,14 +190,32 @@ def _local(folder: Path) -> LocalCluster:
     return LocalCluster.open(folder, on_event=note)
 
 
-def _await(settings: Settings, whose: fleet.Fleet, name: str, what: str, timeout_s: float | None) -> None:
+def _make_anew(settings: Settings, whose: _Operator | LocalCluster, lost: str) -> None:
+    """Make the shares of a lost node's keys anew where no balancer can, and wait for those where one can.
+
+    ``ClusterError`` tells of keys that still lack one at the end.
+    """
+    with connect(whose.client_config) if isinstance(whose, LocalCluster) else whose.connect() as client:
+        keys = [key for key in client.degraded_keys() if lost in key.missing and key.left <= key.threshold]
+        gone = [key for key in keys if key.left < key.threshold]
+        failed = repair_all(settings, client, [key for key in keys if key not in gone])
+    for key in gone:
+        note(f"{key.name} (version {key.version}) is lost: {key.left} of the {key.threshold} shares it needs are left")
+    _await(settings, whose, lost, f"making the shares of {lost} anew", settings.timeout_s, len(gone) + len(failed))
+    if failed:
+        raise ClusterError(f"{lost} is no node any more, but {len(failed)} keys lack a share; make one {HOW}")
+
+
+def _await(
+    settings: Settings, whose: fleet.Fleet, name: str, what: str, timeout_s: float | None, given_up: int = 0
+) -> None:
     """Wait until a node holds nothing, with a bar; where that gets no further, say what the balancer waits for."""
     with count_progress(settings, what) as draw:
         last, since_s, said = -1, time.monotonic(), ""
 
         def look(left: fleet.Left) -> None:
             nonlocal last, since_s, said
-            draw(left.keys)
+            draw(left.keys - given_up)
             now = time.monotonic()
             if left.keys != last:
                 last, since_s = left.keys, now
@@ -189,7 +223,7 @@ def _await(settings: Settings, whose: fleet.Fleet, name: str, what: str, timeout
                 said = left.moving
                 note(f"{left.keys} keys wait; the balancer: {said}")
 
-        fleet.wait_empty(whose, name, timeout_s, look)
+        fleet.wait_empty(whose, name, timeout_s, look, given_up)
 
 
 def _told(settings: Settings, whose: fleet.Fleet, text: str, **more: Any) -> None:
@@ -316,6 +350,7 @@ def drain_node(
 @node.command("remove")
 @click.argument("name", metavar="NODE")
 @_lost
+@_give_up
 @_wait
 @_whose
 @common_options(connects=True)
@@ -324,6 +359,7 @@ def remove_node(
     settings: Settings,
     name: str,
     lost: bool,
+    give_up_keys: bool,
     wait: bool,
     folder: Path,
     operator: Path | None,
@@ -332,20 +368,20 @@ def remove_node(
 ) -> None:
     """Take a node out of the cluster, once it was emptied by `keyquorum node drain`.
 
-    With --lost, one that does not come back: its shares are given up, and the balancer has the others make them anew on
-    other nodes, of keys with more than t holders left. With just t left, `keyquorum key reshare KEY --without NODE`
-    does it.
+    With --lost, one that does not come back: its shares are given up, and the others make them anew on other nodes. The
+    balancer sees to keys with more than t shares left, and this command, as the client of --config or of the local
+    cluster, to those with just t. It is refused where keys would have fewer than t shares left and so be lost.
     """
     start_logging(settings)
-    whose: fleet.Fleet
+    whose: _Operator | LocalCluster
     if operator is None:
         whose = local = _local(folder)
-        local.remove_node(name, lost=lost)
+        local.remove_node(name, lost=lost, give_up_keys=give_up_keys)
     else:
         whose = _operator(settings, operator, passphrase_file, out)
-        fleet.remove(whose, name, lost=lost)
+        fleet.remove(whose, name, lost=lost, give_up_keys=give_up_keys)
     if lost and wait:
-        _await(settings, whose, name, f"making the shares of {name} anew", settings.timeout_s)
+        _make_anew(settings, whose, name)
     _told(settings, whose, f"{name} is no node of the cluster any more", node=name)
 
 
@@ -353,6 +389,7 @@ def remove_node(
 @click.argument("name", metavar="NODE")
 @click.option("--card", metavar="FILE", help="The card of the node that takes its place, with --operator.")
 @_lost
+@_give_up
 @_wait
 @_whose
 @common_options(connects=True)
@@ -362,6 +399,7 @@ def replace_node(
     name: str,
     card: str | None,
     lost: bool,
+    give_up_keys: bool,
     wait: bool,
     folder: Path,
     operator: Path | None,
@@ -374,22 +412,22 @@ def replace_node(
     joined with the manifest that this writes: the shares are waited for meanwhile.
     """
     start_logging(settings)
-    whose: fleet.Fleet
+    whose: _Operator | LocalCluster
     if operator is None:
         if card is not None:
             raise click.UsageError("--card is of a cluster over several hosts, which needs --operator too")
         whose = local = _local(folder)
-        added = local.begin_replacing(name, lost=lost)
+        added = local.begin_replacing(name, lost=lost, give_up_keys=give_up_keys)
     else:
         if card is None:
             raise click.UsageError("with --operator the new node comes by its --card")
         whose, member = _operator(settings, operator, passphrase_file, out), read_card(Path(card))
-        cluster, added = fleet.replace(whose, name, member, lost=lost), member.name
+        cluster, added = fleet.replace(whose, name, member, lost=lost, give_up_keys=give_up_keys), member.name
         _note_join(added, out, cluster)
-    if wait:
-        what = f"making the shares of {name} anew" if lost else f"emptying {name}"
-        _await(settings, whose, name, what, settings.timeout_s)
-    if wait and not lost:
+    if wait and lost:
+        _make_anew(settings, whose, name)
+    elif wait:
+        _await(settings, whose, name, f"emptying {name}", settings.timeout_s)
         if isinstance(whose, LocalCluster):
             whose.remove_node(name)
         else:

@@ -20,6 +20,7 @@ from engine.client.ahead import PrewarmStats
 from engine.client.calls import (
     CREATE_TIMEOUT_S,
     Call,
+    DegradedKey,
     Destroyed,
     Ended,
     Exchange,
@@ -582,11 +583,22 @@ class AsyncEngine:
         *,
         holders: Sequence[str] | None = None,
         without: Sequence[str] = (),
+        version: int | None = None,
         timeout: float | None = None,
     ) -> KeyInfo:
         """Share a key among other holders, of whom ``threshold`` will suffice, and keep the key: a new epoch."""
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
-        return await self._run(self._calls.reshare_key(name, threshold, shares, holders, without, wait_s))
+        number = as_version(version)
+        return await self._run(self._calls.reshare_key(name, threshold, shares, holders, without, wait_s, number))
+
+    async def degraded_keys(self, without: str = "", *, timeout: float | None = None) -> tuple[DegradedKey, ...]:
+        """The versions of keys that lack a share, by name; with ``without`` as it would be if that node were lost."""
+        return await self._run(self._calls.degraded_keys(without, self._wait_s(timeout, CREATE_TIMEOUT_S)))
+
+    async def repair_key(self, key: DegradedKey, *, timeout: float | None = None) -> KeyInfo:
+        """Have the missing shares of a key made anew, also where no more than its threshold are left: a new epoch."""
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return await self._run(self._calls.repair_key(key.name, wait_s, key.version, key.missing))
 
     async def key_info(self, name: str, *, version: int | None = None, timeout: float | None = None) -> KeyInfo:
         """What the signed manifest and certificate say about a key, asked afresh: of the newest version, or another."""

@@ -79,6 +79,7 @@ from engine.protocol.manifest import (
     reshare_orders,
 )
 from engine.protocol.requests import (
+    DEGRADED,
     LATENCY,
     PLAN,
     REPLY_CODECS,
@@ -87,6 +88,7 @@ from engine.protocol.requests import (
     BalancerPlan,
     BalancerStatus,
     Create,
+    Degraded,
     Describe,
     Destroy,
     Empty,
@@ -126,6 +128,7 @@ __all__ = [
     "Await",
     "Call",
     "Calls",
+    "DegradedKey",
     "Description",
     "Destroyed",
     "Ended",
@@ -286,6 +289,27 @@ class KeySummary:
     state: KeyState = "enabled"
     settings: int = 0
     """The serial of the settings that say so; 0 where nobody set any."""
+
+
+@dataclass(frozen=True, slots=True)
+class DegradedKey:
+    """A version of a key of whose ``holders`` those that are ``missing`` have no share, by the registry's books.
+
+    With more than ``threshold`` left, balancers have new shares made by themselves; with just so many, a client's
+    ``repair_key`` does it; with fewer, the key is of no use until one that has its share comes back. ``name`` is empty
+    if this client may not list the key.
+    """
+
+    name: str
+    version: int
+    threshold: int
+    holders: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def left(self) -> int:
+        """How many shares there are."""
+        return len(self.holders) - len(self.missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -1477,8 +1501,9 @@ class Calls:
         holders: Sequence[str] | None,
         without: Sequence[str],
         timeout_s: float,
+        version: int = 0,
     ) -> Call[KeyInfo]:
-        """Share a key among other holders, by an epoch that was begun after this call.
+        """Share a version of a key (0: the newest) among other holders, by an epoch that was begun after this call.
 
         What is None stays as it is; if only ``shares`` is given, the holders are the first of the placement group.
         """
@@ -1535,7 +1560,32 @@ class Calls:
             return message, raw
 
         trail = self._trail(f"reshare {name!r}", timeout_s)
-        return _maybe_traced("reshare", self._changing(RequestType.RESHARE, name, order, timeout_s, trail))
+        return _maybe_traced("reshare", self._changing(RequestType.RESHARE, name, order, timeout_s, trail, version))
+
+    def repair_key(self, name: str, timeout_s: float, version: int, missing: Sequence[str]) -> Call[KeyInfo]:
+        """Have the shares of holders that have none made anew: there, or at others where they are no nodes any more."""
+        check_name(name)
+        trail = self._trail(f"repair {name!r}", timeout_s)
+        return _maybe_traced("reshare", self._repairing(name, timeout_s, version, missing, trail))
+
+    def _repairing(
+        self, name: str, timeout_s: float, version: int, missing: Sequence[str], trail: _Trail
+    ) -> Call[KeyInfo]:
+        known = yield from self._key_info(name, version, trail)
+        nodes = self.cluster.nodes.keys() - self.cluster.draining
+        group = self.cluster.first_holders(self.cluster.group_of(name), len(nodes))
+        free = (node for node in group if node not in known.holders)
+        holders = []
+        for node in known.holders:
+            place = node if node not in missing or node in nodes else next(free, "")
+            if not place:
+                raise ValueError(
+                    f"{len(known.holders)} holders of {name!r} need as many nodes; there is none to take the place of "
+                    f"{node!r}: add one"
+                )
+            holders.append(place)
+        lacking = [node for node in known.holders if node in missing]
+        return (yield from self.reshare_key(name, None, None, holders, lacking, trail.left_s(), version))
 
     def _changing(
         self,
@@ -1544,16 +1594,21 @@ class Calls:
         make: Callable[[KeyManifest, int], tuple[Callable[[], object], bytes]],
         timeout_s: float,
         trail: _Trail,
+        version: int = 0,
     ) -> Call[KeyInfo]:
         """Have an order carried out that ``make`` signs for the last epoch: what makes its messages, and the order."""
         self._descriptions.drop(name)
         known = yield from self._described(name, trail)
+        older = version if version not in (0, known.version) else 0
+        if older:
+            self._descriptions.drop(version_label(name, older))
+            known = yield from self._described(name, trail, version=older)
         expires_ms = self._now_ms() + int(timeout_s * 1000) + ORDER_MARGIN_MS
         while True:
             manifest = known.record.manifest
             message, raw = make(manifest, expires_ms)
             described = yield from self._dealing(verb, name, message, trail, first=known.holders)
-            new = self._opened(name, described)
+            new = self._opened(name, described, older)
             told = new.record.manifest
             if told.key_id != manifest.key_id or told.epoch <= manifest.epoch:
                 raise ManifestError(
@@ -1564,6 +1619,36 @@ class Calls:
                 return new.info
             # What we knew was old already, or another's change came before ours: ours begins from there.
             known = new
+
+    def degraded_keys(self, without: str, timeout_s: float) -> Call[tuple[DegradedKey, ...]]:
+        """The versions of keys of which a holder has no share, and of which one would have none without a node."""
+        if not isinstance(without, str):
+            raise TypeError(f"without must be a node's name, not {type(without).__name__}")
+        if without and without not in self.cluster.nodes:
+            raise ValueError(f"{without!r} is no node of the cluster; there are {', '.join(self.cluster.nodes)}")
+        return _maybe_traced("degraded", self._degraded(without, self._trail("degraded keys", timeout_s)))
+
+    def _degraded(self, without: str, trail: _Trail) -> Call[tuple[DegradedKey, ...]]:
+        problems = []
+        for balancer in self.cluster.of_role("balancer"):
+            found: list[DegradedKey] = []
+            after = b""
+            try:
+                while True:
+                    page = yield from self._ask_one(
+                        balancer.name, DEGRADED, Degraded(without, after), trail, "balancer"
+                    )
+                    found += [
+                        DegradedKey(each.name, each.version, each.threshold, tuple(each.holders), tuple(each.missing))
+                        for each in page.entries
+                    ]
+                    if page.after <= after:
+                        return tuple(sorted(found, key=lambda key: (key.name, key.version)))
+                    after = page.after
+            except (NodeUnavailable, DeadlineExceeded, RegistryUnavailable, Moved) as error:
+                problems.append(f"{balancer.name}: {error}")
+        told = "; ".join(problems) or "the cluster manifest names no balancer"
+        raise RegistryUnavailable(f"which keys lack a share is not known ({told})")
 
     # --- questions to one member; the drivers put them to all at once ---
 

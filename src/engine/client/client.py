@@ -31,6 +31,7 @@ from engine.client.calls import (
     Await,
     Call,
     Calls,
+    DegradedKey,
     Destroyed,
     Ended,
     Exchange,
@@ -1056,6 +1057,7 @@ class Engine:
         *,
         holders: Sequence[str] | None = None,
         without: Sequence[str] = (),
+        version: int | None = None,
         timeout: float | None = None,
     ) -> KeyInfo:
         """Share a key among other holders, of whom ``threshold`` will suffice, and keep the key: a new epoch.
@@ -1066,7 +1068,25 @@ class Engine:
         their share. ``QuorumUnavailable`` and ``ShareCorrupt`` name the holders, and nothing has changed.
         """
         wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
-        return self._run(self._calls.reshare_key(name, threshold, shares, holders, without, wait_s), wait_s)
+        number = as_version(version)
+        return self._run(self._calls.reshare_key(name, threshold, shares, holders, without, wait_s, number), wait_s)
+
+    def degraded_keys(self, without: str = "", *, timeout: float | None = None) -> tuple[DegradedKey, ...]:
+        """The versions of keys that lack a share, by name; with ``without`` as it would be if that node were lost.
+
+        Asked of a balancer, whose books know what nodes miss. ``RegistryUnavailable``: none answers.
+        """
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.degraded_keys(without, wait_s), wait_s)
+
+    def repair_key(self, key: DegradedKey, *, timeout: float | None = None) -> KeyInfo:
+        """Have the missing shares of a key made anew, also where no more than its threshold are left: a new epoch.
+
+        By a reshare to the same holders; a node that is none any more is replaced by the next of the placement group.
+        ``ValueError``: there is no node for that. ``QuorumUnavailable`` names holders that are down.
+        """
+        wait_s = self._wait_s(timeout, CREATE_TIMEOUT_S)
+        return self._run(self._calls.repair_key(key.name, wait_s, key.version, key.missing), wait_s)
 
     def key_info(self, name: str, *, version: int | None = None, timeout: float | None = None) -> KeyInfo:
         """What the signed manifest and certificate say about a key, asked afresh: of the newest version, or another."""

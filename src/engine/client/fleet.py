@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.client.calls import DegradedKey
 from engine.client.transport import Channel, ask, raise_for_status
 from engine.errors import ClusterError, EngineError, RegistryUnavailable
 from engine.keys import RequestType
@@ -25,10 +26,23 @@ from engine.protocol.requests import (
     balancer_status_codec,
 )
 
-__all__ = ["Fleet", "Left", "add", "drain", "keys_by_node", "left_on", "remove", "replace", "undrain", "wait_empty"]
+__all__ = [
+    "Fleet",
+    "Left",
+    "add",
+    "drain",
+    "endangered",
+    "keys_by_node",
+    "left_on",
+    "remove",
+    "replace",
+    "undrain",
+    "wait_empty",
+]
 
 ASK_S = 2.0
 LOOK_EVERY_S = 0.25
+NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +71,9 @@ class Fleet(Protocol):
 
     def sign_nodes(self, members: Sequence[Member], draining: Collection[str]) -> Cluster:
         """Have a manifest with these members, of which these nodes are draining, signed and brought to all."""
+
+    def degraded(self, without: str) -> Sequence[DegradedKey]:
+        """The keys that would lack a share without a node, by the registry; ``RegistryUnavailable`` if none tells."""
 
     def left_on(self, node: str) -> Left:
         """What a node holds, also one that is no member any more; ``RegistryUnavailable`` if no balancer tells."""
@@ -150,15 +167,38 @@ def undrain(fleet: Fleet, node: str) -> Cluster:
     return fleet.sign_nodes(list(cluster.members.values()), cluster.draining - {node})
 
 
-def remove(fleet: Fleet, node: str, *, lost: bool = False) -> Cluster:
+def endangered(fleet: Fleet, node: str) -> tuple[DegradedKey, ...]:
+    """The keys that have just their threshold of shares without a node: no balancer can make them another one.
+
+    ``ClusterError`` if there are keys that would have fewer, or if no balancer tells: to remove the node could be what
+    loses them.
+    """
+    try:
+        found = [key for key in fleet.degraded(node) if node in key.missing]
+    except RegistryUnavailable as error:
+        raise ClusterError(f"whether keys would be lost with {node} is not known: {error}") from None
+    gone = [key for key in found if key.left < key.threshold]
+    if gone:
+        named = ", ".join(dict.fromkeys(key.name or "(one that may not be listed)" for key in gone[:NAMED]))
+        more = f" and {len(gone) - NAMED} more" if len(gone) > NAMED else ""
+        raise ClusterError(
+            f"of {len(gone)} keys fewer shares than are needed would be left without {node} ({named}{more}): bring back"
+            " another node that holds them, or give these keys up for good"
+        )
+    return tuple(key for key in found if key.left == key.threshold)
+
+
+def remove(fleet: Fleet, node: str, *, lost: bool = False, give_up_keys: bool = False) -> Cluster:
     """Take an empty node out of the cluster; with ``lost`` also one that has shares, which are given up.
 
     Of a lost node's keys the balancer makes the missing shares anew elsewhere. ``ClusterError`` while the node holds
-    shares, or could still be given some.
+    shares, or could still be given some, and of a lost one, if keys would be lost with it that are not given up.
     """
     cluster = fleet.cluster
     _node(cluster, node)
     _check_left(cluster, node)
+    if lost and not give_up_keys:
+        endangered(fleet, node)
     if not lost:
         if node not in cluster.draining:
             raise ClusterError(f"{node} is not draining; drain it first, or give up its shares as lost")
@@ -170,7 +210,7 @@ def remove(fleet: Fleet, node: str, *, lost: bool = False) -> Cluster:
     return fleet.sign_nodes([each for each in cluster.members.values() if each.name != node], cluster.draining - {node})
 
 
-def replace(fleet: Fleet, node: str, card: Member, *, lost: bool = False) -> Cluster:
+def replace(fleet: Fleet, node: str, card: Member, *, lost: bool = False, give_up_keys: bool = False) -> Cluster:
     """Take a new node in and have the other emptied, in one; with ``lost`` the other is out at once.
 
     Who replaces a node that is not lost waits until it is empty, and removes it then.
@@ -182,14 +222,22 @@ def replace(fleet: Fleet, node: str, card: Member, *, lost: bool = False) -> Clu
         _check_new(cluster, card)
         members.append(card)
     if lost:
+        if not give_up_keys:
+            endangered(fleet, node)
         return fleet.sign_nodes([each for each in members if each.name != node], cluster.draining - {node})
     return fleet.sign_nodes(members, {*cluster.draining, node})
 
 
 def wait_empty(
-    fleet: Fleet, node: str, timeout_s: float | None = None, told: Callable[[Left], None] = lambda left: None
+    fleet: Fleet,
+    node: str,
+    timeout_s: float | None = None,
+    told: Callable[[Left], None] = lambda left: None,
+    given_up: int = 0,
 ) -> None:
     """Wait until a node holds no share, or of a lost one, until none is missing any more; ``told`` hears how far it is.
+
+    ``given_up`` keys are not waited for.
 
     While no balancer answers, it is waited for. ``ClusterError`` when the time is over; without one it is waited for
     ever, since what is missing may need an operator: another node, or one that is down to come back.
@@ -199,7 +247,7 @@ def wait_empty(
     while True:
         try:
             left = fleet.left_on(node)
-            if not left.keys:
+            if left.keys <= given_up:
                 return
             reason = f"shares of {left.keys} keys are not moved; {left.moving}"
             told(left)

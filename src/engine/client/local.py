@@ -36,6 +36,8 @@ import zmq
 from msgspec import Meta, Struct
 
 from engine.client import fleet
+from engine.client.calls import DegradedKey
+from engine.client.client import connect
 from engine.client.config import (
     Identity,
     create_identity,
@@ -647,14 +649,15 @@ class LocalCluster:
         """Have a node be given keys again."""
         fleet.undrain(self, node)
 
-    def remove_node(self, node: str, *, lost: bool = False) -> None:
+    def remove_node(self, node: str, *, lost: bool = False, give_up_keys: bool = False) -> None:
         """Take a node that was emptied out of the cluster and end it; with ``lost`` any node. Its folder stays.
 
-        ``ClusterError`` while it holds shares, unless it is ``lost``: then the others make them anew.
+        ``ClusterError`` while it holds shares, unless it is ``lost``: then the others make them anew, and it is refused
+        only if keys would be lost with it that are not given up.
         """
         self._check_token_unused(node)
         with self._alone():
-            fleet.remove(self, node, lost=lost)
+            fleet.remove(self, node, lost=lost, give_up_keys=give_up_keys)
             self._end_removed(node)
 
     def replace_node(self, node: str, *, lost: bool = False, timeout_s: float | None = None) -> str:
@@ -668,12 +671,12 @@ class LocalCluster:
             self.remove_node(node)
         return name
 
-    def begin_replacing(self, node: str, *, lost: bool = False) -> str:
+    def begin_replacing(self, node: str, *, lost: bool = False, give_up_keys: bool = False) -> str:
         """The same without waiting: a node that is not lost is left to be emptied, and then to be removed."""
         self._check_token_unused(node)
         with self._alone():
             card = self._make_node("", self._place_of(node))
-            fleet.replace(self, node, card, lost=lost)
+            fleet.replace(self, node, card, lost=lost, give_up_keys=give_up_keys)
             self._start_new(card.name)
             if lost:
                 self._end_removed(node)
@@ -682,6 +685,11 @@ class LocalCluster:
     def sign_nodes(self, members: Sequence[Member], draining: Collection[str]) -> Cluster:
         """As ``sign_manifest``, of nodes that come, go or are to be emptied (``fleet.Fleet``)."""
         return self.sign_manifest(members, retiring=list(self.cluster.retiring.values()), draining=sorted(draining))
+
+    def degraded(self, without: str) -> Sequence[DegradedKey]:
+        """The keys that would lack a share without a node, by the registry's books."""
+        with connect(self.client_config) as client:
+            return client.degraded_keys(without)
 
     def left_on(self, node: str) -> fleet.Left:
         """How much a node holds, by the registry's books and by its own word."""

@@ -971,6 +971,41 @@ class HoldingsPage(Message, frozen=True):
     more: bool
 
 
+DEGRADED_TOLD: Final = 256
+"""Most keys in one answer to ``degraded``."""
+
+
+class Degraded(Message, frozen=True):
+    """Any member to a balancer: ``[without, after]``: which keys lack a share, were a node lost too? After a key id.
+
+    ``without`` names the node; empty: which lack one as it is.
+    """
+
+    without: MaybeName
+    after: MaybeIdentifier
+
+
+class DegradedKey(Message, frozen=True):
+    """``[key_id, name, version, threshold, holders, missing]``: a key, and those of its holders that have no share.
+
+    The name is empty for a client that may not list the key.
+    """
+
+    key_id: Identifier
+    name: MaybeName
+    version: UInt
+    threshold: UInt
+    holders: Annotated[list[Name], Meta(max_length=64)]
+    missing: Annotated[list[Name], Meta(max_length=64)]
+
+
+class DegradedPage(Message, frozen=True):
+    """``[entries, after]``: in the order of key ids, and where to go on; empty: these were the last."""
+
+    entries: Annotated[list[DegradedKey], Meta(max_length=DEGRADED_TOLD)]
+    after: MaybeIdentifier
+
+
 class Table(Message, frozen=True):
     """``[table]``: the signed routing table in force, or empty."""
 
@@ -1041,6 +1076,7 @@ REGISTRY_MANY: Final = "registry.many"
 TABLE: Final = "table"
 PLAN: Final = "plan"
 HOLDINGS: Final = "holdings"
+DEGRADED: Final = "degraded"
 
 BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     **dict.fromkeys(OPERATIONS, (Operate, Result)),
@@ -1096,6 +1132,7 @@ BODIES: Final[dict[str, tuple[type[Message], type[Message]]]] = {
     TABLE: (Empty, Table),
     PLAN: (Empty, BalancerPlan),
     HOLDINGS: (Holdings, HoldingsPage),
+    DEGRADED: (Degraded, DegradedPage),
 }
 """Verb -> (body of the request, body of an ok reply). A balancer answers ``status`` with ``BalancerStatus``."""
 
