@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
+    gc.disable()  # all that is imported stays
     # structlog would import it for coloured tracebacks, which a balancer never prints: a sixth of its start.
     sys.modules["rich"] = None  # type: ignore[assignment]
 
@@ -32,7 +34,7 @@ from engine.client.config import LOG_LEVELS, configure_logging
 from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Listener
 from engine.client.membership import Membership, Served
-from engine.client.process import harden_process, raise_file_limit
+from engine.client.process import harden_process, leave_out_of_collection, raise_file_limit
 from engine.client.publications import Gate, Publisher
 from engine.errors import ConfigError, EngineError, ManifestError
 from engine.failpoints import arm_from_environment
@@ -145,6 +147,7 @@ def _run(settings: Settings, lifeline: int | None) -> None:
             stack.callback(serve_pages(settings.http, Pages(loop, service, membership, identity.name)).close)
         notifier = Notifier()
         notifier.ready("serving")
+        leave_out_of_collection()
         _serve(service, listener, membership, served, wake, lifeline, notifier)
         log.info("stopped", balancer=identity.name)
 

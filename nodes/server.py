@@ -18,7 +18,7 @@ from engine.client.config import Identity, load_identity, sync_folder
 from engine.client.connections import LOOK_EVERY_S
 from engine.client.listener import Listener
 from engine.client.membership import Membership, OwnCurve, Servers, open_membership
-from engine.client.process import host_health, lock_folder, raise_file_limit
+from engine.client.process import host_health, leave_out_of_collection, lock_folder, raise_file_limit
 from engine.client.transport import Channel
 from engine.errors import ConfigError
 from engine.failpoints import armed
@@ -320,6 +320,7 @@ class Server:
         signal.signal(signal.SIGHUP, lambda *_: self._mailbox.post(self._look))
         self._keeper.start()
         self._announcer.start()
+        leave_out_of_collection()
         log.info("serving", endpoint=self.endpoint)
         self._notifier.ready("serving")
         try:

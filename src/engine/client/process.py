@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import gc
 import os
 import resource
 import time
@@ -12,11 +13,13 @@ from pathlib import Path
 from engine.errors import ClusterError, EngineError
 from engine.protocol.requests import HostHealth
 
-__all__ = ["harden_process", "host_health", "lock_folder", "raise_file_limit"]
+__all__ = ["harden_process", "host_health", "leave_out_of_collection", "lock_folder", "raise_file_limit"]
 
 PR_SET_DUMPABLE = 4
 WANTED_FILES = 65_536
 NEEDED_FILES = 256
+YOUNG_OBJECTS = 20_000
+"""So many more containers than were freed make Python's collector look for cycles among them; its default is 700."""
 
 
 def harden_process() -> None:
@@ -25,6 +28,17 @@ def harden_process() -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         raise EngineError(f"prctl(PR_SET_DUMPABLE) failed: {os.strerror(ctypes.get_errno())}")
     os.umask(0o077)
+
+
+def leave_out_of_collection() -> None:
+    """Have the garbage collector leave out all that there is now, and look more rarely for what a server makes later.
+
+    To be called when all is imported and about to serve; until then the collector may be off. A search through all
+    modules stops a process for some 30 ms, and a request leaves hardly any cycles.
+    """
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, 20, 20)
+    gc.enable()
 
 
 def raise_file_limit() -> None:
