@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NoReturn
 
 from engine.notify import Notifier
 from nodes.allocator import overwriting_environment
@@ -127,8 +127,9 @@ class _Child:
 
 
 class _Parent:
-    def __init__(self, arguments: Sequence[str], lifeline: int | None) -> None:
+    def __init__(self, arguments: Sequence[str], lifeline: int | None, begin: Callable[[str], NoReturn] | None) -> None:
         self._arguments = list(arguments)
+        self._begin = begin
         self._lifeline = lifeline
         self._restarts = Restarts()
         self._served = False
@@ -175,17 +176,32 @@ class _Parent:
         os.set_inheritable(theirs, True)
         if self._lifeline is not None:
             os.set_inheritable(self._lifeline, True)
+        pid = self._spawn(theirs) if self._begin is None else self._fork(theirs, self._begin)
+        os.close(theirs)
+        now = time.monotonic()
+        return _Child(pid, beats, now, now)
+
+    def _spawn(self, theirs: int) -> int:
+        """The child, by the command line of this process."""
         own = len(sys.orig_argv) - len(self._arguments)
         command = [sys.executable, *sys.orig_argv[1:own], f"--supervised={os.getpid()}:{theirs}", *self._arguments]
-        pid = os.posix_spawn(
+        return os.posix_spawn(
             sys.executable,
             command,
             overwriting_environment(os.environ) or os.environ,  # or it would begin anew for them
             setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGCHLD],
         )
-        os.close(theirs)
-        now = time.monotonic()
-        return _Child(pid, beats, now, now)
+
+    def _fork(self, theirs: int, begin: Callable[[str], NoReturn]) -> int:
+        """The child, by a fork of this process, which has imported all that it needs and has one thread."""
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCHLD):
+                signal.signal(number, signal.SIG_DFL)
+            begin(f"{parent}:{theirs}")
+        return pid
 
     def _watch(self, child: _Child) -> int:
         """Wait for the child's end, and bring it about when it hangs; its exit code, negative for a signal."""
@@ -241,12 +257,15 @@ class _Parent:
         return not self._stop_s
 
 
-def supervise(arguments: Sequence[str], lifeline: int | None) -> int:
-    """Run the node of this command line in a child until it ends for good; the exit code."""
+def supervise(arguments: Sequence[str], lifeline: int | None, begin: Callable[[str], NoReturn] | None = None) -> int:
+    """Run the node of this command line in a child until it ends for good; the exit code.
+
+    A process that has imported the node gives ``begin``, which runs it in a fork, given what ``--supervised`` tells.
+    """
     # The environment may hold the PIN.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    return _Parent(arguments, lifeline).run()
+    return _Parent(arguments, lifeline, begin).run()
 
 
 def _ended(code: int) -> str:

@@ -125,6 +125,55 @@ def test_a_killed_node_is_told_and_comes_back(local: LocalCluster) -> None:
         assert all(member.error is None for member in kq.status())
 
 
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def told_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").decode().split("\0")
+
+
+def test_nodes_are_forked_from_one_process(local: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``python -m nodes`` starts them: command line, environment and log; without that process it starts them."""
+    first, second, third = local.nodes
+    servers = {parent_of(pid) for name, pid in local.running().items() if pid and name in local.nodes}
+    assert len(servers) == 1
+    (server,) = servers
+    assert "nodes.forkserver" in told_of(server)
+    own = ["--config", str(local.path / "nodes" / first / "node.toml")]
+    supervisor, child = local.running()[first], local.serving()[first]
+    assert supervisor
+    assert child
+    assert told_of(supervisor)[3:6] == ["nodes", *own]
+    assert told_of(child)[3:7] == ["nodes", told_of(child)[4], *own]
+    assert told_of(child)[4].startswith(f"--supervised={supervisor}:")
+    assert parent_of(child) == supervisor
+    assert os.getsid(supervisor) == supervisor != os.getsid(0)
+    (loaded,) = [line for line in Path(f"/proc/{child}/maps").read_text().splitlines() if "_fasttoken" in line][:1]
+    assert loaded in Path(f"/proc/{server}/maps").read_text(), "it has imported the node itself"
+
+    local.stop_node(second)
+    monkeypatch.setenv("KEYQUORUM_LOG_LEVEL", "error")
+    before = local.log_file(second).stat().st_size
+    local.start_node(second)
+    pid = local.running()[second]
+    assert pid
+    assert parent_of(pid) != server, "it would have what was imported in another environment"
+    assert local.log_file(second).stat().st_size == before, "its log tells more than errors"
+    assert gone(server), "it serves no purpose any more"
+
+    os.kill(parent_of(pid), signal.SIGKILL)
+    local.stop_node(third)
+    local.start_node(third)
+    pid = local.running()[third]
+    assert pid
+    assert parent_of(pid) == os.getpid()
+    monkeypatch.delenv("KEYQUORUM_LOG_LEVEL")
+    local.restart(second)
+    with engine.connect(local.client_config) as kq:
+        assert kq.decrypt("own", kq.encrypt("own", b"m")) == b"m"
+
+
 def test_what_is_waited_for_is_told(local: LocalCluster, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr("engine.client.local.TELL_AFTER_S", 0.0)
@@ -221,11 +270,13 @@ def test_it_dies_with_its_parent_unless_detached(tmp_path: Path) -> None:
         try:
             assert parent.stdout.readline() == "ready\n"
             attached = [pid for pid in LocalCluster.open(tmp_path / "a").running().values() if pid]
+            attached += [parent_of(attached[0])]
+            assert "nodes.forkserver" in told_of(attached[-1])
         finally:
             parent.send_signal(signal.SIGKILL)
     detached = LocalCluster.open(tmp_path / "b")
     try:
-        assert len(attached) == 2
+        assert len(attached) == 3
         assert all(gone(pid) for pid in attached)
         pids = detached.running()
         assert all(pids.values())

@@ -1,6 +1,7 @@
 """A real cluster in one folder of one machine: its files, its ports and its processes. It knows no key and no share.
 
-Nodes and balancer are started as ``python -m nodes`` and ``python -m balancer``, never imported. The folder's layout::
+Nodes and balancer are started as ``python -m nodes`` and ``python -m balancer``, never imported; the nodes of a cluster
+that ends with this process are forked from one that has imported them (``forkserver``). The folder's layout::
 
     cluster.manifest  cluster.toml       the signed chain; what reopening needs
     operator/                            the operator's identity, its key encrypted
@@ -30,7 +31,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_letters
-from typing import Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import zmq
 from msgspec import Meta, Struct
@@ -48,6 +49,7 @@ from engine.client.config import (
     write_private,
     write_toml,
 )
+from engine.client.forkserver import fork_node
 from engine.client.membership import OwnCurve, Servers
 from engine.client.process import lock_folder
 from engine.client.spreading import serial_at
@@ -200,24 +202,38 @@ class _Process:
 
     def start(self, lifeline: int | None) -> None:
         """Start it; ``lifeline`` is the end of a pipe by which it notices that we are gone."""
-        # -P: the working folder may hold a folder `nodes` of its own.
-        command = [sys.executable, "-P", "-m", self.module, "--config", str(self.config)]
+        arguments = ["--config", str(self.config)]
         if self.module == "nodes" and not self.supervised:
-            command.append("--unsupervised")
+            arguments.append("--unsupervised")
+        self._log_start = self.log.stat().st_size if self.log.exists() else 0
+        with _private_log(self.log) as log:
+            pid = self._forked(arguments, log.fileno(), lifeline) or self._spawned(arguments, log, lifeline)
+        self._stamp = _Stamp.of(pid)
+        if self._stamp is not None:
+            line = f"{_boot_id()} {self._stamp.pid} {self._stamp.began}\n"
+            write_private(self._pid_file, line.encode("ascii"))
+
+    def _forked(self, arguments: Sequence[str], log: int, lifeline: int | None) -> int:
+        """The process id of a node that ends with this process; 0 of another one, or where it can't be forked."""
+        if self.module != "nodes" or lifeline is None:
+            return 0
+        try:
+            return fork_node(arguments, log, lifeline)
+        except OSError:
+            return 0
+
+    def _spawned(self, arguments: Sequence[str], log: IO[bytes], lifeline: int | None) -> int:
+        # -P: the working folder may hold a folder `nodes` of its own.
+        command = [sys.executable, "-P", "-m", self.module, *arguments]
         kept: tuple[int, ...] = ()
         if lifeline is not None:
             command += ["--lifeline", str(lifeline)]
             kept = (lifeline,)
-        self._log_start = self.log.stat().st_size if self.log.exists() else 0
-        with _private_log(self.log) as log:
-            # A session of its own: Ctrl-C in the terminal reaches us, and we stop it in order.
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=kept, start_new_session=True
-            )
-        self._stamp = _Stamp.of(self._child.pid)
-        if self._stamp is not None:
-            line = f"{_boot_id()} {self._stamp.pid} {self._stamp.began}\n"
-            write_private(self._pid_file, line.encode("ascii"))
+        # A session of its own: Ctrl-C in the terminal reaches us, and we stop it in order.
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=kept, start_new_session=True
+        )
+        return self._child.pid
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Signal the process, or all of its group, and never another one that got its id."""
