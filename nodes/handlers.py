@@ -66,6 +66,7 @@ from engine.protocol.manifest import (
     open_destroy_order,
     open_refresh_order,
     open_reshare_order,
+    read_certificate,
     read_change_order,
     read_key_manifest,
 )
@@ -2113,13 +2114,28 @@ class Handlers(FollowsCluster):
 
     def _ask_registry(
         self, talker: Talker, stale: Sequence[Entry]
-    ) -> tuple[list[SyncEntry], Cursor, list[tuple[Entry, OutcomeReply]]]:
+    ) -> tuple[list[SyncEntry], Cursor, list[tuple[Entry, OutcomeReply]], list[SyncEntry]]:
+        """The books that are new, what became of the stale entries, and what other nodes tell where that says nothing.
+
+        A registry that fell back gives an attempt's number out anew: then it tells what became of the later one, of
+        which this node has only a certificate that does not fit to its own manifest, and may be no holder.
+        """
         self._gossip.look(talker.channel)
         for settings in self._holder.unbooked():
             self._conversation.offer_settings(talker, settings)
         books, cursor = self._conversation.registry_books(talker, self._cursor)
         self._report_lacking(talker, cursor.fencing_epoch)
-        return books, cursor, [(entry, self._conversation.outcome(talker, entry)) for entry in stale]
+        outcomes, unlike = [], []
+        for entry in stale:
+            outcome = self._conversation.outcome(talker, entry)
+            alike = outcome.state != "committed" or read_certificate(outcome.document) == entry.record.digest
+            if alike or self._catalogue.by_id(entry.row.key_id) is not entry:
+                outcomes.append((entry, outcome))
+            else:
+                unlike.append((entry.row.key_id, 0, 0))
+        others = [name for name in self._cluster.nodes if name != self._node]
+        told = self._conversation.recall(talker, others, unlike)[1] if unlike else []
+        return books, cursor, outcomes, told
 
     def _report_lacking(self, talker: Talker, fencing_epoch: int) -> None:
         keys = self._lacking.due(fencing_epoch, self._clock())
@@ -2141,7 +2157,7 @@ class Handlers(FollowsCluster):
         if self._audit.problem:  # no share goes without a record; the books are read again
             self._catching_up = False
             return
-        books, cursor, outcomes = told
+        books, cursor, outcomes, recalled = told
 
         def done(taken: tuple[list[bytes], bool] | None, failure: Exception | None) -> None:
             self._catching_up = False
@@ -2157,12 +2173,16 @@ class Handlers(FollowsCluster):
                 self._forget(key_id)
 
         try:
-            self._local.submit(lambda lane: self._take_in(books, cursor, outcomes), done)
+            self._local.submit(lambda lane: self._take_in(books, cursor, outcomes, recalled), done)
         except Overloaded:
             self._catching_up = False
 
     def _take_in(
-        self, books: Sequence[SyncEntry], cursor: Cursor, outcomes: Sequence[tuple[Entry, OutcomeReply]]
+        self,
+        books: Sequence[SyncEntry],
+        cursor: Cursor,
+        outcomes: Sequence[tuple[Entry, OutcomeReply]],
+        recalled: Sequence[SyncEntry] = (),
     ) -> tuple[list[bytes], bool]:
         """Carry out what the registry told: the ids of keys destroyed meanwhile, and whether all went well.
 
@@ -2198,6 +2218,8 @@ class Handlers(FollowsCluster):
                 self._record_change(entry.row.key_id, before)
             except EngineError as error:
                 log.warning("the registry's outcome was refused", key=entry.row.name, reason=str(error))
+        if recalled:
+            gone += self._take_in_recalled(recalled)[0]
         return gone, well
 
     def _record_change(self, key_id: bytes, before: Entry | None) -> None:

@@ -133,6 +133,12 @@ def test_keys_that_move_are_whole_at_every_instant(runner: Runner) -> None:
         assert features[f"feature {kind}"] > MOVE_SEEDS // 50, features
 
 
+def test_an_attempt_that_only_a_registry_of_before_knows_ends(runner: Runner) -> None:
+    """The registry falls back and gives the number out anew: who prepared the first of that number gives it up."""
+    status, _, err = runner.finish(runner.start("--moves", "--seed", "3063"))
+    assert status == 0, err
+
+
 def test_every_bug_in_what_moves_keys_is_noticed(runner: Runner) -> None:
     noticed = bugs(runner, "--moves", *(["--rare"] if LONG else []))
     assert len(noticed) >= (BUGS_MIN if LONG else BUGS_MIN - 3)
