@@ -75,6 +75,7 @@ def compare() -> ModuleType:
     return module
 
 
+@pytest.mark.long
 def test_the_harness_measures_every_row_beside_its_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unpinned, with few operations; each row is there, and those that have a peer say what it took."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))

@@ -676,7 +676,7 @@ def test_against_a_model(make_world: Callable[..., Any]) -> None:
     """No sequence of calls, restarts and time breaks the registry's invariants."""
     machine = type("Machine", (RegistryMachine,), {"world": make_world()})
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+        machine, settings=settings(max_examples=30, stateful_step_count=40, deadline=None, derandomize=True)
     )
 
 

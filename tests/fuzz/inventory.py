@@ -36,6 +36,7 @@ ELSEWHERE: Final[dict[str, str]] = {
     "engine.client.config.Identity.member": "its own CURVE key, which load_identity has checked",
     "balancer.mark.Mark.__init__": "its own file, beside its data",
     "nodes.command.drill": "what its parent, the command, writes to it",
+    "nodes.forkserver._serve": "what its parent, the maker of a local cluster, writes to it",
     "engine.cli.backup._run_drill": "what its child writes to it",
     "nodes.command.check_token": "what its parent, the node, writes to it",
     "nodes.supervisor._Parent._hear": "what its child, the node, writes to it; whole frames of a fixed size alone",

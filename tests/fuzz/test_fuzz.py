@@ -19,7 +19,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUN = Path(__file__).parent / "run.py"
-EXECUTIONS = 60_000
+EXECUTIONS = 30_000
 TIMEOUT_S = 600
 """It only ends a run that hangs."""
 BUGS_MIN = 15

@@ -1,4 +1,4 @@
-"""Which of many like cases are gone through: all where time is no matter, else every other one."""
+"""Which of many like cases are gone through: all where time is no matter, else every third one."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ T = TypeVar("T")
 
 
 def some(cases: Iterable[T]) -> list[T]:
-    """All cases under KEYQUORUM_ASSURANCE (``make assurance``, ``make crash``), else every second from the first."""
-    return list(cases)[:: 1 if os.environ.get("KEYQUORUM_ASSURANCE") else 2]
+    """All cases under KEYQUORUM_ASSURANCE (``make assurance``, ``make crash``), else every third from the first."""
+    return list(cases)[:: 1 if os.environ.get("KEYQUORUM_ASSURANCE") else 3]
