@@ -109,11 +109,14 @@ def test_servers_have_no_children(host: tuple[int, dict[str, int], dict[str, int
 
 
 def test_nothing_forks() -> None:
-    """A forked child would share the memory of its parent: new processes are started anew."""
-    found = [
-        f"{path}: {word}"
+    """A forked child would share the memory of its parent: new processes are started anew.
+
+    But for local clusters' nodes: they are forked before there is anything but what was imported.
+    """
+    found = sorted(
+        f"{path.relative_to(ROOT)}: {word}"
         for folder in ("src/engine", "nodes", "balancer")
         for path in (ROOT / folder).rglob("*.py")
         for word in re.findall(r"os\.fork\w*|multiprocessing|preexec_fn|ProcessPoolExecutor", path.read_text("utf-8"))
-    ]
-    assert not found
+    )
+    assert found == ["nodes/forkserver.py: os.fork", "nodes/supervisor.py: os.fork"]

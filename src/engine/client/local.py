@@ -214,8 +214,11 @@ class _Process:
             write_private(self._pid_file, line.encode("ascii"))
 
     def _forked(self, arguments: Sequence[str], log: int, lifeline: int | None) -> int:
-        """The process id of a node that ends with this process; 0 of another one, or where it can't be forked."""
-        if self.module != "nodes" or lifeline is None:
+        """The process id of a node that ends with this process; 0 of another one, or where it can't be forked.
+
+        One without a supervisor is a child of this process, which is told how it ends.
+        """
+        if self.module != "nodes" or not self.supervised or lifeline is None:
             return 0
         try:
             return fork_node(arguments, log, lifeline)
