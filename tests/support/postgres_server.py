@@ -1,4 +1,7 @@
-"""A real PostgreSQL server of a test's own, from Debian's package: its own folder and socket, on loopback alone."""
+"""A real PostgreSQL server of a test's own, from Debian's package: its own folder and socket, on loopback alone.
+
+It ends with the thread that started it, whatever that dies of.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,12 @@ from typing import Any
 
 import psycopg
 
-__all__ = ["PostgresServer", "postgres_server"]
+__all__ = ["CARD_USER", "PostgresServer", "postgres_server"]
 
 USER = "keyquorum"
 START_S = 30.0
+CARD_USER = "card"
+"""Who is let in over TLS by a client's certificate of that name, and by no password."""
 
 
 def _programs() -> Path:
@@ -47,9 +52,14 @@ class PostgresServer:
         self.folder = folder
         self.data = folder / "data"
         self._owner = _unprivileged()
+        self._further: list[str] = []
+        self._port = 5432
         self.process: subprocess.Popen[bytes] | None = None
+        self._own(folder)
+
+    def _own(self, path: Path) -> None:
         if self._owner:
-            os.chown(folder, self._owner["user"], self._owner["group"])
+            os.chown(path, self._owner["user"], self._owner["group"])
 
     def make(self) -> None:
         """Make its cluster of databases."""
@@ -61,16 +71,39 @@ class PostgresServer:
             [str(_programs() / program), *arguments], check=True, capture_output=True, cwd=self.folder, **self._owner
         )
 
+    def listen(
+        self, port: int, certificate: Path | None = None, key: Path | None = None, clients: Path | None = None
+    ) -> None:
+        """From its next start on, serve TCP on 127.0.0.1 too, by password: in the clear and, with a certificate, by TLS.
+
+        ``clients`` is the authority whose certificates let ``CARD_USER`` in.
+        """
+        self._port = port
+        self._further = ["listen_addresses=127.0.0.1", f"port={port}"]
+        rules = ["local all all trust"]
+        if certificate is not None:
+            self._further.append("ssl=on")
+            for name, source in (("ssl_cert_file", certificate), ("ssl_key_file", key), ("ssl_ca_file", clients)):
+                if source is not None:
+                    file = self.folder / name
+                    file.touch(mode=0o600)
+                    file.write_bytes(source.read_bytes())
+                    self._own(file)
+                    self._further.append(f"{name}={file}")
+            rules.append(f"hostssl all {CARD_USER} 127.0.0.1/32 cert")
+        rules.append("host all all 127.0.0.1/32 scram-sha-256")
+        (self.data / "pg_hba.conf").write_text("\n".join(rules) + "\n")
+
     def start(self) -> None:
         """Start it, and wait until it answers."""
         told = [
             "listen_addresses=", f"unix_socket_directories={self.folder}", "fsync=on", "shared_buffers=16MB",
-            "max_connections=80", "autovacuum=off", "wal_level=replica",
+            "max_connections=80", "autovacuum=off", "wal_level=replica", *self._further,
         ]  # fmt: skip
         options = [part for each in told for part in ("-c", each)]
         with (self.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [str(_programs() / "postgres"), "-D", str(self.data), *options],
+                ["setpriv", "--pdeathsig", "QUIT", str(_programs() / "postgres"), "-D", str(self.data), *options],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=self.folder, **self._owner,
             )  # fmt: skip
         until = time.monotonic() + START_S
@@ -106,7 +139,7 @@ class PostgresServer:
     @property
     def conninfo(self) -> str:
         """How to connect to it."""
-        return f"host={self.folder} dbname=postgres user={USER}"
+        return f"host={self.folder} port={self._port} dbname=postgres user={USER}"
 
     def execute(self, statement: str, *values: object) -> list[Any]:
         """What the last of some statements gives, by a connection of its own."""
