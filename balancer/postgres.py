@@ -14,10 +14,13 @@ import os
 import re
 import select
 import socket
+import stat
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg
@@ -52,7 +55,8 @@ LOCK = 0x4B51_7265_6769
 """The advisory lock of the transactions that write: "KQregi"."""
 OLDEST = 150_000
 CHANNEL = "keyquorum_registry"
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
+FILES = ("sslrootcert", "sslcert", "sslkey", "sslcrl", "passfile")
+"""What of a connection string names a file."""
 DEFAULTS = {
     "application_name": "keyquorum",
     "connect_timeout": "2",
@@ -81,18 +85,48 @@ log = structlog.get_logger()
 
 
 def check_connection_string(told: str, what: str) -> str:
-    """The same; ``ConfigError`` if it is none, holds a password, or lets a server be anybody."""
+    """The same; ``ConfigError`` if it is none, holds a password, lets a server be anybody, or names a file in vain.
+
+    What it does not say counts as libpq takes it, from the environment.
+    """
     try:
-        parts = conninfo_to_dict(told)
+        said = conninfo_to_dict(told)
     except psycopg.Error as error:
-        raise ConfigError(f"{what}: {str(error).strip()}") from None
-    if parts.get("password"):
+        # libpq's own words quote what it stumbled over.
+        secret = "password" in told or "@" in told
+        raise ConfigError(f"{what}: {'no connection string' if secret else str(error).strip()}") from None
+    if said.get("password") or said.get("sslpassword"):
         raise ConfigError(f"{what}: a password in it; name a `passfile` (mode 0600) or a `sslkey`")
-    hosts = str(parts.get("host") or parts.get("hostaddr") or "").split(",")
-    away = [each for each in hosts if each and not each.startswith("/") and each not in LOOPBACK]
+    if said.get("service"):
+        raise ConfigError(f"{what}: a `service`, whose file may name any server; say `host` and the rest here")
+    parts = {each.keyword.decode(): each.val.decode() for each in pq.Conninfo.get_defaults() if each.val} | said
+    named = [each for key in ("host", "hostaddr") for each in str(parts.get(key) or "").split(",")]
+    away = [each for each in named if each and not _is_here(each)]
     if away and parts.get("sslmode") not in ("verify-full", "verify-ca"):
         raise ConfigError(f"{what}: {away[0]} is another machine, which needs sslmode=verify-full")
+    for key in FILES:
+        if (file := str(said.get(key) or "")) and (key, file) != ("sslrootcert", "system"):
+            _check_file(Path(file), f"{what}: {key}", key == "passfile")
     return told
+
+
+def _is_here(host: str) -> bool:
+    """Whether a server of that name is on this machine: a socket's folder, or a loopback address."""
+    try:
+        return host.startswith(("/", "@")) or host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_file(path: Path, what: str, own: bool) -> None:
+    # libpq takes no notice of a password file that is missing or open to others, and then has no password.
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        path.open("rb").close()
+    except OSError as error:
+        raise ConfigError(f"{what}: {path}: {error.strerror}") from None
+    if own and mode & 0o077:
+        raise ConfigError(f"{what}: {path}: mode {mode:04o} lets others at it; it must be 0600")
 
 
 class _Connection(psycopg.Connection[Any]):

@@ -19,7 +19,7 @@ from registry_places import Place, ServerPlace, leading
 from steering import until
 
 from balancer.mark import Mark
-from balancer.postgres import PostgresRegistry, check_connection_string
+from balancer.postgres import PostgresRegistry
 from engine.errors import ConfigError, RegistryUnavailable
 from engine.protocol.manifest import open_certificate, open_key_manifest
 
@@ -344,33 +344,3 @@ def test_a_damaged_mark_is_told(tmp_path: Path) -> None:
     (tmp_path / "mark").write_bytes(b"{")
     with pytest.raises(ConfigError, match="mark"):
         Mark(tmp_path / "mark")
-
-
-# --- its configuration ---
-
-
-@pytest.mark.parametrize(
-    ("told", "match"),
-    [
-        ("host=db password=x sslmode=verify-full", "a password in it"),
-        ("host=db.example.org dbname=k", "another machine, which needs sslmode=verify-full"),
-        ("host=/run/postgresql,db.example.org sslmode=require", "db.example.org is another machine"),
-        ("nonsense", "missing"),
-        ("hots=x", "hots"),
-    ],
-)
-def test_connection_strings_that_are_refused(told: str, match: str) -> None:
-    with pytest.raises(ConfigError, match=match):
-        check_connection_string(told, "balancer.toml: [registry] postgresql")
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        "host=/run/postgresql dbname=keyquorum",
-        "host=127.0.0.1 dbname=keyquorum passfile=/etc/keyquorum/pgpass",
-        "postgresql://keyquorum@db1,db2/keyquorum?sslmode=verify-full&sslrootcert=/etc/keyquorum/db.pem",
-    ],
-)
-def test_connection_strings_that_are_taken(told: str) -> None:
-    assert check_connection_string(told, "x") == told
