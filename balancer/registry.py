@@ -344,6 +344,7 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
            PRIMARY KEY (key_id, node)) STRICT, WITHOUT ROWID""",
     ),
     ("ALTER TABLE grants ADD COLUMN hash BLOB NOT NULL DEFAULT x''",),
+    ("CREATE INDEX by_name ON keys (name, state)", "CREATE INDEX shares_of ON shares (key_id)"),
 )
 """Statements that take the schema from version i to i + 1."""
 _FENCING_EPOCH, _SERIAL, _CHANGE, _REVISION = 1, 2, 3, 4
@@ -473,13 +474,13 @@ class SqlRegistry(FollowsCluster):
         """By the holders of committed keys and of reservations that have not expired; others are missing."""
         with self._reading():
             found = self._store.execute(
-                "SELECT holders, COUNT(*) FROM keys WHERE state = 2 GROUP BY holders UNION ALL "
+                "SELECT nodes, SUM(keys) FROM crowds GROUP BY nodes UNION ALL "
                 "SELECT holders, COUNT(*) FROM keys WHERE state = 1 AND expires_ms >= ? GROUP BY holders",
                 (now_ms - CLOCK_SKEW_MS,),
             ).fetchall()
         told: Counter[str] = Counter()
         for holders, keys in found:
-            told.update(dict.fromkeys(holders.decode().split("\n"), keys))
+            told.update(dict.fromkeys(holders.decode().split("\n"), int(keys)))
         return dict(told)
 
     def usual_shape(self) -> tuple[int, int] | None:
@@ -551,8 +552,9 @@ class SqlRegistry(FollowsCluster):
         """The newest committed version of the key that is to be rotated."""
         with self._reading():
             found = self._store.execute(
+                # The sign has SQLite not begin with all committed keys.
                 """SELECT versions.key_id FROM versions JOIN keys USING (key_id)
-                   WHERE lineage = ? AND state = 2 ORDER BY version DESC LIMIT 1""",
+                   WHERE lineage = ? AND +state = 2 ORDER BY version DESC LIMIT 1""",
                 (wanted.lineage,),
             ).fetchone()
         row = self._row(found[0]) if found else None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -14,6 +15,9 @@ from engine.protocol.settings import SettingsRecord, check_usable, read_settings
 from nodes.store import Row
 
 __all__ = ["Catalogue", "Entry"]
+
+NAMES_AT_ONCE = 256
+"""So many names are taken under one lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class Catalogue:
         self._lacking: dict[bytes, Entry] = {}
         self._watchers: list[Callable[[Entry], None]] = []
         self._noted: set[bytes] | None = None
+        self._sorted: list[str] | None = None
+        """What ``_by_name`` has names of, in their order, from when that is first asked for."""
         for row in sorted(rows, key=lambda row: row.epoch):
             self.put(row)
 
@@ -163,8 +169,20 @@ class Catalogue:
                 entries[name] = newest
             else:
                 entries.pop(name, None)
+        self._note_name(name)
         if not live:
             self._live.pop(name, None)
+
+    def _note_name(self, name: str) -> None:
+        names = self._sorted
+        if names is None:
+            return
+        at = bisect_left(names, name)
+        known = at < len(names) and names[at] == name
+        if known and name not in self._by_name:
+            del names[at]
+        elif not known and name in self._by_name:
+            insort(names, name)
 
     def remove(self, row: Row) -> None:
         """Forget a prepared row."""
@@ -206,6 +224,7 @@ class Catalogue:
                     named = entries.get(entry.row.name)
                     if named is not None and named.row.key_id == key_id:
                         del entries[entry.row.name]
+                self._note_name(entry.row.name)
         for row in sorted(rows, key=lambda row: row.epoch):
             self.put(row)
 
@@ -273,16 +292,24 @@ class Catalogue:
             raise StaleKey(f"this node has no committed key with id {key_id.hex()}")
         return entry
 
-    def names(self) -> list[str]:
-        """The names of the live keys, sorted."""
-        with self._lock:
-            return sorted(self._by_name)
+    def names(self, after: str = "") -> Iterator[str]:
+        """The names of the live keys behind ``after``, in their order."""
+        while True:
+            with self._lock:
+                if self._sorted is None:
+                    self._sorted = sorted(self._by_name)
+                at = bisect_right(self._sorted, after)
+                some = self._sorted[at : at + NAMES_AT_ONCE]
+            yield from some
+            if len(some) < NAMES_AT_ONCE:
+                return
+            after = some[-1]
 
     def prepared(self) -> list[Entry]:
         """The keys and the next epochs of keys that wait for their certificate; not those that were aborted."""
         with self._lock:
-            entries = (*self._by_id.values(), *self._next.values())
-            return [entry for entry in entries if _waits(entry)]
+            first = [self._by_id[key_id] for ids in self._pending.values() for key_id in ids]
+            return first + [entry for entry in self._next.values() if _waits(entry)]
 
     def known(self) -> list[tuple[bytes, int, int]]:
         """The keys that are not destroyed here, each with what is known of it: its epoch, and its settings' serial.

@@ -1545,9 +1545,9 @@ class Handlers(FollowsCluster):
     def _list(self, call: _Call, body: ListKeys) -> None:
         member = call.incoming.member.name
         found: list[KeyEntry] = []
-        for name in self._catalogue.names():
+        for name in self._catalogue.names(body.after):
             entry = self._catalogue.by_name(name)
-            if entry is None or name <= body.after or not self._cluster.allows(member, call.verb, name):
+            if entry is None or not self._cluster.allows(member, call.verb, name):
                 continue
             if not fnmatchcase(name, body.pattern):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import stat
 import tempfile
@@ -24,6 +25,7 @@ from balancer.registry import SqlRegistry
 from engine.errors import AccessDenied, ConfigError, KeyExists, KeyNotFound, ManifestError, RegistryUnavailable
 from engine.protocol.manifest import CLOCK_SKEW_MS, create_orders, open_abort, open_certificate, open_key_manifest
 from engine.protocol.requests import REPLY_CODECS, OutcomeReply
+from engine.protocol.settings import SettingsOrder, issue_settings
 from engine.protocol.signed import read_unverified, sign_envelope
 
 
@@ -75,6 +77,45 @@ def test_what_the_nodes_hold(world: Any, registry: SqlRegistry) -> None:
     assert registry.holdings(late(world)) == expected
     registry.destroy(world.destroy_order(orders[0]), world.now_ms)
     assert registry.holdings(late(world)) == expected - Counter(held[0])
+
+
+def test_what_is_asked_of_all_keys_takes_no_longer_with_more_of_them(world: Any, tmp_path: Path) -> None:
+    """By the steps of SQLite's machine: holdings of keys that are alike; settings, a rotation and a refresh of one."""
+
+    def steps(registry: SqlRegistry, ask: Callable[[], object]) -> int:
+        store, counted = registry._store, [0]
+        assert isinstance(store, database_module.SqliteDatabase)
+
+        def count() -> int:
+            counted[0] += 1
+            return 0
+
+        store.file.set_progress_handler(count, 1)
+        ask()
+        store.file.set_progress_handler(None, 0)
+        return counted[0]
+
+    def settle(registry: SqlRegistry, order: bytes, serial: int) -> None:
+        told = create_orders.decode(read_unverified(order).payload)
+        wanted = SettingsOrder(told.name, told.key_id, serial, 0, False, 1, 0, world.now_ms + 60_000)
+        registry.settings(issue_settings(wanted, world.keys["alice"]), world.now_ms)
+
+    taken = []
+    with closing(world.open(FilePlace(tmp_path / "registry.db"))) as registry:
+        names = (name for number in itertools.count() if world.cluster.group_of(name := f"k{number}") == 1)
+        for keys in (8, 160):
+            orders = [world.order(next(names)) for _ in range(keys)]
+            for order in orders:
+                world.commit(registry, order)
+            asked: list[Callable[[], object]] = [
+                lambda: registry.holdings(world.now_ms),
+                lambda order=orders[0]: settle(registry, order, world.now_ms + 1),
+                lambda order=orders[1]: registry.reserve(world.rotation(order), "node-0", world.now_ms),
+                lambda order=orders[2]: registry._note_everywhere([key_id_of(order)]),
+            ]
+            taken.append([steps(registry, each) for each in asked])
+    few, many = taken
+    assert all(later <= 2 * before for before, later in zip(few, many, strict=True)), taken
 
 
 def test_a_share_that_a_holder_lacks_is_noted(world: Any, registry: SqlRegistry, place: Place) -> None:
@@ -496,7 +537,7 @@ def test_foreign_newer_and_damaged_files_are_refused(
     with pytest.raises(ConfigError, match="belongs to the cluster pinned by"):
         make_world("other").open(place)
     place.execute("PRAGMA user_version = 99")
-    with pytest.raises(ConfigError, match="schema version 99; this software knows 1 to 7"):
+    with pytest.raises(ConfigError, match="schema version 99; this software knows 1 to 8"):
         world.open(place)
     place.path.write_bytes(b"no database" * 1000)
     with pytest.raises(ConfigError, match="no usable registry"):

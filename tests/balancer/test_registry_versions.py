@@ -139,7 +139,7 @@ def test_keys_from_before_versions_are_version_1(world: Any, tmp_path: Path) -> 
     registry.close()
     store = sqlite3.connect(place.path)
     store.executescript(
-        "DROP TABLE quotas; DROP TABLE grants; DROP TABLE versions;"
+        "DROP TABLE quotas; DROP TABLE grants; DROP TABLE versions; DROP INDEX by_name; DROP INDEX shares_of;"
         "CREATE UNIQUE INDEX live_names ON keys (name) WHERE state IN (1, 2);"
         "PRAGMA user_version = 4"
     )

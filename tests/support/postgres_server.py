@@ -74,7 +74,7 @@ class PostgresServer:
     def listen(
         self, port: int, certificate: Path | None = None, key: Path | None = None, clients: Path | None = None
     ) -> None:
-        """From its next start on, serve TCP on 127.0.0.1 too, by password: in the clear and, with a certificate, by TLS.
+        """From its next start on, serve TCP on 127.0.0.1 too, by password: in the clear, and by TLS with a certificate.
 
         ``clients`` is the authority whose certificates let ``CARD_USER`` in.
         """
