@@ -292,15 +292,19 @@ class Catalogue:
             raise StaleKey(f"this node has no committed key with id {key_id.hex()}")
         return entry
 
-    def names(self, after: str = "") -> Iterator[str]:
-        """The names of the live keys behind ``after``, in their order."""
+    def names(self, after: str = "", prefix: str = "") -> Iterator[str]:
+        """The names of the live keys behind ``after`` that begin with ``prefix``, in their order."""
         while True:
             with self._lock:
                 if self._sorted is None:
                     self._sorted = sorted(self._by_name)
-                at = bisect_right(self._sorted, after)
-                some = self._sorted[at : at + NAMES_AT_ONCE]
-            yield from some
+                names = self._sorted
+                at = bisect_right(names, after) if after >= prefix else bisect_left(names, prefix)
+                some = names[at : at + NAMES_AT_ONCE]
+            for name in some:
+                if not name.startswith(prefix):
+                    return
+                yield name
             if len(some) < NAMES_AT_ONCE:
                 return
             after = some[-1]

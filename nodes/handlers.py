@@ -9,6 +9,7 @@ being gathered wait for that one gathering.
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -1545,7 +1546,8 @@ class Handlers(FollowsCluster):
     def _list(self, call: _Call, body: ListKeys) -> None:
         member = call.incoming.member.name
         found: list[KeyEntry] = []
-        for name in self._catalogue.names(body.after):
+        literal = re.match(r"[^*?\[]*", body.pattern)
+        for name in self._catalogue.names(body.after, literal[0] if literal else ""):
             entry = self._catalogue.by_name(name)
             if entry is None or not self._cluster.allows(member, call.verb, name):
                 continue

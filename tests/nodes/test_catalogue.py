@@ -59,7 +59,7 @@ def test_what_is_listed_and_what_waits_follows_what_comes_and_goes(rows: list[Ro
         assert set(found) == waiting
 
 
-def test_names_go_on_behind_one(rows: list[Row]) -> None:
+def test_names_go_on_behind_one_and_begin_as_asked(rows: list[Row]) -> None:
     """Whether or not that one is there, and over more than are taken at once."""
     count = 2 * NAMES_AT_ONCE + 1
     names = [f"n{number:05}" for number in range(count)]
@@ -69,6 +69,11 @@ def test_names_go_on_behind_one(rows: list[Row]) -> None:
     assert list(catalogue.names(names[-2])) == names[-1:]
     assert list(catalogue.names(names[3] + "x")) == names[4:]
     assert list(catalogue.names("z")) == []
+    for prefix, found in (("n0001", names[10:20]), (names[7], names[7:8]), ("m", []), ("o", []), ("n", names)):
+        assert list(catalogue.names("", prefix)) == found
+        assert list(catalogue.names(names[14], prefix)) == [each for each in found if each > names[14]]
+        assert list(catalogue.names("a", prefix)) == found
+        assert list(catalogue.names("z", prefix)) == []
     listing = catalogue.names(names[9])
     assert next(listing) == names[10]
     catalogue.put(replace(made[-1], state="destroyed", document=b"x", sealed=b""))
