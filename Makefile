@@ -92,6 +92,11 @@ bench-lifecycle: ## move 10,000 keys, refresh and create over their fsyncs, serv
 	@.ci/setup test,bench
 	@$(BIN)/python bench/lifecycle.py $(BENCH_ARGS)
 
+.PHONY: bench-scale
+bench-scale: ## make up to 100,000 keys on 15 nodes, and the books of 50 (an hour; BENCH_ARGS="--keys 5000"); build/bench/scale.json
+	@.ci/setup test,bench
+	@$(BIN)/python bench/scale.py $(BENCH_ARGS)
+
 .PHONY: stages
 stages: ## say where the time of a warm AES-GCM goes, in client and node (BENCH_ARGS="--flame flame.svg --markdown")
 	@.ci/setup test,bench

@@ -148,6 +148,29 @@ def test_a_soak_loses_nothing_while_nodes_die(tmp_path: Path, monkeypatch: pytes
     assert programs_of(str(tmp_path)) == []
 
 
+@pytest.mark.long
+def test_scale_is_measured_step_by_step_and_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run makes the keys that are missing, on the nodes of the first; every figure is there at each step."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    output, kept = tmp_path / "rows.json", tmp_path / "kept"
+    for keys in (20, 45):
+        done = run("scale.py", "--keys", str(keys), "--path", kept, "--output", output)
+        assert done.returncode == 0, done.stdout + done.stderr
+    named: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows_of(output):
+        nodes, _, rest = row["name"].partition(", ")
+        keys_told, _, what = rest.partition(": ")
+        named.setdefault((nodes, keys_told), {})[what] = row["value"]
+    steps = {told: values for told, values in named.items() if told[1]}
+    assert set(steps) == {("15 nodes", "20 keys"), ("15 nodes", "45 keys"), ("50 nodes", "45 keys")}
+    assert all(value > 0 for values in steps.values() for value in values.values() if value is not None)
+    again = {"the cluster is started again", "processor time of the cluster from its start until it is idle"}
+    assert set(steps["15 nodes", "20 keys"]) == set(steps["15 nodes", "45 keys"]) | again
+    assert programs_of(str(tmp_path)) == []
+
+
 def test_a_regression_is_what_goes_beyond_the_noise_of_two_equal_runs(compare: ModuleType) -> None:
     """The better of both runs counts, and a benchmark that jumps by itself is given more room, up to a limit."""
 
