@@ -36,6 +36,7 @@ from engine.client.listener import Listener
 from engine.client.membership import Membership, Served
 from engine.client.process import harden_process, leave_out_of_collection, raise_file_limit
 from engine.client.publications import Gate, Publisher
+from engine.client.speech import spoken
 from engine.errors import ConfigError, EngineError, ManifestError
 from engine.failpoints import arm_from_environment
 from engine.notify import Notifier
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         configure_logging(options.log_level)
         arm_from_environment()
+        spoken()
         harden_process()
         settings = load_settings(options.config)
         if options.check_config:

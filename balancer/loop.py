@@ -37,7 +37,7 @@ from balancer.store import HistoryStore
 from balancer.strain import Strain
 from balancer.view import View, Viewer, plan_message
 from engine._version import __version__
-from engine.client.admission import Admission, ServiceLimits, Turns, welcome
+from engine.client.admission import Admission, Clients, ServiceLimits, Turns, welcome
 from engine.client.bundles import answer_bundle, answer_bundle_at_once, check_bundle
 from engine.client.config import CurveSource, Identity
 from engine.client.listener import Incoming, Listener
@@ -548,6 +548,7 @@ class Service(FollowsCluster):
         self._next_shape_s = 0.0
         self._keys = 0
         self.told: Told | None = None
+        self._clients = Clients()
         self._verbs: dict[str, Callable[[str, Any], Any]] = {
             REGISTRY_RESERVE: self._reserve,
             REGISTRY_CHANGE: self._change,
@@ -678,9 +679,12 @@ class Service(FollowsCluster):
             raise AccessDenied(f"{member.name!r} may not see the {verb}: no rule of the policy gives it `status`")
         if verb in (*REGISTRY_VERBS, HOLDINGS, DEGRADED) and not self._registry.term:
             self._send_on()
-        reply = handler(member.name, REQUEST_CODECS[verb].decode(incoming.request.body))
+        message = REQUEST_CODECS[verb].decode(incoming.request.body)
+        if verb == HELLO:
+            self._clients.heard(member, message, time.monotonic())
+        reply = handler(member.name, message)
         codec = balancer_status_codec if verb == RequestType.STATUS else REPLY_CODECS[verb]
-        return codec.encode(reply)
+        return codec.encode(reply, incoming.request.version)
 
     def _send_on(self) -> NoReturn:
         """Say who leads, while this balancer does not."""
@@ -796,6 +800,8 @@ class Service(FollowsCluster):
             host=host_health(self._data),
             moves=_moves(progress),
             moving=moving[:ERROR_MAX],
+            protocol=self._listener.versions.highest,
+            clients=self._clients.seen(self._cluster, self._listener.connections.count_of, time.monotonic()),
         )
 
 

@@ -76,13 +76,13 @@ class Aside:
 
 @final
 class FastPath:
-    """The receiving end of a router, for the thread that owns it."""
+    """The receiving end of a router, for the thread that owns it; ``lowest`` and ``highest`` as of ``Versions``."""
 
     paused: bool
     """Whether requests are left where they are."""
     served: int
     """Requests that were served by a plan."""
-    def __new__(cls, router: Router, *descriptors: int) -> FastPath: ...
+    def __new__(cls, router: Router, *descriptors: int, lowest: int, highest: int) -> FastPath: ...
     cluster: Any
     """The manifest in force; whoever takes a newer one has to set it."""
     def serve(

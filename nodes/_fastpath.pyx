@@ -158,6 +158,7 @@ cdef class Aside:
     cdef bytes associated
     cdef bytes proof
     cdef uint64_t id
+    cdef uint8_t version
     cdef object number
     cdef double started_s
     cdef double submitted_s
@@ -181,7 +182,7 @@ cdef class Aside:
         cdef double recorded_s, now_s
         handlers = self.path._handlers
         if error is None:
-            result.id, result.loaded = self.id, True
+            result.version, result.id, result.loaded = self.version, self.id, True
             result.service_us = <uint64_t>((self.ended_s - self.begun_s) * 1e6) or 1
             recorded_s = kq_now_s()
             try:
@@ -190,7 +191,7 @@ cdef class Aside:
             except Exception as failure:
                 error = failure
         if error is not None:
-            handlers.fail_aside(plan, self.id, self.number, self.connection, self.started_s, error)
+            handlers.fail_aside(plan, self.version, self.id, self.number, self.connection, self.started_s, error)
             return
         self.path._answer(self.connection, answer, &result)
         if plan.times is not None:
@@ -217,14 +218,15 @@ cdef class FastPath:
     cdef list _leases
     cdef kq_room _room
     cdef kq_spinner _spinner
+    cdef uint8_t _lowest, _highest
     cdef bint _busy  # whether the last wait brought a request: who is idle does not spin
     cdef public bint paused
     cdef public object cluster
     cdef readonly uint64_t served
 
-    def __cinit__(self, Router router not None, *descriptors):
+    def __cinit__(self, Router router not None, *descriptors, uint8_t lowest, uint8_t highest):
         cdef int bit = 2
-        self._router = router
+        self._router, self._lowest, self._highest = router, lowest, highest
         self._plans, self._leases = {}, []
         for each in descriptors:
             router.watch(each, bit)
@@ -362,7 +364,12 @@ cdef class FastPath:
         connection = self._router.next(&content, &length, &parts)
         if connection is None:
             return False
-        if self._plans and parts == 1 and kq_read_operate(content, length, &request):
+        if (
+            self._plans
+            and parts == 1
+            and kq_read_operate(content, length, &request)
+            and self._lowest <= request.version <= self._highest
+        ):
             memcpy(where, PyUnicode_DATA(connection.user), Z85_KEY)
             memcpy(where + Z85_KEY, request.verb.at, request.verb.length)
             where[Z85_KEY + request.verb.length] = 0
@@ -417,10 +424,10 @@ cdef class FastPath:
             if self._room.length:
                 explicit_bzero(self._room.at, self._room.length)  # a plaintext, if it was the record that failed
             plan.failed += 1  # which is counted as any other that failed
-            handlers.fail_planned(plan, request.id, connection, started_s, error)
+            handlers.fail_planned(plan, request.version, request.id, connection, started_s, error)
             return True
         plan.busy_us += result.service_us
-        result.id, result.loaded = request.id, True
+        result.version, result.id, result.loaded = request.version, request.id, True
         self._answer(connection, answer, &result)
         plan.took(started_s, begun_s, ended_s, recorded_s)
         return True
@@ -455,11 +462,12 @@ cdef class FastPath:
         aside.path, aside.plan, aside.connection = self, plan, connection
         aside.data, aside.associated = bytes_of(request.data), bytes_of(request.associated_data)
         aside.proof = bytes_of(request.proof)
-        aside.id, aside.number, aside.started_s = request.id, handlers.number, started_s
+        aside.version, aside.id = request.version, request.id
+        aside.number, aside.started_s = handlers.number, started_s
         aside.deadline_s = started_s + request.timeout_ms * 1e-3
         aside.submitted_s = kq_now_s()
         try:
             plan.worker.submit(aside, aside.done, plan.member)
         except Exception as error:
-            handlers.fail_aside(plan, request.id, aside.number, connection, started_s, error)
+            handlers.fail_aside(plan, request.version, request.id, aside.number, connection, started_s, error)
         return True

@@ -17,6 +17,7 @@ import structlog
 from engine._version import __version__
 from engine.client.config import LOG_LEVELS, configure_logging, load_identity
 from engine.client.process import harden_process, lock_folder
+from engine.client.speech import spoken
 from engine.errors import ConfigError, EngineError, TokenError
 from engine.failpoints import arm_from_environment
 from engine.protocol.manifest import CLOCK_SKEW_MS
@@ -67,6 +68,7 @@ def main(
     """Run a Keyquorum node: one PKCS#11 token that holds shares and serves operations."""
     configure_logging(log_level or "")
     arm_from_environment()
+    spoken()
     if context.invoked_subcommand is not None:
         gc.enable()
         return
@@ -178,6 +180,7 @@ def rotate_kek(config_path: Path, new_pin_env: str | None, log_level: str | None
     """
     configure_logging(log_level or "")
     arm_from_environment()
+    spoken()
     harden_process()
     config = load_node_config(config_path)
     node = load_membership(config)[0].name

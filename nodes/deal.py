@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 import structlog
 
 from engine._version import __version__
+from engine.client.speech import spoken
 from engine.client.spreading import pull
 from engine.client.transport import Arrival, Channel, KeyRefused, Moved, ask, raise_for_status
 from engine.errors import (
@@ -98,7 +99,6 @@ from engine.protocol.requests import (
 )
 from engine.protocol.settings import SettingsRecord
 from engine.protocol.signed import SigningKey, sign_envelope
-from engine.protocol.wire import PROTOCOL_VERSION
 from engine.sharing import (
     NodeLocation,
     SecretBuffer,
@@ -728,7 +728,7 @@ class Conversation(FollowsCluster):
 
     def _meet(self, channel: Channel, names: Sequence[str]) -> None:
         """Take the newest cluster manifest that one of these has."""
-        body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, __version__))
+        body = REQUEST_CODECS[HELLO].encode(Hello(spoken().highest, __version__))
         until_s = self._clock() + RECALL_S
         serials = {
             name: reply.cluster_serial

@@ -21,10 +21,11 @@ from msgspec import structs
 
 from engine._version import __version__
 from engine.client._router import Connection
-from engine.client.admission import Admission, ServiceLimits, welcome
+from engine.client.admission import Admission, Clients, ServiceLimits, welcome
 from engine.client.bundles import answer_bundle, check_bundle
 from engine.client.listener import IDLE, Incoming
 from engine.client.membership import Membership
+from engine.client.speech import spoken
 from engine.client.spreading import Desk, Gossip
 from engine.errors import (
     AccessDenied,
@@ -160,7 +161,6 @@ from engine.protocol.requests import (
 from engine.protocol.settings import SettingsRecord, open_settings, read_settings, state_of
 from engine.protocol.signed import Signed, read_unverified
 from engine.protocol.wire import (
-    PROTOCOL_VERSION,
     ErrorBody,
     Load,
     Request,
@@ -469,6 +469,7 @@ class Handlers(FollowsCluster):
         network_us: Callable[[], int],
         generation: GenerationLimit,
         known: Callable[[Connection, str], bool] = lambda connection, member: False,
+        connected: Callable[[str], int] = lambda member: 0,
         fast: FastPath | None = None,
         clock: Callable[[], float] = time.monotonic,
         tracer: Tracer = NO_SPANS,
@@ -510,6 +511,8 @@ class Handlers(FollowsCluster):
         self._network_us = network_us
         self._generation = generation
         self._known = known
+        self._connected = connected
+        self._clients = Clients()
         self._fast = fast
         self._now_ms = ledger.clock.now_ms
         self._writing_ledger = False
@@ -790,17 +793,24 @@ class Handlers(FollowsCluster):
         self._forget_plans()
 
     def fail_planned(
-        self, plan: Plan, request_id: int, connection: Connection, started_s: float, error: Exception
+        self, plan: Plan, version: int, request_id: int, connection: Connection, started_s: float, error: Exception
     ) -> None:
         """A use by its plan failed: record and answer that as that of any other."""
         self._admission.resume(plan.member)
-        self.fail_aside(plan, request_id, self.number, connection, started_s, error)
+        self.fail_aside(plan, version, request_id, self.number, connection, started_s, error)
 
     def fail_aside(
-        self, plan: Plan, request_id: int, number: int, connection: Connection, started_s: float, error: Exception
+        self,
+        plan: Plan,
+        version: int,
+        request_id: int,
+        number: int,
+        connection: Connection,
+        started_s: float,
+        error: Exception,
     ) -> None:
         """As ``fail_planned``, of a use that was counted in."""
-        request = Request(PROTOCOL_VERSION, request_id, plan.verb, 1, b"", {})
+        request = Request(version, request_id, plan.verb, 1, b"", {})
         incoming = Incoming(plan.cluster.members[plan.member], request, connection)
         call = _Call(incoming, number, started_s, started_s, plan.verb, plan.cluster, plan.name)
         call.request_class, call.entry, call.recording = plan.request_class, plan.entry, False
@@ -817,7 +827,7 @@ class Handlers(FollowsCluster):
         try:
             if call.cluster is not self._cluster:
                 self._check_again(call)
-            body = REPLY_CODECS[call.verb].encode(message)
+            body = REPLY_CODECS[call.verb].encode(message, call.incoming.request.version)
         except Exception as error:
             self._fail(call, error)
             return
@@ -1626,9 +1636,12 @@ class Handlers(FollowsCluster):
             health=self._health.told(),
             service=self._service_counts(self._admission),
             host=self._host(),
+            protocol=spoken().highest,
+            clients=self._clients.seen(self._cluster, self._connected, self._clock()),
         )
 
     def _hello(self, call: _Call, body: Hello) -> None:
+        self._clients.heard(call.incoming.member, body, self._clock())
         self._answer(call, welcome(body, self._node, self._boot, self._cluster, self._limits))
 
     def _manifest_problem(self) -> str:

@@ -216,7 +216,8 @@ class Server:
         if others:
             self._listener.serve({each.endpoint: each.pair for each in (first, *others)})
         sources = [self._mailbox.fileno(), *([] if lifeline is None else [lifeline])]
-        self._fast = FastPath(self._listener.router, *sources)
+        versions = self._listener.versions
+        self._fast = FastPath(self._listener.router, *sources, lowest=versions.lowest, highest=versions.highest)
         self._handlers = Handlers(
             node=identity.name,
             boot=boot,
@@ -251,6 +252,7 @@ class Server:
             health=self._keeper,
             host=lambda: host_health(config.data),
             known=self._listener.connections.known,
+            connected=self._listener.connections.count_of,
             fast=None if armed() else self._fast,
             tracer=self._tracer,
             returning=Returning(cluster, identity.name, holds=bool(catalogue.known())),

@@ -20,6 +20,7 @@ numbers = st.one_of(
     st.integers(0, 2**63 - 1),
     st.sampled_from([0, 127, 128, 255, 256, 65535, 65536, 2**32 - 1, 2**32, 2**63 - 1]),
 )
+versions = st.integers(0, 127)
 sizes = st.one_of(st.integers(0, 600), st.sampled_from([255, 256, 4096, 48 * 1024, 48 * 1024 + 128]))
 
 
@@ -39,16 +40,19 @@ operates = st.builds(
 )
 
 
-def request_bytes(number: int, verb: str, timeout_ms: int, body: Operate) -> bytes:
-    return request_codec.encode(Request(1, number, verb, timeout_ms, OPERATE.encode(body), {}))
+def request_bytes(number: int, verb: str, timeout_ms: int, body: Operate, version: int = 1) -> bytes:
+    return request_codec.encode(Request(version, number, verb, timeout_ms, OPERATE.encode(body), {}))
 
 
-@given(numbers, st.sampled_from(["encrypt", "verify-mac", "x" * 31]), st.integers(1, 600_000), operates)
+@given(versions, numbers, st.sampled_from(["encrypt", "verify-mac", "x" * 31]), st.integers(1, 600_000), operates)
 @settings(deadline=None)
-def test_requests_are_read_and_written_as_the_codecs_do(number: int, verb: str, timeout_ms: int, body: Operate) -> None:
+def test_requests_are_read_and_written_as_the_codecs_do(
+    version: int, number: int, verb: str, timeout_ms: int, body: Operate
+) -> None:
     """Both ways the same bytes and the same fields."""
-    data = request_bytes(number, verb, timeout_ms, body)
+    data = request_bytes(number, verb, timeout_ms, body, version)
     fields = (
+        version,
         number,
         verb.encode(),
         timeout_ms,
@@ -63,15 +67,16 @@ def test_requests_are_read_and_written_as_the_codecs_do(number: int, verb: str, 
     assert fast.write_operate(*fields) == data
 
 
-@given(numbers, sizes.map(content), numbers, numbers, st.booleans())
+@given(versions, numbers, sizes.map(content), numbers, numbers, st.booleans())
 @settings(deadline=None)
 def test_results_are_read_and_written_as_the_codecs_do(
-    number: int, data: bytes, queue: int, service_us: int, loaded: bool
+    version: int, number: int, data: bytes, queue: int, service_us: int, loaded: bool
 ) -> None:
     """Both ways the same bytes and the same fields."""
-    reply = reply_codec.encode(Reply(1, number, 0, RESULT.encode(Result(data)), Load(queue, service_us, loaded), {}))
-    assert fast.read_result(reply) == (number, data, queue, service_us, loaded)
-    assert fast.write_result(number, data, queue, service_us, loaded) == reply
+    body = RESULT.encode(Result(data))
+    reply = reply_codec.encode(Reply(version, number, 0, body, Load(queue, service_us, loaded), {}))
+    assert fast.read_result(reply) == (version, number, data, queue, service_us, loaded)
+    assert fast.write_result(version, number, data, queue, service_us, loaded) == reply
 
 
 def changed(data: bytes, chance: random.Random) -> bytes:
@@ -115,11 +120,10 @@ def test_nothing_is_read_that_the_codecs_refuse(seed: int) -> None:
             # Patterns of names are left to the caller, who looks verb and name up among those that were checked.
             assert "$[0]" in str(error) or "UTF-8" in str(error), error  # noqa: PT017
             continue
-        assert request.version == 1
-        assert (request.id, request.verb.encode(), request.timeout_ms) == (read[0], read[1], read[2])
+        assert (request.version, request.id, request.verb.encode(), request.timeout_ms) == read[:4]
         assert not request.extensions
         fields = (told.key.encode(), told.key_id, told.data, told.associated_data, told.proof, told.digested)
-        assert fields == read[3:]
+        assert fields == read[4:]
         assert not told.grant
     assert taken > 2_000
 
@@ -139,23 +143,24 @@ def test_no_result_is_read_that_the_codecs_refuse(seed: int) -> None:
             continue
         taken += 1
         reply = reply_codec.decode(data)
-        assert (reply.version, reply.id, reply.status, reply.extensions) == (1, read[0], 0, {})
-        assert RESULT.decode(reply.body).data == read[1]
-        assert (reply.load.queue, reply.load.service_us, reply.load.loaded) == read[2:]
+        assert (reply.version, reply.id, reply.status, reply.extensions) == (*read[:2], 0, {})
+        assert RESULT.decode(reply.body).data == read[2]
+        assert (reply.load.queue, reply.load.service_us, reply.load.loaded) == read[3:]
     assert taken > 2_000
 
 
 def test_what_is_not_warm_is_left_to_the_codecs() -> None:
-    """A grant, an extension, another version, an error reply, a message over the limit."""
+    """A grant, an extension, a version that is no small integer, an error reply, a message over the limit."""
     body = Operate("k", b"", b"d", b"", b"", False, b"grant")
     assert fast.read_operate(request_bytes(1, "sign", 5, body)) is None
     plain = OPERATE.encode(Operate("k", b"", b"d", b"", b"", False, b""))
     assert fast.read_operate(request_codec.encode(Request(1, 1, "sign", 5, plain, {}))) is not None
     assert fast.read_operate(request_codec.encode(Request(1, 1, "sign", 5, plain, {"x": b""}))) is None
-    assert fast.read_operate(request_codec.encode(Request(2, 1, "sign", 5, plain, {}))) is None
+    assert fast.read_operate(request_codec.encode(Request(127, 1, "sign", 5, plain, {}))) is not None
+    assert fast.read_operate(request_codec.encode(Request(128, 1, "sign", 5, plain, {}))) is None
     assert fast.read_result(reply_codec.encode(Reply(1, 1, 1, b"", Load(0, 0, False), {}))) is None
     for verb, key, key_id in ((b"v" * 32, b"k", b""), (b"sign", b"k" * 129, b""), (b"sign", b"k", bytes(17))):
-        assert fast.write_operate(1, verb, 5, key, key_id, b"d", b"", b"", False) is None
-    assert fast.write_operate(1, b"v" * 31, 5, b"k" * 128, bytes(16), b"d", b"", b"", False) is not None
+        assert fast.write_operate(1, 1, verb, 5, key, key_id, b"d", b"", b"", False) is None
+    assert fast.write_operate(1, 1, b"v" * 31, 5, b"k" * 128, bytes(16), b"d", b"", b"", False) is not None
     big = bytes(48 * 1024 + 128)
-    assert fast.write_operate(1, b"encrypt", 5, b"k", b"", big, bytes(16 * 1024), b"", False) is None
+    assert fast.write_operate(1, 1, b"encrypt", 5, b"k", b"", big, bytes(16 * 1024), b"", False) is None

@@ -9,13 +9,15 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import NODEFAULT, Struct
+from msgspec import Struct
 from msgspec import inspect as spec
+from statuses import WELL
 
 from engine.errors import ProtocolError
 from engine.protocol import manifest, requests
 from engine.protocol.requests import BODIES, CLIENT_VERBS, NODE_VERBS, REGISTRY_VERBS, REPLY_CODECS, REQUEST_CODECS
 from engine.protocol.wire import (
+    LOWEST_VERSION,
     MAX_DATA,
     MAX_MESSAGE,
     PROTOCOL_VERSION,
@@ -24,7 +26,7 @@ from engine.protocol.wire import (
     Load,
     Reply,
     Request,
-    check_version,
+    Versions,
     error_codec,
     reply_codec,
     request_codec,
@@ -103,7 +105,8 @@ def test_trailing_data_a_cut_and_an_extra_field_are_refused(what: str) -> None:
             with pytest.raises(ProtocolError):
                 codec.decode(data[:length])
         fields = msgspec.msgpack.decode(data)
-        for wrong in ([*fields, None], [*fields, 0], fields[:-1] if fields else {}):
+        required = len(fields) - len(getattr(kind, "ADDED", {}))
+        for wrong in ([*fields, None], [*fields, 0], fields[: required - 1] if fields else {}):
             with pytest.raises(ProtocolError):
                 codec.decode(msgspec.msgpack.encode(wrong))
 
@@ -315,25 +318,75 @@ def test_every_field_of_every_message_has_a_bound() -> None:
     assert lacking == []
 
 
-def test_no_message_has_optional_fields() -> None:
+def test_a_field_is_optional_only_where_an_older_version_has_it_not() -> None:
+    """Those of a newer version stand at the end, have a default, and came in a version that is still spoken beside."""
+    newer = 0
     for kind, _ in CODECS.values():
-        for field in spec.type_info(kind).fields:  # type: ignore[attr-defined]
-            assert field.required
-            assert field.default is NODEFAULT
+        added: dict[str, int] = getattr(kind, "ADDED", {})
+        fields = spec.type_info(kind).fields  # type: ignore[attr-defined]
+        assert [each.name for each in fields if not each.required] == list(added)
+        assert list(added) == [each.name for each in fields][len(fields) - len(added) :]
+        assert list(added.values()) == sorted(added.values())
+        assert all(LOWEST_VERSION < each <= PROTOCOL_VERSION for each in added.values()), f"{kind}: all know it by now"
+        newer += len(added)
+    assert newer
+
+
+BALANCER = requests.BalancerStatus("bal", "1", 1, 1, 0, 0, 0, 0, "", WELL.service, [], [], "", WELL.host, [], "")
+
+
+@pytest.mark.parametrize("told", [WELL, BALANCER])
+def test_an_older_version_is_written_without_what_a_newer_one_added(told: Any) -> None:
+    """Who knows version 1 alone refuses longer arrays, so it is given none; this software reads both."""
+    kind: Any = type(told)
+    fields = [(each.name, each.type) for each in msgspec.structs.fields(kind) if each.name not in kind.ADDED]
+    old = msgspec.defstruct("Old", fields, array_like=True, forbid_unknown_fields=True)
+    codec, reader = Codec(kind, "status"), Codec(old, "status")
+    full = msgspec.structs.replace(told, protocol=2, clients=[requests.ClientSeen("app", "1", 2, 1, 5)])
+    older, newer = codec.encode(full, 1), codec.encode(full)
+    assert reader.encode(reader.decode(older)) == older
+    assert codec.decode(older) == msgspec.structs.replace(full, protocol=1, clients=[])
+    assert codec.decode(newer) == full
+    assert codec.encode(full, 9) == codec.encode(full, 2) == newer
+    with pytest.raises(ProtocolError):
+        reader.decode(newer)
 
 
 # --- versions and verbs ---
 
 
-@pytest.mark.parametrize("version", [PROTOCOL_VERSION, PROTOCOL_VERSION + 1])
-def test_this_version_and_its_neighbour_are_spoken(version: int) -> None:
-    check_version(version)
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_the_versions_and_the_next_one_are_taken(version: int) -> None:
+    Versions(1, 2).check(version)
 
 
-@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION + 2, 255, 2**63 - 1])
+@pytest.mark.parametrize("version", [0, 4, 255, 2**63 - 1])
 def test_another_version_is_refused(version: int) -> None:
-    with pytest.raises(ProtocolError, match=f"protocol version {version}"):
-        check_version(version)
+    with pytest.raises(ProtocolError, match=f"protocol version {version}; this side speaks 1 to 2 and takes 1 to 3"):
+        Versions(1, 2).check(version)
+
+
+@pytest.mark.parametrize(
+    ("own", "peer", "spoken"),
+    [
+        ((1, 2), (1, 2), 2),
+        ((1, 2), (1, 1), 1),
+        ((1, 1), (1, 2), 1),
+        ((1, 2), (2, 3), 2),
+        ((2, 3), (1, 2), 2),
+        ((2, 2), (2, 3), 2),
+        ((1, 2), (3, 4), 0),
+        ((3, 4), (1, 2), 0),
+        ((1, 1), (2, 3), 0),
+    ],
+)
+def test_the_newest_version_that_both_speak_is_spoken(own: tuple[int, int], peer: tuple[int, int], spoken: int) -> None:
+    """Of neighbouring releases there always is one, and what either sends before it knows is taken by the other."""
+    this, that = Versions(*own), Versions(*peer)
+    assert this.common(that.lowest, that.highest) == that.common(this.lowest, this.highest) == spoken
+    if spoken:
+        assert that.takes(this.highest)
+        assert this.takes(that.reply_to(this.highest))
 
 
 def test_a_verb_has_one_audience() -> None:

@@ -27,7 +27,8 @@ from engine.client.admission import ServiceLimits, welcome
 from engine.client.calls import Await, Calls, Exchange
 from engine.client.client import drive
 from engine.client.config import CurveIdentity, Identity, create_identity
-from engine.client.listener import IDLE, Incoming, Listener
+from engine.client.listener import IDLE, Incoming, Listener, error_body
+from engine.client.speech import spoken
 from engine.client.transport import Arrival, Channel, ask, connect_options, open_line, raise_for_status, watch
 from engine.errors import AccessDenied, DeadlineExceeded, KeyNotFound, NodeUnavailable, Overloaded, ProtocolError
 from engine.keys import KeyKind
@@ -41,6 +42,7 @@ from engine.protocol.wire import (
     Reply,
     Request,
     Status,
+    Versions,
     error_codec,
     reply_codec,
     request_codec,
@@ -58,7 +60,11 @@ def answer(listener: Listener, incoming: Incoming) -> None:
 class Node:
     """A listener in a thread, with a handler for what comes."""
 
-    def __init__(self, identity: Identity, cluster: Cluster, handler: Handler = answer) -> None:
+    def __init__(
+        self, identity: Identity, cluster: Cluster, handler: Handler = answer, versions: Versions | None = None
+    ) -> None:
+        self.versions = versions or spoken()
+        self.heard: list[int] = []
         self.member = cluster.members[identity.name]
         self.identity, self.cluster, self.handler = identity, cluster, handler
         self.served = 0
@@ -70,7 +76,7 @@ class Node:
     def welcome(self, listener: Listener, incoming: Incoming) -> None:
         try:
             hello = REQUEST_CODECS[HELLO].decode(incoming.request.body)
-            told = welcome(hello, self.member.name, bytes(16), self.cluster, ServiceLimits())
+            told = welcome(hello, self.member.name, bytes(16), self.cluster, ServiceLimits(), self.versions)
         except ProtocolError as error:
             listener.fail(incoming, error)
             return
@@ -89,7 +95,7 @@ class Node:
         assert not self._thread.is_alive()
 
     def _run(self) -> None:
-        listener = Listener(self.identity.transport, self.member.endpoint, self.cluster)
+        listener = Listener(self.identity.transport, self.member.endpoint, self.cluster, versions=self.versions)
         self._ready.set()
         while not self._stop.is_set():
             listener.router.poll(10)
@@ -99,6 +105,7 @@ class Node:
                     self.greet(listener, incoming)
                     continue
                 self.served += 1
+                self.heard.append(incoming.request.version)
                 self.handler(listener, incoming)
             self.refused = listener.refused
         listener.close()
@@ -188,11 +195,69 @@ def test_a_version_that_does_not_fit_is_told_with_both(node: Node, world: World,
 
     node.greet = far
     node.handler = lambda listener, incoming: None
-    told = r"n1 \(keyquorum 9.1\) speaks protocol version 9 and takes 8 to 10; this side \(.*\) speaks 1"
+    told = r"n1 \(keyquorum 9.1\) speaks protocol version 8 to 9; this side \(.*\) speaks 1 to 2"
     for _ in range(2):
         with pytest.raises(ProtocolError, match=told):
             channel.call("n1", "flush", FLUSH, 60.0)
     assert node.served <= 1  # the second was not even sent
+
+
+def test_a_member_is_spoken_to_in_the_version_it_has_now(node: Node, world: World, context: zmq.Context[Any]) -> None:
+    """It is upgraded and rolled back: each connection learns anew, and what is sent before is taken by either."""
+    flushed = 0
+    with Channel(world.client.transport, world.members, context, versions=Versions(2, 3)) as channel:
+        for highest in (2, 3, 2):
+            node.stop()
+            node.versions, node.heard = Versions(highest - 1, highest), []
+            node.start()
+            deadline = time.monotonic() + 20
+            while len(node.heard) < 3:
+                assert time.monotonic() < deadline
+                with suppress(NodeUnavailable):  # the connection that is gone may not have been missed yet
+                    reply = channel.call("n1", "flush", FLUSH, 5.0)
+                    raise_for_status(reply)
+                    assert reply.version == highest
+                    flushed += 1
+            assert set(node.heard[1:]) == {highest}
+            assert node.heard[0] == 3  # before it was known
+    assert flushed == 9
+
+
+def test_who_is_held_to_a_version_speaks_it_with_all(node: Node, world: World, context: zmq.Context[Any]) -> None:
+    with Channel(world.client.transport, world.members, context, versions=Versions(1, 1)) as channel:
+        for _ in range(2):
+            assert channel.call("n1", "flush", FLUSH, 5.0).version == 1
+    assert node.heard == [1, 1]
+
+
+def test_releases_that_are_too_far_apart_part(world: World, context: zmq.Context[Any]) -> None:
+    """1 to 2 and 3 to 4 have nothing in common: both are told, and nothing is served."""
+    node = Node(world.node, world.cluster, versions=Versions(3, 4))
+    try:
+        with (
+            Channel(world.client.transport, world.members, context, versions=Versions(1, 2)) as channel,
+            pytest.raises(ProtocolError, match="protocol version 2; this side speaks 3 to 4 and takes 3 to 5"),
+        ):
+            channel.call("n1", "flush", FLUSH, 5.0)
+        assert node.heard == []
+    finally:
+        node.stop()
+
+
+@pytest.mark.parametrize("highest", [1, 2])
+def test_a_line_speaks_what_its_node_does(world: World, highest: int) -> None:
+    node = Node(world.node, world.cluster, use, Versions(1, highest))
+    try:
+        line = open_line(world.client.transport, world.members["n1"])
+        assert line is not None
+        assert line.version == highest
+        assert operate(line) == DONE
+        assert node.heard == [highest]
+        line.version = 3 - highest  # an answer in another version than was asked in is for the ordinary reader
+        assert operate(line, 2) == (OTHER if highest == 1 else DONE)
+        line.close()
+    finally:
+        node.stop()
 
 
 def test_a_hello_of_a_far_version_is_refused_with_both(node: Node, world: World, context: zmq.Context[Any]) -> None:
@@ -201,7 +266,7 @@ def test_a_hello_of_a_far_version_is_refused_with_both(node: Node, world: World,
         assert socket.poll(10_000)
         reply = reply_codec.decode(socket.recv())
         assert reply.id == 5
-        with pytest.raises(ProtocolError, match="protocol version 9; this side speaks 1 and takes 1 to 2"):
+        with pytest.raises(ProtocolError, match="protocol version 9; this side speaks 1 to 2 and takes 1 to 3"):
             raise_for_status(reply)
 
 
@@ -625,7 +690,8 @@ def test_garbage_ends_no_use(node: Node, line: Line) -> None:
 
 @contextmanager
 def rogue(world: World, serve: Callable[[Peer, socket_module.socket], None]) -> Iterator[Line]:
-    """A line to somebody with the node's key, who does ``serve`` after a good handshake."""
+    """A line to somebody with the node's key, too busy for ``hello``, who does ``serve`` after a good handshake."""
+    busy = Overloaded("no")
     server = world.node.transport
     listening = socket_module.create_server(("127.0.0.1", 0))
     member = replace(world.members["n1"], endpoint=f"tcp://127.0.0.1:{listening.getsockname()[1]}")
@@ -640,6 +706,11 @@ def rogue(world: World, serve: Callable[[Peer, socket_module.socket], None]) -> 
                 peer.feed(stream.recv(4096))
                 if peer.judged:
                     peer.judge(True)
+            stream.sendall(peer.take())
+            while not (frames := peer.feed(stream.recv(4096))):
+                pass
+            hello = request_codec.decode(frames[0][1])
+            peer.send(reply_codec.encode(Reply(PROTOCOL_VERSION, hello.id, Status.ERROR, error_body(busy), IDLE, {})))
             stream.sendall(peer.take())
             with suppress(ConnectionError):
                 serve(peer, stream)

@@ -27,7 +27,7 @@ from engine.errors import EngineError, ProtocolError
 from engine.protocol import requests, wire
 from engine.protocol._fastwire import read_operate, read_result
 from engine.protocol.requests import REPLY_CODECS, REQUEST_CODECS, Operate, ReleasedShare, Result, ShareRelease
-from engine.protocol.wire import PROTOCOL_VERSION, Codec, ErrorBody, Load, Reply, Request
+from engine.protocol.wire import LOWEST_VERSION, PROTOCOL_VERSION, Codec, ErrorBody, Load, Reply, Request, Versions
 from nodes.policy import check_key, check_verb
 
 TEXT_MAX: Final = 1_500
@@ -174,6 +174,7 @@ def _request_samples() -> list[bytes]:
     return made
 
 
+SPOKEN: Final = Versions(LOWEST_VERSION, PROTOCOL_VERSION)
 _SENDERS: Final = ("alice", "bob", "node1", "balancer", "op")
 
 
@@ -196,7 +197,7 @@ def _change_frame(body_at: int) -> Change:
 def _take_request(data: bytes) -> str:
     """Decode, check the version, ask the policy for each kind of member, decode the body: a node's first steps."""
     request = wire.request_codec.decode(data)
-    wire.check_version(request.version)
+    SPOKEN.check(request.version)
     require(1 <= request.version <= PROTOCOL_VERSION + 1, "a version that is not spoken is served")
     world = the_world()
     member = world.cluster.members[_SENDERS[len(data) % len(_SENDERS)]]
@@ -241,7 +242,7 @@ class _Refused(Exception):
 def _take_reply(data: bytes) -> str:
     """Decode, check the version, raise the error it carries, else decode the body of the verb it answers."""
     reply = wire.reply_codec.decode(data)
-    wire.check_version(reply.version)
+    SPOKEN.check(reply.version)
     try:
         raise_for_status(reply)
     except ProtocolError:
@@ -283,9 +284,17 @@ def _take_operate(data: bytes) -> str:
         # A plan is looked up by verb and name byte by byte, so that no name passes that was not checked before.
         require("$[0]" in str(error) or "$[2]" in str(error) or "UTF-8" in str(error), f"it is refused: {error}")
         return "a name that no plan has"
-    told = request.id, request.verb.encode(), request.timeout_ms, body.key.encode(), body.key_id, body.data
+    told = (
+        request.version,
+        request.id,
+        request.verb.encode(),
+        request.timeout_ms,
+        body.key.encode(),
+        body.key_id,
+        body.data,
+    )
     require((*told, body.associated_data, body.proof, body.digested) == read, "another request")
-    require(request.version == PROTOCOL_VERSION and not request.extensions and not body.grant, "more than it reads")
+    require(not request.extensions and not body.grant, "more than it reads")
     return "read"
 
 
@@ -304,9 +313,9 @@ def _take_result(data: bytes) -> str:
         raise ProtocolError("left to the codecs")
     reply = wire.reply_codec.decode(data)
     body = REPLY_CODECS["sign"].decode(reply.body)
-    told = reply.id, body.data, reply.load.queue, reply.load.service_us, reply.load.loaded
+    told = reply.version, reply.id, body.data, reply.load.queue, reply.load.service_us, reply.load.loaded
     require(told == read, "another reply")
-    require((reply.version, reply.status, reply.extensions) == (PROTOCOL_VERSION, 0, {}), "more than it reads")
+    require((reply.status, reply.extensions) == (0, {}), "more than it reads")
     return "read"
 
 
@@ -353,7 +362,7 @@ def frame_targets() -> list[Target]:
     return [
         Target(
             "frame/request", _request_samples, _take_request, _change_frame(4), (EngineError,), 12,
-            covers=("nodes.policy.check_verb", "engine.protocol.wire.check_version"),
+            covers=("nodes.policy.check_verb", "engine.protocol.wire.Versions.check"),
         ),
         Target(
             "frame/reply", _reply_samples, _take_reply, _change_frame(3), (ProtocolError,), 12,

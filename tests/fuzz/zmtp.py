@@ -707,10 +707,10 @@ def _uses(frames: list[tuple[int, bytes]]) -> list[tuple[int, bytes | None]]:
             parts = bool(flags & 1)
             continue
         result = read_result(content)
-        if result is None:
+        if result is None or result[0] != PROTOCOL_VERSION:
             told.append((OTHER, content))
-        elif result[0] == number:
-            told.append((DONE, result[1]))
+        elif result[1] == number:
+            told.append((DONE, result[2]))
             number += 1
     return told
 
@@ -723,7 +723,7 @@ def _take_line(data: bytes) -> str:
     ours, theirs = socket.socketpair(socket.AF_UNIX)
     with ours:
         ours.settimeout(WAIT_S)
-        done = _thread[0].submit(_use_line, Line(theirs.detach(), limit=LIMIT))
+        done = _thread[0].submit(_use_line, Line(theirs.detach(), limit=LIMIT, version=PROTOCOL_VERSION))
         hostile = Hostile(to_server=False)
         for step in steps:
             while told.stage == "WELCOME" and told.state == "waits" and len(said) < 266:

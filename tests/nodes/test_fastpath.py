@@ -86,7 +86,14 @@ class Hands:
         return 7
 
     def fail_aside(
-        self, plan: Plan, request: int, number: int, connection: Connection, started_s: float, error: Exception
+        self,
+        plan: Plan,
+        version: int,
+        request: int,
+        number: int,
+        connection: Connection,
+        started_s: float,
+        error: Exception,
     ) -> None:
         self.under_way -= 1
         self.failed.append((request, error))
@@ -97,7 +104,9 @@ class Hands:
     def plan_broke(self, error: Exception) -> None:
         self.broke.append(error)
 
-    def fail_planned(self, plan: Plan, number: int, connection: Connection, started_s: float, error: Exception) -> None:
+    def fail_planned(
+        self, plan: Plan, version: int, number: int, connection: Connection, started_s: float, error: Exception
+    ) -> None:
         self.failed.append((number, error))
 
     def lose(self) -> None:
@@ -127,7 +136,7 @@ class Place:
         self.listener = Listener(node.transport, member.endpoint, self.cluster)
         self.hands = Hands()
         self.bell = os.eventfd(0, os.EFD_NONBLOCK)
-        self.fast = FastPath(self.listener.router, self.bell)
+        self.fast = FastPath(self.listener.router, self.bell, lowest=1, highest=2)
         self.uses = UseBuffer(str(folder / "uses"), lambda: 1, lambda: None, lambda: None)
         self.drained = 0
         self.fast.serve(self.listener.open, self.hands.lose, self.hands, self.uses, self.drain)
@@ -511,7 +520,7 @@ def test_there_is_a_bound_on_the_descriptors_beside_it() -> None:
     bells = [os.eventfd(0) for _ in range(17)]
     try:
         with pytest.raises(ValueError, match="more than 16 descriptors"):
-            FastPath(router, *bells)
+            FastPath(router, *bells, lowest=1, highest=2)
     finally:
         router.close()
         for each in bells:

@@ -979,7 +979,7 @@ def test_a_failed_use_by_a_plan_is_recorded_and_answered(scene: Scene) -> None:
     plan = planned(scene)
     count = len(scene.records)
     assert scene.handlers.begin_planned(plan) == 0
-    scene.handlers.fail_planned(plan, 99, scene.connection, time.monotonic(), InvalidTag("changed"))
+    scene.handlers.fail_planned(plan, 2, 99, scene.connection, time.monotonic(), InvalidTag("changed"))
     assert scene.outcome(99) == "InvalidTag"
     assert [(each.event, each.member, each.outcome) for each in scene.records[count:]] == [
         ("request", "alice", ""),
@@ -1000,7 +1000,7 @@ def test_a_member_that_is_removed_during_its_use_gets_no_result(scene: Scene) ->
     scene.handlers._source = SimpleNamespace(cluster=without)  # type: ignore[assignment]
     with pytest.raises(AccessDenied, match="'alice' is no member any more") as refused:
         scene.handlers.check_plan(plan)
-    scene.handlers.fail_planned(plan, 99, scene.connection, time.monotonic(), refused.value)
+    scene.handlers.fail_planned(plan, 2, 99, scene.connection, time.monotonic(), refused.value)
     assert scene.outcome(99) == "AccessDenied"
     assert not scene.audit.recorded
     assert [each.outcome for each in scene.records[-2:]] == ["", "access-denied"]
@@ -1030,7 +1030,7 @@ def test_a_use_of_a_worker_that_cannot_be_recorded_is_not_counted_as_good(scene:
     scene.audit.problem = "the disk is full"
     with pytest.raises(AuditUnavailable) as failure:
         scene.handlers.end_aside(plan, 5, 900, 800)
-    scene.handlers.fail_aside(plan, 98, 5, scene.connection, time.monotonic(), failure.value)
+    scene.handlers.fail_aside(plan, 2, 98, 5, scene.connection, time.monotonic(), failure.value)
     assert scene.outcome(98) == "AuditUnavailable"
     assert (plan.count.requests, plan.count.errors) == (before[0] + 1, before[1] + 1)
     assert scene.handlers.pending == 0

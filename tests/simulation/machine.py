@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from engine.client.listener import Listener
+from engine.client.speech import spoken
 from engine.client.transport import Arrival
 from engine.errors import DeadlineExceeded, EngineError, NodeUnavailable, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster
@@ -28,7 +29,6 @@ from engine.protocol.wire import (
     MAX_TIMEOUT_MS,
     PROTOCOL_VERSION,
     Request,
-    check_version,
     reply_codec,
     request_codec,
 )
@@ -416,7 +416,7 @@ class SimChannel:
             return
         try:
             reply = reply_codec.decode(data)
-            check_version(reply.version)
+            spoken().check(reply.version)
         except ProtocolError as error:
             for token, each in list(self._pending.items()):
                 if each[0] == peer:

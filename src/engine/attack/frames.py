@@ -36,7 +36,7 @@ from engine.protocol.requests import (
     Sealed,
     Settings,
 )
-from engine.protocol.wire import HIGHEST_VERSION, PROTOCOL_VERSION, Request, reply_codec, request_codec
+from engine.protocol.wire import PROTOCOL_VERSION, Request, reply_codec, request_codec
 
 __all__ = ["ATTACKS"]
 
@@ -85,7 +85,7 @@ def _malformed(stage: Stage, base: bytes, body: bytes) -> dict[str, bytes]:
         "the id 2^63": array(1, 2**63, verb, 5000, body, {}),
         "the id 2^64 - 1": array(1, 2**64 - 1, verb, 5000, body, {}),
         "version 0": array(0, 7, verb, 5000, body, {}),
-        f"version {HIGHEST_VERSION + 1}": array(HIGHEST_VERSION + 1, 7, verb, 5000, body, {}),
+        f"version {PROTOCOL_VERSION + 2}": array(PROTOCOL_VERSION + 2, 7, verb, 5000, body, {}),
         "version 2^63 - 1": array(2**63 - 1, 7, verb, 5000, body, {}),
         "a time-out of 0": array(1, 7, verb, 0, body, {}),
         "a time-out of -5": array(1, 7, verb, -5, body, {}),
@@ -265,7 +265,7 @@ def _fits(verb: str, body: bytes) -> bool:
 def versions(stage: Stage, trial: Trial) -> None:
     for member in stage.servers:
         frames: dict[str, bytes] = {}
-        for version in (0, HIGHEST_VERSION + 1, 1_000, 2**63 - 1):
+        for version in (0, PROTOCOL_VERSION + 2, 1_000, 2**63 - 1):
             body = pack(Hello(version, "attack"))
             frames[f"hello that tells version {version}"] = request_codec.encode(Request(1, 5, HELLO, 5000, body, {}))
             frames[f"status under version {version}"] = request_codec.encode(

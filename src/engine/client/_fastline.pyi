@@ -25,7 +25,10 @@ BROKEN: int
 
 @final
 class Line:
-    """A connected TCP socket, which is the line's from now on; one thread at a time. ``limit`` bounds a frame."""
+    """A connected TCP socket, which is the line's from now on; one thread at a time. ``limit`` bounds a frame.
+
+    ``version`` is the protocol version that is spoken; an answer in another one ends in ``OTHER``.
+    """
 
     data: bytes | None
     frame: bytes | None
@@ -33,7 +36,8 @@ class Line:
     service_us: int
     loaded: bool
     elapsed_s: float
-    def __new__(cls, fd: int, *, limit: int) -> Line: ...
+    version: int
+    def __new__(cls, fd: int, *, limit: int, version: int) -> Line: ...
     def shake(self, own_public: bytes, own_secret: bytes, server_public: bytes, timeout_s: float) -> bool:
         """The CURVE handshake with raw keys; whether the peer proved its key and let this one in, in time.
 
@@ -51,6 +55,12 @@ class Line:
     @property
     def spins(self) -> bool:
         """Whether requests spin at present."""
+
+    def ask(self, content: bytes, patience_s: float) -> bytes | None:
+        """Send a message and wait ``patience_s`` seconds for the next one that comes; where none does, it is closed.
+
+        For what comes before any use: a request and its answer.
+        """
 
     def operate(
         self,

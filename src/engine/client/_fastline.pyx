@@ -67,7 +67,7 @@ from engine.protocol._fastwire cimport (
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memmove
+from libc.string cimport memcpy, memmove
 
 cimport cython
 
@@ -108,6 +108,7 @@ cdef class Line:
     cdef double _begun_s, _until_s, _used_s
     cdef kq_spinner _spinner
     cdef bint _parts
+    cdef public uint8_t version
     cdef object __weakref__
     cdef object cluster
     cdef object member
@@ -120,8 +121,8 @@ cdef class Line:
     cdef readonly bint loaded
     cdef readonly double elapsed_s
 
-    def __cinit__(self, int fd, *, size_t limit):
-        self._fd, self._limit = fd, limit
+    def __cinit__(self, int fd, *, size_t limit, uint8_t version):
+        self._fd, self._limit, self.version = fd, limit, version
         self._curve.stage = KQ_ENDED
         self._in = <uint8_t *>malloc(self._length())
         if self._in == NULL:
@@ -246,6 +247,34 @@ cdef class Line:
                     return False
                 PyErr_CheckSignals()
 
+    def ask(self, bytes content not None, double patience_s):
+        """Send a message and wait for one; see _fastline.pyi."""
+        cdef size_t length = PyBytes_GET_SIZE(content)
+        cdef uint8_t *at
+        cdef uint8_t flags
+        cdef int code
+        if self._curve.stage != KQ_OPEN:
+            return None
+        if not kq_reserve(&self._room, BEFORE + length):
+            raise MemoryError
+        memcpy(self._room.at + BEFORE, PyBytes_AS_STRING(content), length)
+        at = self._room.at + BEFORE - kq_message_head(length)
+        length = kq_write_message(at, &self._curve, &sodium, self._room.at + BEFORE, length, 0)
+        self._used_s = kq_now_s()
+        self._until_s = self._used_s + patience_s
+        code = BROKEN_
+        if self._send(at, length, self._until_s):
+            while True:
+                with nogil:
+                    code = self._receive(&at, &length, &flags, 0)
+                if code != INTERRUPTED_:
+                    break
+                PyErr_CheckSignals()
+        if code == OTHER_ and not flags & MORE:
+            return PyBytes_FromStringAndSize(<const char *>at, length)
+        self._close()
+        return None
+
     def operate(
         self,
         uint64_t number,
@@ -268,7 +297,7 @@ cdef class Line:
         if self._curve.stage != KQ_OPEN:
             return NOT_SENT_
         self._begun_s = kq_now_s()
-        request.id, request.timeout_ms, request.digested = number, timeout_ms, digested
+        request.version, request.id, request.timeout_ms, request.digested = self.version, number, timeout_ms, digested
         request.verb, request.key, request.key_id = span_of(verb), span_of(key), span_of(key_id)
         request.data, request.associated_data, request.proof = span_of(data), span_of(associated_data), span_of(proof)
         if not kq_reserve(&self._room, BEFORE + kq_operate_room(&request)):
@@ -331,7 +360,7 @@ cdef class Line:
                 self._parts = False
                 self.frame = b""  # no reply has a second frame
                 return OTHER_
-            if kq_read_result(content, length, &result):
+            if kq_read_result(content, length, &result) and result.version == self.version:
                 if result.id != self._id:
                     explicit_bzero(content, length)
                     continue  # the answer to an earlier request, which was given up
@@ -594,7 +623,7 @@ cdef class Shortcuts:
         line._id += end - begin
         if not kq_reserve(&line._out, OUT_BYTES):
             raise MemoryError
-        request.timeout_ms = max(1, min(<long>(timeout_s * 1000), wire.MAX_TIMEOUT_MS))
+        request.version, request.timeout_ms = line.version, max(1, min(<long>(timeout_s * 1000), wire.MAX_TIMEOUT_MS))
         request.verb, request.key, request.key_id = span_of(cut.verb_bytes), span_of(cut.name_bytes), span_of(cut.key_id)
         request.digested = cut.digest_bytes > 0
         while True:
@@ -646,7 +675,7 @@ cdef class Shortcuts:
                     line._close()  # no reply has a second frame
                     return BROKEN_
                 now_s = kq_now_s()
-                if kq_read_result(content, length, &result):
+                if kq_read_result(content, length, &result) and result.version == line.version:
                     if base <= result.id < base + (end - begin):
                         results[begin + (result.id - base)] = bytes_of(result.data)
                         under_way -= 1

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Generic, TypeVar
 
 from msgspec import Meta, Struct
 
 from engine._version import __version__
+from engine.client.speech import spoken
 from engine.errors import Overloaded
-from engine.protocol.manifest import Cluster
-from engine.protocol.requests import Hello, ServedLimits, Welcome
-from engine.protocol.wire import HIGHEST_VERSION, LOWEST_VERSION, MAX_MESSAGE, PROTOCOL_VERSION, check_version
+from engine.protocol.manifest import Cluster, Member
+from engine.protocol.requests import CLIENTS_TOLD, ClientSeen, Hello, ServedLimits, Welcome
+from engine.protocol.wire import MAX_MESSAGE, Versions
 
-__all__ = ["DEFAULT_LIMITS", "Admission", "LimitsTable", "Refusals", "ServiceLimits", "TokenBucket", "Turns", "welcome"]
+__all__ = [
+    "DEFAULT_LIMITS",
+    "Admission",
+    "Clients",
+    "LimitsTable",
+    "Refusals",
+    "ServiceLimits",
+    "TokenBucket",
+    "Turns",
+    "welcome",
+]
 
 T = TypeVar("T")
 
@@ -85,13 +97,16 @@ class LimitsTable(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
         )
 
 
-def welcome(hello: Hello, name: str, boot: bytes, cluster: Cluster, limits: ServiceLimits) -> Welcome:
+def welcome(
+    hello: Hello, name: str, boot: bytes, cluster: Cluster, limits: ServiceLimits, versions: Versions | None = None
+) -> Welcome:
     """The answer to ``hello``; ``ProtocolError`` to one whose version is too far away."""
-    check_version(hello.version)
+    versions = versions or spoken()
+    versions.check(hello.version)
     return Welcome(
-        PROTOCOL_VERSION,
-        LOWEST_VERSION,
-        HIGHEST_VERSION,
+        versions.highest,
+        versions.lowest,
+        versions.highest + 1,
         __version__,
         name,
         boot,
@@ -99,6 +114,30 @@ def welcome(hello: Hello, name: str, boot: bytes, cluster: Cluster, limits: Serv
         cluster.digest,
         limits.served(),
     )
+
+
+class Clients:
+    """Which clients said ``hello`` since this process began, and what they are: they listen nowhere to be asked.
+
+    Clients are as few as the members of a cluster's manifest; those that are none any more are forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._heard: dict[str, tuple[Hello, float]] = {}
+
+    def heard(self, member: Member, hello: Hello, now_s: float) -> None:
+        """A member said ``hello``."""
+        if member.role == "client":
+            self._heard[member.name] = (hello, now_s)
+
+    def seen(self, cluster: Cluster, connections: Callable[[str], int], now_s: float) -> list[ClientSeen]:
+        """The last ``CLIENTS_TOLD`` of them, the latest first; ``connections`` says how many a member has now."""
+        self._heard = {name: each for name, each in self._heard.items() if name in cluster.members}
+        latest = sorted(self._heard.items(), key=lambda each: -each[1][1])[:CLIENTS_TOLD]
+        return [
+            ClientSeen(name, told.software, told.version, connections(name), max(0, int((now_s - at_s) * 1000)))
+            for name, (told, at_s) in latest
+        ]
 
 
 class TokenBucket:

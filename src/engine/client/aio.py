@@ -156,7 +156,7 @@ class _Link:
         if len(self._pending) >= most:
             raise Overloaded(f"{most} requests are under way at {self._name}")
         number = next(self._ids)
-        data = request_frame(number, verb, step.body, timeout_s, step.extensions)
+        data = request_frame(self._greeting.version, number, verb, step.body, timeout_s, step.extensions)
         future: asyncio.Future[Reply] = self._loop.create_future()
         self._pending[number] = future
         try:

@@ -25,6 +25,7 @@ import msgspec
 from msgspec import structs
 
 from engine.client._histogram import Histograms
+from engine.client.speech import spoken
 from engine.client.tracing import Origin, active_trace, begin_span
 from engine.client.transport import KeyRefused, Moved, raise_for_status
 from engine.errors import (
@@ -122,7 +123,7 @@ from engine.protocol.settings import (
     state_of,
 )
 from engine.protocol.signed import SigningKey, sign_envelope
-from engine.protocol.wire import MAX_AAD, MAX_DATA, PROTOCOL_VERSION, Name, Reply, reply_codec
+from engine.protocol.wire import MAX_AAD, MAX_DATA, Name, Reply, reply_codec
 
 __all__ = [
     "Await",
@@ -831,7 +832,7 @@ class Calls:
             reply = reply_codec.decode(frame)
         except ProtocolError:
             return None
-        return reply if reply.version == PROTOCOL_VERSION else None
+        return reply if spoken().takes(reply.version) else None
 
     @classmethod
     def direct_reply(cls, frame: bytes, number: int) -> Reply | None:

@@ -54,6 +54,7 @@ from engine.client.calls import (
 from engine.client.config import ClientConfig, Identity, load_config, load_identity, resolve
 from engine.client.follower import Follower, TableStats
 from engine.client.membership import OwnCurve, Servers, open_membership
+from engine.client.speech import spoken
 from engine.client.tracing import active_trace
 from engine.client.transport import Arrival, Channel, check_zmq_version, open_line
 from engine.client.warmer import Warmer
@@ -145,6 +146,7 @@ def connect(config: str | os.PathLike[str] | ClientSettings, *, max_channels: in
 
 def make_calls(settings: ClientSettings) -> Calls:
     """The verbs of a client, with the real clocks and the operating system's randomness."""
+    spoken()  # a wrong value is told before anything is connected
     return Calls(
         settings.source,
         settings.identity.signing,

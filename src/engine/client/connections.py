@@ -108,6 +108,10 @@ class Connections:
                 self._excess.append(connection)
         return bool(self._excess) and connection in self._excess
 
+    def count_of(self, member: str) -> int:
+        """How many connections of a member there are that it sent a request by."""
+        return self._members[member]
+
     def known(self, connection: Connection, member: str) -> bool:
         """Whether this member was heard by the connection before, which is not one too many."""
         return connection.member == member and not (self._excess and connection in self._excess)

@@ -22,18 +22,18 @@ from engine.client._router import Connection, Router
 from engine.client.admission import DEFAULT_LIMITS, Admission, ServiceLimits
 from engine.client.config import CurveIdentity
 from engine.client.connections import Connections, descriptors
+from engine.client.speech import spoken
 from engine.client.transport import FRAME_MAX, HANDSHAKE_MS
 from engine.errors import EngineError, Overloaded, ProtocolError
 from engine.protocol.manifest import Cluster, ClusterSource, FollowsCluster, Member
 from engine.protocol.requests import HELLO, ServiceCount
 from engine.protocol.wire import (
-    PROTOCOL_VERSION,
     ErrorBody,
     Load,
     Reply,
     Request,
     Status,
-    check_version,
+    Versions,
     error_codec,
     reply_codec,
     request_codec,
@@ -158,12 +158,19 @@ def listen(endpoint: str, backlog: int) -> sockets.socket:
 
 
 class Listener(FollowsCluster):
-    """Where a member serves the requests of others."""
+    """Where a member serves the requests of others, in the protocol version of each."""
 
     def __init__(
-        self, identity: CurveIdentity, endpoint: str, cluster: ClusterSource, limits: ServiceLimits = DEFAULT_LIMITS
+        self,
+        identity: CurveIdentity,
+        endpoint: str,
+        cluster: ClusterSource,
+        limits: ServiceLimits = DEFAULT_LIMITS,
+        *,
+        versions: Versions | None = None,
     ) -> None:
         self._source = cluster
+        self.versions = versions or spoken()
         self.refused = 0
         self._lacking = ""
         self._next_warning_s = 0.0
@@ -294,17 +301,17 @@ class Listener(FollowsCluster):
             self.router.end(connection)
             return None
         excess = self.connections.heard(connection, member.name)
-        request_id = 0
+        request_id, version = 0, self.versions.lowest
         try:
             if parts != 1:
                 raise ProtocolError(f"a request has 1 frame, this one {parts}")
             request = request_codec.decode(data)
-            request_id = request.id
+            request_id, version = request.id, self.versions.reply_to(request.version)
             if request.verb != HELLO:  # which is how two versions get to know each other
-                check_version(request.version)
+                self.versions.check(request.version)
         except ProtocolError as error:
             self._tell(member.name, str(error))
-            self._send(Reply(PROTOCOL_VERSION, request_id, Status.ERROR, error_body(error), IDLE, {}), connection)
+            self._send(Reply(version, request_id, Status.ERROR, error_body(error), IDLE, {}), connection)
             return None
         incoming = Incoming(member, request, connection, time.monotonic() - begun_s)
         if excess:
@@ -323,8 +330,9 @@ class Listener(FollowsCluster):
             log.warning("message refused", member=member, reason=reason, refused_so_far=self.refused + 1)
 
     def reply(self, incoming: Incoming, status: int, body: bytes, load: Load = IDLE) -> None:
-        """Answer a request."""
-        reply = Reply(PROTOCOL_VERSION, incoming.request.id, status, body, load, {})
+        """Answer a request, in the version that it came in."""
+        request = incoming.request
+        reply = Reply(self.versions.reply_to(request.version), request.id, status, body, load, {})
         self._send(reply, incoming.connection)
 
     def fail(self, incoming: Incoming, error: Exception, load: Load = IDLE) -> None:

@@ -16,6 +16,7 @@ import structlog
 
 from engine._version import __version__
 from engine.client.membership import Membership
+from engine.client.speech import spoken
 from engine.client.transport import Channel, ask
 from engine.errors import EngineError, ManifestError, Overloaded
 from engine.protocol.manifest import ClusterSource, chain_after
@@ -31,7 +32,6 @@ from engine.protocol.requests import (
     ManifestTaken,
     Welcome,
 )
-from engine.protocol.wire import PROTOCOL_VERSION
 
 __all__ = ["Desk", "Gossip", "pull", "push", "serial_at"]
 
@@ -112,7 +112,7 @@ class Desk:
 
 def serial_at(channel: Channel, peer: str, timeout_s: float = TIMEOUT_S) -> int:
     """The serial of the manifest that a member goes by, by its own word."""
-    told: Welcome = ask(channel, peer, HELLO, Hello(PROTOCOL_VERSION, __version__), timeout_s)
+    told: Welcome = ask(channel, peer, HELLO, Hello(spoken().highest, __version__), timeout_s)
     return told.cluster_serial
 
 

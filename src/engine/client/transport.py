@@ -22,6 +22,7 @@ from zmq.utils.monitor import parse_monitor_message
 from engine._version import __version__
 from engine.client._fastline import Line
 from engine.client.config import CurveIdentity, CurveSource
+from engine.client.speech import spoken
 from engine.errors import (
     AccessDenied,
     DeadlineExceeded,
@@ -35,11 +36,10 @@ from engine.protocol.requests import HELLO, REPLY_CODECS, REQUEST_CODECS, Hello,
 from engine.protocol.wire import (
     MAX_MESSAGE,
     MAX_TIMEOUT_MS,
-    PROTOCOL_VERSION,
     Reply,
     Request,
     Status,
-    check_version,
+    Versions,
     error_codec,
     reply_codec,
     request_codec,
@@ -119,7 +119,10 @@ def connect_options(socket: zmq.Socket[bytes], identity: CurveIdentity, peer: Me
 
 
 def open_line(identity: CurveIdentity, peer: Member) -> Line | None:
-    """A connection of its own for direct uses; None where there is none to be had in ``REDIAL_TIMEOUT_S``."""
+    """A connection of its own for direct uses; None where there is none to be had in ``REDIAL_TIMEOUT_S``.
+
+    It says ``hello`` first, so that it speaks what the peer does now.
+    """
     host, _, port = peer.endpoint.removeprefix("tcp://").rpartition(":")
     until_s = time.monotonic() + REDIAL_TIMEOUT_S
     try:
@@ -127,11 +130,23 @@ def open_line(identity: CurveIdentity, peer: Member) -> Line | None:
     except (OSError, ValueError):
         return None
     socket.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
-    line = Line(socket.detach(), limit=FRAME_MAX)
+    greeting = Greeting(peer.name)
+    line = Line(socket.detach(), limit=FRAME_MAX, version=greeting.version)
     own_public, own_secret, server = map(
         zmq.utils.z85.decode, (identity.public, identity.secret, peer.curve_z85.encode())
     )
-    return line if line.shake(own_public, own_secret, server, max(0.001, until_s - time.monotonic())) else None
+    if not line.shake(own_public, own_secret, server, max(0.001, until_s - time.monotonic())):
+        return None
+    answer = line.ask(greeting.frame(1), max(0.001, until_s - time.monotonic()))
+    if answer is None:
+        return None
+    try:
+        greeting.reply_in([answer])
+    except ProtocolError:
+        line.close()
+        return None
+    line.version = greeting.version
+    return line
 
 
 def watch(context: zmq.Context[Any], socket: zmq.Socket[bytes], events: int) -> zmq.Socket[bytes]:
@@ -153,11 +168,16 @@ _monitors = itertools.count(1)
 
 
 def request_frame(
-    number: int, verb: str, body: bytes, timeout_s: float, extensions: Mapping[str, bytes] | None = None
+    version: int,
+    number: int,
+    verb: str,
+    body: bytes,
+    timeout_s: float,
+    extensions: Mapping[str, bytes] | None = None,
 ) -> bytes:
-    """A request with that id; the peer is told ``timeout_s``, which ``MAX_TIMEOUT_MS`` bounds."""
+    """A request of that version and id; the peer is told ``timeout_s``, which ``MAX_TIMEOUT_MS`` bounds."""
     timeout_ms = max(1, min(int(timeout_s * 1000), MAX_TIMEOUT_MS))
-    return request_codec.encode(Request(PROTOCOL_VERSION, number, verb, timeout_ms, body, dict(extensions or {})))
+    return request_codec.encode(Request(version, number, verb, timeout_ms, body, dict(extensions or {})))
 
 
 @dataclass(slots=True)
@@ -175,28 +195,33 @@ class Arrival:
 class Greeting:
     """``hello`` on one connection: sent before the first request after each connecting, and what the peer said.
 
-    ``number`` is the id of the hello under way, 0 if none is; ``refusal`` why the peer's version does not fit. ``said``
-    is told what the peer answers.
+    ``version`` is what is spoken on it: the newest that both sides speak, and until the peer has said what it speaks
+    the newest of this side, which the peer takes if it is a neighbour. ``number`` is the id of the hello under way, 0 if
+    none is; ``refusal`` why the peer's versions do not fit. ``said`` is told what the peer answers.
     """
 
-    __slots__ = ("_said", "due", "number", "peer", "refusal", "welcome")
+    __slots__ = ("_said", "_versions", "due", "number", "peer", "refusal", "version", "welcome")
 
-    def __init__(self, peer: str, said: Callable[[Welcome], None] = lambda welcome: None) -> None:
+    def __init__(
+        self, peer: str, said: Callable[[Welcome], None] = lambda welcome: None, versions: Versions | None = None
+    ) -> None:
         self.peer = peer
         self._said = said
+        self._versions = versions or spoken()
         self.lost()
         self.welcome: Welcome | None = None
 
     def lost(self) -> None:
         """The connection broke: who answers the next one may be another start or another version."""
         self.due, self.number = True, 0
+        self.version = self._versions.highest
         self.refusal: ProtocolError | None = None
 
     def frame(self, number: int) -> bytes:
         """The hello to be sent under that id, with no wait for its answer."""
         self.due, self.number = False, number
-        body = REQUEST_CODECS[HELLO].encode(Hello(PROTOCOL_VERSION, __version__))
-        return request_frame(number, HELLO, body, HELLO_TIMEOUT_S)
+        body = REQUEST_CODECS[HELLO].encode(Hello(self._versions.highest, __version__))
+        return request_frame(self._versions.highest, number, HELLO, body, HELLO_TIMEOUT_S)
 
     def reply_in(self, frames: list[bytes]) -> Reply | None:
         """The reply in a message of this connection; None if it was the answer to ``hello``, which is taken in here.
@@ -209,7 +234,7 @@ class Greeting:
         if self.number and reply.id == self.number:
             self._answered(reply)
             return None
-        check_version(reply.version)
+        self._versions.check(reply.version)
         return reply
 
     def _answered(self, reply: Reply) -> None:
@@ -220,18 +245,21 @@ class Greeting:
             told: Welcome = REPLY_CODECS[HELLO].decode(reply.body)
         except (EngineError, ValueError) as error:
             try:
-                check_version(reply.version)  # if it fits, whatever else kept the peer from answering is no matter
+                self._versions.check(reply.version)  # if it fits, whatever else kept it from answering is no matter
             except ProtocolError:
                 self.refusal = ProtocolError(f"{self.peer}: {error}")
                 raise self.refusal from None
             return
         self.welcome = told
-        if not told.lowest <= PROTOCOL_VERSION <= told.highest:
+        version = self._versions.common(told.lowest, told.version)
+        if not version:
+            theirs = Versions(told.lowest, told.version)
             self.refusal = ProtocolError(
-                f"{self.peer} (keyquorum {told.software}) speaks protocol version {told.version} and takes "
-                f"{told.lowest} to {told.highest}; this side (keyquorum {__version__}) speaks {PROTOCOL_VERSION}"
+                f"{self.peer} (keyquorum {told.software}) speaks protocol version {theirs}; "
+                f"this side (keyquorum {__version__}) speaks {self._versions}"
             )
             raise self.refusal
+        self.version = version
         self._said(told)
 
 
@@ -274,7 +302,7 @@ class Channel:
     Not safe for two threads at once; handing it over under a lock is fine. ``members`` maps names to members with
     endpoints. ``came_up`` is told a peer whose connection is there again, or for the first time, and ``said`` what it
     answered to ``hello``. With ``watchful`` a peer that is silent altogether counts as gone, and what is under way
-    there ends at once.
+    there ends at once. ``versions`` are what this side speaks, by default what the process does.
     """
 
     def __init__(
@@ -286,8 +314,10 @@ class Channel:
         said: Callable[[Welcome], None] = lambda welcome: None,
         *,
         watchful: bool = False,
+        versions: Versions | None = None,
     ) -> None:
         check_zmq_version()
+        self._versions = versions or spoken()
         self._identity = identity
         self._members = members
         self._came_up = came_up
@@ -331,7 +361,7 @@ class Channel:
         if connection.greeting.refusal is not None:
             raise connection.greeting.refusal
         token = next(self._tokens)
-        data = request_frame(token, verb, body, timeout_s, extensions)
+        data = request_frame(connection.greeting.version, token, verb, body, timeout_s, extensions)
         now = time.monotonic()
         try:
             if connection.greeting.due:
@@ -462,7 +492,7 @@ class Channel:
         if self._watchful:  # or a firewall between hosts may forget an idle connection
             socket.tcp_keepalive, socket.tcp_keepalive_idle = 1, KEEPALIVE_S
         monitor = watch(self._context, socket, _FIRST_EVENTS if first else EVENTS)
-        now, greeting = time.monotonic(), Greeting(peer, self._said)
+        now, greeting = time.monotonic(), Greeting(peer, self._said, self._versions)
         connection = _Connection(member, own, current, socket, monitor, greeting, now, now, first=first)
         self._connections[peer] = connection
         self._by_socket[socket], self._by_monitor[monitor] = peer, peer
@@ -542,7 +572,9 @@ class Channel:
                     continue
                 connection.asked_s = now
                 with contextlib.suppress(zmq.Again):  # its queue is full of what it does not read
-                    connection.socket.send(Greeting(peer).frame(next(self._tokens)), zmq.DONTWAIT)
+                    connection.socket.send(
+                        Greeting(peer, versions=self._versions).frame(next(self._tokens)), zmq.DONTWAIT
+                    )
             next_s = min(next_s, connection.asked_s + (LOST_MS - SILENCE_MS) / 1000)
         return next_s
 

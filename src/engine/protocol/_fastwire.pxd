@@ -18,6 +18,7 @@ cdef extern from "fastwire.h" nogil:
         size_t length
 
     ctypedef struct kq_operate:
+        uint8_t version
         uint64_t id
         uint32_t timeout_ms
         kq_span verb
@@ -29,6 +30,7 @@ cdef extern from "fastwire.h" nogil:
         int digested
 
     ctypedef struct kq_result:
+        uint8_t version
         uint64_t id
         kq_span data
         uint64_t queue

@@ -20,11 +20,12 @@ from libc.stdint cimport uint8_t
 
 
 def read_operate(bytes message):
-    """``(id, verb, timeout_ms, key, key_id, data, associated_data, proof, digested)`` of a request, or None."""
+    """``(version, id, verb, timeout_ms, key, key_id, data, associated_data, proof, digested)`` of a request, or None."""
     cdef kq_operate read
     if not kq_read_operate(<const uint8_t *>PyBytes_AS_STRING(message), PyBytes_GET_SIZE(message), &read):
         return None
     return (
+        read.version,
         read.id,
         bytes_of(read.verb),
         read.timeout_ms,
@@ -38,11 +39,12 @@ def read_operate(bytes message):
 
 
 def write_operate(
-    number, bytes verb, timeout_ms, bytes key, bytes key_id, bytes data, bytes associated_data, bytes proof, digested
+    version, number, bytes verb, timeout_ms, bytes key, bytes key_id, bytes data, bytes associated_data, bytes proof,
+    digested
 ):
     """The request's bytes, or None where it is longer than a message may be."""
     cdef kq_operate source
-    source.id, source.timeout_ms, source.digested = number, timeout_ms, digested
+    source.version, source.id, source.timeout_ms, source.digested = version, number, timeout_ms, digested
     source.verb, source.key, source.key_id = span_of(verb), span_of(key), span_of(key_id)
     source.data, source.associated_data, source.proof = span_of(data), span_of(associated_data), span_of(proof)
     cdef uint8_t *room = <uint8_t *>PyMem_Malloc(kq_operate_room(&source))
@@ -56,17 +58,17 @@ def write_operate(
 
 
 def read_result(bytes message):
-    """``(id, data, queue, service_us, loaded)`` of an ok reply, or None."""
+    """``(version, id, data, queue, service_us, loaded)`` of an ok reply, or None."""
     cdef kq_result read
     if not kq_read_result(<const uint8_t *>PyBytes_AS_STRING(message), PyBytes_GET_SIZE(message), &read):
         return None
-    return read.id, bytes_of(read.data), read.queue, read.service_us, bool(read.loaded)
+    return read.version, read.id, bytes_of(read.data), read.queue, read.service_us, bool(read.loaded)
 
 
-def write_result(number, bytes data, queue, service_us, loaded):
+def write_result(version, number, bytes data, queue, service_us, loaded):
     """The bytes of an ok reply."""
     cdef kq_result source
-    source.id, source.queue, source.service_us, source.loaded = number, queue, service_us, loaded
+    source.version, source.id, source.queue, source.service_us, source.loaded = version, number, queue, service_us, loaded
     source.data = span_of(data)
     cdef uint8_t *room = <uint8_t *>PyMem_Malloc(KQ_OVERHEAD + PyBytes_GET_SIZE(data))
     if room == NULL:

@@ -33,6 +33,7 @@ typedef struct {
 
 /* A request for a use of a key; the spans point into the message that was read. */
 typedef struct {
+    uint8_t version; /* any of 0 to 127: the caller knows which are spoken */
     uint64_t id;
     uint32_t timeout_ms;
     kq_span verb;
@@ -46,6 +47,7 @@ typedef struct {
 
 /* An ok reply with one blob in it, and the snapshot that rides on it. */
 typedef struct {
+    uint8_t version; /* as of a request */
     uint64_t id;
     kq_span data;
     uint64_t queue;
@@ -81,6 +83,13 @@ static inline size_t kq_left(const kq_reader *reader) { return (size_t)(reader->
 static inline int kq_byte(kq_reader *reader, uint8_t wanted) {
     if (reader->at == reader->end || *reader->at != wanted) return 0;
     reader->at++;
+    return 1;
+}
+
+/* A protocol version, which is a small integer. */
+static inline int kq_version(kq_reader *reader, uint8_t *version) {
+    if (reader->at == reader->end || *reader->at > 0x7f) return 0;
+    *version = *reader->at++;
     return 1;
 }
 
@@ -141,13 +150,13 @@ static inline int kq_bool(kq_reader *reader, int *value) {
     return 1;
 }
 
-/* [1, id, verb, timeout_ms, [key, key_id, data, associated_data, proof, digested, b""], {}]: 1, or 0 for anything else. */
+/* [version, id, verb, timeout_ms, [key, key_id, data, associated_data, proof, digested, b""], {}]: 1, or 0 for anything else. */
 static inline int kq_read_operate(const uint8_t *message, size_t length, kq_operate *read) {
     kq_reader outer = {message, message + length};
     kq_span body, grant;
     uint64_t timeout_ms;
     if (length > KQ_MAX_MESSAGE) return 0;
-    if (!kq_byte(&outer, 0x96) || !kq_byte(&outer, 1) || !kq_uint(&outer, &read->id)) return 0;
+    if (!kq_byte(&outer, 0x96) || !kq_version(&outer, &read->version) || !kq_uint(&outer, &read->id)) return 0;
     if (!kq_text(&outer, KQ_MAX_VERB, &read->verb) || !kq_uint(&outer, &timeout_ms)) return 0;
     if (timeout_ms < 1 || timeout_ms > KQ_MAX_TIMEOUT_MS || !kq_bin(&outer, KQ_MAX_MESSAGE, &body)) return 0;
     if (!kq_byte(&outer, 0x80) || outer.at != outer.end) return 0;
@@ -160,13 +169,13 @@ static inline int kq_read_operate(const uint8_t *message, size_t length, kq_oper
     return kq_bin(&inner, 0, &grant) && inner.at == inner.end;
 }
 
-/* [1, id, 0, [data], [queue, service_us, loaded], {}]: 1, or 0 for anything else. */
+/* [version, id, 0, [data], [queue, service_us, loaded], {}]: 1, or 0 for anything else. */
 static inline int kq_read_result(const uint8_t *message, size_t length, kq_result *read) {
     kq_reader outer = {message, message + length};
     kq_span body;
     if (length > KQ_MAX_MESSAGE) return 0;
-    if (!kq_byte(&outer, 0x96) || !kq_byte(&outer, 1) || !kq_uint(&outer, &read->id) || !kq_byte(&outer, 0)) return 0;
-    if (!kq_bin(&outer, KQ_MAX_MESSAGE, &body) || !kq_byte(&outer, 0x93)) return 0;
+    if (!kq_byte(&outer, 0x96) || !kq_version(&outer, &read->version) || !kq_uint(&outer, &read->id)) return 0;
+    if (!kq_byte(&outer, 0) || !kq_bin(&outer, KQ_MAX_MESSAGE, &body) || !kq_byte(&outer, 0x93)) return 0;
     if (!kq_uint(&outer, &read->queue) || !kq_uint(&outer, &read->service_us) || !kq_bool(&outer, &read->loaded)) return 0;
     if (!kq_byte(&outer, 0x80) || outer.at != outer.end) return 0;
     kq_reader inner = {body.at, body.at + body.length};
@@ -231,7 +240,7 @@ static inline size_t kq_write_operate(uint8_t *to, const kq_operate *from) {
     if (body > 0xffff) return 0;
     uint8_t *at = to;
     *at++ = 0x96;
-    *at++ = 1;
+    *at++ = from->version;
     at = kq_put_uint(at, from->id);
     at = kq_put_text(at, from->verb);
     at = kq_put_uint(at, from->timeout_ms);
@@ -262,7 +271,7 @@ static inline size_t kq_write_result(uint8_t *to, const kq_result *from) {
     size_t body = 1 + kq_bin_header(from->data.length) + from->data.length;
     uint8_t *at = to;
     *at++ = 0x96;
-    *at++ = 1;
+    *at++ = from->version;
     at = kq_put_uint(at, from->id);
     *at++ = 0;
     at = kq_put_bin_header(at, body);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta, Struct
 
@@ -440,12 +440,33 @@ class HostHealth(Message, frozen=True):
     files_free: UInt
 
 
+CLIENTS_TOLD: Final = 128
+"""Most clients in a member's status; those that came last are told."""
+
+
+class ClientSeen(Message, frozen=True):
+    """``[client, software, protocol, connections, ago_ms]``: a client that said ``hello`` to a member since that started.
+
+    ``protocol`` is the newest version that it speaks, ``connections`` how many it has there now, ``ago_ms`` how long
+    ago it said so last, in milliseconds.
+    """
+
+    client: Name
+    software: Annotated[str, Meta(max_length=32)]
+    protocol: UInt
+    connections: UInt
+    ago_ms: UInt
+
+
 class NodeStatus(Message, frozen=True):
     """What a node tells an operator.
 
     ``audit`` says why it serves nothing, ``store`` why it serves loaded keys alone, empty if it does; ``alarms`` are
     contradictions in audit logs, also in its own; ``clock`` is empty, or what is wrong with the machine's clock.
+    ``protocol`` is the newest version that it speaks.
     """
+
+    ADDED: ClassVar[dict[str, int]] = {"protocol": 2, "clients": 2}
 
     node: Name
     software: Annotated[str, Meta(max_length=32)]
@@ -466,6 +487,8 @@ class NodeStatus(Message, frozen=True):
     health: TokenHealth
     service: ServiceCount
     host: HostHealth
+    protocol: UInt = 1
+    clients: Annotated[list[ClientSeen], Meta(max_length=CLIENTS_TOLD)] = []
 
 
 STAGES: Final = ("parse", "policy", "cache", "wait", "gather", "token", "work", "audit", "reply", "total")
@@ -885,8 +908,11 @@ class BalancerStatus(Message, frozen=True):
     """What a balancer tells an operator.
 
     ``series`` are the external series that are left out, and why; ``placement`` is what the newest plan says;
-    ``moving`` is what becomes of it, and of the keys of nodes that are lost or drained.
+    ``moving`` is what becomes of it, and of the keys of nodes that are lost or drained; ``protocol`` and ``clients`` as
+    in ``NodeStatus``.
     """
+
+    ADDED: ClassVar[dict[str, int]] = {"protocol": 2, "clients": 2}
 
     balancer: Name
     software: Annotated[str, Meta(max_length=32)]
@@ -904,6 +930,8 @@ class BalancerStatus(Message, frozen=True):
     host: HostHealth
     moves: Annotated[list[KeyMoves], Meta(max_length=16)]
     moving: Text
+    protocol: UInt = 1
+    clients: Annotated[list[ClientSeen], Meta(max_length=CLIENTS_TOLD)] = []
 
 
 class ClassLoad(Message, frozen=True):

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 from msgspec import Meta, Struct
 
 from engine.protocol._nodestate import SNAPSHOT_MAX_AGE_S
-from engine.protocol.wire import PROTOCOL_VERSION, Codec, Identifier, UInt
+from engine.protocol.wire import LOWEST_VERSION, PROTOCOL_VERSION, Codec, Identifier, UInt
 
 __all__ = ["SNAPSHOT_BYTES", "Newest", "Snapshot", "Telling", "snapshot_codec"]
 
@@ -30,10 +30,11 @@ class Snapshot(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     """What a node publishes: ``[version, boot, number, queue, serving]``.
 
     ``boot`` is that of ``hello``, ``number`` grows with each publication since then. ``queue`` counts requests under
-    way; ``serving`` is false where new ones are refused: the token has failed, or the node is about to stop.
+    way; ``serving`` is false where new ones are refused: the token has failed, or the node is about to stop. It goes
+    to all alike, so it is written in the oldest version that is spoken.
     """
 
-    version: Annotated[int, Meta(ge=PROTOCOL_VERSION, le=PROTOCOL_VERSION)]
+    version: Annotated[int, Meta(ge=LOWEST_VERSION, le=PROTOCOL_VERSION)]
     boot: Identifier
     number: UInt
     queue: UInt
@@ -59,7 +60,7 @@ class Telling:
             return None
         self._told, self._told_s = told, now_s
         self._number += 1
-        return snapshot_codec.encode(Snapshot(PROTOCOL_VERSION, self._boot, self._number, queue, serving))
+        return snapshot_codec.encode(Snapshot(LOWEST_VERSION, self._boot, self._number, queue, serving))
 
     def renew(self) -> None:
         """Tell what there is at the next time: somebody is new."""

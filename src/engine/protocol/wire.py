@@ -8,7 +8,8 @@ array elements and invalid UTF-8 are refused by one rule. docs/protocol.md descr
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Generic, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Generic, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,6 +17,7 @@ from msgspec import Meta, Struct
 from engine.errors import ProtocolError
 
 __all__ = [
+    "LOWEST_VERSION",
     "MAX_AAD",
     "MAX_DATA",
     "MAX_MESSAGE",
@@ -27,14 +29,15 @@ __all__ = [
     "Reply",
     "Request",
     "Status",
+    "Versions",
     "reply_codec",
     "request_codec",
 ]
 
-PROTOCOL_VERSION = 1
-LOWEST_VERSION = max(1, PROTOCOL_VERSION - 1)
-HIGHEST_VERSION = PROTOCOL_VERSION + 1
-"""The versions that this side takes: its neighbours too, so that a rolling upgrade can go on."""
+PROTOCOL_VERSION: Final = 2
+"""The newest version that this software speaks. 2 added the last fields of ``NodeStatus`` and ``BalancerStatus``."""
+LOWEST_VERSION: Final = 1
+"""The oldest one: that of the release before, so that a cluster is upgraded member by member."""
 MAX_MESSAGE = 64 * 1024
 """Longest message in bytes; also the sockets' ZMQ_MAXMSGSIZE."""
 MAX_DATA = 48 * 1024
@@ -62,11 +65,47 @@ Extensions = Annotated[
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """The protocol versions that a process speaks: all from ``lowest`` to ``highest``.
+
+    It takes requests of the version after, too: the forms of requests are the same in neighbouring versions, and who is
+    of that version sends them before it knows with whom it speaks.
+    """
+
+    lowest: int
+    highest: int
+
+    def takes(self, version: int) -> bool:
+        """Whether a message of that version is read."""
+        return self.lowest <= version <= self.highest + 1
+
+    def check(self, version: int) -> None:
+        """Refuse a peer that is more than one protocol version away, as ``ProtocolError``."""
+        if not self.takes(version):
+            raise ProtocolError(
+                f"protocol version {version}; this side speaks {self} and takes {self.lowest} to {self.highest + 1}"
+            )
+
+    def common(self, lowest: int, highest: int) -> int:
+        """The newest version that a peer speaks too, which speaks these; 0 if there is none."""
+        spoken = min(self.highest, highest)
+        return spoken if spoken >= max(self.lowest, lowest) else 0
+
+    def reply_to(self, version: int) -> int:
+        """The version of the reply to a request of that version: the same, or else the newest one that is spoken."""
+        return version if self.lowest <= version <= self.highest else self.highest
+
+    def __str__(self) -> str:
+        return str(self.highest) if self.lowest == self.highest else f"{self.lowest} to {self.highest}"
+
+
 class Codec(Generic[T]):
     """A strict encoder and decoder of one message type, bounded by ``limit`` bytes.
 
     Fields at the end that have a default may be missing in what is decoded: documents of before such a field was added
-    stay what they are. What is encoded has all of them.
+    stay what they are. What is encoded has all of them, but for those that the message's ``ADDED`` (field -> protocol
+    version) says to be newer than the version that is asked for.
     """
 
     def __init__(self, kind: type[T], what: str, limit: int = MAX_MESSAGE) -> None:
@@ -75,10 +114,15 @@ class Codec(Generic[T]):
         self._decode: Callable[[Any], T] = msgspec.msgpack.Decoder(kind).decode
         self._encode: Callable[[Any], bytes] = msgspec.msgpack.Encoder().encode
         self._optional = len(getattr(kind, "__struct_defaults__", ()))
+        self._added: list[int] = sorted(getattr(kind, "ADDED", {}).values())
 
-    def encode(self, value: T) -> bytes:
-        """The canonical bytes; ``ValueError`` if they pass the limit."""
-        data = self._encode(value)
+    def encode(self, value: T, version: int = PROTOCOL_VERSION) -> bytes:
+        """The canonical bytes, in the form of a protocol version; ``ValueError`` if they pass the limit."""
+        newer = sum(each > version for each in self._added) if self._added else 0
+        fields: Any = value
+        if newer:
+            fields = msgspec.structs.astuple(fields)[:-newer]
+        data = self._encode(fields)
         if len(data) > self.limit:
             raise ValueError(f"{self.what}: {len(data)} bytes, the limit is {self.limit}")
         return data
@@ -172,12 +216,3 @@ class ErrorBody(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
 request_codec = Codec(Request, "request")
 reply_codec = Codec(Reply, "reply")
 error_codec = Codec(ErrorBody, "error reply")
-
-
-def check_version(version: int) -> None:
-    """Refuse a peer that is more than one protocol version away."""
-    if not LOWEST_VERSION <= version <= HIGHEST_VERSION:
-        raise ProtocolError(
-            f"protocol version {version}; this side speaks {PROTOCOL_VERSION} and takes {LOWEST_VERSION} to "
-            f"{HIGHEST_VERSION}"
-        )
