@@ -684,7 +684,7 @@ class Service(FollowsCluster):
             self._clients.heard(member, message, time.monotonic())
         reply = handler(member.name, message)
         codec = balancer_status_codec if verb == RequestType.STATUS else REPLY_CODECS[verb]
-        return codec.encode(reply, incoming.request.version)
+        return codec.encode(reply, self._listener.versions.reply_to(incoming.request.version))
 
     def _send_on(self) -> NoReturn:
         """Say who leads, while this balancer does not."""

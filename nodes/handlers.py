@@ -827,7 +827,7 @@ class Handlers(FollowsCluster):
         try:
             if call.cluster is not self._cluster:
                 self._check_again(call)
-            body = REPLY_CODECS[call.verb].encode(message, call.incoming.request.version)
+            body = REPLY_CODECS[call.verb].encode(message, spoken().reply_to(call.incoming.request.version))
         except Exception as error:
             self._fail(call, error)
             return

@@ -19,7 +19,7 @@ from engine.cli.doctor import Finding, look_at_folder, look_at_member
 from engine.cli.main import run
 from engine.client.calls import MemberStatus
 from engine.errors import ConfigError, NodeUnavailable
-from engine.protocol.requests import HostHealth, NodeStatus, ServiceCount, TokenHealth
+from engine.protocol.requests import ClientSeen, HostHealth, NodeStatus, ServiceCount, TokenHealth
 
 GIB = 1 << 30
 
@@ -76,6 +76,28 @@ def test_what_is_nearly_used_up_and_what_the_member_complains_of() -> None:
     assert "the token is gone" in found(sick, "trouble").text
     away = MemberStatus("node1", "node", "tcp://10.0.0.1:1", "", None, NodeUnavailable("node1: no connection"))
     assert [each.state for each in look_at_member(away)] == ["wrong"]
+
+
+def releases(*members: MemberStatus) -> dict[str, Finding]:
+    """What is found of the releases of a cluster that has these members."""
+    return {each.what: each for each in doctor._releases("kq", members)}
+
+
+def test_releases_that_differ_are_told_with_who_runs_them() -> None:
+    """Of members, of what an operator holds to the protocol before, and of clients that are still connected."""
+    new, held = (changed(node=name, protocol=protocol) for name, protocol in (("node1", 2), ("node2", 1)))
+    other = MemberStatus("node2", "node", "", "", held.status, None, ahead_ms=0, within_ms=1)
+    assert {each.state for each in releases(new, new).values()} == {"ok"}
+    mixed = releases(new, other)
+    assert (mixed["versions"].state, mixed["protocol"].state) == ("ok", "warning")
+    assert mixed["protocol"].text == "1: node2; 2: node1"
+    assert "KEYQUORUM_PROTOCOL" in mixed["protocol"].advice
+    old = MemberStatus("node2", "node", "", "", replace(node_status(), software="0"), None)
+    assert releases(changed(software="1"), old)["versions"].text == "0: node2; 1: node1"
+    here, gone = ClientSeen("app", "0", 1, 3, 10), ClientSeen("job", "0", 1, 0, 10)
+    found = releases(changed(protocol=2, clients=[here, gone, ClientSeen("web", "1", 2, 1, 10)]))["clients"]
+    assert (found.state, found.text) == ("warning", "speak an older protocol: app (0, 1)")
+    assert releases(changed(protocol=2, clients=[gone]))["clients"].state == "ok"
 
 
 def test_a_cluster_that_is_well_and_then_is_not(

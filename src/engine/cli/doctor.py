@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -33,6 +33,7 @@ from engine.cli.output import (
 )
 from engine.client.calls import MemberStatus
 from engine.client.client import connect
+from engine.client.speech import HOLD_VARIABLE
 from engine.errors import ConfigError
 from engine.protocol.manifest import CLOCK_SKEW_MS, Cluster
 from engine.protocol.requests import HostHealth, NodeStatus, ServiceCount
@@ -77,6 +78,7 @@ def look_at_member(member: MemberStatus) -> list[Finding]:
         text = one_line(str(member.error))
         return [Finding(where, "answer", "wrong", text, f"see its log, and whether {member.endpoint} can be reached")]
     found = [Finding(where, "answer", "ok", f"{member.status.software}, serial {member.status.cluster_serial}")]
+    found.append(Finding(where, "protocol", "ok", f"speaks up to version {member.status.protocol}"))
     found.append(_clock(where, member.ahead_ms, member.within_ms))
     found += _disk(where, member.status.host)
     found += _service(where, member.status.service)
@@ -150,7 +152,7 @@ def _token(where: str, status: NodeStatus) -> Iterator[Finding]:
 
 
 def look_at_cluster(cluster: Cluster, members: Sequence[MemberStatus]) -> list[Finding]:
-    """What the members' answers say together, and the cluster manifest."""
+    """What the members' answers say together, of clients too, and the cluster manifest."""
     where = cluster.name
     told = [member.status for member in members if member.status is not None]
     found = []
@@ -164,11 +166,7 @@ def look_at_cluster(cluster: Cluster, members: Sequence[MemberStatus]) -> list[F
     )
     advice = "bring it to them: keyquorum cluster push"
     found.append(Finding(where, "manifest", "warning" if behind else "ok", text, advice))
-    versions = sorted({status.software for status in told})
-    advice = "an upgrade is under way, or was not ended"
-    found.append(
-        Finding(where, "versions", "warning" if len(versions) > 1 else "ok", ", ".join(versions) or "-", advice)
-    )
+    found += _releases(where, members)
     if cluster.retiring:
         names = ", ".join(cluster.retiring)
         advice = "once all have the newest manifest, sign one without the old key: keyquorum cluster sign --retire"
@@ -183,6 +181,40 @@ def look_at_cluster(cluster: Cluster, members: Sequence[MemberStatus]) -> list[F
     if not balancers:
         found.append(Finding(where, "balancer", "wrong", "none", "without one no key can be made: add a balancer"))
     return found
+
+
+def _releases(where: str, members: Sequence[MemberStatus]) -> Iterator[Finding]:
+    """Which software and which protocol version the members run, and the clients that are connected to them."""
+    told = {member.name: member.status for member in members if member.status is not None}
+    releases = _by({name: status.software for name, status in told.items()})
+    advice = "an upgrade is under way, or was not ended"
+    yield Finding(where, "versions", "warning" if len(releases) > 1 else "ok", _listed(releases), advice)
+    protocols = _by({name: str(status.protocol) for name, status in told.items()})
+    advice = f"an upgrade is under way, or {HOLD_VARIABLE} still holds some of them"
+    yield Finding(where, "protocol", "warning" if len(protocols) > 1 else "ok", _listed(protocols), advice)
+    seen = {each.client: each for status in told.values() for each in status.clients if each.connections}
+    newest = max((status.protocol for status in told.values()), default=0)
+    older = [each for _, each in sorted(seen.items()) if each.protocol < newest]
+    old = [f"{each.client} ({each.software}, {each.protocol})" for each in older]
+    releases = _by({name: each.software for name, each in seen.items()})
+    text = f"speak an older protocol: {one_line(', '.join(old))}" if old else _listed(releases)
+    advice = "upgrade them before the members' next upgrade, which may no longer speak it"
+    yield Finding(where, "clients", "warning" if old else "ok", text, advice)
+
+
+def _by(values: Mapping[str, str]) -> dict[str, list[str]]:
+    """Value -> who has it."""
+    found: dict[str, list[str]] = {}
+    for name, value in sorted(values.items()):
+        found.setdefault(value, []).append(name)
+    return found
+
+
+def _listed(found: Mapping[str, Sequence[str]]) -> str:
+    """The value that all have, or each with those that have it."""
+    if len(found) == 1:
+        return one_line(next(iter(found)))
+    return one_line("; ".join(f"{value}: {', '.join(names)}" for value, names in sorted(found.items()))) or "-"
 
 
 def _domains(cluster: Cluster) -> Finding:
@@ -312,7 +344,8 @@ def doctor(context: click.Context, folders: tuple[Path, ...], host_only: bool, v
     """Look for what is wrong with a cluster and with this machine, and say what to do.
 
     Of each member: does it answer, how far is its clock off, how full are disk and descriptors, how is its token.
-    Of all: the manifest, versions, operators, failure domains. Of this machine: time service, swap, locked memory.
+    Of all: the manifest, releases, protocol, operators, failure domains. Of this machine: time service, swap, locked
+    memory.
 
     \b
     Examples:

@@ -164,7 +164,7 @@ def status(context: click.Context, verbose: bool, latency: bool) -> None:
         emit(settings, told)
     else:
         columns = ("MEMBER", "ROLE", "STATE", "ENDPOINT", "LOCATION", "KEYS", "LOADED", "QUEUE", "UP")
-        table(settings, columns, [_row(member, draining) for member in members], None)
+        table(settings, (*columns, "RELEASE", "PROTOCOL"), [_row(member, draining) for member in members], None)
         if verbose:
             _details(settings, members)
         if latency:
@@ -207,11 +207,11 @@ def _row(member: MemberStatus, draining: Collection[str]) -> tuple[object, ...]:
     head = (member.name, member.role, state, member.endpoint, member.location or "-")
     found = member.status
     if found is None:
-        return (*head, "-", "-", "-", "-")
-    uptime = f"{found.uptime_ms // 1000} s"
+        return (*head, "-", "-", "-", "-", "-", "-")
+    tail = (f"{found.uptime_ms // 1000} s", found.software, found.protocol)
     if isinstance(found, NodeStatus):
-        return (*head, found.shares, found.loaded, found.queue, uptime)
-    return (*head, found.keys, "-", "-", uptime)
+        return (*head, found.shares, found.loaded, found.queue, *tail)
+    return (*head, found.keys, "-", "-", *tail)
 
 
 def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
@@ -240,6 +240,14 @@ def _details(settings: Settings, members: Sequence[MemberStatus]) -> None:
     ]
     click.echo()
     table(settings, ("NODE", "HOLDER", "RELEASES", "EXPECTED", "P95", "STATE"), peers, None)
+    clients = [
+        (each.client, member.name, each.software, each.protocol, each.connections, f"{each.ago_ms // 1000} s ago")
+        for member in members
+        if member.status is not None
+        for each in member.status.clients
+    ]
+    click.echo()
+    table(settings, ("CLIENT", "SEEN BY", "RELEASE", "PROTOCOL", "CONNECTIONS", "CAME"), sorted(clients), None)
     _moves(settings, members)
     _forecasts(settings, members)
 

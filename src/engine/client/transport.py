@@ -196,7 +196,7 @@ class Greeting:
     """``hello`` on one connection: sent before the first request after each connecting, and what the peer said.
 
     ``version`` is what is spoken on it: the newest that both sides speak, and until the peer has said what it speaks
-    the newest of this side, which the peer takes if it is a neighbour. ``number`` is the id of the hello under way, 0 if
+    the newest of this side, which the peer takes if it is a neighbour. ``number`` is that of the hello under way, 0 if
     none is; ``refusal`` why the peer's versions do not fit. ``said`` is told what the peer answers.
     """
 

@@ -445,7 +445,7 @@ CLIENTS_TOLD: Final = 128
 
 
 class ClientSeen(Message, frozen=True):
-    """``[client, software, protocol, connections, ago_ms]``: a client that said ``hello`` to a member since that started.
+    """A client that said ``hello`` since a member started: ``[client, software, protocol, connections, ago_ms]``.
 
     ``protocol`` is the newest version that it speaks, ``connections`` how many it has there now, ``ago_ms`` how long
     ago it said so last, in milliseconds.
