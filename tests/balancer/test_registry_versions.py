@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from registry_places import FilePlace, Place
+from registry_places import LEAD_S, FilePlace, Place, ServerPlace
 
-from balancer.registry import ROTATE_LEASE_MS, SqlRegistry
-from engine.errors import AccessDenied, KeyExists, KeyNotFound, ManifestError, Overloaded
+from balancer import registry as registry_module
+from balancer.postgres import PostgresRegistry
+from balancer.registry import _MIGRATIONS, ROTATE_LEASE_MS, SqlRegistry
+from engine.errors import AccessDenied, ConfigError, KeyExists, KeyNotFound, ManifestError, Overloaded
 from engine.protocol.manifest import create_orders, read_key_manifest
 from engine.protocol.signed import read_unverified
 
@@ -128,6 +132,61 @@ def test_a_registry_that_fell_back_takes_a_version_in(world: Any, place: Place) 
     assert fallen.reserve(third, "node-0", world.now_ms, manifest, certificate).attempt == 1
     assert newest(fallen, reserved.holders[0])[-1] == (2, "committed")
     fallen.close()
+
+
+def test_a_registry_of_an_earlier_release_is_taken_over_whole(world: Any, tmp_path: Path) -> None:
+    """Its tables are those of schema 5, written by the software of then for this very cluster."""
+    place = FilePlace(tmp_path / "registry.db")
+    store = sqlite3.connect(place.path)
+    store.executescript((Path(__file__).parent / "data" / "registry_schema_5.sql").read_text(encoding="utf-8"))
+    store.close()
+    assert place.execute("PRAGMA user_version") == [(5,)]
+    place.execute("UPDATE cluster SET pin = ?", world.cluster.pin)  # the manifest has more fields by now
+    registry = world.open(place)
+    assert registry.count() == 2
+    holder = next(name for name in world.nodes if newest(registry, name))
+    assert newest(registry, holder) == [(1, "committed"), (2, "committed"), (1, "destroyed")]
+    with pytest.raises(KeyExists, match="the name 'orders' is taken"):
+        registry.reserve(world.order("orders", bytes(15) + b"\x63"), "node-0", world.now_ms)
+    made = world.commit(registry, world.order("new", bytes(15) + b"\x64"))
+    key_id = read_key_manifest(made).manifest.key_id
+    assert registry.quota(key_id, bytes(16), read_key_manifest(made).manifest.holders[0].node) > 0
+    registry.close()
+    assert place.execute("PRAGMA user_version") == [(len(_MIGRATIONS),)]
+
+
+def test_an_earlier_schema_is_brought_to_todays_and_a_later_one_refused(
+    world: Any, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file and in PostgreSQL alike. A balancer that does not know the schema changes nothing and does not lead."""
+    with monkeypatch.context() as patch:
+        patch.setattr(registry_module, "_MIGRATIONS", _MIGRATIONS[:-1])
+        before = world.open(place)
+        order = world.order("k")
+        made = read_key_manifest(world.commit(before, order)).manifest
+        before.close()
+    registry = world.open(place)
+    assert registry.count() == 1
+    assert registry.quota(made.key_id, bytes(16), made.holders[0].node) > 0  # in a column that the last step added
+    registry.close()
+    refused = f"schema version {len(_MIGRATIONS)}; this software knows 1 to {len(_MIGRATIONS) - 1}"
+    with monkeypatch.context() as patch:
+        patch.setattr(registry_module, "_MIGRATIONS", _MIGRATIONS[:-1])
+        if isinstance(place, ServerPlace):
+            other = PostgresRegistry(place.conninfo, world.cluster, world.keys["balancer"], lambda: world.now_ms)
+            with closing(other):
+                other.start()
+                until = time.monotonic() + LEAD_S
+                while refused not in other.problem:
+                    assert time.monotonic() < until, other.problem
+                    time.sleep(0.01)
+                assert not other.term
+        else:
+            with pytest.raises(ConfigError, match=refused):
+                world.open(place)
+    again = world.open(place)
+    assert again.count() == 1
+    again.close()
 
 
 def test_keys_from_before_versions_are_version_1(world: Any, tmp_path: Path) -> None:

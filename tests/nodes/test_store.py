@@ -27,6 +27,7 @@ from nodes.store import (
     StoreCorrupt,
     seal_context,
     seal_share,
+    secret_context,
     unseal_share,
 )
 from nodes.token import Lane
@@ -427,6 +428,38 @@ def test_an_older_schema_is_migrated_and_keeps_its_rows(
         assert opened._db.execute("SELECT a, b FROM extra").fetchall() == []
         assert opened._db.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == (new,)
         opened.close()
+
+
+def test_a_store_of_an_earlier_release_is_taken_over_whole(path: Path, lane: Lane) -> None:
+    """Its tables are those of schema 5, written by the software of then; only the row key is sealed by this token here."""
+    key = bytes(range(32))
+    db = sqlite3.connect(path)
+    db.executescript((Path(__file__).parent / "data" / "store_schema_5.sql").read_text(encoding="utf-8"))
+    assert db.execute("SELECT name, value FROM meta ORDER BY name").fetchall() == [("schema", 5), ("sealed/row", key)]
+    sealed = lane.seal(key, secret_context(NODE, "row"))
+    with db:
+        db.execute("UPDATE meta SET value = ? WHERE name = 'sealed/row'", (sealed,))
+    db.close()
+    opened = ShareStore(path, NODE, lane)
+    rows = sorted(opened.rows(), key=lambda row: row.key_id)
+    assert [(row.name, row.state) for row in rows] == [
+        ("orders-1", "prepared"),
+        ("orders-2", "committed"),
+        ("orders-3", "committed"),
+        ("orders-4", "destroyed"),
+    ]
+    assert [len(row.sealed) for row in rows] == [40, 40, 40, 0]
+    (used,) = opened.used_grants()
+    assert (used.issuer, used.expires_ms, opened.clock_mark().mark_ms) == ("app", 1_900_000_000_000, 1_800_000_000_300)
+    assert (opened.pledged(rows[1].key_id), opened.fencings()) == (4, {"balancer": 9})
+    assert len(opened.settings()) == 1
+    opened.note_quota(rows[1].key_id, 100, 10)  # in the table that schema 6 brought
+    assert opened.quota(rows[1].key_id) == (100, 10)
+    opened.close()
+    assert sorted(reopened(path, lane), key=lambda row: row.key_id) == rows
+    with sqlite3.connect(path) as db:
+        assert db.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone() == (SCHEMA_VERSION,)
+    db.close()
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path, lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
