@@ -176,7 +176,7 @@ def test_plain_bytes_on_the_port_do_no_harm(live: Any) -> None:
 
 def mangled() -> dict[str, bytes]:
     good = request()
-    assert good[:4] == b"\x96\x01\x01\xa6"
+    assert good[:4] == b"\x96\x02\x01\xa6"
     return {
         "random bytes": os.urandom(300),
         "empty": b"",
@@ -199,7 +199,7 @@ def mangled() -> dict[str, bytes]:
         "nine extensions": msgspec.msgpack.encode(Request(1, 1, "status", 1, b"", {str(i): b"" for i in range(9)})),
         "an extension of the wrong type": msgspec.msgpack.encode([1, 1, "status", 1, b"", {"a": 1}]),
         "version 0": request(version=0),
-        "version 3": request(version=3),
+        "version 4": request(version=4),
     }
 
 

@@ -431,7 +431,7 @@ def test_an_older_schema_is_migrated_and_keeps_its_rows(
 
 
 def test_a_store_of_an_earlier_release_is_taken_over_whole(path: Path, lane: Lane) -> None:
-    """Its tables are those of schema 5, written by the software of then; only the row key is sealed by this token here."""
+    """Its tables are those of schema 5, written by the software of then; only the row key is sealed by this token."""
     key = bytes(range(32))
     db = sqlite3.connect(path)
     db.executescript((Path(__file__).parent / "data" / "store_schema_5.sql").read_text(encoding="utf-8"))
