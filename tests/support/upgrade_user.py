@@ -25,6 +25,8 @@ DEADLINE_S = 5.0
 STARTED_S = 60.0
 KINDS = {"seal": "aes-256-gcm", "sign": "ecdsa-p256-sha256", "mac": "hmac-sha256"}
 MOST_ERRORS = 20
+PAUSE_S = 0.01
+"""Between uses: the processes that are to come up in the meantime need processors too."""
 
 
 class UpgradeUser:
@@ -98,6 +100,7 @@ class _Work:
                     self.failed("use", error)
                 if number % 40 == 0:
                     self.ask(kq)
+                self.over.wait(PAUSE_S)
 
     def ask(self, kq: engine.Engine) -> None:
         """Every member's status: one may be away, but none may be misunderstood."""
@@ -118,7 +121,7 @@ class _Work:
                     self.did("asynchronous", await kq.decrypt(seal, sealed, timeout=DEADLINE_S) == b"x")
                 except engine.EngineError as error:
                     self.failed("asynchronous use", error)
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(PAUSE_S)
 
 
 def _main(config: str, prefix: str) -> None:
