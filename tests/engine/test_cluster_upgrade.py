@@ -134,14 +134,18 @@ class Drill:
         assert self.kq.decrypt(name, self.kq.encrypt(name, b"now")) == b"now"
 
 
+def make_by(old: Release, path: Path) -> None:
+    """Have the code of a release make the cluster, and say where it lies."""
+    with old.starting():
+        made = subprocess.run([sys.executable, "-P", "-c", MAKE, path], check=True, timeout=120, capture_output=True)
+    assert [Path(each).is_relative_to(old.folder) for each in made.stdout.decode().split()] == [True] * 3
+
+
 def run(path: Path, old: Release) -> dict[str, int]:
     """The drill from a release to this one, with a node that is rolled back in between; what the clients did."""
     assert spoken().highest == PROTOCOL_VERSION  # it is read once: this process itself shall not be held
-    with old.starting():
-        made = subprocess.run(
-            [sys.executable, "-P", "-c", MAKE, str(path)], check=True, timeout=120, capture_output=True
-        )
-    assert [Path(each).is_relative_to(old.folder) for each in made.stdout.decode().split()] == [True] * 3
+    if old.folder != ROOT:
+        make_by(old, path)
     done: dict[str, int] = {}
     with old.starting():
         cluster = LocalCluster(nodes=5, threshold=3, path=path)
