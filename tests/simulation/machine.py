@@ -258,6 +258,7 @@ class SimListener(Listener):
     """The real listener over a simulated router."""
 
     def __init__(self, net: Network, name: str, cluster: Cluster) -> None:
+        self.versions = spoken()
         self._source = cluster
         self.refused = 0
         self._next_warning_s = 0.0
