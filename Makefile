@@ -136,6 +136,11 @@ crash: ## kill -9 of each party at every named step, at random ones, power cuts 
 		tests/engine/test_cluster_reshare.py tests/engine/test_cluster_faults.py tests/nodes/test_crash_points.py \
 		tests/nodes/test_power_cut.py tests/nodes/test_rotation.py $(PYTEST_ARGS)
 
+.PHONY: upgrade
+upgrade: ## a rolling upgrade under load from the release before, which it builds from git's history (4 minutes)
+	@.ci/setup test
+	@KEYQUORUM_ASSURANCE=1 $(BIN)/python -m pytest -s tests/engine/test_cluster_upgrade.py $(PYTEST_ARGS)
+
 .PHONY: faults
 faults: ## play each fault of docs/faults.md on real processes (45 minutes); FAULTS_ARGS="--only NAME --seed N" runs one
 	@.ci/setup test,lint

@@ -40,6 +40,7 @@ LONG_FILES = (
     "engine/test_cluster_matrix.py",
     "simulation/test_simulation.py",
     "engine/test_cluster_refresh.py",
+    "engine/test_cluster_upgrade.py",
     "engine/test_cluster_ahead.py",
     "engine/test_cluster_shared.py",
     "nodes/test_rotation.py",
