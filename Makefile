@@ -19,8 +19,8 @@ ATTACK_ARGS ?=
 FAULTS_ARGS ?=
 FUZZ_ARGS ?=
 MOVES_ARGS ?=
-# Tests wait for each other's processes a lot, so that a worker more than there are processors keeps those busy.
-WORKERS := $(shell n=$$(nproc); echo $$((n < 3 ? n + 1 : 4)))
+# Tests wait for their processes a lot, so that some workers more than there are processors keep those busy.
+WORKERS := $(shell n=$$(nproc); echo $$((n < 3 ? n + 2 : 4)))
 
 .PHONY: help
 help: ## list the targets
@@ -32,7 +32,7 @@ demo: ## start a real local cluster and show what it does (DEMO_ARGS="--keep" ke
 	@$(BIN)/keyquorum demo $(DEMO_ARGS)
 
 .PHONY: test
-test: lint ## lint, then every test, on three or four workers (PYTEST_ARGS="-k token" chooses some, "-n 0" takes none)
+test: lint ## lint, then every test, on four workers (PYTEST_ARGS="-k token" chooses some, "-n 0" takes none)
 	@$(BIN)/python -m pytest --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder --timeout=600 $(PYTEST_ARGS)
 
 .PHONY: lint

@@ -72,12 +72,18 @@ class Weak:
     target: Target
 
 
+def _not_forked(*_: object) -> int:
+    raise OSError("nodes are not forked here")
+
+
 @pytest.fixture(scope="module")
 def weak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weak]:
     path = tmp_path_factory.mktemp("weak")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(PLANTED))
         patch.setenv("KEYQUORUM_PLANTED", json.dumps(WEAK))
+        # Started anew, each imports what is planted into it.
+        patch.setattr("engine.client.local.fork_node", _not_forked)
         clients = ("local", "attacker", "neighbour")
         with LocalCluster(5, 3, path, clients=clients, rules=RULES, start_timeout_s=180.0) as running:
             with connect(running.client_config) as kq:

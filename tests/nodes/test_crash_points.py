@@ -38,7 +38,7 @@ from engine.protocol.requests import (
     SHARE_PREPARE,
     Empty,
 )
-from engine.protocol.wire import PROTOCOL_VERSION, Load, Reply, Status
+from engine.protocol.wire import LOWEST_VERSION, PROTOCOL_VERSION, Load, Reply, Status, Versions
 from engine.sharing import check_value, reconstruct_key, unblind
 from nodes.catalogue import Catalogue
 from nodes.clock import TrustedClock
@@ -95,8 +95,9 @@ class Member:
         world = self.scene.world
         if self.name == BALANCER:
             self.store = SqliteRegistry(self.folder / "registry.db", world.cluster, world.keys[BALANCER], world.now_ms)
+            spoken: Any = SimpleNamespace(versions=Versions(LOWEST_VERSION, PROTOCOL_VERSION))
             self.service = Service(
-                None,  # type: ignore[arg-type]
+                spoken,
                 self.store,
                 world.cluster,
                 BALANCER,
@@ -150,7 +151,9 @@ class Member:
     def answer(self, verb: str, body: bytes, sender: str) -> bytes:
         member = self.scene.world.cluster.members[sender]
         if self.name == BALANCER:
-            request = SimpleNamespace(member=member, request=SimpleNamespace(verb=verb, body=body))
+            request = SimpleNamespace(
+                member=member, request=SimpleNamespace(verb=verb, body=body, version=PROTOCOL_VERSION)
+            )
             return self.service._handle(request)  # type: ignore[arg-type]
         told: Any = REQUEST_CODECS[verb].decode(body)
         reply: Any = Empty()

@@ -726,7 +726,7 @@ def test_what_the_registry_s_word_changes_has_a_record(scene: Scene) -> None:
     for problem, item, events in (("", kept, []), ("disk full", gone, []), ("", gone, ["books"]), ("", gone, [])):
         scene.audit.problem = problem
         before = len(scene.records)
-        scene.handlers._caught_up(scene.handlers._returning, ([item], Cursor(1, 1), []), None)
+        scene.handlers._caught_up(scene.handlers._returning, ([item], Cursor(1, 1), [], []), None)
         scene.local.run()
         assert [record.event for record in scene.records[before:]] == events
     told = scene.records[-1]
