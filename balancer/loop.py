@@ -395,13 +395,17 @@ class ControlLoop(FollowsCluster):
         return self._mover.whereabouts
 
     def _moved(self, where: Whereabouts, places: Mapping[int, Sequence[int]]) -> list[tuple[int, Sequence[int]]]:
-        """The warm groups that are not where the manifest's rule has them, once all of their keys are there."""
+        """The warm groups that are not where the manifest's rule has them, once all of their keys are there.
+
+        More holders than a client ordered are not by the rule either: who knows the key by its first ones is to hear of
+        the others.
+        """
         return [
             (group, nodes)
             for group, nodes in places.items()
             if (crowd := where.held.get(group)) is not None
             and group not in where.unsettled
-            and self._places.moved(self._cluster, group, crowd.holders)
+            and (len(crowd.holders) != crowd.shares or self._places.moved(self._cluster, group, crowd.holders))
         ]
 
     def _with_series(self, snapshot: HistorySnapshot) -> HistorySnapshot:
