@@ -620,7 +620,7 @@ class Conversation(FollowsCluster):
                 break
             channel.poll(REDIAL_S)
         why = "; ".join(problems.values()) or "the cluster manifest names no balancer"
-        raise RegistryUnavailable(f"creating and destroying keys needs the registry, which does not answer ({why})")
+        raise RegistryUnavailable(f"this needs the registry, which does not answer ({why})")
 
     def destroy(self, talker: Talker, raw_order: bytes, entries: Sequence[Entry], deadline_s: float) -> Destroyed:
         """Have the registry and every holder of a version in ``entries`` carry out the client's destroy order."""

@@ -77,6 +77,19 @@ def test_what_would_lack_a_share_without_a_node_is_told(cluster: LocalCluster, k
     assert command("key", "degraded", "--config", cluster.client_config, "-o", "json").stdout.strip() == "[]"
 
 
+def test_mistakes_name_what_is_wrong(kq: Engine) -> None:
+    info = kq.key_info("open/1")
+    node = info.holders[0]
+    with pytest.raises(ValueError, match="no holders are given; 'open/1' needs at least 2"):
+        kq.reshare_key("open/1", holders=[])
+    with pytest.raises(ValueError, match=f"but '{node}' stands twice"):
+        kq.reshare_key("open/1", holders=[node, node])
+    with pytest.raises(ValueError, match=r"after 34560000 s; .* at most 31622400 s, which is 366 days"):
+        kq.destroy_key("open/1", after=400 * 86_400)
+    assert kq.key_info("open/1") == info
+    assert info.uses_max == 2**31
+
+
 async def _ahead(cluster: LocalCluster, lost: str) -> tuple[DegradedKey, ...]:
     async with engine.aio.connect(cluster.client_config) as client:
         return await client.degraded_keys(lost)

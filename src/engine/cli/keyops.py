@@ -172,7 +172,8 @@ def _emit_info(settings: Settings, info: dict[str, Any]) -> None:
     if settings.json:
         emit(settings, info)
         return
-    hidden = ("public_key", "warnings", "shares", *(("min_version",) if info["min_version"] == 1 else ()))
+    usual = (("min_version", 1), ("uses_max", 0))
+    hidden = ("public_key", "warnings", "shares", *(name for name, value in usual if info[name] == value))
     shown = {name: value for name, value in info.items() if name not in hidden}
     shown["threshold"] = f"{info['threshold']} of {info['shares']} shares"
     shown["destroy_at"] = _instant(info["destroy_at"])

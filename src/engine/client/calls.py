@@ -236,7 +236,7 @@ class KeyInfo:
 
     ``state`` is ``enabled``, ``disabled`` or, from the order on, ``destroying``; ``min_version`` the least version that
     may be used; ``destroy_at`` when it is destroyed, in seconds since the Unix epoch, or None. They are what one node
-    that was asked knows.
+    that was asked knows. ``uses_max`` is how often this version may encrypt, sign and make MACs, 0 without a limit.
     """
 
     name: str
@@ -254,6 +254,7 @@ class KeyInfo:
     state: KeyState = "enabled"
     min_version: int = 1
     destroy_at: float | None = None
+    uses_max: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -1166,6 +1167,7 @@ class Calls:
             state=state_of(settings),
             min_version=settings.order.min_version if settings is not None else 1,
             destroy_at=_seconds(settings.order.destroy_at_ms) if settings is not None else None,
+            uses_max=manifest.uses_max,
         )
         label = version_label(name, version) if version else name
         return Description(record, algorithm(manifest.algorithm), info.holders, info, label, settings)
@@ -1430,7 +1432,10 @@ class Calls:
         if isinstance(after_s, bool) or not isinstance(after_s, int | float):
             raise TypeError(f"after must be a number of seconds, not {type(after_s).__name__}")
         if not 0 < after_s <= DESTROY_DELAY_MAX_MS / 1000:
-            raise ValueError(f"after {after_s} s; it must be above 0 and at most {DESTROY_DELAY_MAX_MS // 1000} s")
+            most_s = DESTROY_DELAY_MAX_MS // 1000
+            raise ValueError(
+                f"after {after_s} s; it must be above 0 and at most {most_s} s, which is {most_s // 86_400} days"
+            )
         at_ms = self._now_ms() + int(after_s * 1000)
         return self._set("destroy", name, lambda order: structs.replace(order, destroy_at_ms=at_ms), timeout_s)
 
@@ -1524,9 +1529,12 @@ class Calls:
                         f"{shares} shares need as many nodes; the cluster has {len(told)} that are not draining"
                     )
             needed = known.threshold if threshold is None else threshold
+            if not told:
+                raise ValueError(f"no holders are given; {name!r} needs at least {needed}")
             check_share_counts(needed, len(told))
-            if len(set(told)) != len(told):
-                raise ValueError("a node can hold one share of a key alone, but stands twice among the holders")
+            twice = next((node for node in told if told.count(node) > 1), None)
+            if twice is not None:
+                raise ValueError(f"a node can hold one share of a key alone, but {twice!r} stands twice")
             for node in told:
                 if node not in self.cluster.nodes:
                     raise ValueError(f"{node!r} is to hold a share of {name!r}, but is no node of the cluster")
