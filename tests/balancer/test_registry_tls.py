@@ -255,8 +255,8 @@ def test_the_server_ends_with_whoever_started_it() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1] / "support")}
     holder = subprocess.Popen([sys.executable, "-c", _HOLD], stdout=subprocess.PIPE, text=True, env=environment)
     assert holder.stdout is not None
-    pid, folder = holder.stdout.readline().split()
     try:
+        pid, folder = holder.stdout.readline().split()
         assert "postgres" in Path(f"/proc/{pid}/cmdline").read_text()
     finally:
         holder.kill()

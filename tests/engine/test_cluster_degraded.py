@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from installed_cli import command
 from whole_keys import create_whole_key
 
 import engine
@@ -33,17 +30,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 def kq(cluster: LocalCluster) -> Iterator[Engine]:
     with engine.connect(cluster.client_config) as connected:
         yield connected
-
-
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYQUORUM_")}
-    return subprocess.run(
-        [Path(sys.executable).parent / "keyquorum", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
 
 
 def by_key(found: tuple[DegradedKey, ...]) -> dict[tuple[str, int], DegradedKey]:

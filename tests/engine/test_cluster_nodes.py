@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from installed_cli import command
 from whole_keys import create_whole_key
 
 import engine
@@ -29,17 +26,6 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 def client(grown: LocalCluster) -> Iterator[Engine]:
     with engine.connect(grown.client_config) as kq:
         yield kq
-
-
-def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KEYQUORUM_")}
-    return subprocess.run(
-        [Path(sys.executable).parent / "keyquorum", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
 
 
 def keys_on(kq: Engine, prefix: str, node: str, at_least: int = 3, **shape: int) -> list[str]:
